@@ -1,0 +1,1 @@
+"""A fairseq plugin for language models with sparse feed-forward layers (`--user-dir fairseq_hash`)."""

@@ -1,0 +1,80 @@
+"""Where a result comes from: code version, commit, library versions, hardware and date."""
+
+import hashlib
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+LIBRARIES = ("torch", "fairseq", "fairscale", "hydra-core", "omegaconf", "numpy", "sentencepiece")
+
+
+def provenance() -> dict[str, object]:
+    """Return a JSON-ready record of the code, the libraries and the machine that make a result.
+
+    Keys: `fairseq_hash` (version), `commit` (hash, with `-dirty` where tracked files differ; None outside a checkout),
+    `python`, one key a library (None where it is not installed), `processor`, `cores` (usable ones), `gpus` (names),
+    `platform` and `date` (UTC, ISO 8601, seconds).
+    """
+    return {
+        "fairseq_hash": __version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in LIBRARIES},
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpus": _gpus(),
+        "platform": platform.platform(terse=True),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def commit() -> str | None:
+    """Return the commit of the checkout this package runs from, `-dirty` appended where tracked files differ."""
+    folder = Path(__file__).resolve().parent
+    try:
+        tracked = ["git", "-C", str(folder), "ls-files", "--error-unmatch", Path(__file__).name]
+        # An installed copy can lie inside some other project's checkout (a virtual environment): not our commit.
+        subprocess.run(tracked, check=True, capture_output=True)
+        describe = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+        return subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def sha256_of_file(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits, reading it in blocks of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _gpus() -> list[str]:
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return []
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

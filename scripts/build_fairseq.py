@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 
 RELEASE = "0.12.2"
-VERSION = f"{RELEASE}+rebuilt.1"
+VERSION = f"{RELEASE}+rebuilt.2"
 SDIST_SHA256 = "34f1b18426bf3844714534162f065ab733e049597476daa35fffb4d06a92b524"
 PYTHONS = ((3, 10), (3, 13))
 
@@ -51,6 +51,30 @@ REWRITES = [
         '            "torchaudio>=0.8.0",\n',
         "",
         "only the speech tasks use it, and it pulls a build that does not match the newest torch",
+    ),
+    (
+        "fairseq/data/token_block_dataset.py",
+        "dtype=np.compat.long",
+        "dtype=int",
+        "NumPy 2 has no such alias; `--sample-break-mode eos` of language models needs it",
+    ),
+    (
+        "fairseq/data/language_pair_dataset.py",
+        "otypes=[np.compat.long]",
+        "otypes=[int]",
+        "NumPy 2 has no such alias",
+    ),
+    (
+        "fairseq/data/data_utils.py",
+        "                    np.int,\n",
+        "                    int,\n",
+        "NumPy 1.24 and later have no such alias",
+    ),
+    (
+        "fairseq/modules/dynamic_crf_layer.py",
+        'np.float("inf")',
+        'float("inf")',
+        "NumPy 1.24 and later have no such alias",
     ),
     (
         "fairseq/version.txt",
@@ -108,7 +132,8 @@ def rewrite_once(path: Path, old: str, new: str) -> None:
     """Replace the one occurrence of `old` in `path` by `new`."""
     text = path.read_text(encoding="utf-8")
     if text.count(old) != 1:
-        raise BuildError(f"{path.name} holds {old!r} {text.count(old)} times, expected once; is this fairseq {RELEASE}?")
+        times = text.count(old)
+        raise BuildError(f"{path.name} holds {old!r} {times} times, expected once; is this fairseq {RELEASE}?")
     path.write_text(text.replace(old, new), encoding="utf-8")
 
 
@@ -162,7 +187,7 @@ def main() -> int:
     """Command line; exit status 1 and one line on standard error where the wheel cannot be built."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the wheel")
-    parser.add_argument("--sdist", type=Path, metavar="FILE", help=f"a local fairseq-{RELEASE}.tar.gz instead of a download")
+    parser.add_argument("--sdist", type=Path, metavar="FILE", help=f"use a local fairseq-{RELEASE}.tar.gz")
     arguments = parser.parse_args()
     try:
         print(build(arguments.out, arguments.sdist))

@@ -1,0 +1,134 @@
+"""The sparse layer: router, dispatch, experts, combine. Shape suffixes: see `losses`."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_hash.dispatch import DispatchPlan, combine, dispatch, plan_dispatch
+from fairseq_hash.routers import Assignment
+
+
+@dataclass(frozen=True)
+class RoutingContext:
+    """What the sparse layers of one forward pass share.
+
+    Attributes:
+        token_T: int64, the token ids without padding, position first (`[L, B]` flattened).
+        place_T: int64, where these tokens stand among all L x B; None where nothing is padding.
+        hash_route: assignment and plan by the hash table, made once for all layers; None without a table.
+        reports: each sparse layer's report, by its number and its router's name; filled in as the layers run.
+    """
+
+    token_T: Tensor
+    place_T: "Tensor | None"
+    hash_route: "tuple[Assignment, DispatchPlan] | None" = None
+    reports: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of_tokens(cls, token_BL: Tensor, padding: int) -> "RoutingContext":
+        """Make the context for token ids `[B, L]`, leaving out the padding."""
+        token_N = token_BL.t().flatten()
+        real_N = token_N != padding
+        if real_N.all():
+            return cls(token_N, None)
+        place_T = real_N.nonzero().squeeze(1)
+        return cls(token_N[place_T], place_T)
+
+    def drop_padding(self, x_LBD: Tensor) -> Tensor:
+        """Return `[T, D]`: the tokens of `x_LBD` that are no padding."""
+        x_ND = x_LBD.reshape(-1, x_LBD.shape[-1])
+        return x_ND if self.place_T is None else x_ND.index_select(0, self.place_T)
+
+    def restore_padding(self, y_TD: Tensor, shape_LBD: torch.Size) -> Tensor:
+        """Return `[L, B, D]`: the opposite of `drop_padding`, with zeros where padding stands."""
+        if self.place_T is not None:
+            y_ND = y_TD.new_zeros(shape_LBD[0] * shape_LBD[1], shape_LBD[2])
+            y_TD = y_ND.index_copy(0, self.place_T, y_TD)
+        return y_TD.view(shape_LBD)
+
+
+@dataclass(frozen=True)
+class RoutingReport:
+    """What one sparse layer did to one batch. Every value is a sum over tokens, so reports of several batches add up.
+
+    It travels as one fp32 vector `[5 + E]`, because activation checkpointing keeps gradients of tensors only.
+    """
+
+    tokens: Tensor
+    dropped: Tensor
+    entropy: Tensor
+    load_balancing_loss: Tensor
+    z_loss: Tensor
+    demand_E: Tensor
+
+    @classmethod
+    def of(cls, assignment: Assignment, plan: DispatchPlan) -> "RoutingReport":
+        """Sum up an assignment and its plan."""
+        tokens = plan.demand_E.new_tensor(plan.shape_TK[0]).float()
+
+        def total(mean: "Tensor | None") -> Tensor:
+            return torch.zeros_like(tokens) if mean is None else mean * tokens
+
+        return cls(
+            tokens,
+            torch.full_like(tokens, plan.dropped / plan.shape_TK[1]),
+            total(assignment.entropy),
+            total(assignment.load_balancing_loss),
+            total(assignment.z_loss),
+            plan.demand_E.float(),
+        )
+
+    @property
+    def relative_load_E(self) -> Tensor:
+        """Demand for each expert over the mean demand; zero where there is no token."""
+        return self.demand_E / self.demand_E.mean().clamp(min=1e-12)
+
+    def mean(self, total: Tensor) -> Tensor:
+        """Return a total over tokens as a mean; zero where there is no token."""
+        return total / self.tokens.clamp(min=1)
+
+    def pack(self) -> Tensor:
+        """Return the report as a vector."""
+        scalars = (self.tokens, self.dropped, self.entropy, self.load_balancing_loss, self.z_loss)
+        return torch.cat([torch.stack(scalars), self.demand_E])
+
+    @classmethod
+    def unpack(cls, report: Tensor) -> "RoutingReport":
+        """Return the report that a vector holds."""
+        return cls(*report[:5], report[5:])
+
+
+class SparseLayer(nn.Module):
+    """E experts and what picks among them: a router, or the context's hash route where there is none.
+
+    `forward` returns what the experts add (zero for padding and for dropped tokens) and a packed `RoutingReport`.
+    """
+
+    def __init__(
+        self,
+        router: "nn.Module | None",
+        experts: nn.Module,
+        num_experts: int,
+        capacity_factor: float,
+        eval_capacity_factor: float,
+    ) -> None:
+        super().__init__()
+        self.router = router
+        self.experts = experts
+        self.num_experts = num_experts
+        self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
+
+    def forward(self, x_LBD: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor]:
+        """Return y of the shape and dtype of `x_LBD`, and the report vector (fp32, `[5 + E]`)."""
+        x_TD = context.drop_padding(x_LBD)
+        if self.router is None:
+            assignment, plan = context.hash_route
+        else:
+            assignment = self.router(x_TD)
+            factor = self.capacity_factor if self.training else self.eval_capacity_factor
+            plan = plan_dispatch(assignment.expert_TK, self.num_experts, factor)
+        rows_RD = self.experts(dispatch(x_TD, plan), plan.rows_per_expert)
+        y_TD = combine(rows_RD, plan, assignment.weight_TK)
+        return context.restore_padding(y_TD, x_LBD.shape), RoutingReport.of(assignment, plan).pack()

@@ -1,0 +1,177 @@
+"""The model `hash_transformer_lm`: options, sized architectures, and what is recorded of it in the log."""
+
+import json
+import logging
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from fairseq.models import register_model, register_model_architecture
+from fairseq.models.transformer_lm import (
+    TransformerLanguageModel,
+    TransformerLanguageModelConfig,
+    base_lm_architecture,
+)
+from fairseq.tasks import FairseqTask
+from torch import nn
+
+from fairseq_hash import seams
+from fairseq_hash.decoder import HashTransformerDecoder
+from fairseq_hash.errors import UserError
+from fairseq_hash.hashing import dictionary_fingerprint, table_fingerprint
+from fairseq_hash.layer import SparseLayer
+from fairseq_hash.options import SparseOptions
+from fairseq_hash.provenance import provenance
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class HashTransformerLMConfig(SparseOptions, TransformerLanguageModelConfig):
+    """The options of fairseq's `transformer_lm` and those of the sparse layers."""
+
+
+@register_model("hash_transformer_lm", dataclass=HashTransformerLMConfig)
+class HashTransformerLanguageModel(TransformerLanguageModel):
+    """A Transformer language model whose chosen layers have experts; without any, it is fairseq's `transformer_lm`."""
+
+    @classmethod
+    def hub_models(cls) -> dict[str, Any]:
+        """Return no models: fairseq's own are of another class."""
+        return {}
+
+    @classmethod
+    @seams.one_line_errors
+    def build_model(cls, args: "Mapping[str, Any] | Namespace", task: FairseqTask) -> "HashTransformerLanguageModel":
+        """Build the model and log its record, one line of JSON.
+
+        Raises:
+            SystemExit: with one line, where an option is out of range or does not fit another.
+        """
+        options = SparseOptions.from_config(args)
+        options.check()
+        if options.router == "none":
+            model = super().build_model(args, task)
+        else:
+            check_combination(args, options)
+            with seams.language_model_decoder(HashTransformerDecoder):
+                model = super().build_model(args, task)
+        logger.info("model_record | %s", json.dumps(model_record(model, args, options, task)))
+        return model
+
+    @seams.one_line_errors
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint's weights; a hash table of another dictionary is refused with one line."""
+        return super().load_state_dict(*args, **kwargs)
+
+
+def check_combination(args: Any, options: SparseOptions) -> None:
+    """Raise `UserError` where an option of fairseq's does not go with sparse layers."""
+    options.layer_numbers(args.decoder_layers)
+    if args.base_layers:
+        raise UserError(
+            f"--base-layers {args.base_layers} is fairseq's own BASE layer, which PyPI's fairseq cannot build; "
+            "use --router base --sparse-placement insert"
+        )
+    if args.decoder_layerdrop > 0:
+        raise UserError(
+            f"--decoder-layerdrop {args.decoder_layerdrop} skips layers whose routing is reported; "
+            "leave it out or use --router none"
+        )
+    if args.decoder_layers_to_keep:
+        raise UserError(
+            f"--decoder-layers-to-keep {args.decoder_layers_to_keep} renumbers the layers that --sparse-layers names; "
+            "leave it out"
+        )
+    if args.quant_noise_pq > 0:
+        raise UserError(
+            f"--quant-noise-pq {args.quant_noise_pq} does not apply to experts; leave it out or use --router none"
+        )
+    if args.scale_fc and options.sparse_placement == "replace":
+        raise UserError("--scale-fc does not apply to experts; leave it out or use --sparse-placement insert")
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return all parameters of a model, and those that one token uses: one expert of each sparse layer."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    idle = 0
+    for layer in model.modules():
+        if isinstance(layer, SparseLayer):
+            experts = sum(parameter.numel() for parameter in layer.experts.parameters())
+            idle += experts - experts // layer.num_experts
+    return total, total - idle
+
+
+def model_record(model: nn.Module, args: Any, options: SparseOptions, task: FairseqTask) -> dict[str, Any]:
+    """Return what a report needs to know of a model: options, sizes, fingerprints and provenance, ready for JSON."""
+    total, active = count_parameters(model)
+    sparse = options.router != "none"
+    table = model.decoder.hash_table if sparse else None
+    return {
+        **provenance(),
+        **{key: value for key, value in asdict(options).items() if key != "_name"},
+        "num_experts": options.num_experts if sparse else 1,
+        "sparse_layers": list(options.layer_numbers(args.decoder_layers)) if sparse else [],
+        "parameters_total": total,
+        "parameters_active": active,
+        "dictionary_fingerprint": dictionary_fingerprint(task.source_dictionary.symbols),
+        "table_fingerprint": table_fingerprint(table.expert) if table is not None else None,
+    }
+
+
+def _architecture(args: Namespace, **sizes: Any) -> None:
+    """Fill in what the command line leaves open: sizes first, then the defaults of the sparse layers and of fairseq."""
+    defaults = {f.name: f.default for f in fields(SparseOptions) if f.name != "_name"}
+    for name, value in {**sizes, **defaults}.items():
+        if not hasattr(args, name):
+            setattr(args, name, value)
+    base_lm_architecture(args)
+    seams.allow_bf16_without_tpu(args)
+
+
+seams.set_architecture("hash_transformer_lm", seams.allow_bf16_without_tpu)
+
+
+@register_model_architecture("hash_transformer_lm", "hash_transformer_lm_tiny")
+def tiny(args: Namespace) -> None:
+    """4 layers, D 128, F 512: minutes on a CPU."""
+    _architecture(
+        args,
+        decoder_layers=4,
+        decoder_embed_dim=128,
+        decoder_ffn_embed_dim=512,
+        decoder_attention_heads=4,
+        dropout=0.0,
+        share_decoder_input_output_embed=True,
+    )
+
+
+@register_model_architecture("hash_transformer_lm", "hash_transformer_lm_small")
+def small(args: Namespace) -> None:
+    """6 layers, D 512, F 2048."""
+    _architecture(args, decoder_layers=6, decoder_embed_dim=512, decoder_ffn_embed_dim=2048, decoder_attention_heads=8)
+
+
+@register_model_architecture("hash_transformer_lm", "hash_transformer_lm_base")
+def base(args: Namespace) -> None:
+    """12 layers, D 768, F 3072: GPT-2's smallest, and StableMoE's base set-up."""
+    _architecture(
+        args, decoder_layers=12, decoder_embed_dim=768, decoder_ffn_embed_dim=3072, decoder_attention_heads=12
+    )
+
+
+@register_model_architecture("hash_transformer_lm", "hash_transformer_lm_medium")
+def medium(args: Namespace) -> None:
+    """24 layers, D 1024, F 4096."""
+    _architecture(
+        args, decoder_layers=24, decoder_embed_dim=1024, decoder_ffn_embed_dim=4096, decoder_attention_heads=16
+    )
+
+
+@register_model_architecture("hash_transformer_lm", "hash_transformer_lm_large")
+def large(args: Namespace) -> None:
+    """24 layers, D 2048, F 8192: the dense part of BASE's 4.5B model."""
+    _architecture(
+        args, decoder_layers=24, decoder_embed_dim=2048, decoder_ffn_embed_dim=8192, decoder_attention_heads=16
+    )

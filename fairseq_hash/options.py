@@ -1,0 +1,143 @@
+"""Options of the sparse layers: one dataclass, each field with help, unit, range and a check."""
+
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Optional
+
+from fairseq.dataclass import FairseqDataclass
+
+from fairseq_hash.errors import UserError
+
+ROUTERS = ("none", "hash", "switch", "base")
+PLACEMENTS = ("replace", "insert")
+
+
+@dataclass
+class SparseOptions(FairseqDataclass):
+    """What the sparse layers of a `hash_transformer_lm` are. `check` raises `UserError` for a value out of range."""
+
+    router: str = field(
+        default="none",
+        metadata={
+            "help": "what picks a token's expert: none (a dense model, fairseq's transformer_lm), hash (a fixed table "
+            "over the token id), switch (learned top-1), base (learned, balanced assignment)"
+        },
+    )
+    num_experts: int = field(default=16, metadata={"help": "number of experts of each sparse layer, 1 or more"})
+    sparse_layers: str = field(
+        default="",
+        metadata={
+            "help": "decoder layers with experts, from 0, comma separated, such as 1,3; required unless --router none"
+        },
+    )
+    sparse_placement: str = field(
+        default="replace",
+        metadata={
+            "help": "replace: the experts stand in place of the layer's FFN (Hash Layers, Switch); insert: an extra stack "
+            "of residual sub-layers follows the layer (BASE)"
+        },
+    )
+    expert_sublayers: int = field(
+        default=1,
+        metadata={
+            "help": "residual sub-layers of each expert, 1 or more; only --sparse-placement insert has more than 1"
+        },
+    )
+    hash_table: str = field(
+        default="balanced",
+        metadata={
+            "help": "balanced (by the counts in the dictionary), random (by --hash-seed), or the path of a table file; "
+            "for --router hash"
+        },
+    )
+    hash_seed: int = field(default=42, metadata={"help": "seed of --hash-table random, 0 or more"})
+    capacity_factor: float = field(
+        default=0.0,
+        metadata={
+            "help": "largest number of tokens an expert takes in a training batch, as a multiple of the mean load "
+            "(1.25 in Switch); 0 drops nothing"
+        },
+    )
+    eval_capacity_factor: float = field(
+        default=0.0, metadata={"help": "the same in validation, evaluation and generation; 0 drops nothing"}
+    )
+    router_jitter: float = field(
+        default=0.0,
+        metadata={
+            "help": "in training, multiply the input of the switch router by uniform noise in "
+            "[1 - JITTER, 1 + JITTER]; 0 to less than 1 (0.01 in Switch)"
+        },
+    )
+    expert_dropout: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "dropout probability of the experts' hidden layer, 0 to less than 1; default: --activation-dropout "
+            "(--relu-dropout), as in a dense FFN"
+        },
+    )
+
+    @classmethod
+    def from_config(cls, config: "Mapping[str, Any] | Namespace") -> "SparseOptions":
+        """Take the options out of a model's configuration; one that an older checkpoint lacks has its default."""
+        values = vars(config) if isinstance(config, Namespace) else config
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name != "_name" and f.name in values})
+
+    def layer_numbers(self, decoder_layers: int) -> tuple[int, ...]:
+        """Return the sparse decoder layers in ascending order, for a decoder of `decoder_layers` layers.
+
+        Raises `UserError` where the list is empty, not numbers, repeated, or out of range.
+        """
+        try:
+            numbers = sorted(int(number) for number in str(self.sparse_layers).split(",") if number.strip())
+        except ValueError:
+            raise UserError(
+                f"--sparse-layers {self.sparse_layers} is not a list of layer numbers; give numbers such as 1,3"
+            ) from None
+        if not numbers:
+            raise UserError(
+                f"--router {self.router} needs --sparse-layers, such as --sparse-layers 1,3 (layers from 0)"
+            )
+        for number in numbers:
+            if not 0 <= number < decoder_layers:
+                raise UserError(
+                    f"--sparse-layers {self.sparse_layers}: layer {number} does not exist; "
+                    f"the decoder has layers 0 to {decoder_layers - 1}"
+                )
+        if len(set(numbers)) < len(numbers):
+            raise UserError(f"--sparse-layers {self.sparse_layers} names a layer twice; name each layer once")
+        return tuple(numbers)
+
+    def check(self) -> None:
+        """Raise `UserError` for the first value that is out of its range."""
+        _one_of("--router", self.router, ROUTERS)
+        _one_of("--sparse-placement", self.sparse_placement, PLACEMENTS)
+        _at_least("--num-experts", self.num_experts, 1)
+        _at_least("--expert-sublayers", self.expert_sublayers, 1)
+        if self.expert_sublayers > 1 and self.sparse_placement == "replace":
+            raise UserError(
+                f"--expert-sublayers {self.expert_sublayers} needs --sparse-placement insert; "
+                "an expert in place of an FFN is one sub-layer"
+            )
+        _at_least("--hash-seed", self.hash_seed, 0)
+        _at_least("--capacity-factor", self.capacity_factor, 0)
+        _at_least("--eval-capacity-factor", self.eval_capacity_factor, 0)
+        _probability("--router-jitter", self.router_jitter)
+        if self.expert_dropout is not None:
+            _probability("--expert-dropout", self.expert_dropout)
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{option} {value} is unknown; use one of {', '.join(allowed)}")
+
+
+def _at_least(option: str, value: float, least: float) -> None:
+    # Written so that NaN fails too; infinity is no count and no factor.
+    if not least <= value < float("inf"):
+        raise UserError(f"{option} {value} is out of range; give a number of {least} or more")
+
+
+def _probability(option: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise UserError(f"{option} {value} is out of range; give a number from 0 to less than 1")

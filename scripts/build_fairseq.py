@@ -77,6 +77,12 @@ REWRITES = [
         "NumPy 1.24 and later have no such alias",
     ),
     (
+        "pyproject.toml",
+        'requires = ["setuptools", "wheel", "cython"]',
+        'requires = ["setuptools<85", "wheel<1", "cython<4"]',
+        "a later one may drop what this setup.py of 2022 uses; these were tried",
+    ),
+    (
         "fairseq/version.txt",
         RELEASE,
         VERSION,
@@ -96,18 +102,30 @@ def require_toolchain() -> None:
         raise BuildError(f"this is Python {have}; use Python 3.{PYTHONS[0][1]} to 3.{PYTHONS[1][1]}")
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
         raise BuildError("Python.h is missing; install this Python's development headers (python3-dev)")
-    compiler = os.environ.get("CXX", sysconfig.get_config_var("CXX") or "c++").split()[0]
-    if not any(shutil.which(name) for name in (compiler, "c++", "g++", "clang++")):
-        raise BuildError(f"no C++ compiler ({compiler}) on PATH; install g++ or clang++, or set CXX")
+    find_compilers()
+
+
+def find_compilers() -> "dict[str, str]":
+    """Return CC and CXX as the build needs them; raise `BuildError` where there is no C++ compiler."""
+    found = {}
+    for name, commands in (("CXX", ("c++", "g++", "clang++")), ("CC", ("cc", "gcc", "clang"))):
+        # The compiler that this Python was built with need not exist here.
+        wanted = [os.environ.get(name) or sysconfig.get_config_var(name) or "", *commands]
+        found[name] = next((command for command in wanted if command and shutil.which(command.split()[0])), None)
+    if not found["CXX"]:
+        raise BuildError("no C++ compiler on PATH; install g++ or clang++, or set CXX")
+    # A C++ compiler is enough: every source that is built is C++.
+    return {"CXX": found["CXX"], "CC": found["CC"] or found["CXX"]}
 
 
 def run_pip(*arguments: str) -> None:
     """Run this Python's pip; its output is shown only when it fails."""
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
+    environment = {**os.environ, **find_compilers()}
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     if done.returncode:
         sys.stderr.write(done.stdout)
-        raise BuildError(f"`pip {arguments[0]}` failed; its output stands above")
+        raise BuildError(f"`pip {arguments[0]}` failed; its output stands above (is a package index reachable?)")
 
 
 def download_sdist(folder: Path) -> Path:

@@ -139,17 +139,17 @@ def problem(state: dict, torch: str) -> "str | None":
         return "there is none yet"
     if not state.get("complete"):
         return "the last set-up was not completed"
-    if state["folder"] != str(ROOT):
+    if state.get("folder") != str(ROOT):
         return "the project folder was moved or copied"
-    if state["python"] != base_python():
-        return f"it was made with another Python, {state['python']}"
-    if state["torch"] != torch:
-        return f"it was made with torch {state['torch'] or TORCH}"
-    if state["requirements"] != requirements():
+    if state.get("python") != base_python():
+        return f"it was made with another Python, {state.get('python')}"
+    if state.get("torch") != torch:
+        return f"it was made with torch {state.get('torch') or TORCH}"
+    if state.get("requirements") != requirements():
         return "the requirements changed"
     if version_of(VENV / "bin" / "python") != sys.version_info[:2]:
         return "its Python no longer runs"
-    missing = missing_file(state["packages"])
+    missing = missing_file(state.get("packages", []))
     return f"{missing} is missing" if missing else None
 
 
@@ -202,7 +202,6 @@ def step(number: int, text: str) -> Iterator[None]:
 
 def make(torch: str) -> None:
     """Make the environment from nothing."""
-    check_machine()
     python, venv_python = base_python(), VENV / "bin" / "python"
     state = {"complete": False, "folder": str(ROOT), "python": python, "torch": torch, "requirements": requirements()}
     write_state(state)
@@ -244,10 +243,10 @@ def set_up(in_use: int) -> None:
         reason = problem(state, torch)
         if reason:
             refuse_foreign()
-            if not lock(in_use, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                raise SetupError(
-                    f".venv must be made anew ({reason}), but another script is using it; wait for its end"
-                )
+            check_machine()
+            # Three tries: the processes of a script that was just killed let go one after another.
+            if not any(lock(in_use, fcntl.LOCK_EX | fcntl.LOCK_NB) or time.sleep(0.5) for _ in range(3)):
+                raise SetupError(f".venv must be made anew ({reason}), but another script uses it; wait for its end")
             start = time.monotonic()
             say(f"making the environment in {VENV}: {reason}")
             make(torch)

@@ -172,8 +172,18 @@ def test_two_at_once_and_a_killed_one(tmp_path):
     assert user.wait(timeout=60) == 0
 
 
-def test_pip_failing_is_shown_and_mended_by_the_next_run(tmp_path):
+def test_an_end_in_the_middle_is_mended_by_the_next_run(tmp_path):
+    """Ctrl-C, then a failing pip, then a moved folder."""
     project = make_project(tmp_path / "project")
+    (project / "hold").touch()
+    process = start(project)
+    wait_for(project / "reached")
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and output == ""
+    assert errors.splitlines()[-1] == "setup: interrupted; the next run makes the environment anew"
+    (project / "hold").unlink()
+
     status, output, errors = use(project, FAIRSEQ_HASH_TORCH="2.99.0")
     assert (status, output) == (1, "")
     assert "No matching distribution found for torch==2.99.0" in errors

@@ -34,8 +34,8 @@ class SparseOptions(FairseqDataclass):
     sparse_placement: str = field(
         default="replace",
         metadata={
-            "help": "replace: the experts stand in place of the layer's FFN (Hash Layers, Switch); insert: an extra stack "
-            "of residual sub-layers follows the layer (BASE)"
+            "help": "replace: the experts stand in place of the layer's FFN (Hash Layers, Switch); insert: an extra "
+            "stack of residual sub-layers follows the layer (BASE)"
         },
     )
     expert_sublayers: int = field(

@@ -1,0 +1,125 @@
+"""Naive per-token versions of every router and of the sparse layer, written from the papers.
+
+One token at a time, plain loops, float64, no code shared with the package. Gradients come from autograd.
+Parameters are read by name from the module under test.
+"""
+
+import math
+
+import torch
+
+
+def feed_forward(x_D, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation):
+    """One expert: Linear, activation, Linear."""
+    return fc2_weight @ activation(fc1_weight @ x_D + fc1_bias) + fc2_bias
+
+
+def layer_norm(x_D, weight_D, bias_D):
+    """LayerNorm of one token, epsilon 1e-5."""
+    centred = x_D - x_D.mean()
+    return centred / torch.sqrt((centred * centred).mean() + 1e-5) * weight_D + bias_D
+
+
+def switch_route(x_TD, weight_ED):
+    """Switch Transformers, section 2.1: softmax gate, top-1. Returns experts, gates, balance loss, z-loss, entropy."""
+    experts, gates, log_sums, entropies, probabilities = [], [], [], [], []
+    for x_D in x_TD:
+        logits = [weight_D @ x_D for weight_D in weight_ED]
+        total = sum(torch.exp(logit) for logit in logits)
+        probability = [torch.exp(logit) / total for logit in logits]
+        best = max(range(len(logits)), key=lambda e: probability[e].item())
+        experts.append(best)
+        gates.append(probability[best])
+        log_sums.append(torch.log(total))
+        entropies.append(-sum(p * torch.log(p) for p in probability))
+        probabilities.append(probability)
+    tokens, num_experts = len(experts), len(weight_ED)
+    balance = 0.0
+    for e in range(num_experts):
+        share = experts.count(e) / tokens
+        balance = balance + share * sum(p[e] for p in probabilities) / tokens
+    z = sum(s * s for s in log_sums) / tokens
+    return experts, gates, num_experts * balance, z, sum(entropies) / tokens
+
+
+def base_gate(x_TD, centroid_ED, experts):
+    """BASE Layers, section 3.1: the sigmoid of the token's score for its expert."""
+    return [torch.sigmoid(centroid_ED[e] @ x_D) for x_D, e in zip(x_TD, experts)]
+
+
+def base_greedy(x_TD, centroid_ED):
+    """BASE Layers, section 3.3: at test time each token goes to its best expert."""
+    return [max(range(len(centroid_ED)), key=lambda e: (centroid_ED[e] @ x_D).item()) for x_D in x_TD]
+
+
+def balanced_value(score_TE):
+    """The best total score of any balanced assignment, by trying SciPy's assignment for who gets one token more."""
+    from itertools import combinations
+
+    from scipy.optimize import linear_sum_assignment
+
+    tokens, num_experts = score_TE.shape
+    least, more = divmod(tokens, num_experts)
+    best = -math.inf
+    for larger in combinations(range(num_experts), more):
+        seats = [e for e in range(num_experts) for _ in range(least + (e in larger))]
+        rows, columns = linear_sum_assignment(score_TE[:, seats].numpy(), maximize=True)
+        best = max(best, score_TE[:, seats].numpy()[rows, columns].sum())
+    return best
+
+
+def kept_under_capacity(experts, num_experts, capacity_factor):
+    """Switch Transformers, section 2.2: an expert takes at most tokens / experts x factor tokens, first come first."""
+    if capacity_factor == 0:
+        return [True] * len(experts)
+    capacity = math.ceil(round(len(experts) * capacity_factor / num_experts, 6))
+    taken = [0] * num_experts
+    kept = []
+    for e in experts:
+        kept.append(taken[e] < capacity)
+        taken[e] += 1
+    return kept
+
+
+def sparse_layer(x_TD, experts, gates, kept, parameters, activation, sublayers=0):
+    """What the experts add to each token: zero where it was dropped.
+
+    `parameters` are the experts' stacked parameters by name; `sublayers` above 0 means an inserted residual stack.
+    """
+    out = []
+    for x_D, e, gate, keep in zip(x_TD, experts, gates, kept):
+        if not keep:
+            out.append(torch.zeros_like(x_D))
+            continue
+        if sublayers == 0:
+            names = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+            y = feed_forward(x_D, *(parameters[name][e] for name in names), activation)
+        else:
+            h = x_D
+            for n in range(sublayers):
+                names = (f"feed_forward.{n}.{name}" for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"))
+                normed = layer_norm(h, parameters[f"norm_weight.{n}"][e], parameters[f"norm_bias.{n}"][e])
+                h = h + feed_forward(normed, *(parameters[name][e] for name in names), activation)
+            y = h - x_D
+        out.append(gate * y)
+    return torch.stack(out)
+
+
+def balanced_hash(counts, num_experts):
+    """Hash Layers: tokens by descending count, each to the expert with the smallest load, then fewest tokens."""
+    load, tokens, table = [0] * num_experts, [0] * num_experts, [0] * len(counts)
+    for token in sorted(range(len(counts)), key=lambda t: -counts[t]):
+        e = min(range(num_experts), key=lambda e: (load[e], tokens[e], e))
+        table[token] = e
+        load[e] += counts[token]
+        tokens[e] += 1
+    return table
+
+
+def splitmix64(state):
+    """SplitMix64's next output after `state`, in Python integers."""
+    mask = 2**64 - 1
+    z = (state + 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)

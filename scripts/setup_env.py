@@ -205,8 +205,8 @@ def make(torch: str) -> None:
     python, venv_python = base_python(), VENV / "bin" / "python"
     state = {"complete": False, "folder": str(ROOT), "python": python, "torch": torch, "requirements": requirements()}
     write_state(state)
-    clear()
     with step(1, f"making .venv with {python}"):
+        clear()
         run(python, "-m", "venv", VENV)
     with step(2, f"building the fairseq wheel {build_fairseq.VERSION}, unless it is kept from an earlier set-up"):
         if not fairseq_wheel():

@@ -151,6 +151,8 @@ def test_two_at_once_and_a_killed_one(tmp_path):
     wait_for(project / "reached")
     second = start(project)
     assert second.stderr.readline() == "setup: another set-up of this folder is running; waiting for it\n"
+    with pytest.raises(subprocess.TimeoutExpired):  # it waits for as long as the first one runs
+        second.wait(timeout=3)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     # The second goes on once the first is dead, and finds what the first left behind.

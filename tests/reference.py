@@ -44,7 +44,7 @@ def switch_route(x_TD, weight_ED):
 
 def base_gate(x_TD, centroid_ED, experts):
     """BASE Layers, section 3.1: the sigmoid of the token's score for its expert."""
-    return [torch.sigmoid(centroid_ED[e] @ x_D) for x_D, e in zip(x_TD, experts)]
+    return [torch.sigmoid(centroid_ED[e] @ x_D) for x_D, e in zip(x_TD, experts, strict=True)]
 
 
 def base_greedy(x_TD, centroid_ED):
@@ -87,7 +87,7 @@ def sparse_layer(x_TD, experts, gates, kept, parameters, activation, sublayers=0
     `parameters` are the experts' stacked parameters by name; `sublayers` above 0 means an inserted residual stack.
     """
     out = []
-    for x_D, e, gate, keep in zip(x_TD, experts, gates, kept):
+    for x_D, e, gate, keep in zip(x_TD, experts, gates, kept, strict=True):
         if not keep:
             out.append(torch.zeros_like(x_D))
             continue

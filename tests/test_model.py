@@ -70,7 +70,7 @@ def test_a_hash_layer_with_one_expert_is_the_dense_layer(data):
 @pytest.mark.parametrize("placement", ["replace", "insert"])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_padding_is_never_routed_or_counted(data, router, placement):
-    """A short sequence gives the same logits and reports with and without padding behind it and a longer one beside it."""
+    """A short sequence gives the same logits and reports alone and padded beside a longer one."""
     _, task, model, _ = build(data, "--router", router, *SPARSE, "--sparse-placement", placement)
     model.eval()
     token_BL = tokens_of(task)

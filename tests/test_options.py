@@ -62,7 +62,7 @@ def with_dictionary(data, folder, change):
 
 
 def test_the_command_shows_the_line_and_no_traceback(data, tmp_path):
-    """For a bad value, a table of another dictionary, one with experts out of range, and a dictionary without counts."""
+    """For a bad value, a table of another dictionary, and a dictionary without counts."""
     bare = with_dictionary(data, tmp_path / "bare", lambda lines: [line.split()[0] + " 1" for line in lines])
     table = hashing.random_table([f"word{i}" for i in range(10)], 4, 0)
     hashing.save_table(table, tmp_path / "foreign.safetensors")

@@ -75,6 +75,7 @@ def use_chosen_python(state: dict) -> None:
     oldest, newest = build_fairseq.PYTHONS
     if not os.environ.get("PYTHON") and chosen and chosen != base_python():
         if oldest <= (version_of(chosen) or (0, 0)) <= newest:
+            os.environ["PYTHON"] = chosen  # at most once
             os.execv(chosen, [chosen, *sys.argv])
 
 

@@ -376,6 +376,26 @@ def test_refuses_without_ensurepip_or_room(setup_env, monkeypatch):
         setup_env.check_machine()
 
 
+@pytest.mark.parametrize(
+    ("given", "text", "expected"),
+    [
+        ("", f'exec {PYTHON} "$@"', True),
+        (PYTHON, f'exec {PYTHON} "$@"', False),  # PYTHON asks for another one now
+        ("", "exit 1", False),  # it no longer runs
+        ("", "echo 3 9", False),  # it became another version
+    ],
+)
+def test_goes_on_with_the_python_that_was_chosen(setup_env, tmp_path, monkeypatch, given, text, expected):
+    fake_command(tmp_path / "chosen", "python", text)
+    chosen = str(tmp_path / "chosen" / "python")
+    replaced = []
+    monkeypatch.setattr(setup_env.os, "execv", lambda path, arguments: replaced.append((path, arguments)))
+    monkeypatch.setattr(setup_env.sys, "argv", ["setup_env.py", "--in-use", "9"])
+    monkeypatch.setenv("PYTHON", given)
+    setup_env.use_chosen_python({"python": chosen})
+    assert replaced == ([(chosen, [chosen, "setup_env.py", "--in-use", "9"])] if expected else [])
+
+
 def test_one_range_of_pythons():
     """The set-up's shell, the recipe and the package's metadata name the same Pythons."""
     assert "(3, 10) <= sys.version_info[:2] <= (3, 13)" in (ROOT / "scripts" / "setup.sh").read_text()

@@ -1,0 +1,200 @@
+"""What fairseq wrote, line by line: a training log over all its sessions, and evaluation outputs."""
+
+import ast
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fairseq_hash.errors import UserError
+
+# fairseq's own commands write the first form, Hydra's the second.
+LINE = re.compile(
+    r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?: \| [A-Z]+ \| ([\w.]+) \| |,\d+\]\[([\w.]+)\]\[[A-Z]+\] - )(.*)",
+)
+MODEL_RECORD = "model_record | "
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a log: when, by which logger (fairseq names `train_inner` and `valid` so, too), and what."""
+
+    time: datetime
+    source: str
+    message: str
+
+
+@dataclass
+class TrainingLog:
+    """A training over all its sessions; what a resumed session did again replaces what was there.
+
+    Attributes:
+        configs: the configuration of every session, flat (`optimization.max_update`), in the order they ran.
+        model: the model's record (fairseq_hash.model), None where the log has none.
+        intervals: statistics of every log interval by its last update, numbers as int or float.
+        validations: statistics of every validation by its update, without their prefix `valid_`.
+        wall_seconds: time over all sessions, as fairseq counts it.
+        finished: when the training was done, None while it is not.
+    """
+
+    configs: list[dict[str, Any]] = field(default_factory=list)
+    model: "dict[str, Any] | None" = None
+    intervals: dict[int, dict[str, Any]] = field(default_factory=dict)
+    validations: dict[int, dict[str, Any]] = field(default_factory=dict)
+    wall_seconds: float = 0.0
+    finished: "datetime | None" = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration of the last session."""
+        return self.configs[-1]
+
+    @property
+    def updates(self) -> int:
+        """The last update that the log tells of."""
+        return max([0, *self.intervals, *self.validations])
+
+    def rewind(self, update: int) -> None:
+        """Forget what came after an update: a session starts from there."""
+        self.intervals = {number: values for number, values in self.intervals.items() if number <= update}
+        self.validations = {number: values for number, values in self.validations.items() if number <= update}
+
+
+@dataclass
+class Evaluation:
+    """One output of fairseq-eval-lm. `perplexity` is None where it was stopped before its end."""
+
+    config: dict[str, Any]
+    time: datetime
+    subset: str = ""
+    checkpoint: str = ""
+    model: "dict[str, Any] | None" = None
+    tokens: int = 0
+    loss_bits: "float | None" = None
+    perplexity: "float | None" = None
+
+
+def read_lines(path: Path) -> list[Line]:
+    """Return the lines of a log file that a logger wrote. Raises `UserError` where the file cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give a run folder whose logs you can read") from None
+    return [line for line in map(parse_line, text.splitlines()) if line is not None]
+
+
+def parse_line(text: str) -> "Line | None":
+    """Return what a logger wrote, None for any other text; what stands before it, such as a rank, is left out."""
+    found = LINE.search(text)
+    if not found:
+        return None
+    time, source, hydra_source, message = found.groups()
+    return Line(datetime.fromisoformat(time), source or hydra_source, message)
+
+
+def statistics(line: Line) -> dict[str, Any]:
+    """Return the statistics in a line of `train_inner`, `valid` or `train`: numbers as such, without a prefix.
+
+    Raises `ValueError` for a line that was cut off.
+    """
+    prefix = "" if line.source == "train_inner" else f"{line.source}_"
+    return {key.removeprefix(prefix): _number(value) for key, value in json.loads(line.message).items()}
+
+
+def read_training(lines: Iterable[Line]) -> "TrainingLog | None":
+    """Return the training that lines tell of, in their order; None where they tell of none."""
+    log = TrainingLog()
+    for line in lines:
+        if line.source == "fairseq_cli.train" and line.message.startswith("{"):
+            log.configs.append(parse_config(line.message))
+            log.finished = None
+        elif not log.configs or line.source == "fairseq_cli.eval_lm":
+            continue
+        elif line.source == "fairseq_hash.model" and line.message.startswith(MODEL_RECORD):
+            log.model = json.loads(line.message.removeprefix(MODEL_RECORD))
+        elif line.source == "fairseq.trainer" and line.message.startswith("No existing checkpoint found"):
+            log.rewind(0)
+        elif line.source == "fairseq.trainer" and line.message.startswith("Loaded checkpoint"):
+            log.rewind(int(re.search(r"@ (\d+) updates", line.message)[1]))
+        elif line.source in ("train_inner", "valid", "train"):
+            _add_statistics(log, line)
+        elif line.message.startswith("done training"):
+            log.finished = line.time
+    return log if log.configs else None
+
+
+def _add_statistics(log: TrainingLog, line: Line) -> None:
+    try:
+        values = statistics(line)
+    except ValueError:
+        return  # the process was killed while it wrote
+    update = values.get("num_updates")
+    if isinstance(update, int) and line.source != "train":
+        (log.intervals if line.source == "train_inner" else log.validations)[update] = values
+    log.wall_seconds = values.get("wall", log.wall_seconds)
+
+
+def read_evaluations(lines: Iterable[Line]) -> list[Evaluation]:
+    """Return the evaluations that the lines of one file tell of, in their order."""
+    found: list[Evaluation] = []
+    for line in lines:
+        if line.source == "fairseq_cli.eval_lm" and line.message.startswith("{"):
+            config = parse_config(line.message)
+            checkpoint = Path(config["common_eval.path"]).name
+            found.append(Evaluation(config, line.time, config["dataset.gen_subset"], checkpoint))
+        elif found and line.source == "fairseq_hash.model" and line.message.startswith(MODEL_RECORD):
+            found[-1].model = json.loads(line.message.removeprefix(MODEL_RECORD))
+        elif found and (tokens := re.match(r"Evaluated ([\d,]+) tokens", line.message)):
+            found[-1].tokens = int(tokens[1].replace(",", ""))
+        elif found and (result := re.match(r"Loss \(base 2\): (\S+), Perplexity: (\S+)", line.message)):
+            found[-1].loss_bits, found[-1].perplexity = float(result[1]), float(result[2])
+    return found
+
+
+def parse_config(text: str) -> dict[str, Any]:
+    """Return the configuration that fairseq logs first, flat: `{"optimization.max_update": 300, ...}`.
+
+    fairseq prints it as Python would, except that choices stand without quotes. Raises `UserError` for other text.
+    """
+    try:
+        return dict(_flatten("", _literal(ast.parse(text, mode="eval").body)))
+    except (SyntaxError, ValueError):
+        raise UserError(
+            f"cannot read a configuration in a log: {text[:60]}...; give the log as fairseq wrote it"
+        ) from None
+
+
+def _literal(node: ast.expr) -> Any:
+    if isinstance(node, ast.Dict):
+        return {_literal(key): _literal(value) for key, value in zip(node.keys, node.values, strict=True)}
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Namespace":
+        return {keyword.arg: _literal(keyword.value) for keyword in node.keywords}
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_literal(value) for value in node.elts]
+    if isinstance(node, ast.Name):
+        return {"inf": math.inf, "nan": math.nan}.get(node.id, node.id)
+    return ast.literal_eval(node)
+
+
+def _flatten(prefix: str, value: Any) -> "Iterable[tuple[str, Any]]":
+    if not isinstance(value, dict):
+        yield prefix, value
+        return
+    for key, inner in value.items():
+        yield from _flatten(f"{prefix}.{key}" if prefix else str(key), inner)
+
+
+def _number(value: Any) -> Any:
+    """fairseq writes most numbers as text."""
+    if not isinstance(value, str):
+        return value
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            pass
+    return value

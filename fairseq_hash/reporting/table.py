@@ -1,0 +1,178 @@
+"""Results of runs as tables: one row a run, and one row a model with mean and spread over its seeds."""
+
+import json
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from fairseq_hash.reporting.runs import Run
+
+ROUTER_NAMES = {"none": "dense", "hash": "Hash", "switch": "Switch", "base": "BASE"}
+# Start-up, first allocations and empty caches are not the model's speed or balance.
+SETTLING_SHARE = 0.1
+
+
+def group_by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Return the runs of each model: those that differ in their seed only, under a name that tells models apart.
+
+    A name is the router's; where models share it, the options that differ between them are added.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps(run.options, sort_keys=True, default=str), []).append(run)
+    members = list(groups.values())
+    routers = [_router_name(group[0]) for group in members]
+    names = []
+    for group, router in zip(members, routers, strict=True):
+        rivals = [other[0].options for other, name in zip(members, routers, strict=True) if name == router]
+        own = group[0].options
+        differing = sorted(
+            key for key in {*own}.union(*rivals) if any(rival.get(key) != own.get(key) for rival in rivals)
+        )
+        names.append(" ".join([router, *(f"{key.rpartition('.')[2]}={own.get(key)}" for key in differing)]))
+    return dict(zip(names, members, strict=True))
+
+
+def _router_name(run: Run) -> str:
+    router = run.training.model["router"]
+    return ROUTER_NAMES.get(router, router)
+
+
+def settled_intervals(run: Run) -> list[dict[str, Any]]:
+    """Return the statistics of the training's log intervals in their order, without the first tenth."""
+    intervals = [values for _, values in sorted(run.training.intervals.items())]
+    return intervals[min(len(intervals) - 1, max(1, round(SETTLING_SHARE * len(intervals)))) :]
+
+
+def last_validation(run: Run) -> dict[str, Any]:
+    """Return the statistics of the last validation, {} where the training had none."""
+    return run.training.validations[max(run.training.validations)] if run.training.validations else {}
+
+
+def sparse_layers(run: Run) -> list[int]:
+    """Return the sparse layers that the training's log tells of."""
+    keys = {key for values in run.training.intervals.values() for key in values}
+    return sorted(int(found[1]) for key in keys if (found := re.fullmatch(r"layer(\d+)_load_max", key)))
+
+
+def measure(model: str, run: Run) -> dict[str, Any]:
+    """Return one row: what a run's logs say of it. Perplexities are per token of the dictionary, times in seconds.
+
+    `load_max` is the largest demand for an expert over the mean demand: the mean over the training's log intervals, and
+    of the last validation; `dropped` is the mean share of the training's tokens that found their expert full. Without a
+    layer's number they are those of the worst layer.
+    """
+    record, intervals, validation = run.training.model, settled_intervals(run), last_validation(run)
+    row: dict[str, Any] = {"model": model, "router": record["router"], "seed": run.seed, "folder": str(run.folder)}
+    row |= {f"{subset}_perplexity": run.evaluations[subset].perplexity for subset in ordered(run.evaluations)}
+    if not run.evaluations and "ppl" in validation:
+        row["valid_perplexity"] = validation["ppl"]
+    row |= {
+        "parameters_total": record["parameters_total"],
+        "parameters_active": record["parameters_active"],
+        "experts": record["num_experts"],
+        "updates": run.training.updates,
+        "tokens_per_second": statistics.median(values["wps"] for values in intervals),
+        "wall_seconds": run.training.wall_seconds,
+    }
+    layers = sparse_layers(run)
+    of_layer: dict[str, Any] = {}
+    for layer in layers:
+        of_layer[f"layer{layer}_load_max_train"] = _mean(intervals, f"layer{layer}_load_max")
+        of_layer[f"layer{layer}_load_max_valid"] = validation.get(f"layer{layer}_load_max")
+        of_layer[f"layer{layer}_load_cv_train"] = _mean(intervals, f"layer{layer}_load_cv")
+        of_layer[f"layer{layer}_dropped"] = _mean(intervals, f"layer{layer}_dropped")
+    for name in ("load_max_train", "load_max_valid", "dropped"):
+        values = [of_layer[f"layer{layer}_{name}"] for layer in layers]
+        row[name] = max((value for value in values if value is not None), default=None)
+    return row | of_layer
+
+
+def ordered(subsets: Iterable[str]) -> list[str]:
+    """Return subsets by name, `valid` before `test` and these before any other."""
+    return sorted(subsets, key=lambda subset: (subset != "valid", subset != "test", subset))
+
+
+def _mean(intervals: Sequence[dict[str, Any]], key: str) -> float:
+    return statistics.fmean(values[key] for values in intervals if key in values)
+
+
+def table_of_runs(models: dict[str, list[Run]]) -> pd.DataFrame:
+    """Return one row a run, in the order of the models."""
+    return pd.DataFrame([measure(model, run) for model, runs in models.items() for run in runs])
+
+
+def table_of_models(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return one row a model: the number of its runs, means, and for perplexities the sample standard deviation.
+
+    The deviation (`..._sd`) is NaN for a single run.
+    """
+    groups = runs.groupby("model", sort=False)
+    table = groups.mean(numeric_only=True).drop(columns="seed")
+    table.insert(0, "runs", groups.size())
+    for column in [column for column in table if column.endswith("_perplexity")]:
+        table.insert(table.columns.get_loc(column) + 1, f"{column}_sd", groups[column].std(ddof=1))
+    return table.reset_index()
+
+
+def for_readers(models: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of models as text with headings and units, for people."""
+
+    def column(name: str, form: str) -> list[str]:
+        return ["–" if pd.isna(value) else form.format(value) for value in models[name]]
+
+    shown: dict[str, list[str]] = {"Model": list(models["model"])}
+    for name in [name for name in models if name.endswith("_perplexity")]:
+        spread = ["" if pd.isna(value) else f" ± {value:.2f}" for value in models[f"{name}_sd"]]
+        heading = f"{name.removesuffix('_perplexity').capitalize()} perplexity"
+        shown[heading] = [value + sd for value, sd in zip(column(name, "{:.2f}"), spread, strict=True)]
+    shown["Seeds"] = column("runs", "{:d}")
+    shown["Parameters"] = [count_text(value) for value in models["parameters_total"]]
+    shown["Active a token"] = [count_text(value) for value in models["parameters_active"]]
+    shown["Updates"] = column("updates", "{:,.0f}")
+    shown["Tokens/s"] = column("tokens_per_second", "{:,.0f}")
+    shown["Time"] = [duration_text(value) for value in models["wall_seconds"]]
+    if models["load_max_train"].notna().any():
+        shown["Load, largest/mean: training"] = column("load_max_train", "{:.2f}")
+        shown["Load, largest/mean: validation"] = column("load_max_valid", "{:.2f}")
+        shown["Dropped"] = ["–" if pd.isna(value) else f"{value:.1%}" for value in models["dropped"]]
+    return pd.DataFrame(shown)
+
+
+def layers_for_readers(models: pd.DataFrame) -> pd.DataFrame:
+    """Return one row a model and sparse layer as text: loads and dropped tokens. Empty where all models are dense."""
+    rows = []
+    layers = [int(found[1]) for name in models if (found := re.fullmatch(r"layer(\d+)_dropped", name))]
+    for model in models.to_dict("records"):
+        for layer in sorted(layers):
+            values = [model[f"layer{layer}_{name}"] for name in ("load_max_train", "load_max_valid", "load_cv_train")]
+            if not pd.isna(values[0]):
+                loads = ["–" if pd.isna(value) else f"{value:.2f}" for value in values]
+                rows.append([model["model"], str(layer), *loads, f"{model[f'layer{layer}_dropped']:.1%}"])
+    headings = ["Model", "Layer", "Largest/mean: training", "Largest/mean: validation"]
+    return pd.DataFrame(rows, columns=[*headings, "Coefficient of variation: training", "Dropped"])
+
+
+def markdown(table: pd.DataFrame, words: bool = False) -> str:
+    """Return a table of text in Markdown; all but the first column to the right, unless they hold `words`."""
+    rows = [
+        list(table.columns),
+        ["---", *["---" if words else "---:"] * (len(table.columns) - 1)],
+        *table.to_numpy().tolist(),
+    ]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def count_text(count: float) -> str:
+    """Return a number of parameters in millions or billions."""
+    return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
+
+
+def duration_text(seconds: float) -> str:
+    """Return a time such as 98 s, 12.5 min or 3.2 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

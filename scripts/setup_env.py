@@ -206,7 +206,7 @@ def make(torch: str) -> None:
     python, venv_python = base_python(), VENV / "bin" / "python"
     state = {"complete": False, "folder": str(ROOT), "python": python, "torch": torch, "requirements": requirements()}
     write_state(state)
-    with step(1, f"making .venv with {python}"):
+    with step(1, f"clearing .venv and making it with {python}"):
         clear()
         run(python, "-m", "venv", VENV)
     with step(2, f"building the fairseq wheel {build_fairseq.VERSION}, unless it is kept from an earlier set-up"):

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pandas as pd
 
+from fairseq_hash.reporting.plots import DPI
+
 STYLE = """
 :root { --paper: #ffffff; --ink: #1c2024; --soft: #5b6570; --line: #d5d9de; --band: #f4f6f8; --link: #0072b2 }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #15181c; --ink: #e4e7eb; --soft: #a4adb8; --line: #3a4149; --band: #1d2126; --link: #56b4e9 }
 }
 * { box-sizing: border-box }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 72rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 74rem; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif; color-scheme: light dark }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .25rem }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem }
@@ -22,14 +24,15 @@ p, li { max-width: 46rem }
 .soft, figcaption { color: var(--soft); font-size: .9rem }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .4rem .75rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: bottom }
-th { font-weight: 600; line-height: 1.25 }
-th:first-child, td:first-child, .words td, .words th { text-align: left; vertical-align: top }
+th, td { padding: .4rem .7rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: bottom }
+th { font-weight: 600; line-height: 1.25 } td { white-space: nowrap }
+th:first-child, td:first-child, .words td, .words th { text-align: left }
+.words td { vertical-align: top; white-space: normal; overflow-wrap: anywhere }
 tbody tr:hover { background: var(--band) }
 figure { margin: 1rem 0 } img { max-width: 100%; height: auto; display: block }
 pre, code { font: .82rem/1.5 ui-monospace, "SF Mono", Consolas, "DejaVu Sans Mono", monospace }
 pre { background: var(--band); padding: .75rem 1rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere }
-summary { cursor: pointer; color: var(--link) } td { overflow-wrap: anywhere }
+summary { cursor: pointer; color: var(--link) }
 """
 
 
@@ -60,8 +63,13 @@ def figure(alternative: str, caption: str, light: bytes, dark: bytes) -> str:
     """Return a figure that follows the reader's light or dark screen."""
     sources = [f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in (light, dark)]
     picture = f'<picture><source media="(prefers-color-scheme: dark)" srcset="{sources[1]}">'
-    picture += f'<img alt="{escape(alternative)}" src="{sources[0]}"></picture>'
+    picture += f'<img alt="{escape(alternative)}" width="{_width(light)}" src="{sources[0]}"></picture>'
     return f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _width(png: bytes) -> int:
+    """Return the width to show a PNG at, so that letters have the size they were drawn in (96 pixels an inch)."""
+    return round(int.from_bytes(png[16:20], "big") * 96 / DPI)
 
 
 def commands(of_run: dict[Path, dict[str, list[str]]]) -> str:

@@ -44,7 +44,13 @@ def _style(theme: Theme) -> Iterator[None]:
         **{"axes.edgecolor": theme.faint, "grid.color": theme.faint, "grid.linewidth": 0.6, "axes.grid": True},
         **{"axes.grid.axis": "y", "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True},
         **{"font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold"},
-        **{"axes.titlelocation": "left", "xtick.major.size": 3, "ytick.major.size": 0, "ytick.minor.size": 0},
+        **{
+            "axes.titlelocation": "left",
+            "axes.titlepad": 8,
+            "xtick.major.size": 3,
+            "ytick.major.size": 0,
+            "ytick.minor.size": 0,
+        },
     }
     with matplotlib.rc_context(settings):
         yield
@@ -174,7 +180,7 @@ def expert_loads(models: dict[str, list[Run]], theme: Theme) -> "bytes | None":
             grid[-1, column].set_xlabel("Experts, by descending load")
         for row in range(len(rows)):
             grid[row, 0].set_ylabel("Load / uniform share")
-            grid[row, 0].set_ylim(0, 1.18 * grid[row, 0].dataLim.y1)
+        grid[0, 0].set_ylim(0, 1.18 * max(axes.dataLim.y1 for axes in grid.flat))
         key = "Bars: training (mean over the run). Dots: validation at its end. Line: every expert the same."
         figure.text(0.005, -0.005, key, va="top")
         return _png(figure)

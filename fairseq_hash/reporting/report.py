@@ -26,8 +26,9 @@ COLUMNS = """
 Perplexity is per token of the dictionary, of the cross-entropy alone, as fairseq-eval-lm printed it; with more than one
 seed it is the mean ± the sample standard deviation. Active parameters are those that one token uses. Tokens/s is the
 median over the training's log intervals without the first tenth; the time is all of the training, validation included.
-Load is the largest demand for an expert over the mean demand, of the worst layer: in training the mean over log
-intervals, in validation at the end. Dropped is the share of training tokens that found their expert full.
+Max load is the largest demand for an expert over the mean demand (1 is even), in the first table of the worst layer: in
+training the mean over log intervals, in validation at the end. Load variation is the coefficient of variation. Dropped
+is the share of training tokens that found their expert full.
 """
 
 
@@ -162,7 +163,7 @@ def _page(
         parts.append(page.section("Left out", page.table(_left_out(reasons), words=True)))
     parts.append(page.section("What this shows and what not", page.paragraphs(note)) if note.strip() else "")
     captions = {
-        "learning_curves.png": ("Learning curves", "Perplexity of the cross-entropy over updates and over time."),
+        "learning_curves.png": ("Learning curves", "Perplexity of the cross-entropy, every seed a line."),
         "expert_loads.png": (
             "Load of the experts",
             "Each expert's share of the tokens over the uniform share, sorted.",

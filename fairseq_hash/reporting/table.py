@@ -10,7 +10,7 @@ import pandas as pd
 
 from fairseq_hash.reporting.runs import Run
 
-ROUTER_NAMES = {"none": "dense", "hash": "Hash", "switch": "Switch", "base": "BASE"}
+ROUTER_NAMES = {"none": "Dense", "hash": "Hash", "switch": "Switch", "base": "BASE"}
 # Start-up, first allocations and empty caches are not the model's speed or balance.
 SETTLING_SHARE = 0.1
 
@@ -131,13 +131,13 @@ def for_readers(models: pd.DataFrame) -> pd.DataFrame:
         shown[heading] = [value + sd for value, sd in zip(column(name, "{:.2f}"), spread, strict=True)]
     shown["Seeds"] = column("runs", "{:d}")
     shown["Parameters"] = [count_text(value) for value in models["parameters_total"]]
-    shown["Active a token"] = [count_text(value) for value in models["parameters_active"]]
+    shown["Active"] = [count_text(value) for value in models["parameters_active"]]
     shown["Updates"] = column("updates", "{:,.0f}")
     shown["Tokens/s"] = column("tokens_per_second", "{:,.0f}")
     shown["Time"] = [duration_text(value) for value in models["wall_seconds"]]
     if models["load_max_train"].notna().any():
-        shown["Load, largest/mean: training"] = column("load_max_train", "{:.2f}")
-        shown["Load, largest/mean: validation"] = column("load_max_valid", "{:.2f}")
+        shown["Max load, training"] = column("load_max_train", "{:.2f}")
+        shown["Max load, validation"] = column("load_max_valid", "{:.2f}")
         shown["Dropped"] = ["–" if pd.isna(value) else f"{value:.1%}" for value in models["dropped"]]
     return pd.DataFrame(shown)
 
@@ -152,8 +152,8 @@ def layers_for_readers(models: pd.DataFrame) -> pd.DataFrame:
             if not pd.isna(values[0]):
                 loads = ["–" if pd.isna(value) else f"{value:.2f}" for value in values]
                 rows.append([model["model"], str(layer), *loads, f"{model[f'layer{layer}_dropped']:.1%}"])
-    headings = ["Model", "Layer", "Largest/mean: training", "Largest/mean: validation"]
-    return pd.DataFrame(rows, columns=[*headings, "Coefficient of variation: training", "Dropped"])
+    headings = ["Model", "Layer", "Max load, training", "Max load, validation"]
+    return pd.DataFrame(rows, columns=[*headings, "Load variation, training", "Dropped"])
 
 
 def markdown(table: pd.DataFrame, words: bool = False) -> str:

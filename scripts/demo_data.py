@@ -1,0 +1,77 @@
+"""The demo's corpus: found, or prepared once and kept; and fingerprints that tell data and code apart."""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from demo_process import run_logged
+from demo_progress import Display
+
+from fairseq_hash.errors import UserError
+from fairseq_hash.provenance import sha256_of_file
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCABULARY = 2000
+SPLITS = ("train", "valid", "test")
+# For the bars only: as many updates of training as take about as long.
+PREPARATION_WORK = 30
+
+
+def prepare_data(given: "Path | None", out: Path, display: Display) -> Path:
+    """Return the folder of binarized data, made here unless it was given or is there already."""
+    if given and (given / "dict.txt").is_file():
+        missing = [name for name in data_files() if not (given / name).is_file()]
+        if missing:
+            raise UserError(f"--data {given} lacks {missing[0]}; prepare train, valid and test together")
+        display.skip("data", PREPARATION_WORK)
+        return given
+    ways = ["embedded", "--vocab-size", str(VOCABULARY)]
+    if given:
+        raise UserError("not yet")
+    made_of = {"command": ways, "code": code_fingerprint(ROOT / "data_prep"), "python": sys.version.split()[0]}
+    folder = out / "data" / f"corpus-{short_hash(made_of)}"
+    if (folder / "dict.txt").is_file():
+        display.skip("data", PREPARATION_WORK)
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    display.begin("data", PREPARATION_WORK)
+    command = [sys.executable, "-m", "data_prep", ways[0], "--out", str(folder), *ways[1:]]
+    run_logged(command, folder.parent / f"{folder.name}.log", ROOT, lambda line: None)
+    display.end(f"prepared in {shown(folder)}")
+    return folder
+
+
+def data_files() -> list[str]:
+    """Return the names of the files that a training and its evaluations read."""
+    return ["dict.txt", *(f"{split}.{kind}" for split in SPLITS for kind in ("bin", "idx"))]
+
+
+def data_fingerprint(folder: Path) -> str:
+    """Return a hash of the dictionary and the binarized splits."""
+    return hashlib.sha256("".join(sha256_of_file(folder / name) for name in data_files()).encode()).hexdigest()
+
+
+def code_fingerprint(folder: Path) -> str:
+    """Return a hash of the Python files in a folder: what lies deeper (commands, reports) changes no training."""
+    digests = [f"{path.name} {sha256_of_file(path)}" for path in sorted(folder.glob("*.py"))]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def short_hash(content: Any) -> str:
+    """Return eight digits that tell JSON-ready contents apart."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def shown(path: Path) -> str:
+    """Return a path as the commands get it: from the repository's root where it lies inside."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    os.replace(temporary, path)

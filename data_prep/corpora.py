@@ -1,0 +1,277 @@
+"""Public corpora: from their archives to three plain text files (train, valid, test)."""
+
+import io
+import lzma
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from data_prep.download import OnProgress, RemoteFile, download, exclusive, mismatch
+from fairseq_hash.errors import UserError
+
+SPLITS = ("train", "valid", "test")
+BLOCK = 1 << 20  # bytes
+
+# For a corpus without splits of its own: of every 2000 documents the last two go to valid and test. So both come from
+# all over the corpus, a smaller part of it has the same documents there, and each is about 0.05 % (5 MB of 10 GB).
+DOCUMENTS_A_ROUND = 2000
+
+OnPhase = Callable[[str, int, int | None], None]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A public corpus: its archive and, where they are published, the figures that a preparation can be checked with.
+
+    `members`: the archive's text file for each split; None for an xz stream of documents that we split ourselves.
+    `expected_tokens`: tokens a split, words and one <eos> a line (blank lines too). `expected_vocabulary`: their kinds,
+    <unk> and <eos> among them.
+    """
+
+    name: str
+    file: RemoteFile
+    licence: str
+    note: str
+    members: dict[str, str] | None = None
+    expected_tokens: dict[str, int] | None = None
+    expected_vocabulary: int | None = None
+
+    @property
+    def archive(self) -> str:
+        """The name of the archive's file."""
+        return self.file.url.rpartition("/")[2]
+
+
+def _wikitext(name: str, size: int, sha256: str, train_tokens: int, vocabulary: int) -> Corpus:
+    return Corpus(
+        name=name,
+        file=RemoteFile(f"https://wikitext.smerity.com/{name}-v1.zip", size, sha256),
+        licence="Creative Commons Attribution-ShareAlike (text of Wikipedia)",
+        note="Merity et al. 2016, Pointer Sentinel Mixture Models; word-level, rare words are <unk>",
+        members={split: f"{name}/wiki.{split}.tokens" for split in SPLITS},
+        expected_tokens={"train": train_tokens, "valid": 217_646, "test": 245_569},
+        expected_vocabulary=vocabulary,
+    )
+
+
+# WikiText's sizes stand in huggingface/datasets (datasets/wikitext/dataset_infos.json), its SHA-256 there and in other
+# public repositories: for both archives at their first address, for wikitext-103 at this one too. When this was written
+# the files themselves could not be downloaded to see. The figures are those of Merity et al. 2016.
+CORPORA: dict[str, Corpus] = {
+    corpus.name: corpus
+    for corpus in (
+        _wikitext(
+            "wikitext-103",
+            190_229_076,
+            "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
+            103_227_021,
+            267_735,
+        ),
+        _wikitext(
+            "wikitext-2",
+            4_475_746,
+            "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
+            2_088_628,
+            33_278,
+        ),
+        # No checksum is published. What finds damage is xz's own check of every block (CRC64 unless its maker chose
+        # another), and a missing end. Nothing tells whether it is the file that others used: record its fingerprint.
+        Corpus(
+            name="cc100-en",
+            file=RemoteFile("https://data.statmt.org/cc-100/en.txt.xz", None, None),
+            licence="none claimed on the preparation of the corpus; Common Crawl's terms of use hold for the content",
+            note="Conneau et al. 2020 and Wenzek et al. 2020; web text of 2018, about 82 GB compressed",
+        ),
+    )
+}
+
+
+def fetch_text(
+    corpus: Corpus, folder: Path, local: Path | None, max_bytes: int | None, on_progress: OnPhase
+) -> dict[str, Path]:
+    """Write a corpus to `train.txt`, `valid.txt` and `test.txt` in `folder` and return their paths by split.
+
+    WikiText and files that are unpacked already go out byte for byte. CC-100 has a paragraph a line and a blank line
+    between documents, in each split as in the whole; see `DOCUMENTS_A_ROUND` for the splits. Either all three files
+    appear whole or none does. Memory depends on the longest document alone. Nothing is decoded: that the text is
+    UTF-8 is for its reader to check.
+
+    Args:
+        corpus: one of `CORPORA`.
+        folder: for the text, and for the archive where it is downloaded (it stays there); made where it is missing.
+        local: the archive, or a folder with the unpacked files (by their names in the archive, or `train.txt`,
+            `valid.txt`, `test.txt`); None downloads.
+        max_bytes: for CC-100 archives: take whole documents from the beginning as long as the three files together
+            have no more bytes than this. Unpacking ends there, so the beginning of an archive is enough, and what
+            follows in xz's last block is not checked.
+        on_progress: called with the phase, what is done and what there is in all, in bytes: `download` counts the
+            archive; `unpack` the text, or the archive where the amount of text is not known.
+
+    Raises:
+        UserError: where the corpus cannot be had, is damaged or not the published one, or has no text in a split.
+    """
+    if max_bytes is not None and (corpus.members or (local and local.is_dir())):
+        raise UserError(
+            f"--max-bytes {max_bytes} needs a corpus that is split here, from its archive (cc100-en); "
+            f"leave it out to take {local or corpus.name} whole"
+        )
+    if max_bytes is not None and max_bytes < 1:
+        raise UserError(f"--max-bytes {max_bytes} takes no text; give 1 or more, or leave it out to take all")
+    try:
+        source = _source(corpus, folder, local, on_progress)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _whole_files(folder) as files:
+            _unpack(corpus, source, max_bytes, files, lambda done, total: on_progress("unpack", done, total))
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: {error.strerror}; mend that and run again") from error
+    return {split: folder / f"{split}.txt" for split in SPLITS}
+
+
+def _source(corpus: Corpus, folder: Path, local: Path | None, on_progress: OnProgress) -> Path:
+    """Return the archive or the folder of unpacked files, downloaded where none is given; checked where it can be."""
+    if local is None:
+        return download(corpus.file, folder / corpus.archive, lambda done, total: on_progress("download", done, total))
+    if local.is_file() and (problem := mismatch(corpus.file, local)):
+        raise UserError(f"--local {local} {problem} for {corpus.name}; give the archive of {corpus.file.url}")
+    if not local.exists():
+        raise UserError(f"--local {local} does not exist; give {corpus.archive} or a folder with its unpacked files")
+    return local
+
+
+def _unpacked(corpus: Corpus, folder: Path, split: str) -> Path:
+    names = [f"{split}.txt"]
+    if corpus.members:
+        names.insert(0, corpus.members[split].rpartition("/")[2])
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"--local {folder} has no {' or '.join(names)}; put it there, or give {corpus.archive} instead")
+
+
+@contextmanager
+def _whole_files(folder: Path) -> Iterator[dict[str, BinaryIO]]:
+    """Give an open file for each split; all get their final names at the end, or none where something fails."""
+    partials = {split: folder / f"{split}.txt.partial" for split in SPLITS}
+    lock = folder / "unpack.lock"
+    with exclusive(lock):
+        try:
+            with ExitStack() as stack:
+                yield {split: stack.enter_context(open(path, "wb")) for split, path in partials.items()}
+            for split, path in partials.items():
+                os.replace(path, folder / f"{split}.txt")
+        finally:
+            for path in (*partials.values(), lock):
+                path.unlink(missing_ok=True)
+
+
+def _unpack(
+    corpus: Corpus, source: Path, max_bytes: int | None, files: dict[str, BinaryIO], on_progress: OnProgress
+) -> None:
+    try:
+        if source.is_dir():
+            _copy([_unpacked(corpus, source, split) for split in SPLITS], files, on_progress)
+        elif corpus.members:
+            _unzip(source, corpus.members, files, on_progress)
+        else:
+            _split_documents(source, max_bytes, files, on_progress)
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
+        # RuntimeError: a damaged zip entry can look encrypted, or compressed in a way that is not known.
+        raise UserError(
+            f"{source} is damaged or not an archive of {corpus.name} ({type(error).__name__}: {error}); "
+            "delete it and run again, or use --local PATH with a sound one"
+        ) from error
+
+
+def _copy(sources: list[Path], files: dict[str, BinaryIO], on_progress: OnProgress) -> None:
+    total = sum(source.stat().st_size for source in sources)
+    done = 0
+    for source, split in zip(sources, SPLITS, strict=True):
+        with open(source, "rb") as text:
+            done = _pour(text, files[split], str(source), done, total, on_progress)
+
+
+def _unzip(
+    source: Path,
+    members: dict[str, str],
+    files: dict[str, BinaryIO],
+    on_progress: OnProgress,
+) -> None:
+    done = 0
+    with zipfile.ZipFile(source) as archive:
+        if missing := [name for name in members.values() if name not in archive.namelist()]:
+            raise UserError(f"{source} has no {' and no '.join(missing)}; use --local PATH with another archive")
+        total = sum(archive.getinfo(name).file_size for name in members.values())
+        for split, name in members.items():
+            with archive.open(name) as text:
+                done = _pour(text, files[split], f"{name} in {source}", done, total, on_progress)
+
+
+def _pour(
+    text: BinaryIO,
+    file: BinaryIO,
+    name: str,
+    done: int,
+    total: int,
+    on_progress: OnProgress,
+) -> int:
+    """Copy a text byte for byte; return how many bytes are done by then of the total of all splits."""
+    blank = True
+    while block := text.read(BLOCK):
+        blank = blank and not block.strip()
+        file.write(block)
+        done += len(block)
+        on_progress(done, total)
+    if blank:
+        raise UserError(f"{name} has no text; use --local PATH with one that has")
+    return done
+
+
+def _split_documents(
+    source: Path,
+    max_bytes: int | None,
+    files: dict[str, BinaryIO],
+    on_progress: OnProgress,
+) -> None:
+    """Decompress an xz stream of documents and deal them out to the splits."""
+    size = source.stat().st_size
+    written, number = 0, 0
+    with open(source, "rb") as archive, lzma.open(archive) as text:
+        for number, document in enumerate(_documents(io.BufferedReader(text, BLOCK))):
+            split = split_of_document(number)
+            file = files[split]
+            block = b"\n" + document if file.tell() else document
+            if max_bytes is not None and written + len(block) > max_bytes:
+                break
+            file.write(block)
+            written += len(block)
+            if split != "train":  # often enough to be seen, seldom enough to cost nothing
+                on_progress(*((archive.tell(), size) if max_bytes is None else (written, max_bytes)))
+    if empty := [split for split, file in files.items() if not file.tell()]:
+        limit = "" if max_bytes is None else f" within --max-bytes {max_bytes}"
+        raise UserError(
+            f"{source} has too little text{limit} for {' and '.join(empty)}; "
+            f"at least {DOCUMENTS_A_ROUND} documents are needed, about 3 MB"
+        )
+
+
+def split_of_document(number: int) -> str:
+    """Return the split of document `number`, counted from 0 at the beginning of the corpus."""
+    return {DOCUMENTS_A_ROUND - 2: "valid", DOCUMENTS_A_ROUND - 1: "test"}.get(number % DOCUMENTS_A_ROUND, "train")
+
+
+def _documents(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Join lines to documents: blank lines separate them and belong to none; every line ends with a newline."""
+    document = bytearray()
+    for line in lines:
+        if line.strip():
+            document += line.rstrip(b"\n") + b"\n"
+        elif document:
+            yield bytes(document)
+            document.clear()
+    if document:
+        yield bytes(document)

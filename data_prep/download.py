@@ -1,0 +1,240 @@
+"""Downloads: a remote file arrives whole and checked, or not at all."""
+
+import fcntl
+import http.client
+import io
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from email.message import Message
+from pathlib import Path
+
+from fairseq_hash.errors import UserError
+from fairseq_hash.provenance import __version__, sha256_of_file
+
+TIMEOUT = 60.0  # seconds in which a server has to connect, and then to send something
+ATTEMPTS = 5  # in a row that bring nothing new
+PAUSE = 0.5  # seconds before the second attempt; it doubles with every further one
+BLOCK = 1 << 18  # bytes
+
+OnProgress = Callable[[int, int | None], None]
+
+OTHERWISE = "or get it by other means and use --local PATH"
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file at a public address. `size` (bytes) and `sha256` (hexadecimal digits): None where none is published."""
+
+    url: str
+    size: int | None
+    sha256: str | None
+
+
+class _Interrupted(Exception):
+    """The connection failed or ended early; another attempt may do better."""
+
+
+def download(file: RemoteFile, path: Path, on_progress: OnProgress) -> Path:
+    """Bring `file` to `path` and return `path`; a file that is there already is checked and used.
+
+    What arrives is kept in `path` + `.partial` until it is whole and checked. After a cut the download goes on from
+    there, in this call and in a later one, but only while the server vouches that the file is still the same one
+    (RFC 9110, section 13.1.5, If-Range); otherwise it starts anew. Memory does not depend on the file's size.
+
+    Args:
+        file: what to download.
+        path: the final name; its folder is made where it is missing.
+        on_progress: called with the bytes here so far and the bytes in all. It starts at more than 0 where a download
+            goes on, and falls back where one starts anew.
+
+    Raises:
+        UserError: where the file cannot be had, is not the published one, or cannot be written; where another file is
+            at `path`; where another process downloads to `path` right now.
+    """
+    partial = path.with_name(path.name + ".partial")
+    sidecar = path.with_name(path.name + ".partial.json")
+    try:
+        if path.exists():
+            if problem := mismatch(file, path):
+                raise UserError(f"{path} {problem}; delete it to download {file.url}, {OTHERWISE}")
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(partial) as stream:
+            try:
+                _transfer(file, stream, sidecar, on_progress)
+            except UserError:
+                if not partial.stat().st_size:
+                    partial.unlink()
+                    sidecar.unlink(missing_ok=True)
+                raise
+            problem = mismatch(file, partial)
+            sidecar.unlink(missing_ok=True)
+            if problem:
+                partial.unlink()
+                raise UserError(f"{file.url} arrived damaged and was removed: it {problem}; run again, {OTHERWISE}")
+            os.replace(partial, path)
+    except OSError as error:  # the disk's: those of the network never get here
+        raise UserError(
+            f"{error.filename or partial}: {error.strerror}; mend that and run again, the download goes on from there"
+        ) from error
+    return path
+
+
+def mismatch(file: RemoteFile, path: Path) -> str | None:
+    """Say how the file at `path` differs from the published one; None where it does not, as far as is published."""
+    size = path.stat().st_size
+    if file.size is not None and size != file.size:
+        return f"has {size} bytes, but {file.size} are expected"
+    if file.sha256 is not None and (digest := sha256_of_file(path)) != file.sha256:
+        return f"has the sha256 {digest}, but {file.sha256} is expected"
+    return None
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[io.FileIO]:
+    """Open `path` for appending, unbuffered, for this process alone; the file is made where it is missing.
+
+    Raises:
+        UserError: where another process has it open in this way.
+    """
+    while True:
+        with open(path, "ab", buffering=0) as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{path} is in use by another process; wait for its end and run again") from None
+            if _is_still(stream, path):
+                yield stream
+                return
+
+
+def _is_still(stream: io.FileIO, path: Path) -> bool:
+    """Tell whether the name leads to the open file: the one who had the lock before may have renamed or removed it."""
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _transfer(file: RemoteFile, stream: io.FileIO, sidecar: Path, on_progress: OnProgress) -> None:
+    """Attempt it until the file is whole, or `ATTEMPTS` in a row have brought nothing new."""
+    furthest, failures = stream.seek(0, os.SEEK_END), 0
+    while True:
+        try:
+            return _attempt(file, stream, sidecar, on_progress)
+        except _Interrupted as error:
+            done = stream.seek(0, os.SEEK_END)
+            failures = 1 if done > furthest else failures + 1
+            furthest = max(furthest, done)
+            if failures == ATTEMPTS:
+                reason = " ".join(str(error).split())
+                raise UserError(
+                    f"{file.url}: {reason} ({failures} attempts in a row brought nothing new); "
+                    f"run again to go on after the {done} bytes that are here, {OTHERWISE}"
+                ) from error
+        time.sleep(PAUSE * 2 ** (failures - 1))
+
+
+def _attempt(file: RemoteFile, stream: io.FileIO, sidecar: Path, on_progress: OnProgress) -> None:
+    """Receive what is missing over one connection; the sidecar holds what the bytes in `stream` are a part of."""
+    whole = _remembered(sidecar, file.url)
+    done = stream.seek(0, os.SEEK_END) if whole["validator"] else 0
+    if done and done == whole["total"]:
+        return  # the last call was stopped between the last byte and the check
+    part = {"Range": f"bytes={done}-", "If-Range": whole["validator"]} if done else {}
+    with _open(file.url, part, sidecar) as response:
+        validator = _validator(response.headers)
+        if response.status == http.client.PARTIAL_CONTENT:
+            # Some servers ignore If-Range, and the parts of two files must not come together.
+            span = rf"bytes {done}-\d+/{whole['total']}"
+            if not re.fullmatch(span, response.headers.get("Content-Range", "")) or (
+                validator not in (None, whole["validator"])
+            ):
+                sidecar.unlink(missing_ok=True)
+                raise _Interrupted("the server sent a part of another file")
+            total = whole["total"]
+        else:
+            done, total = 0, _length(file, response.headers)
+            stream.truncate(0)
+            sidecar.write_text(json.dumps({"url": file.url, "validator": validator, "total": total}))
+        on_progress(done, total)
+        for block in _blocks(response):
+            _write(stream, block)
+            done += len(block)
+            on_progress(done, total)
+    if done != total:
+        raise _Interrupted(f"the server ended at {done} of {total} bytes")
+
+
+def _remembered(sidecar: Path, url: str) -> dict[str, object]:
+    """Return what the sidecar says of the file that `url` leads to; a missing or damaged one says nothing."""
+    try:
+        whole = json.loads(sidecar.read_text())
+        if whole["url"] == url:
+            return {"validator": whole["validator"], "total": whole["total"]}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        pass
+    return {"validator": None, "total": None}
+
+
+def _open(url: str, headers: dict[str, str], sidecar: Path) -> http.client.HTTPResponse:
+    request = urllib.request.Request(url, headers={"User-Agent": f"fairseq_hash/{__version__}", **headers})
+    try:
+        return urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+            sidecar.unlink(missing_ok=True)  # so the next attempt starts anew
+        elif error.code < 500 and error.code not in (http.client.REQUEST_TIMEOUT, http.client.TOO_MANY_REQUESTS):
+            raise UserError(
+                f"{url}: the server answers {error.code} {error.reason}; try again later, {OTHERWISE}"
+            ) from error
+        raise _Interrupted(f"the server answers {error.code} {error.reason}") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise _Interrupted(getattr(error, "reason", error)) from error
+
+
+def _blocks(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """Yield the bytes as they come: `read` would lose those of an unfinished block when the connection breaks."""
+    while True:
+        try:
+            block = response.read1(BLOCK)
+        except (OSError, http.client.HTTPException) as error:
+            raise _Interrupted(error) from error
+        if not block:
+            return
+        yield block
+
+
+def _write(stream: io.FileIO, block: bytes) -> None:
+    """Write all of a block: an unbuffered file may take less at a time, and says by an error when it is full."""
+    rest = memoryview(block)
+    while rest:
+        rest = rest[stream.write(rest) :]
+
+
+def _validator(headers: Message) -> str | None:
+    """Return what If-Range may name: the entity tag, unless it is a weak one, or else the date (RFC 9110, 13.1.5)."""
+    tag = headers.get("ETag")
+    return tag if tag and not tag.startswith("W/") else headers.get("Last-Modified")
+
+
+def _length(file: RemoteFile, headers: Message) -> int:
+    """Return the length of the whole file in bytes, by the server and, where it is published, checked."""
+    stated = headers.get("Content-Length", "")
+    total = int(stated) if stated.isdigit() else file.size
+    if total is None:
+        raise UserError(f"{file.url}: the server does not say how long the file is; try again later, {OTHERWISE}")
+    if file.size not in (None, total):
+        raise UserError(
+            f"{file.url}: the server offers {total} bytes, but {file.size} are expected; "
+            f"see whether a proxy or a login page answers in its place, {OTHERWISE}"
+        )
+    return total

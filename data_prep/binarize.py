@@ -1,0 +1,106 @@
+"""Lines of tokens to what fairseq trains on: the dictionary, and `fairseq-preprocess` chunk by chunk.
+
+`fairseq-preprocess` keeps some 80 bytes a line in memory, too much for large corpora. It is therefore called on chunks,
+and their results are joined to the very files that one call on all of the text would have written.
+"""
+
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from fairseq.data import Dictionary
+
+from fairseq_hash.errors import UserError
+
+SPLITS = ("train", "valid", "test")
+BLOCK = 1 << 20
+
+# The index file of fairseq/data/indexed_dataset.py: magic, version (8 bytes), dtype code (1), length (8); then the
+# number of tokens of every line (int32) and the byte where it starts (int64).
+HEADER = struct.Struct("<9sQBQ")
+MAGIC = b"MMIDIDX\x00\x00"
+TOKEN_BYTES = {8: 2, 9: 4, 5: 8}  # by dtype code: uint16 up to 65,499 symbols, uint32, int64
+
+
+def make_dictionary(counts: Counter[str], pieces: "Iterable[str] | None", most: "int | None", least: int) -> Dictionary:
+    """Return fairseq's dictionary of token counts: by descending count, padded to a multiple of 8 symbols.
+
+    Args:
+        counts: how often each token occurs in the training text.
+        pieces: all pieces of a SentencePiece model: exactly these are the symbols, also where they do not occur. None:
+            the tokens that occur.
+        most: number of symbols at most, fairseq's four special ones among them; None without a limit.
+        least: the smallest count of a token that is a symbol.
+    """
+    dictionary = Dictionary()
+    for token in counts if pieces is None else pieces:
+        dictionary.add_symbol(token, n=counts[token])
+    dictionary.finalize(threshold=-1 if pieces is not None else least, nwords=most or -1, padding_factor=8)
+    return dictionary
+
+
+def preprocess(chunks: dict[str, Path], dictionary: Path, folder: Path, workers: int, log: Path) -> None:
+    """Run `fairseq-preprocess` on a file a split and write its files to `folder`.
+
+    Raises:
+        UserError: where it fails, with its last line and the place of its output.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    prefixes = [word for split, path in chunks.items() for word in (f"--{split}pref", str(path))]
+    command = [sys.executable, "-m", "fairseq_cli.preprocess", "--only-source", "--workers", str(workers)]
+    command += [*prefixes, "--srcdict", str(dictionary), "--destdir", str(folder)]
+    with log.open("a") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
+        raise UserError(f"fairseq-preprocess failed ({last}); its output is in {log}")
+
+
+def join(parts: Sequence[Path], target: Path) -> None:
+    """Join binarized parts (paths without suffix) to `TARGET.bin` and `TARGET.idx`, and remove the parts.
+
+    Raises:
+        UserError: where a part is not what `fairseq-preprocess` writes.
+    """
+    if len(parts) == 1:
+        for suffix in (".bin", ".idx"):
+            os.replace(parts[0].with_suffix(suffix), target.with_suffix(suffix))
+        return
+    heads = [_read_header(part) for part in parts]
+    if len({code for code, _ in heads}) > 1:
+        raise UserError(f"the parts of {target} have tokens of different types; delete its folder and start again")
+    code = heads[0][0]
+    with target.with_suffix(".bin").open("wb") as out:
+        for part in parts:
+            with part.with_suffix(".bin").open("rb") as file:
+                shutil.copyfileobj(file, out, BLOCK)
+    with target.with_suffix(".idx").open("wb") as out:
+        out.write(HEADER.pack(MAGIC, 1, code, sum(length for _, length in heads)))
+        for part, (_, length) in zip(parts, heads, strict=True):
+            out.write(_sizes(part, length).tobytes())
+        start = 0
+        for part, (_, length) in zip(parts, heads, strict=True):
+            ends = start + _sizes(part, length).cumsum(dtype=np.int64) * TOKEN_BYTES[code]
+            out.write(np.concatenate([np.array([start], dtype=np.int64), ends[:-1]]).tobytes() if length else b"")
+            start = int(ends[-1]) if length else start
+    for part in parts:
+        part.with_suffix(".bin").unlink()
+        part.with_suffix(".idx").unlink()
+
+
+def _read_header(part: Path) -> tuple[int, int]:
+    with part.with_suffix(".idx").open("rb") as file:
+        magic, version, code, length = HEADER.unpack(file.read(HEADER.size))
+    if magic != MAGIC or version != 1 or code not in TOKEN_BYTES:
+        raise UserError(f"{part}.idx is not an index of fairseq's; delete its folder and start again")
+    return code, length
+
+
+def _sizes(part: Path, length: int) -> np.ndarray:
+    return np.fromfile(part.with_suffix(".idx"), dtype="<i4", count=length, offset=HEADER.size)

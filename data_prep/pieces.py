@@ -1,0 +1,122 @@
+"""Lines of text to lines of tokens: SentencePiece pieces, or words; in worker processes, in order.
+
+This file imports nothing of `fairseq_hash`: worker processes start in a fraction of a second and stay small.
+"""
+
+import io
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import sentencepiece
+
+BATCH_CHARACTERS = 1 << 20
+SPACE = "\u2581"
+
+_processor: "sentencepiece.SentencePieceProcessor | None" = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some lines of tokens, and what they add up to. `text` has a space between tokens and ends every line."""
+
+    text: str
+    lines: int
+    tokens: int
+    words: int
+    characters: int
+    counts: Counter[str]
+
+
+def train_model(sample: Path, model: Path, vocabulary: int) -> None:
+    """Train a byte-pair encoding (Sennrich et al. 2016) on the lines of a file and write it to `model`.
+
+    `vocabulary` is the number of pieces, the 256 bytes that rare characters fall back to among them. The text is
+    normalised as SentencePiece does by default (NFKC; control characters and runs of spaces become one space).
+
+    Raises:
+        RuntimeError: where `vocabulary` does not fit the text.
+    """
+    trained = io.BytesIO()
+    with sample.open(encoding="utf-8", newline="\n") as lines:
+        # By names of files the model would hold these names, and be another one in another folder.
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(line.rstrip("\n") for line in lines),
+            model_writer=trained,
+            model_type="bpe",
+            vocab_size=vocabulary,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            max_sentence_length=1 << 30,  # bytes; longer lines would be left out without a word
+            minloglevel=2,
+        )
+    model.write_bytes(trained.getvalue())
+
+
+def model_pieces(model: Path) -> list[str]:
+    """Return the pieces that a model can give, without its control symbols."""
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    ids = range(processor.get_piece_size())
+    return [processor.id_to_piece(i) for i in ids if not (processor.is_control(i) or processor.is_unknown(i))]
+
+
+def encode(lines: list[str]) -> Batch:
+    """Return lines as pieces, or as words where this process was given no model.
+
+    Words are what white space separates, as fairseq's own `tokenize_line` sees them.
+    """
+    if _processor is None:
+        rows = [line.split() for line in lines]
+    else:
+        rows = _processor.encode(lines, out_type=str)
+    counts = Counter[str]()
+    for row in rows:
+        counts.update(row)
+    text = "".join(" ".join(row) + "\n" for row in rows)
+    words, characters = sum(len(line.split()) for line in lines), sum(map(len, lines))
+    return Batch(text, len(lines), sum(map(len, rows)), words, characters, counts)
+
+
+def batches(lines: Iterable[str]) -> Iterator[list[str]]:
+    """Group lines into batches of about a million characters."""
+    batch: list[str] = []
+    size = 0
+    for line in lines:
+        batch.append(line)
+        size += len(line) + 1
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+@contextmanager
+def workers(count: int, model: "Path | None") -> "Iterator[ProcessPoolExecutor]":
+    """Start `count` processes that encode with a model, or by words where it is None."""
+    context = get_context("spawn")  # a forked copy of a process with threads can hang
+    pool = ProcessPoolExecutor(count, context, _load_model, (model and str(model),))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _load_model(model: "str | None") -> None:
+    global _processor
+    _processor = sentencepiece.SentencePieceProcessor(model_file=model) if model else None
+
+
+def encode_in_order(lines: Iterable[str], pool: ProcessPoolExecutor, count: int) -> Iterator[Batch]:
+    """Encode lines in a pool of `count` processes; batches come in the lines' order, and only a few wait at a time."""
+    waiting: deque[Future[Batch]] = deque()
+    for batch in batches(lines):
+        waiting.append(pool.submit(encode, batch))
+        if len(waiting) > 2 * count:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

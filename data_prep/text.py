@@ -1,0 +1,68 @@
+"""Text as it comes: plain or compressed files, line by line, checked."""
+
+import bz2
+import gzip
+import lzma
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import BinaryIO
+
+from fairseq_hash.errors import UserError
+
+OPENERS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
+LONGEST_LINE = 1 << 24  # bytes; a line is held in memory, and training samples are much shorter
+
+
+def check_files(files: Sequence[Path]) -> None:
+    """Raise `UserError` for the first file that is missing or empty."""
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"{path} is not a file; give a text file (plain, .xz, .gz or .bz2)")
+        if path.stat().st_size == 0:
+            raise UserError(f"{path} is empty; give a file with text")
+
+
+def read_lines(files: Sequence[Path], on_bytes: Callable[[int], None]) -> Iterator[str]:
+    """Yield the lines of UTF-8 files, one after another, without their line ends; blank lines too.
+
+    `on_bytes` is told now and then how many bytes of the files, as they lie on the disk, are read. Memory does not
+    depend on the size of the files.
+
+    Raises:
+        UserError: where a file is damaged, is not UTF-8, has a line of more than 16 MiB, or where no line has text.
+    """
+    before = 0
+    blank = True
+    for path in files:
+        with path.open("rb") as raw:
+            for number, line in enumerate(_lines(path, raw), start=1):
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError:
+                    raise UserError(f"{path}, line {number:,}, is not UTF-8; convert the file to UTF-8") from None
+                if number % 1000 == 0:
+                    on_bytes(before + raw.tell())
+                text = text.rstrip("\r\n")
+                blank = blank and not text.strip()
+                yield text
+        before += path.stat().st_size
+        on_bytes(before)
+    if blank:
+        raise UserError(f"{', '.join(map(str, files))}: no line has text; give files with text")
+
+
+def _lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
+    opener = OPENERS.get(path.suffix)
+    number = 0
+    try:
+        with opener(raw) if opener else nullcontext(raw) as file:
+            while line := file.readline(LONGEST_LINE + 1):
+                number += 1
+                if len(line) > LONGEST_LINE:
+                    raise UserError(f"{path}, line {number:,}, is longer than {LONGEST_LINE >> 20} MiB; break it up")
+                yield line
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"cannot read {path} after line {number:,} ({reason}); is the file whole?") from error

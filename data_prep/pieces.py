@@ -4,18 +4,20 @@ This file imports nothing of `fairseq_hash`: worker processes start in a fractio
 """
 
 import io
+import os
+import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import sentencepiece
 
 BATCH_CHARACTERS = 1 << 20
-SPACE = "\u2581"
 
 _processor: "sentencepiece.SentencePieceProcessor | None" = None
 
@@ -99,11 +101,22 @@ def batches(lines: Iterable[str]) -> Iterator[list[str]]:
 def workers(count: int, model: "Path | None") -> "Iterator[ProcessPoolExecutor]":
     """Start `count` processes that encode with a model, or by words where it is None."""
     context = get_context("spawn")  # a forked copy of a process with threads can hang
-    pool = ProcessPoolExecutor(count, context, _load_model, (model and str(model),))
+    pool = ProcessPoolExecutor(count, context, _start_worker, (model and str(model),))
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(model: "str | None") -> None:
+    # A worker whose parent was killed would wait for work for ever.
+    threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
+    _load_model(model)
+
+
+def _end_with(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _load_model(model: "str | None") -> None:

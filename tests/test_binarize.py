@@ -1,7 +1,12 @@
 """Binarized data: chunks joined are the files of one call, dictionaries fairseq's own, tokens survive fairseq."""
 
+import os
 import random
+import subprocess
+import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +20,8 @@ from plugin import command
 from data_prep import pieces
 from data_prep.binarize import join, make_dictionary, preprocess
 from fairseq_hash.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def write_tokens(path, lines, seed, words=50):
@@ -137,6 +144,42 @@ def test_a_pool_keeps_the_order(model, monkeypatch):
     with pieces.workers(2, model) as pool:
         found = list(pieces.encode_in_order(lines, pool, 2))
     assert len(found) > 40 and "".join(batch.text for batch in found) == expected
+
+
+def test_workers_end_with_their_parent(tmp_path):
+    """A process that is killed leaves none of its workers behind."""
+    program = (
+        "import os, sys, time\n"
+        "from data_prep import pieces\n"
+        "if __name__ == '__main__':\n"
+        "    with pieces.workers(2, None) as pool:\n"
+        "        list(pieces.encode_in_order(['a'] * 10, pool, 2))\n"
+        "        print(*(process.pid for process in pool._processes.values()), flush=True)\n"
+        "        time.sleep(60)\n"
+    )
+    (tmp_path / "parent.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, env=environment)
+    children = [int(number) for number in parent.stdout.readline().split()]
+    assert children
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    for _ in range(600):
+        alive = [pid for pid in children if is_running(pid)]
+        if not alive:
+            break
+        time.sleep(0.05)
+    assert not alive
+
+
+def is_running(pid):
+    """Whether a process runs; one that has ended and waits to be noticed by its parent does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_batches_hold_every_line_once():

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from demo_process import run_logged
-from demo_progress import Display
 
 from fairseq_hash.errors import UserError
+from fairseq_hash.progress import Display
 from fairseq_hash.provenance import sha256_of_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,20 +28,30 @@ def prepare_data(given: "Path | None", out: Path, display: Display) -> Path:
             raise UserError(f"--data {given} lacks {missing[0]}; prepare train, valid and test together")
         display.skip("data", PREPARATION_WORK)
         return given
-    ways = ["embedded", "--vocab-size", str(VOCABULARY)]
-    if given:
-        raise UserError("not yet")
+    ways = ["text", *_text_files(given)] if given else ["embedded"]
     made_of = {"command": ways, "code": code_fingerprint(ROOT / "data_prep"), "python": sys.version.split()[0]}
+    made_of["text"] = [sha256_of_file(Path(path)) for path in ways[2::2]]
     folder = out / "data" / f"corpus-{short_hash(made_of)}"
     if (folder / "dict.txt").is_file():
         display.skip("data", PREPARATION_WORK)
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     display.begin("data", PREPARATION_WORK)
-    command = [sys.executable, "-m", "data_prep", ways[0], "--out", str(folder), *ways[1:]]
-    run_logged(command, folder.parent / f"{folder.name}.log", ROOT, lambda line: None)
+    command = [sys.executable, "-m", "data_prep", *ways, "--vocab-size", str(VOCABULARY), "--out", str(folder)]
+    run_logged(command, folder.parent / f"{folder.name}.log", ROOT, lambda line: display.detail(line.strip()[:60]))
     display.end(f"prepared in {shown(folder)}")
     return folder
+
+
+def _text_files(folder: Path) -> list[str]:
+    """Return the options of data_prep for a folder of train.txt, valid.txt and test.txt."""
+    paths = {split: folder / f"{split}.txt" for split in SPLITS}
+    if missing := [path.name for path in paths.values() if not path.is_file()]:
+        raise UserError(
+            f"--data {folder} has no {missing[0]}; give a folder with train.txt, valid.txt and test.txt, or one that "
+            "fairseq-preprocess made"
+        )
+    return [word for split, path in paths.items() for word in (f"--{split}", str(path))]
 
 
 def data_files() -> list[str]:

@@ -1,0 +1,107 @@
+"""The command `python -m data_prep`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from data_prep.binarize import SPLITS
+from data_prep.corpora import CORPORA
+from data_prep.prepare import Options, prepare
+from data_prep.sources import EmbeddedText, GivenText, PublicText, Source
+from fairseq_hash.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2 and the message."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def build_parser() -> Parser:
+    """Return the parser of the command line."""
+    parser = Parser(prog="python -m data_prep", description="From text to data for fairseq-train, in one folder.")
+    corpora = parser.add_subparsers(dest="corpus", required=True, metavar="CORPUS")
+    text = corpora.add_parser("text", help="text files of your own: a line of text is a line of data")
+    text.add_argument("--train", type=Path, nargs="+", required=True, metavar="FILE", help="plain, .xz, .gz or .bz2")
+    text.add_argument("--valid", type=Path, nargs="+", required=True, metavar="FILE", help="the same, for validation")
+    text.add_argument("--test", type=Path, nargs="+", required=True, metavar="FILE", help="the same, for testing")
+    corpora.add_parser("embedded", help="the documentation that every Python brings: no download, 400,000 words")
+    for corpus in CORPORA.values():
+        public = corpora.add_parser(corpus.name, help=f"{corpus.note} ({corpus.file.url})")
+        public.add_argument("--local", type=Path, metavar="PATH", help="the archive, or a folder of its unpacked files")
+        public.add_argument(
+            "--downloads", type=Path, default=Path("data", "downloads"), metavar="DIR", help="default: data/downloads"
+        )
+        public.add_argument(
+            "--max-bytes",
+            type=int,
+            metavar="N",
+            help="take whole documents from the beginning up to N bytes (cc100-en)",
+        )
+    for parsed in corpora.choices.values():
+        parsed.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the data, not there yet")
+        parsed.add_argument(
+            "--words", action="store_true", help="tokens are words between spaces, as WikiText is reported; not pieces"
+        )
+        parsed.add_argument(
+            "--vocab-size",
+            type=int,
+            metavar="N",
+            help="pieces of the SentencePiece model, 256 of them bytes (default: 8000); with --words the most symbols "
+            "(default: no limit)",
+        )
+        parsed.add_argument("--min-count", type=int, default=1, metavar="N", help="with --words: rarer words are <unk>")
+        parsed.add_argument(
+            "--like", type=Path, metavar="DIR", help="use the model and dictionary of data prepared before"
+        )
+        parsed.add_argument("--seed", type=int, default=1, metavar="N", help="of the text the model is trained on")
+        parsed.add_argument(
+            "--workers", type=int, default=usable_cores(), metavar="N", help="processes (default: cores)"
+        )
+    return parser
+
+
+def source_of(arguments: argparse.Namespace) -> Source:
+    """Return the corpus that the command line names."""
+    if arguments.corpus == "text":
+        return GivenText({split: getattr(arguments, split) for split in SPLITS})
+    if arguments.corpus == "embedded":
+        return EmbeddedText()
+    corpus = CORPORA[arguments.corpus]
+    return PublicText(corpus, arguments.downloads, arguments.local, arguments.max_bytes, arguments.words)
+
+
+def main(argv: "Sequence[str] | None" = None) -> int:
+    """Run the command. Returns 0, 1 after one line on standard error where the input is bad, 130 where interrupted."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        options = Options(
+            arguments.words,
+            arguments.vocab_size,
+            arguments.min_count,
+            arguments.like,
+            arguments.seed,
+            arguments.workers,
+        )
+        made = prepare(source_of(arguments), arguments.out, options)
+    except UserError as error:
+        print(f"data_prep: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"data_prep: {error}; make room or set permissions, then run again", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("data_prep: interrupted; the same command goes on from the last step done", file=sys.stderr)
+        return 130
+    print(f"{arguments.out}: {'ready' if made else 'done before'}; train with fairseq-train {arguments.out}")
+    return 0

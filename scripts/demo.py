@@ -15,10 +15,10 @@ from pathlib import Path
 
 from demo_data import PREPARATION_WORK, ROOT, data_fingerprint, prepare_data, shown
 from demo_process import StepFailed
-from demo_progress import Display
 from demo_runs import EVALUATION_WORK, EXPERTS, MODELS, SUBSETS, make_run
 
 from fairseq_hash.errors import UserError
+from fairseq_hash.progress import Display
 from fairseq_hash.reporting.report import write_report
 
 NOTE = """\
@@ -26,14 +26,14 @@ These are models of one to five million parameters, trained for {updates} update
 {corpus}, with {seeds}. All do the same work for a token: four layers of the same size, and where a layer has {experts}
 experts, each token uses one, as large as the dense layer's feed-forward block.
 
-What this can show: that every router trains, resumes, is evaluated and is measured by the same commands; how much more a
-model learns in the same updates when it has more parameters for the same work; how evenly each router loads its experts;
-and what each costs in tokens per second on this machine.
+What this can show: that every router trains, resumes, is evaluated and is measured by the same commands; how much more
+a model learns in the same updates when it has more parameters for the same work; how evenly each router loads its
+experts; and what each costs in tokens per second on this machine.
 
 What it cannot show: which router is best. {noise} The models see one kind of text for minutes, and no option was tuned
-for any of them; another learning rate, a larger model or dictionary, longer training or other text can change the order,
-and published comparisons do not agree on it. Speed is that of one process on these cores and says nothing about many
-GPUs, where routing costs communication.
+for any of them; another learning rate, a larger model or dictionary, longer training or other text can change the
+order, and published comparisons do not agree on it. Speed is that of one process on these cores and says nothing about
+many GPUs, where routing costs communication.
 """
 
 

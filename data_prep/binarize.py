@@ -45,53 +45,63 @@ def make_dictionary(counts: Counter[str], pieces: "Iterable[str] | None", most: 
     return dictionary
 
 
-def preprocess(chunks: dict[str, Path], dictionary: Path, folder: Path, workers: int, log: Path) -> None:
-    """Run `fairseq-preprocess` on a file a split and write its files to `folder`.
+def preprocess(
+    chunks: dict[str, Path], dictionary: Path, folder: Path, running: "list[subprocess.Popen[bytes]]"
+) -> None:
+    """Run `fairseq-preprocess` on a file a split; its files appear in `folder` when all are there.
+
+    The process is put on the list `running`, so that another thread can end it.
 
     Raises:
         UserError: where it fails, with its last line and the place of its output.
     """
-    shutil.rmtree(folder, ignore_errors=True)
+    # A folder of this process's own: a killed call may have left a child that still writes.
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     prefixes = [word for split, path in chunks.items() for word in (f"--{split}pref", str(path))]
-    command = [sys.executable, "-m", "fairseq_cli.preprocess", "--only-source", "--workers", str(workers)]
-    command += [*prefixes, "--srcdict", str(dictionary), "--destdir", str(folder)]
-    with log.open("a") as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-    if done.returncode:
+    command = [sys.executable, "-m", "fairseq_cli.preprocess", "--only-source", *prefixes]
+    command += ["--srcdict", str(dictionary), "--destdir", str(partial)]
+    log = partial / "output.log"
+    with log.open("w") as file:
+        child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        running.append(child)
+        status = child.wait()
+    if status:
         last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
         raise UserError(f"fairseq-preprocess failed ({last}); its output is in {log}")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
 
 
 def join(parts: Sequence[Path], target: Path) -> None:
-    """Join binarized parts (paths without suffix) to `TARGET.bin` and `TARGET.idx`, and remove the parts.
+    """Join binarized parts (paths without suffix) to `TARGET.bin` and `TARGET.idx`; the index appears last, and whole.
 
     Raises:
         UserError: where a part is not what `fairseq-preprocess` writes.
     """
-    if len(parts) == 1:
-        for suffix in (".bin", ".idx"):
-            os.replace(parts[0].with_suffix(suffix), target.with_suffix(suffix))
-        return
     heads = [_read_header(part) for part in parts]
     if len({code for code, _ in heads}) > 1:
         raise UserError(f"the parts of {target} have tokens of different types; delete its folder and start again")
     code = heads[0][0]
-    with target.with_suffix(".bin").open("wb") as out:
+    partial = target.with_suffix(".tmp")
+    with partial.open("wb") as out:
         for part in parts:
             with part.with_suffix(".bin").open("rb") as file:
                 shutil.copyfileobj(file, out, BLOCK)
-    with target.with_suffix(".idx").open("wb") as out:
+    os.replace(partial, target.with_suffix(".bin"))
+    with partial.open("wb") as out:
         out.write(HEADER.pack(MAGIC, 1, code, sum(length for _, length in heads)))
         for part, (_, length) in zip(parts, heads, strict=True):
             out.write(_sizes(part, length).tobytes())
         start = 0
         for part, (_, length) in zip(parts, heads, strict=True):
-            ends = start + _sizes(part, length).cumsum(dtype=np.int64) * TOKEN_BYTES[code]
-            out.write(np.concatenate([np.array([start], dtype=np.int64), ends[:-1]]).tobytes() if length else b"")
-            start = int(ends[-1]) if length else start
-    for part in parts:
-        part.with_suffix(".bin").unlink()
-        part.with_suffix(".idx").unlink()
+            bounds = np.zeros(length + 1, dtype="<i8")
+            np.cumsum(_sizes(part, length), out=bounds[1:])
+            bounds = start + bounds * TOKEN_BYTES[code]
+            out.write(bounds[:-1].tobytes())
+            start = bounds[-1]
+    os.replace(partial, target.with_suffix(".idx"))
 
 
 def _read_header(part: Path) -> tuple[int, int]:

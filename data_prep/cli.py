@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,6 +85,8 @@ def source_of(arguments: argparse.Namespace) -> Source:
 def main(argv: "Sequence[str] | None" = None) -> int:
     """Run the command. Returns 0, 1 after one line on standard error where the input is bad, 130 where interrupted."""
     arguments = build_parser().parse_args(argv)
+    # A plain SIGTERM would leave the processes that this one started running.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         options = Options(
             arguments.words,

@@ -8,8 +8,10 @@ import json
 import os
 import random
 import shutil
+import subprocess
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from fairseq.data import Dictionary
 
 from data_prep import pieces
 from data_prep.binarize import SPLITS, join, make_dictionary, preprocess
+from data_prep.chunks import ChunkWriter
 from data_prep.download import exclusive
 from data_prep.sources import TEXT_WORK, Source
 from data_prep.text import read_lines
@@ -28,8 +31,6 @@ from fairseq_hash.provenance import provenance, sha256_of_file
 
 MODEL, DICTIONARY, PROVENANCE = "sentencepiece.model", "dict.txt", "provenance.json"
 SAMPLE_BYTES = 200 << 20  # of text the SentencePiece model is trained on; its training holds them in memory
-# fairseq-preprocess holds some 80 bytes a line in memory, so a chunk has an end by lines, too.
-CHUNK_BYTES, CHUNK_LINES = 256 << 20, 4_000_000
 BYTES_A_WORKER = 16 << 20  # starting a process pays from there on
 MODEL_WORK, PIECES_WORK, BINARIZE_WORK = 10.0, 40.0, 40.0
 
@@ -114,7 +115,7 @@ class Preparation:
             # Of another preparation, or stopped before its first step was done.
             for path in work.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-            self.state = {"identity": identity, "parts": 0}
+            self.state = {"identity": identity, "parts": []}
 
     def run(self, display: Display) -> None:
         """Do what is not done yet."""
@@ -224,22 +225,42 @@ class Preparation:
     def _binarize(self, display: Display) -> str:
         splits: dict[str, dict[str, Any]] = self.state["splits"]
         parts = max(len(totals["chunks"]) for totals in splits.values())
-        for part in range(self.state["parts"], parts):
-            display.advance(part / parts, f"part {part + 1} of {parts}")
-            chunks = {s: self.work / "tokens" / t["chunks"][part] for s, t in splits.items() if part < len(t["chunks"])}
-            workers = min(
-                self.options.workers, 1 + sum(path.stat().st_size for path in chunks.values()) // BYTES_A_WORKER
-            )
-            folder = self.work / "parts" / str(part)
-            preprocess(chunks, self.work / DICTIONARY, folder, workers, self.work / "preprocess.log")
-            self.state["parts"] = part + 1
-            self._save_state()
+        missing = [part for part in range(parts) if part not in self.state["parts"]]
+        display.advance(1 - len(missing) / parts, f"part {parts - len(missing) + 1} of {parts}")
+        # One process a part: with workers of its own fairseq-preprocess would wait for them before it does its share.
+        with ThreadPoolExecutor(min(self.options.workers, parts)) as pool:
+            running: list[subprocess.Popen[bytes]] = []
+            calls = {pool.submit(self._binarize_part, part, splits, running): part for part in missing}
+            try:
+                for call in as_completed(calls):
+                    call.result()
+                    self.state["parts"].append(calls[call])
+                    self._save_state()
+                    done = len(self.state["parts"])
+                    display.advance(done / parts, f"part {done} of {parts}")
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for child in running:
+                    child.kill()
+                raise
         for split, totals in splits.items():
-            found = [self.work / "parts" / str(part) / split for part in range(len(totals["chunks"]))]
             if not (self.work / f"{split}.idx").exists():
-                join(found, self.work / split)
-        shutil.rmtree(self.work / "parts")
+                join([self._part(part) / split for part in range(len(totals["chunks"]))], self.work / split)
+        shutil.rmtree(self.work / "parts", ignore_errors=True)
         return f"{parts} {'part' if parts == 1 else 'parts'}"
+
+    def _part(self, part: int) -> Path:
+        return self.work / "parts" / f"{part:03d}"
+
+    def _binarize_part(
+        self, part: int, splits: dict[str, dict[str, Any]], running: "list[subprocess.Popen[bytes]]"
+    ) -> None:
+        chunks = {
+            split: self.work / "tokens" / totals["chunks"][part]
+            for split, totals in splits.items()
+            if part < len(totals["chunks"])
+        }
+        preprocess(chunks, self.work / DICTIONARY, self._part(part), running)
 
     def _finish(self) -> None:
         made = sorted(path for path in self.work.iterdir() if path.is_file() and path.name != "state.json")
@@ -255,48 +276,6 @@ class Preparation:
         }
         _write_json(self.work / PROVENANCE, record)
         (self.work / "state.json").unlink()
-
-
-class ChunkWriter:
-    """Writes a split's batches of tokens to chunks `SPLIT.000.txt`, ..., and adds up what they hold."""
-
-    def __init__(self, folder: Path, split: str) -> None:
-        self.folder, self.split = folder, split
-        self.names: list[str] = []
-        self.lines = self.tokens = self.words = self.characters = 0
-        self.counts = Counter[str]()
-        self._room_bytes = self._room_lines = 0
-
-    def __enter__(self) -> "ChunkWriter":
-        self._open()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-
-    def _open(self) -> None:
-        self.names.append(f"{self.split}.{len(self.names):03d}.txt")
-        self._file = (self.folder / self.names[-1]).open("w", encoding="utf-8", newline="\n")
-        self._room_bytes, self._room_lines = CHUNK_BYTES, CHUNK_LINES
-
-    def add(self, batch: pieces.Batch) -> None:
-        """Write a batch, to a new chunk where this one is full."""
-        if self._room_bytes <= 0 or self._room_lines <= 0:
-            self._file.close()
-            self._open()
-        self._file.write(batch.text)
-        self._room_bytes -= len(batch.text)
-        self._room_lines -= batch.lines
-        self.lines += batch.lines
-        self.tokens += batch.tokens
-        self.words += batch.words
-        self.characters += batch.characters
-        self.counts.update(batch.counts)
-
-    def totals(self) -> dict[str, Any]:
-        """Return what the split holds; tokens are without the ends of lines."""
-        names = ("lines", "tokens", "words", "characters")
-        return {**{name: getattr(self, name) for name in names}, "chunks": self.names}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -45,21 +45,15 @@ def test_joined_chunks_are_the_files_of_one_call(tmp_path, vocabulary):
     make_dictionary(counts, list(counts), None, 1).save(str(tmp_path / "dict.txt"))
     for name in ("a", "b", "c", "whole"):
         chunk = {"train": tmp_path / f"{name}.txt"}
-        preprocess(chunk, tmp_path / "dict.txt", tmp_path / f"bin {name}", 1, tmp_path / "log.txt")
+        preprocess(chunk, tmp_path / "dict.txt", tmp_path / f"bin {name}", [])
     join([tmp_path / f"bin {name}" / "train" for name in "abc"], tmp_path / "joined")
     for suffix in (".bin", ".idx"):
         joined, whole = tmp_path / f"joined{suffix}", tmp_path / "bin whole" / f"train{suffix}"
         assert joined.read_bytes() == whole.read_bytes()
-        assert not (tmp_path / "bin a" / f"train{suffix}").exists()
+    join([tmp_path / "bin whole" / "train"], tmp_path / "alone")
+    assert (tmp_path / "alone.idx").read_bytes() == (tmp_path / "joined.idx").read_bytes()
     data = indexed_dataset.make_dataset(str(tmp_path / "joined"), "mmap")
     assert len(data) == 66 and data.sizes.sum() == sum(counts.values()) + 66
-
-
-def test_one_part_is_taken_as_it_is(tmp_path):
-    for suffix in (".bin", ".idx"):
-        (tmp_path / f"part{suffix}").write_bytes(suffix.encode())
-    join([tmp_path / "part"], tmp_path / "whole")
-    assert (tmp_path / "whole.bin").read_bytes() == b".bin" and not (tmp_path / "part.idx").exists()
 
 
 def test_parts_of_another_form_are_refused(tmp_path):
@@ -71,8 +65,8 @@ def test_parts_of_another_form_are_refused(tmp_path):
 
 def test_a_failed_call_is_told_in_one_line(tmp_path):
     with pytest.raises(UserError, match="fairseq-preprocess failed") as error:
-        preprocess({"train": tmp_path / "no.txt"}, tmp_path / "no-dict.txt", tmp_path / "bin", 1, tmp_path / "log.txt")
-    assert "\n" not in str(error.value) and str(tmp_path / "log.txt") in str(error.value)
+        preprocess({"train": tmp_path / "no.txt"}, tmp_path / "no-dict.txt", tmp_path / "bin", [])
+    assert "\n" not in str(error.value) and "output.log" in str(error.value) and not (tmp_path / "bin").exists()
 
 
 @pytest.mark.parametrize("least, most", [(1, None), (3, None), (1, 20)])

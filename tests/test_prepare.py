@@ -13,6 +13,7 @@ import pytest
 import sentencepiece
 from fairseq.data import Dictionary, indexed_dataset
 
+from data_prep import chunks
 from data_prep import prepare as preparation
 from data_prep.cli import main
 from data_prep.sources import GivenText, PublicText
@@ -107,7 +108,7 @@ def test_chunks_and_workers_change_nothing(tmp_path, monkeypatch):
     """Many small chunks and batches in two processes, and all in one: the same files, byte for byte."""
     files = write_text(tmp_path / "text")
     assert main([*arguments(files, tmp_path / "one", "--vocab-size", "300"), "--workers", "1"]) == 0
-    monkeypatch.setattr(preparation, "CHUNK_LINES", 120)
+    monkeypatch.setattr(chunks, "CHUNK_LINES", 120)
     monkeypatch.setattr(preparation, "BYTES_A_WORKER", 1000)
     monkeypatch.setattr(preparation.pieces, "BATCH_CHARACTERS", 500)
     assert main(arguments(files, tmp_path / "many", "--vocab-size", "300")) == 0
@@ -135,6 +136,8 @@ def test_a_killed_preparation_goes_on(tmp_path):
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
         assert not out.exists() and step in preparation._read_json(work / "state.json")
+    # Stopped while the parts were joined: a torn file under the name of the whole.
+    (work / "train.tmp").write_bytes(b"torn")
     model_made = (work / "sentencepiece.model").stat().st_mtime_ns
     assert main(arguments(files, out, "--vocab-size", "300")) == 0
     assert (out / "sentencepiece.model").stat().st_mtime_ns == model_made

@@ -22,7 +22,7 @@ from fairseq_hash.progress import Display
 from fairseq_hash.reporting.report import write_report
 
 NOTE = """\
-These are models of one to five million parameters, trained for {updates} updates of at most 4,096 tokens on one corpus,
+These are models of one to five million parameters, trained for {updates} updates of at most 2,048 tokens on one corpus,
 {corpus}, with {seeds}. All do the same work for a token: four layers of the same size, and where a layer has {experts}
 experts, each token uses one, as large as the dense layer's feed-forward block.
 
@@ -72,7 +72,7 @@ def parse_options(argv: "Sequence[str] | None") -> Options:
         "documentation that every Python brings)",
     )
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "demo", metavar="DIR", help="default: runs/demo")
-    parser.add_argument("--updates", type=int, default=300, metavar="N", help="updates of each training (default: 300)")
+    parser.add_argument("--updates", type=int, default=240, metavar="N", help="updates of each training (default: 240)")
     arguments = vars(parser.parse_args(argv))
     return Options(
         **{name: value.absolute() if isinstance(value, Path) else value for name, value in arguments.items()}

@@ -46,7 +46,7 @@ def train_arguments(updates: int, model: str, seed: int) -> list[str]:
     return [
         *("--task", "language_modeling", "--user-dir", "fairseq_hash", "--cpu", "--num-workers", "0"),
         *("--arch", "hash_transformer_lm_tiny", "--criterion", "hash_moe", "--log-expert-loads", *MODELS[model]),
-        *("--tokens-per-sample", "128", "--max-tokens", "4096", "--max-update", str(updates)),
+        *("--tokens-per-sample", "128", "--max-tokens", "2048", "--max-update", str(updates)),
         *("--optimizer", "adam", "--lr", "2e-3", "--clip-norm", "0.1", "--seed", str(seed)),
         *("--lr-scheduler", "inverse_sqrt", "--warmup-updates", str(max(1, updates // 10))),
         *("--validate-interval-updates", every, "--save-interval-updates", every, "--keep-interval-updates", "1"),

@@ -25,6 +25,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run_build(arguments: argparse.Namespace) -> None:
     """Build and write a table, then show it."""
+    from safetensors import SafetensorError
+
     from fairseq_hash.hashing import build_table, save_table
 
     if arguments.num_experts < 1:
@@ -35,7 +37,10 @@ def run_build(arguments: argparse.Namespace) -> None:
         raise UserError(f"--out {arguments.out}: the folder {arguments.out.parent} does not exist; make it first")
     symbols, counts = read_dictionary(arguments.dictionary)
     table = build_table(arguments.builder, symbols, counts, arguments.num_experts, arguments.seed)
-    save_table(table, arguments.out)
+    try:
+        save_table(table, arguments.out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write --out {arguments.out} ({error}); give a file that you can write") from None
     print(f"wrote {arguments.out}")
     show_load(table, counts)
 
@@ -59,7 +64,7 @@ def read_dictionary(path: Path) -> tuple[list[str], list[int]]:
         raise UserError(f"{path} does not exist; give the dict.txt that fairseq-preprocess wrote")
     try:
         dictionary = Dictionary.load(str(path))
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:  # fairseq raises a bare one for another encoding than UTF-8
         raise UserError(f"{path} is no fairseq dictionary: {str(error).splitlines()[0]}") from error
     return dictionary.symbols, dictionary.count
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from fairseq_hash.errors import UserError
 
-# fairseq's own commands write the first form, Hydra's the second.
+# fairseq's own commands write the first form, Hydra's the second. The last header counts: what stands before it was cut
+# off when an earlier session was killed.
 LINE = re.compile(
-    r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?: \| [A-Z]+ \| ([\w.]+) \| |,\d+\]\[([\w.]+)\]\[[A-Z]+\] - )(.*)",
+    r".*(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?: \| [A-Z]+ \| ([\w.]+) \| |,\d+\]\[([\w.]+)\]\[[A-Z]+\] - )(.*)",
 )
 MODEL_RECORD = "model_record | "
 
@@ -79,17 +80,20 @@ class Evaluation:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Return the lines of a log file that a logger wrote. Raises `UserError` where the file cannot be read."""
+    """Return the lines of a log file that a logger wrote, without one at its end that was cut off.
+
+    Raises `UserError` where the file cannot be read.
+    """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give a run folder whose logs you can read") from None
-    return [line for line in map(parse_line, text.splitlines()) if line is not None]
+    return [line for line in map(parse_line, text.rpartition("\n")[0].splitlines()) if line is not None]
 
 
 def parse_line(text: str) -> "Line | None":
     """Return what a logger wrote, None for any other text; what stands before it, such as a rank, is left out."""
-    found = LINE.search(text)
+    found = LINE.match(text)
     if not found:
         return None
     time, source, hydra_source, message = found.groups()
@@ -108,23 +112,38 @@ def statistics(line: Line) -> dict[str, Any]:
 def read_training(lines: Iterable[Line]) -> "TrainingLog | None":
     """Return the training that lines tell of, in their order; None where they tell of none."""
     log = TrainingLog()
+    evaluating = False  # an evaluation records its model, too
     for line in lines:
         if line.source == "fairseq_cli.train" and line.message.startswith("{"):
             log.configs.append(parse_config(line.message))
-            log.finished = None
-        elif not log.configs or line.source == "fairseq_cli.eval_lm":
+            log.finished, evaluating = None, False
+        elif line.source == "fairseq_cli.eval_lm":
+            evaluating = True
+        elif not log.configs:
             continue
-        elif line.source == "fairseq_hash.model" and line.message.startswith(MODEL_RECORD):
-            log.model = json.loads(line.message.removeprefix(MODEL_RECORD))
+        elif not evaluating and (record := _model_record(line)):
+            log.model = record
         elif line.source == "fairseq.trainer" and line.message.startswith("No existing checkpoint found"):
             log.rewind(0)
-        elif line.source == "fairseq.trainer" and line.message.startswith("Loaded checkpoint"):
-            log.rewind(int(re.search(r"@ (\d+) updates", line.message)[1]))
+        elif line.source == "fairseq.trainer" and (
+            loaded := re.match(r"Loaded checkpoint .* @ (\d+) updates", line.message)
+        ):
+            log.rewind(int(loaded[1]))
         elif line.source in ("train_inner", "valid", "train"):
             _add_statistics(log, line)
         elif line.message.startswith("done training"):
             log.finished = line.time
     return log if log.configs else None
+
+
+def _model_record(line: Line) -> "dict[str, Any] | None":
+    """Return the model's record, None where a line holds none or only the start of one."""
+    if line.source != "fairseq_hash.model" or not line.message.startswith(MODEL_RECORD):
+        return None
+    try:
+        return json.loads(line.message.removeprefix(MODEL_RECORD))
+    except ValueError:
+        return None
 
 
 def _add_statistics(log: TrainingLog, line: Line) -> None:
@@ -144,10 +163,10 @@ def read_evaluations(lines: Iterable[Line]) -> list[Evaluation]:
     for line in lines:
         if line.source == "fairseq_cli.eval_lm" and line.message.startswith("{"):
             config = parse_config(line.message)
-            checkpoint = Path(config["common_eval.path"]).name
+            checkpoint = Path(config["common_eval.path"] or "").name
             found.append(Evaluation(config, line.time, config["dataset.gen_subset"], checkpoint))
-        elif found and line.source == "fairseq_hash.model" and line.message.startswith(MODEL_RECORD):
-            found[-1].model = json.loads(line.message.removeprefix(MODEL_RECORD))
+        elif found and (record := _model_record(line)):
+            found[-1].model = record
         elif found and (tokens := re.match(r"Evaluated ([\d,]+) tokens", line.message)):
             found[-1].tokens = int(tokens[1].replace(",", ""))
         elif found and (result := re.match(r"Loss \(base 2\): (\S+), Perplexity: (\S+)", line.message)):

@@ -81,7 +81,8 @@ def learning_curves(models: dict[str, list[Run]], theme: Theme) -> bytes:
                     axes.plot(train[scale], train["ppl"], color=colours[model], alpha=0.35, linewidth=0.9)
                     marker = MARKERS[index % len(MARKERS)]
                     style = {"linewidth": 1.8, "marker": marker, "markersize": 4, "clip_on": False}
-                    axes.plot(valid[scale], valid["ppl"], color=colours[model], **style)
+                    if len(valid["ppl"]):  # an unclipped line without points would upset the layout
+                        axes.plot(valid[scale], valid["ppl"], color=colours[model], **style)
                 last = [_end_curve(run) for run in runs]
                 x, y = (float(np.mean([curve[name][-1] for curve in last])) for name in (scale, "ppl"))
                 ends[axes].append((x, y, f"{model} {y:.1f}", colours[model]))
@@ -96,7 +97,7 @@ def learning_curves(models: dict[str, list[Run]], theme: Theme) -> bytes:
         by_time.set_xlabel("Minutes")
         for axes, labels in ends.items():
             axes.set_xlim(0, 1.02 * axes.dataLim.x1)
-            axes.xaxis.set_major_locator(MaxNLocator(6))
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=axes is by_updates))
             _label_ends(axes, labels)
         figure.text(
             0.005, -0.005, "Strong lines with markers: validation, with its last value. Faint: training.", va="top"
@@ -123,24 +124,39 @@ def _end_curve(run: Run) -> dict[str, np.ndarray]:
 
 
 def _perplexity_range(curves: Sequence[dict[str, np.ndarray]]) -> tuple[float, float]:
-    """Leave out the first fall from chance, beside which all later differences would vanish."""
-    curves = [curve for curve in curves if len(curve["ppl"])]
-    lowest = min(np.nanmin(curve["ppl"]) for curve in curves)
-    late = max(np.nanmax(curve["ppl"][curve["updates"] >= 0.1 * curve["updates"][-1]]) for curve in curves)
-    return 0.93 * float(lowest), 1.05 * float(late)
+    """Leave out the first fall from chance, beside which all later differences would vanish, and what is not finite."""
+    every: list[float] = []
+    late: list[float] = []
+    for curve in curves:
+        finite = np.isfinite(curve["ppl"])
+        every += curve["ppl"][finite].tolist()
+        late += curve["ppl"][finite & (curve["updates"] >= 0.1 * curve["updates"][-1])].tolist()
+    return 0.93 * min(every, default=1.0), 1.05 * max(late or every, default=10.0)
 
 
 def _plain_log_ticks(axes: Axes) -> None:
     low, high = axes.get_ylim()
-    steps = (1, 2, 3, 5, 7) if high / low < 30 else (1, 2, 5) if high / low < 300 else (1,)
+    steps = (
+        range(1, 10)
+        if high / low < 3
+        else (1, 2, 3, 5, 7)
+        if high / low < 30
+        else (1, 2, 5)
+        if high / low < 300
+        else (1,)
+    )
     axes.yaxis.set_major_locator(LogLocator(subs=steps))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _label_ends(axes: Axes, labels: Sequence[tuple[float, float, str, Any]]) -> None:
-    """Write each label right of the axes at its curve's end, moved apart where they would overlap."""
+    """Write each label right of the axes at its curve's end, moved apart where they would overlap.
+
+    A curve whose end is not finite has its label at the top.
+    """
     low, high = np.log(axes.get_ylim())
+    labels = [(x, y if np.isfinite(y) else np.exp(high), text, colour) for x, y, text, colour in labels]
     apart = 0.052
     place = -1.0
     for x, y, text, colour in sorted(labels, key=lambda label: label[1]):

@@ -23,12 +23,13 @@ PROVENANCE = {
     **{"dictionary_fingerprint": "Dictionary fingerprint", "table_fingerprint": "Hash table fingerprint"},
 }
 COLUMNS = """
-Perplexity is per token of the dictionary, of the cross-entropy alone, as fairseq-eval-lm printed it; with more than one
-seed it is the mean ± the sample standard deviation. Active parameters are those that one token uses. Tokens/s is the
-median over the training's log intervals without the first tenth; the time is all of the training, validation included.
-Max load is the largest demand for an expert over the mean demand (1 is even), in the first table of the worst layer: in
-training the mean over log intervals, in validation at the end. Load variation is the coefficient of variation. Dropped
-is the share of training tokens that found their expert full.
+Perplexity is per token of the dictionary, of the cross-entropy alone, as fairseq-eval-lm printed it (where no run was
+evaluated: of the training's last validation); with more than one seed it is the mean ± the sample standard deviation.
+Active parameters are those that one token uses. Tokens/s is the median over the training's log intervals without the
+first tenth; the time is all of the training, validation included. Max load is the largest demand for an expert over the
+mean demand (1 is even), in the first table of the worst layer: in training the mean over log intervals, in validation
+at the end. Load variation is the coefficient of variation. Dropped is the share of training tokens that found their
+expert full.
 """
 
 
@@ -93,6 +94,8 @@ def words_on_noise(models: pd.DataFrame) -> str:
         return (
             f"One seed only of {_listed(alone)}: how much chance alone would change its perplexity is not known here."
         )
+    if len(rows) < 2:
+        return f"{rows[0]['runs']} seeds of {rows[0]['model']}; there is no other model to compare it with."
     close = []
     for one, other in itertools.combinations(rows, 2):
         error = math.sqrt(sum(row[f"{column}_sd"] ** 2 / row["runs"] for row in (one, other)))
@@ -130,7 +133,16 @@ def _json(
     }
     content = {"title": title, "report": provenance(), "models": records(of_models), "runs": records(of_runs)}
     content |= {"left_out": {str(folder): reason for folder, reason in reasons.items()}, "raw": raw}
-    return json.dumps(content, indent=1, default=str).encode()
+    return json.dumps(_finite(content), indent=1, default=str).encode()
+
+
+def _finite(content: Any) -> Any:
+    """Return content with text for NaN and infinities, which JSON does not know."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_finite(value) for value in content]
+    return str(content) if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _left_out(reasons: dict[Path, str]) -> pd.DataFrame:

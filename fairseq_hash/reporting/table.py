@@ -1,6 +1,7 @@
 """Results of runs as tables: one row a run, and one row a model with mean and spread over its seeds."""
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Iterable, Sequence
@@ -82,12 +83,12 @@ def measure(model: str, run: Run) -> dict[str, Any]:
     of_layer: dict[str, Any] = {}
     for layer in layers:
         of_layer[f"layer{layer}_load_max_train"] = _mean(intervals, f"layer{layer}_load_max")
-        of_layer[f"layer{layer}_load_max_valid"] = validation.get(f"layer{layer}_load_max")
+        of_layer[f"layer{layer}_load_max_valid"] = validation.get(f"layer{layer}_load_max", math.nan)
         of_layer[f"layer{layer}_load_cv_train"] = _mean(intervals, f"layer{layer}_load_cv")
         of_layer[f"layer{layer}_dropped"] = _mean(intervals, f"layer{layer}_dropped")
     for name in ("load_max_train", "load_max_valid", "dropped"):
         values = [of_layer[f"layer{layer}_{name}"] for layer in layers]
-        row[name] = max((value for value in values if value is not None), default=None)
+        row[name] = max((value for value in values if not math.isnan(value)), default=math.nan)
     return row | of_layer
 
 

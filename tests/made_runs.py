@@ -1,0 +1,125 @@
+"""Real runs for the tests of reports: trained and evaluated once a session, each with its logs in a folder.
+
+`dense5`, `hash5` and `switch5` are trained in one go, `dense6` in two sessions, of which the second starts again from
+update 4 of 6; `hydra` by fairseq-hydra-train, without an evaluation. What a test expects of a log it takes from the
+text by a regular expression, not by the code under test.
+"""
+
+import json
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from plugin import USER_DIR, command, train
+
+from fairseq_hash.reporting.report import write_report
+
+NAMES = ("dense5", "dense6", "hash5", "switch5")  # those that may be compared
+FILES = ["expert_loads.png", "index.html", "learning_curves.png", "results.csv", "results.json", "results.md"]
+SPARSE = ("--sparse-layers", "1", "--num-experts", "4")
+ROUTERS = {
+    "dense": (),
+    "hash": ("--router", "hash", *SPARSE),
+    "switch": ("--router", "switch", *SPARSE, "--capacity-factor", "1.25"),
+}
+EVERY = ("--validate-interval-updates", "2", "--save-interval-updates", "4", "--no-epoch-checkpoints")
+HYDRA = "task=language_modeling task.tokens_per_sample=16 common.cpu=true common.seed=5 common.log_format=json"
+HYDRA += " common.log_interval=1 dataset.max_tokens=256 optimization.lr=[3e-3] optimization.max_update=2"
+HYDRA += " checkpoint.no_save=true optimizer=adam lr_scheduler=fixed criterion._name=hash_moe"
+HYDRA += " +model._name=hash_transformer_lm +model.decoder_layers=1 +model.decoder_embed_dim=16"
+HYDRA += " +model.decoder_input_dim=16 +model.decoder_output_dim=16 +model.decoder_ffn_embed_dim=32"
+HYDRA += " +model.decoder_attention_heads=2"
+
+
+@pytest.fixture(scope="session")
+def made(data, tmp_path_factory):
+    """The folder of the runs; read it only."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def one_go(router):
+        _train(data, folder / f"{router}5", *ROUTERS[router])
+        _evaluate(data, folder / f"{router}5")
+
+    def two_sessions():
+        _train(data, folder / "dense6", "--seed", "6", "--max-update", "6")
+        shutil.copy(folder / "dense6" / "checkpoint_1_4.pt", folder / "dense6" / "checkpoint_last.pt")
+        _train(data, folder / "dense6", "--seed", "6")
+        _evaluate(data, folder / "dense6")
+
+    def hydra():
+        keys = [*HYDRA.split(), f"task.data='{data}'", f"common.user_dir='{USER_DIR}'"]
+        _append(folder / "hydra" / "train.log", command("hydra_train", *keys, f"hydra.run.dir={folder / 'hydra'}"))
+
+    # Two at a time: each command uses one core.
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(two_sessions), *(pool.submit(one_go, router) for router in ROUTERS), pool.submit(hydra)]
+        for call in calls:
+            call.result()
+    return folder
+
+
+def _train(data, folder, *arguments):
+    _append(folder / "train.log", train(data, folder, *EVERY, "--log-expert-loads", *arguments))
+
+
+def _evaluate(data, folder):
+    """Evaluate a run's last checkpoint as the README tells, into `eval-SUBSET.log`."""
+    for subset in ("valid", "test"):
+        options = ["--user-dir", USER_DIR, "--path", folder / "checkpoint_last.pt", "--cpu", "--max-tokens", "256"]
+        options += ["--gen-subset", subset, "--tokens-per-sample", "16"]
+        _append(folder / f"eval-{subset}.log", command("eval_lm", data, *options))
+
+
+def _append(log, done):
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as file:
+        file.write(done.stdout + done.stderr)
+
+
+@pytest.fixture(scope="session")
+def reported(made, tmp_path_factory):
+    """The folder of a report on the four runs, with a note and one run left out."""
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "note.txt").write_text("A first paragraph,\nof < 3 lines.\n\nA second one.\n")
+    runs = [made / name for name in (*NAMES, "hydra")]
+    paths = write_report(runs, folder / "new" / "out", "Runs & <b>more</b>", folder / "note.txt")
+    assert sorted(path.name for path in paths) == FILES and all(path.is_file() for path in paths)
+    assert sorted(path.name for path in (folder / "new" / "out").iterdir()) == FILES
+    return folder / "new" / "out"
+
+
+@pytest.fixture
+def copies(made, tmp_path):
+    """Copies of the runs' logs, without checkpoints, for a test to spoil."""
+    return shutil.copytree(made, tmp_path / "runs", ignore=shutil.ignore_patterns("*.pt", ".hydra"))
+
+
+def edit(path, old, new, count=-1):
+    """Replace text in a log; it must be there."""
+    text = path.read_text(encoding="utf-8")
+    assert old in text, f"{old} is not in {path}"
+    path.write_text(text.replace(old, new, count), encoding="utf-8")
+
+
+def perplexity(folder, subset):
+    """Return the perplexity that fairseq-eval-lm printed last."""
+    return float(re.findall(r"Perplexity: (\S+)", (folder / f"eval-{subset}.log").read_text())[-1])
+
+
+def raw(folder, tag):
+    """Return the JSON records under a tag such as train_inner, in the order they were written."""
+    text = (folder / "train.log").read_text()
+    return [json.loads(line) for line in re.findall(rf"(?:\| {tag} \||\[{tag}\]\[INFO\] -) (\{{.*\}})", text)]
+
+
+def model_record(folder):
+    """Return the last record of the model in a training's log."""
+    return json.loads(re.findall(r"model_record \| (\{.*\})", (folder / "train.log").read_text())[-1])
+
+
+def markdown_table(text):
+    """Return the first Markdown table as its rows' cells by heading, by the first cell."""
+    lines = text.split("\n\n")[1].splitlines()
+    headings, _, *rows = [line.strip("| ").split(" | ") for line in lines]
+    return {row[0]: dict(zip(headings, row, strict=True)) for row in rows}

@@ -1,0 +1,163 @@
+"""The figures: what is drawn are the log's numbers, and the files are pictures with each model's colour."""
+
+import io
+import re
+import statistics
+import warnings
+
+import matplotlib.image
+import numpy as np
+import pytest
+from made_runs import NAMES, raw
+from matplotlib.colors import to_hex, to_rgb
+
+from fairseq_hash.reporting import plots
+from fairseq_hash.reporting.plots import DARK, LIGHT, expert_loads, learning_curves
+from fairseq_hash.reporting.runs import load_runs
+from fairseq_hash.reporting.table import group_by_model
+
+pytest_plugins = ("made_runs",)
+
+
+def models_of(folder, names=NAMES):
+    return group_by_model(load_runs([folder / name for name in names]))
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures instead of PNGs."""
+    monkeypatch.setattr(plots, "_png", lambda figure: figure)
+
+
+@pytest.fixture(autouse=True)
+def no_warnings():
+    """matplotlib warns where it cannot do what it was asked for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def test_learning_curves_are_those_of_the_logs(made, drawn):
+    """Each run's training and validation by updates; the same heights by time."""
+    by_updates, by_time = learning_curves(models_of(made), LIGHT).axes
+    assert len(by_updates.lines) == len(by_time.lines) == 2 * len(NAMES)
+    for index, name in enumerate(NAMES):
+        last = {int(r["num_updates"]): r for r in raw(made / name, "train_inner")}
+        train, valid = by_updates.lines[2 * index : 2 * index + 2]
+        assert [*train.get_xdata()] == list(range(1, 9))
+        assert [*train.get_ydata()] == [float(last[update]["ppl"]) for update in range(1, 9)]
+        checks = {int(r["valid_num_updates"]): float(r["valid_ppl"]) for r in raw(made / name, "valid")}
+        assert dict(zip(valid.get_xdata(), valid.get_ydata(), strict=True)) == checks
+        train_time, valid_time = by_time.lines[2 * index : 2 * index + 2]
+        assert [*train_time.get_ydata()] == [*train.get_ydata()] and [*valid_time.get_ydata()] == [*valid.get_ydata()]
+        assert [*train_time.get_xdata()] == [float(last[update]["wall"]) / 60 for update in range(1, 9)]
+        # Every validation is at an update that was logged.
+        assert [*valid_time.get_xdata()] == [float(last[update]["wall"]) / 60 for update in (2, 4, 6, 8)]
+    low, high = by_updates.get_ylim()
+    assert all(low < y < high for line in by_updates.lines[1::2] for y in line.get_ydata())
+
+
+def test_curves_are_labelled_with_their_last_values(made, drawn):
+    """Of two seeds with the mean; labels do not overlap, so they stand in the order of their values."""
+    for axes in learning_curves(models_of(made), LIGHT).axes:
+        last = {name: float(raw(made / name, "valid")[-1]["valid_ppl"]) for name in NAMES}
+        values = {"Dense": statistics.fmean([last["dense5"], last["dense6"]])}
+        values |= {"Hash": last["hash5"], "Switch": last["switch5"]}
+        labels = {text.get_text(): text.xyann[1] for text in axes.texts}
+        assert set(labels) == {f"{model} {value:.1f}" for model, value in values.items()}
+        heights = [labels[f"{model} {values[model]:.1f}"] for model in sorted(values, key=values.get)]
+        assert all(upper - lower > 0.05 for lower, upper in zip(heights, heights[1:], strict=False))
+
+
+def test_the_first_fall_is_left_out(made, drawn):
+    """Beside a perplexity of thousands at the start, all later differences would vanish."""
+    models = models_of(made, ["dense5"])
+    run = models["Dense"][0]
+    run.training.validations[0] = {"ppl": 5000.0}
+    axes = learning_curves(models, LIGHT).axes[0]
+    assert axes.get_ylim()[1] < 200 and 5000.0 in axes.lines[1].get_ydata()
+
+
+def test_loads_are_the_mean_of_sorted_shares(made, drawn):
+    """By plain Python: every settled interval is sorted, then averaged by rank, times the number of experts. 1e-9: sums
+    in another order."""
+    figure = expert_loads(models_of(made), LIGHT)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Hash, layer 1", "Switch, layer 1"]
+    for axes, name in zip(figure.axes, ("hash5", "switch5"), strict=True):
+        shares = [sorted(record["layer1_load"], reverse=True) for record in raw(made / name, "train_inner")[1:]]
+        expected = [4 * statistics.fmean(column) for column in zip(*shares, strict=True)]
+        assert [bar.get_height() for bar in axes.patches] == pytest.approx(expected, rel=1e-9)
+        last = sorted(raw(made / name, "valid")[-1]["valid_layer1_load"], reverse=True)
+        assert [*axes.lines[0].get_ydata()] == pytest.approx([4 * share for share in last], rel=1e-9)
+        assert axes.get_ylim()[1] > expected[0]
+        assert axes.texts[0].get_text() == f"largest {expected[0]:.2f} in training, {4 * last[0]:.2f} in validation"
+
+
+def test_no_figure_without_loads(made, copies):
+    """Dense models have none; without --log-expert-loads there are none."""
+    assert expert_loads(models_of(made, ["dense5", "dense6"]), LIGHT) is None
+    log = copies / "switch5" / "train.log"
+    log.write_text(re.sub(r', "(valid_|train_)?layer1_load": \[[^]]*\]', "", log.read_text()))
+    assert expert_loads(models_of(copies, ["switch5"]), LIGHT) is None
+    assert expert_loads(models_of(copies, ["switch5", "hash5"]), LIGHT)
+
+
+def share(png, colour):
+    """Return the share of a PNG's pixels that have a colour, give or take one step of rounding in each channel."""
+    pixels = matplotlib.image.imread(io.BytesIO(png))[:, :, :3]
+    assert pixels.shape[0] > 300 and pixels.shape[1] > 500
+    return np.mean(np.abs(pixels - np.array(to_rgb(colour), dtype=np.float32)).max(axis=2) < 1.5 / 255)
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK])
+@pytest.mark.parametrize("draw", [learning_curves, expert_loads])
+def test_pictures_show_each_model_in_its_colour(made, theme, draw):
+    """Most is paper; ink and each model's colour are there. Bars are see-through, their titles are not."""
+    png = draw(models_of(made), theme)
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    assert share(png, theme.paper) > 0.5 and share(png, theme.ink) > 0.002
+    colours = plots.colours_of(models_of(made), theme)
+    assert len(set(colours.values())) == 3
+    for model, colour in colours.items():
+        assert (share(png, colour) > 1e-4) == (model != "Dense" or draw is learning_curves), model
+
+
+def test_dense_models_are_neutral_and_colours_go_round():
+    """More models than colours share some, not fail."""
+
+    class Named:
+        def __init__(self, router):
+            self.training = type("Training", (), {"model": {"router": router}})
+
+    names = ["none", *["hash"] * 8]
+    colours = list(plots.colours_of({i: [Named(name)] for i, name in enumerate(names)}, LIGHT).values())
+    assert to_hex(colours[0]) == LIGHT.neutral
+    assert [to_hex(colour).upper() for colour in colours[1:7]] == list(plots.COLOURS)
+    assert colours[7:] == colours[1:3]
+
+
+@pytest.mark.parametrize("bad", ["inf", "nan"])
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_training_that_diverged_is_drawn(copies, drawn, bad, first):
+    """The last of four validations, or all of them, is not finite: the axes show the finite ones, the label tells."""
+    log = copies / "switch5" / "train.log"
+    text = log.read_text()
+    for found in reversed([*re.finditer(r'(?<="valid_ppl": ")[^"]*', text)][first:]):
+        text = text[: found.start()] + bad + text[found.end() :]
+    log.write_text(text)
+    for names in (["switch5"], ["switch5", "hash5"]):
+        axes = learning_curves(models_of(copies, names), LIGHT).axes[0]
+        low, high = axes.get_ylim()
+        assert 0 < low < high < 200
+        assert f"Switch {bad}" in [text.get_text() for text in axes.texts]
+
+
+def test_without_validations_the_training_is_labelled(copies, drawn):
+    """And the axes keep their size."""
+    log = copies / "dense5" / "train.log"
+    log.write_text("".join(line for line in log.read_text().splitlines(True) if "| valid |" not in line))
+    figure = learning_curves(models_of(copies, ["dense5"]), LIGHT)
+    figure.draw_without_rendering()
+    last = float(raw(copies / "dense5", "train_inner")[-1]["ppl"])
+    for axes in figure.axes:
+        assert axes.texts[0].get_text() == f"Dense {last:.1f}" and axes.get_position().width > 0.3

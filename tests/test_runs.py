@@ -1,0 +1,228 @@
+"""fairseq_hash.reporting.runs: real run folders, each spoiled in one way, are left out with the reason or refused."""
+
+import json
+import re
+import shutil
+
+import pytest
+from made_runs import NAMES, edit, perplexity
+
+from fairseq_hash.errors import UserError
+from fairseq_hash.reporting.runs import load_run, load_runs, sort_out
+
+pytest_plugins = ("made_runs",)
+
+
+def reasons(folder, names=NAMES):
+    """Return the names of the compared runs, and why each other one is left out by its name."""
+    compared, left_out = sort_out(load_runs([folder / name for name in names]))
+    return [run.folder.name for run in compared], {path.name: reason for path, reason in left_out.items()}
+
+
+def cut(path, text):
+    """End a file in the middle of the line where a text last stands."""
+    whole = path.read_text()
+    path.write_text(whole[: whole.rindex(text) + len(text)])
+
+
+def without(path, text):
+    """Delete the lines of a file that hold a text."""
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if text not in line]
+    assert len(kept) < len(lines)
+    path.write_text("".join(kept))
+
+
+def test_what_a_run_holds(made):
+    run = load_run(made / "dense6")
+    assert run.seed == 6 and run.folder == made / "dense6" and run.record == {}
+    assert {name: one.perplexity for name, one in run.evaluations.items()} == {
+        subset: perplexity(made / "dense6", subset) for subset in ("valid", "test")
+    }
+    assert all(one.checkpoint == "checkpoint_last.pt" and one.tokens > 500 for one in run.evaluations.values())
+    assert run.options == load_run(made / "dense5").options != load_run(made / "hash5").options
+
+
+def test_complete_runs_are_compared(made):
+    assert reasons(made) == (list(NAMES), {})
+
+
+def test_a_run_that_was_not_evaluated(made):
+    """As such it is compared with its like only."""
+    assert reasons(made, [*NAMES, "hydra"]) == (list(NAMES), {"hydra": "not evaluated on valid and test"})
+    assert reasons(made, ["hydra"]) == (["hydra"], {})
+
+
+SPOILED = {
+    "cut in the middle of a line": (
+        lambda run: cut(run / "train.log", '"num_updates": "7"'),
+        "training stopped at update 6 of 8",
+    ),
+    "killed before its end": (
+        lambda run: cut(run / "train.log", "Stopping training due to"),
+        "training stopped at update 8 of 8",
+    ),
+    "no evaluation on test": (lambda run: (run / "eval-test.log").unlink(), "not evaluated on test"),
+    "evaluation killed": (
+        lambda run: cut(run / "eval-test.log", "Evaluated"),
+        "the evaluation on test has no result",
+    ),
+    "evaluation repeated and killed": (
+        lambda run: (run / "eval-test.log").write_text(
+            (run / "eval-test.log").read_text() + (run / "eval-test.log").read_text().replace("Loss (base 2)", "Killed")
+        ),
+        "the evaluation on test has no result",
+    ),
+    "nan": (
+        lambda run: edit(run / "eval-valid.log", f"Perplexity: {perplexity(run, 'valid')}", "Perplexity: nan"),
+        "its perplexity on valid is nan",
+    ),
+    "inf": (
+        lambda run: edit(run / "eval-test.log", f"Perplexity: {perplexity(run, 'test')}", "Perplexity: inf"),
+        "its perplexity on test is inf",
+    ),
+    "evaluation older than the training": (
+        lambda run: (run / "eval-test.log").write_text(
+            re.sub(r"(?m)^20\d\d", "2001", (run / "eval-test.log").read_text())
+        ),
+        "evaluated on test before training was done",
+    ),
+    "evaluation with another dictionary": (
+        lambda run: edit(run / "eval-test.log", '"dictionary_fingerprint": "', '"dictionary_fingerprint": "9'),
+        "evaluated on test with another dictionary than it was trained with",
+    ),
+    "evaluation with another context": (
+        lambda run: edit(run / "eval-test.log", "'tokens_per_sample': 16", "'tokens_per_sample': 32"),
+        "task.tokens_per_sample of the evaluation on test is 32, in the other runs 16",
+    ),
+    "evaluation with a context window": (
+        lambda run: edit(run / "eval-test.log", "'context_window': 0", "'context_window': 8"),
+        "eval_lm.context_window of the evaluation on test is 8, in the other runs 0",
+    ),
+    "evaluation of another checkpoint": (
+        lambda run: edit(run / "eval-valid.log", "checkpoint_last.pt", "checkpoint_best.pt"),
+        "the checkpoint evaluated on valid is checkpoint_best.pt, in the other runs checkpoint_last.pt",
+    ),
+    "evaluation of other text": (
+        lambda run: edit(run / "eval-valid.log", "Evaluated ", "Evaluated 1,"),
+        r"the number of valid tokens is 1,\d{3}, in the other runs \d{3}",
+    ),
+    "no model record": (
+        lambda run: without(run / "train.log", "model_record"),
+        "its log has no model_record: trained without --arch hash_transformer_lm",
+    ),
+    "no log intervals": (
+        lambda run: without(run / "train.log", "| train_inner |"),
+        "its log has no train_inner lines; train with --log-format json and a smaller --log-interval",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["dense6", "switch5"])
+@pytest.mark.parametrize("how", SPOILED)
+def test_a_spoiled_run_is_left_out_with_the_reason(copies, name, how):
+    """All others are compared as before."""
+    spoil, reason = SPOILED[how]
+    spoil(copies / name)
+    compared, left_out = reasons(copies)
+    assert list(left_out) == [name] and re.fullmatch(reason, left_out[name])
+    assert compared == [other for other in NAMES if other != name]
+
+
+def test_resumed_with_other_options(copies):
+    edit(copies / "dense6" / "train.log", "'clip_norm': 0.5", "'clip_norm': 0.25", 1)
+    _, left_out = reasons(copies)
+    assert left_out == {"dense6": "resumed with other options: optimization.clip_norm"}
+
+
+def test_resumed_with_other_places(copies):
+    """Folders and ways to log may change."""
+    for old, new in (("'save_dir': '", "'save_dir': '/elsewhere"), ("'log_interval': 1,", "'log_interval': 5,")):
+        edit(copies / "dense6" / "train.log", old, new, 1)
+    assert reasons(copies)[1] == {}
+
+
+def test_the_same_seed_twice(copies):
+    shutil.copytree(copies / "hash5", copies / "again")
+    compared, left_out = reasons(copies, [*NAMES, "again"])
+    assert compared == list(NAMES)
+    assert left_out == {"again": f"same options and seed as {copies / 'hash5'}"}
+
+
+def test_other_data_by_its_fingerprint(copies):
+    for name in NAMES:
+        (copies / name / "run.json").write_text(json.dumps({"data_fingerprint": "b" * 64}))
+    assert reasons(copies)[1] == {}
+    (copies / "hash5" / "run.json").write_text(json.dumps({"data_fingerprint": "a" * 64}))
+    assert reasons(copies)[1] == {"hash5": f"the data fingerprint is {'a' * 12}, in the other runs {'b' * 12}"}
+
+
+def sessions(folder):
+    """Return a log's text as that of its sessions."""
+    text = (folder / "train.log").read_text()
+    second = text.rindex("| fairseq_cli.train | {")
+    start = text.rindex("\n", 0, second) + 1
+    return text[:start], text[start:]
+
+
+def test_a_file_a_session(copies):
+    """Sessions come in the order of their time, not of the files' names; `.out` is what SLURM writes."""
+    whole = load_run(copies / "dense6").training
+    first, second = sessions(copies / "dense6")
+    (copies / "dense6" / "train.log").unlink()
+    (copies / "dense6" / "job-9.out").write_text(first)
+    (copies / "dense6" / "job-10.out").write_text(second)
+    (copies / "dense6" / "notes.txt").write_text(re.sub(r"(?m)^20\d\d", "2101", first))
+    assert load_run(copies / "dense6").training == whole
+
+
+def test_a_session_in_two_files(copies):
+    """A redirection and a launcher's own file; and training and evaluations in one file."""
+    whole = load_run(copies / "dense6")
+    everything = "".join(
+        (copies / "dense6" / f"{name}.log").read_text() for name in ("train", "eval-valid", "eval-test")
+    )
+    (copies / "dense6" / "job.out").write_text(everything)
+    assert load_run(copies / "dense6") == whole
+    for path in (copies / "dense6").glob("*.log"):
+        path.unlink()
+    assert load_run(copies / "dense6") == whole
+
+
+def test_the_last_evaluation_counts(copies):
+    """A repeated one, in a file of its own whose name comes first."""
+    again = (copies / "hash5" / "eval-test.log").read_text()
+    again = re.sub(r"(?m)^20\d\d", "2101", again).replace("Perplexity: ", "Perplexity: 1")
+    (copies / "hash5" / "a.log").write_text(again)
+    before = perplexity(copies / "hash5", "test")
+    assert load_run(copies / "hash5").evaluations["test"].perplexity == float(f"1{before}")
+
+
+def refused(*folders):
+    with pytest.raises(UserError) as caught:
+        load_runs(folders)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_refusals(copies, tmp_path):
+    """Each in one line that names the folder."""
+    run, other = copies / "dense5", copies / "hash5"
+    assert refused(run, other, copies / "." / "dense5").startswith(f"{run} was given twice; ")
+    (tmp_path / "link").symlink_to(run)
+    assert refused(run, tmp_path / "link").startswith(f"{tmp_path / 'link'} was given twice; ")
+    assert refused(tmp_path / "none").startswith(f"{tmp_path / 'none'} is not a folder; ")
+    assert refused(run / "train.log").startswith(f"{run / 'train.log'} is not a folder; ")
+    (tmp_path / "empty").mkdir()
+    assert refused(tmp_path / "empty").startswith(f"{tmp_path / 'empty'} holds no log; ")
+    (tmp_path / "empty" / "train.log").touch()
+    assert refused(tmp_path / "empty").startswith(f"{tmp_path / 'empty'} holds no training log (train.log); ")
+    (run / "run.json").write_text('{"data": ')
+    assert refused(run).startswith(f"cannot read {run / 'run.json'} (")
+
+
+def test_runs_of_two_dictionaries_are_refused(copies):
+    """Perplexities per token of different dictionaries do not compare."""
+    edit(copies / "hash5" / "train.log", '"dictionary_fingerprint": "', '"dictionary_fingerprint": "9')
+    message = refused(copies / "dense5", copies / "hash5")
+    assert re.fullmatch(r".*/dense5 and .*/hash5 have different dictionaries \(\w{12} and 9\w{11}\), so .*", message)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-pytest_plugins = ["file_server"]
+pytest_plugins = ["file_server", "made_runs"]
 
 torch.set_num_threads(1)  # several test processes and commands must not fight for cores
 # No timed assertions: speed lives in benchmarks/. The examples are the same in every run.

@@ -19,7 +19,6 @@ from made_runs import FILES
 from fairseq_hash.cli import main
 from fairseq_hash.provenance import __version__
 
-pytest_plugins = ("made_runs",)
 WORDS = ("the", "of", "and", "hash", "table")
 
 

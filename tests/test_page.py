@@ -12,8 +12,6 @@ from made_runs import markdown_table, model_record
 from fairseq_hash.reporting import page
 from fairseq_hash.reporting.report import write_report
 
-pytest_plugins = ("made_runs",)
-
 
 class Page(HTMLParser):
     """What a page holds: tables as lists of rows of text, sources and links, tags, text. Tags must be balanced."""

@@ -11,8 +11,6 @@ from made_runs import NAMES, edit, markdown_table, model_record, perplexity, raw
 from fairseq_hash.errors import UserError
 from fairseq_hash.reporting.report import write_report
 
-pytest_plugins = ("made_runs",)
-
 
 def strict_json(path):
     """Read JSON as browsers do: no NaN, no Infinity."""

@@ -10,8 +10,6 @@ from made_runs import NAMES, edit, perplexity
 from fairseq_hash.errors import UserError
 from fairseq_hash.reporting.runs import load_run, load_runs, sort_out
 
-pytest_plugins = ("made_runs",)
-
 
 def reasons(folder, names=NAMES):
     """Return the names of the compared runs, and why each other one is left out by its name."""

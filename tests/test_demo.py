@@ -60,7 +60,7 @@ def test_options_and_their_defaults(demo, tmp_path, monkeypatch):
     """Paths are taken from where the demo was called; it runs elsewhere."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").mkdir()
-    assert demo.parse_options([]) == demo.Options(seeds=1, data=None, out=ROOT / "runs" / "demo", updates=240)
+    assert demo.parse_options([]) == demo.Options(seeds=1, data=None, out=ROOT / "runs" / "demo", updates=200)
     given = demo.parse_options(["--seeds", "3", "--data", "text", "--out", "o", "--updates", "10"])
     assert given == demo.Options(seeds=3, data=tmp_path / "text", out=tmp_path / "o", updates=10)
 

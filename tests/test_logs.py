@@ -13,7 +13,6 @@ from fairseq_hash.errors import UserError
 from fairseq_hash.reporting import logs
 from fairseq_hash.reporting.logs import Line, parse_config, parse_line, read_evaluations, read_lines, read_training
 
-
 # Two sessions: the first is killed in update 3, the second starts from a checkpoint at update 1.
 TRAINING = """\
 /somewhere/offload.py:19: FutureWarning: `torch.cuda.amp.custom_fwd(args...)` is deprecated.

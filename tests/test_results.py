@@ -17,7 +17,6 @@ from fairseq_hash.reporting.logs import TrainingLog
 from fairseq_hash.reporting.report import words_on_noise
 from fairseq_hash.reporting.runs import Run, load_runs
 
-
 PERPLEXITIES = st.floats(1, 1e4)
 
 

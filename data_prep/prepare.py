@@ -30,7 +30,7 @@ from fairseq_hash.progress import Display
 from fairseq_hash.provenance import provenance, sha256_of_file
 
 MODEL, DICTIONARY, PROVENANCE = "sentencepiece.model", "dict.txt", "provenance.json"
-SAMPLE_BYTES = 200 << 20  # of text the SentencePiece model is trained on; its training holds them in memory
+SAMPLE_BYTES = 100 << 20  # of text the SentencePiece model is trained on; its training holds them in memory
 BYTES_A_WORKER = 16 << 20  # starting a process pays from there on
 MODEL_WORK, PIECES_WORK, BINARIZE_WORK = 10.0, 40.0, 40.0
 

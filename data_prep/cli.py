@@ -1,31 +1,18 @@
 """The command `python -m data_prep`."""
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from data_prep.binarize import SPLITS
 from data_prep.corpora import CORPORA
 from data_prep.prepare import Options, prepare
 from data_prep.sources import EmbeddedText, GivenText, PublicText, Source
+from fairseq_hash.cli import Parser
 from fairseq_hash.errors import UserError
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with status 2 and the message."""
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+from fairseq_hash.provenance import usable_cores
 
 
 def build_parser() -> Parser:

@@ -26,7 +26,7 @@ def provenance() -> dict[str, object]:
         "python": platform.python_version(),
         **{name: _version(name) for name in LIBRARIES},
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "gpus": _gpus(),
         "platform": platform.platform(terse=True),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -44,6 +44,11 @@ def commit() -> str | None:
         return subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def sha256_of_file(path: str | os.PathLike[str]) -> str:

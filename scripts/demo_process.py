@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fairseq_hash.provenance import usable_cores
+
 LAST_LINES = 15
 GRACE_SECONDS = 10
 
@@ -25,8 +27,12 @@ def run_logged(
     Raises:
         StepFailed: where the command does not end with status 0.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    environment = {**os.environ, "OMP_NUM_THREADS": str(cores), "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(usable_cores()),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
     last: deque[str] = deque(maxlen=LAST_LINES)
     with log.open("a" if append else "w", encoding="utf-8") as file:
         # A session of its own: Ctrl-C reaches this process only, which then ends the child in an orderly way.

@@ -22,12 +22,13 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from torch import Tensor, nn
 
-from fairseq_hash.dispatch import plan_dispatch
+from fairseq_hash.dispatch import PlanUnderWay
 from fairseq_hash.errors import UserError
 from fairseq_hash.experts import ExpertFeedForward, ExpertStack
 from fairseq_hash.hashing import HashTable, build_table, check_table
 from fairseq_hash.layer import RoutingContext, SparseLayer
 from fairseq_hash.options import SparseOptions
+from fairseq_hash.parallel import ExpertParallel
 from fairseq_hash.routers import Assignment, BaseRouter, SwitchRouter
 
 logger = logging.getLogger(__name__)
@@ -43,32 +44,38 @@ def build_router(options: SparseOptions, model_width: int, number: int) -> "nn.M
 
 
 def build_sparse_layer(
-    options: SparseOptions, cfg: TransformerConfig, number: int, first: "tuple[nn.Linear, nn.Linear] | None" = None
+    options: SparseOptions,
+    cfg: TransformerConfig,
+    parallel: ExpertParallel,
+    number: int,
+    first: "tuple[nn.Linear, nn.Linear] | None" = None,
 ) -> SparseLayer:
-    """Build the router and the experts of decoder layer `number`; `first` are the dense FFN's two linear layers."""
+    """Build the router and this rank's experts of decoder layer `number`; `first`: the dense FFN's two linear layers.
+    """
     width, hidden = cfg.decoder.embed_dim, cfg.decoder.ffn_embed_dim
     activation = utils.get_activation_fn(cfg.activation_fn)
     dropout = options.expert_dropout
     if dropout is None:
         dropout = cfg.activation_dropout or cfg.relu_dropout or 0.0  # as fairseq's own layers choose it
     experts: nn.Module
+    ids = parallel.expert_ids
     if options.sparse_placement == "insert":
-        experts = ExpertStack(options.num_experts, options.expert_sublayers, width, hidden, activation, dropout, number)
+        experts = ExpertStack(ids, options.expert_sublayers, width, hidden, activation, dropout, number)
     else:
-        experts = ExpertFeedForward(options.num_experts, width, hidden, activation, dropout, (number,), first)
+        experts = ExpertFeedForward(ids, width, hidden, activation, dropout, (number,), first)
     router = build_router(options, width, number)
-    return SparseLayer(router, experts, options.num_experts, options.capacity_factor, options.eval_capacity_factor)
+    return SparseLayer(router, experts, parallel, options.capacity_factor, options.eval_capacity_factor)
 
 
 class SparseDecoderLayer(TransformerDecoderLayerBase):
     """A decoder layer whose FFN is a `SparseLayer`."""
 
-    def __init__(self, cfg: TransformerConfig, options: SparseOptions, number: int) -> None:
+    def __init__(self, cfg: TransformerConfig, options: SparseOptions, parallel: ExpertParallel, number: int) -> None:
         super().__init__(cfg, no_encoder_attn=True)
         # The dense FFN is built first, and becomes expert 0: the random numbers of all other parameters are then those
         # of the dense model with the same seed.
         dense = self._modules.pop("fc1"), self._modules.pop("fc2")
-        self.sparse = build_sparse_layer(options, cfg, number, first=dense)
+        self.sparse = build_sparse_layer(options, cfg, parallel, number, first=dense)
         # `forward` runs fc1, activation, dropout and fc2 in turn: here fc1 is the whole FFN, and the rest does nothing.
         self.activation_fn = self.fc2
         self.activation_dropout_module = FairseqDropout(0.0)
@@ -101,9 +108,9 @@ class SparseDecoderLayer(TransformerDecoderLayerBase):
 class InsertedLayer(nn.Module):
     """A residual stack of expert sub-layers between two decoder layers (BASE Layers, section 4.1)."""
 
-    def __init__(self, cfg: TransformerConfig, options: SparseOptions, number: int) -> None:
+    def __init__(self, cfg: TransformerConfig, options: SparseOptions, parallel: ExpertParallel, number: int) -> None:
         super().__init__()
-        self.sparse = build_sparse_layer(options, cfg, number)
+        self.sparse = build_sparse_layer(options, cfg, parallel, number)
 
     def forward(
         self, x: Tensor, encoder_out: RoutingContext, *args: Any, **kwargs: Any
@@ -157,7 +164,10 @@ class HashTransformerDecoder(TransformerDecoder):
         embed_tokens: nn.Module,
         no_encoder_attn: bool = False,
         output_projection: "nn.Module | None" = None,
+        *,
+        parallel: ExpertParallel,
     ) -> None:
+        self.parallel = parallel
         self.options = SparseOptions.from_config(args)
         self.sparse_numbers = self.options.layer_numbers(args.decoder_layers)
         self._numbers = itertools.count()  # fairseq builds the layers in order and tells none its number
@@ -167,7 +177,7 @@ class HashTransformerDecoder(TransformerDecoder):
         if self.options.sparse_placement == "insert":
             places = [number + 1 + before for before, number in enumerate(places)]
             for place, number in zip(places, self.sparse_numbers, strict=True):
-                self.layers.insert(place, _wrap(InsertedLayer(cfg, self.options, number), cfg))
+                self.layers.insert(place, _wrap(InsertedLayer(cfg, self.options, self.parallel, number), cfg))
         for place, number in zip(places, self.sparse_numbers, strict=True):
             hook = functools.partial(_keep_report, (number, self.options.router))
             self.layers[place].register_forward_hook(hook)
@@ -186,7 +196,7 @@ class HashTransformerDecoder(TransformerDecoder):
         """Build the next layer: fairseq's own, or a sparse one in its place."""
         number = next(self._numbers)
         if number in self.sparse_numbers and self.options.sparse_placement == "replace":
-            return _wrap(SparseDecoderLayer(cfg, self.options, number), cfg)
+            return _wrap(SparseDecoderLayer(cfg, self.options, self.parallel, number), cfg)
         return super().build_decoder_layer(cfg, no_encoder_attn)
 
     def extract_features(
@@ -219,7 +229,7 @@ class HashTransformerDecoder(TransformerDecoder):
         assignment = self.hash_table(context.token_T)
         options = self.options
         factor = options.capacity_factor if self.training else options.eval_capacity_factor
-        plan = plan_dispatch(assignment.expert_TK, options.num_experts, factor)
+        plan = PlanUnderWay(assignment.expert_TK, self.parallel, factor)
         return RoutingContext(context.token_T, context.place_T, (assignment, plan))
 
 

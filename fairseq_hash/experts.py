@@ -69,15 +69,16 @@ def grouped_linear(rows_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor, rows_pe
 
 
 class ExpertFeedForward(nn.Module):
-    """E feed-forward networks: linear D to F, activation, dropout, linear F to D.
+    """Feed-forward networks, one for each of `expert_ids`: linear D to F, activation, dropout, linear F to D.
 
-    Expert e starts as fairseq's dense FFN would (`nn.Linear`'s default), drawn from a generator of its own. With
-    `first`, two linear layers, expert 0 starts as these: a layer of one expert is then the dense layer itself.
+    An expert starts as fairseq's dense FFN would (`nn.Linear`'s default), drawn from a generator of its id: its start
+    does not depend on which experts stand beside it. With `first`, two linear layers, expert 0 starts as these: a layer
+    of one expert is then the dense layer itself.
     """
 
     def __init__(
         self,
-        num_experts: int,
+        expert_ids: Sequence[int],
         model_width: int,
         hidden_width: int,
         activation: Callable[[Tensor], Tensor],
@@ -86,38 +87,42 @@ class ExpertFeedForward(nn.Module):
         first: "tuple[nn.Linear, nn.Linear] | None" = None,
     ) -> None:
         super().__init__()
+        experts = len(expert_ids)
         self.activation = activation
         self.dropout = dropout
-        self.fc1_weight = nn.Parameter(torch.empty(num_experts, hidden_width, model_width))
-        self.fc1_bias = nn.Parameter(torch.empty(num_experts, hidden_width))
-        self.fc2_weight = nn.Parameter(torch.empty(num_experts, model_width, hidden_width))
-        self.fc2_bias = nn.Parameter(torch.empty(num_experts, model_width))
-        self._initialise(key, first)
+        self.fc1_weight = nn.Parameter(torch.empty(experts, hidden_width, model_width))
+        self.fc1_bias = nn.Parameter(torch.empty(experts, hidden_width))
+        self.fc2_weight = nn.Parameter(torch.empty(experts, model_width, hidden_width))
+        self.fc2_bias = nn.Parameter(torch.empty(experts, model_width))
+        self._initialise(expert_ids, key, first)
 
     @torch.no_grad()
-    def _initialise(self, key: "tuple[int, ...]", first: "tuple[nn.Linear, nn.Linear] | None") -> None:
-        for expert in range(len(self.fc1_weight)):
+    def _initialise(
+        self, expert_ids: Sequence[int], key: "tuple[int, ...]", first: "tuple[nn.Linear, nn.Linear] | None"
+    ) -> None:
+        for place, expert in enumerate(expert_ids):
             generator = seeded_generator("expert", *key, expert)
             for weight, bias in ((self.fc1_weight, self.fc1_bias), (self.fc2_weight, self.fc2_bias)):
                 bound = 1 / math.sqrt(weight.shape[2])
-                weight[expert].uniform_(-bound, bound, generator=generator)
-                bias[expert].uniform_(-bound, bound, generator=generator)
-        if first is not None:
+                weight[place].uniform_(-bound, bound, generator=generator)
+                bias[place].uniform_(-bound, bound, generator=generator)
+        if first is not None and 0 in expert_ids:
+            place = list(expert_ids).index(0)
             for linear, weight, bias in zip(
                 first, (self.fc1_weight, self.fc2_weight), (self.fc1_bias, self.fc2_bias), strict=True
             ):
-                weight[0] = linear.weight
-                bias[0] = linear.bias
+                weight[place] = linear.weight
+                bias[place] = linear.bias
 
     def forward(self, rows_RD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
-        """Apply expert e to its `rows_per_expert[e]` rows of `rows_RD`."""
+        """Apply each expert to its share of `rows_RD`: `rows_per_expert[e]` rows for the e-th of `expert_ids`."""
         hidden_RF = self.activation(grouped_linear(rows_RD, self.fc1_weight, self.fc1_bias, rows_per_expert))
         hidden_RF = F.dropout(hidden_RF, self.dropout, self.training)
         return grouped_linear(hidden_RF, self.fc2_weight, self.fc2_bias, rows_per_expert)
 
 
 class ExpertStack(nn.Module):
-    """E stacks of residual sub-layers x + FFN(LayerNorm(x)); returns what the stack adds to x.
+    """Stacks of residual sub-layers x + FFN(LayerNorm(x)), one for each of `expert_ids`; returns what is added to x.
 
     BASE Layers (Lewis et al. 2021), section 4.1, and the authors' release: the second linear layer's weight starts at
     zero.
@@ -125,7 +130,7 @@ class ExpertStack(nn.Module):
 
     def __init__(
         self,
-        num_experts: int,
+        expert_ids: Sequence[int],
         num_sublayers: int,
         model_width: int,
         hidden_width: int,
@@ -134,21 +139,23 @@ class ExpertStack(nn.Module):
         key: int,
     ) -> None:
         super().__init__()
-        self.norm_weight = nn.ParameterList(torch.ones(num_experts, model_width) for _ in range(num_sublayers))
-        self.norm_bias = nn.ParameterList(torch.zeros(num_experts, model_width) for _ in range(num_sublayers))
+        self.norm_weight = nn.ParameterList(torch.ones(len(expert_ids), model_width) for _ in range(num_sublayers))
+        self.norm_bias = nn.ParameterList(torch.zeros(len(expert_ids), model_width) for _ in range(num_sublayers))
         self.feed_forward = nn.ModuleList(
-            ExpertFeedForward(num_experts, model_width, hidden_width, activation, dropout, (key, sublayer))
+            ExpertFeedForward(expert_ids, model_width, hidden_width, activation, dropout, (key, sublayer))
             for sublayer in range(num_sublayers)
         )
         for feed_forward in self.feed_forward:
             nn.init.zeros_(feed_forward.fc2_weight)
 
     def forward(self, rows_RD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
-        """Apply expert e's stack to its `rows_per_expert[e]` rows of `rows_RD`."""
-        counts_E = torch.tensor(rows_per_expert, device=rows_RD.device)
+        """Apply each expert's stack to its share of `rows_RD`: `rows_per_expert[e]` rows for the e-th expert."""
+        counts_E = torch.tensor(rows_per_expert, pin_memory=rows_RD.is_cuda).to(rows_RD.device, non_blocking=True)
         added_RD = torch.zeros_like(rows_RD)
         for weight_ED, bias_ED, feed_forward in zip(self.norm_weight, self.norm_bias, self.feed_forward, strict=True):
             normed_RD = F.layer_norm(rows_RD + added_RD, rows_RD.shape[-1:])
-            weight_RD, bias_RD = (p.repeat_interleave(counts_E, dim=0) for p in (weight_ED, bias_ED))
+            weight_RD, bias_RD = (
+                p.repeat_interleave(counts_E, dim=0, output_size=len(rows_RD)) for p in (weight_ED, bias_ED)
+            )
             added_RD = added_RD + feed_forward(normed_RD * weight_RD + bias_RD, rows_per_expert)
         return added_RD

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fairseq_hash.dispatch import DispatchPlan, combine, dispatch, plan_dispatch
+from fairseq_hash.checkpoint import keep_all_experts
+from fairseq_hash.dispatch import DispatchPlan, PlanUnderWay, combine, dispatch, plan_dispatch
+from fairseq_hash.parallel import ExpertParallel, mark_experts
 from fairseq_hash.routers import Assignment
 
 
@@ -16,13 +18,14 @@ class RoutingContext:
     Attributes:
         token_T: int64, the token ids without padding, position first (`[L, B]` flattened).
         place_T: int64, where these tokens stand among all L x B; None where nothing is padding.
-        hash_route: assignment and plan by the hash table, made once for all layers; None without a table.
+        hash_route: assignment and plan by the hash table, made once for all layers; None without a table. The layer
+            that comes first waits for what the plan still needs of other ranks.
         reports: each sparse layer's report, by its number and its router's name; filled in as the layers run.
     """
 
     token_T: Tensor
     place_T: "Tensor | None"
-    hash_route: "tuple[Assignment, DispatchPlan] | None" = None
+    hash_route: "tuple[Assignment, PlanUnderWay] | None" = None
     reports: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -100,35 +103,40 @@ class RoutingReport:
 
 
 class SparseLayer(nn.Module):
-    """E experts and what picks among them: a router, or the context's hash route where there is none.
+    """E experts, this rank's share of them, and what picks among them: a router, or where there is none the context's
+    hash route.
 
-    `forward` returns what the experts add (zero for padding and for dropped tokens) and a packed `RoutingReport`.
+    `forward` returns what the experts add (zero for padding and for dropped tokens) and a packed `RoutingReport`. Ranks
+    that share experts have to call it equally often, with any number of tokens.
     """
 
     def __init__(
         self,
         router: "nn.Module | None",
         experts: nn.Module,
-        num_experts: int,
+        parallel: ExpertParallel,
         capacity_factor: float,
         eval_capacity_factor: float,
     ) -> None:
         super().__init__()
         self.router = router
         self.experts = experts
-        self.num_experts = num_experts
+        self.parallel = parallel
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
+        if parallel.is_shared:
+            mark_experts(self.experts)
+            keep_all_experts(self, parallel, [f"experts.{name}" for name, _ in experts.named_parameters()])
 
     def forward(self, x_LBD: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor]:
         """Return y of the shape and dtype of `x_LBD`, and the report vector (fp32, `[5 + E]`)."""
         x_TD = context.drop_padding(x_LBD)
         if self.router is None:
-            assignment, plan = context.hash_route
+            assignment, plan = context.hash_route[0], context.hash_route[1].plan
         else:
             assignment = self.router(x_TD)
             factor = self.capacity_factor if self.training else self.eval_capacity_factor
-            plan = plan_dispatch(assignment.expert_TK, self.num_experts, factor)
+            plan = plan_dispatch(assignment.expert_TK, self.parallel, factor)
         rows_RD = self.experts(dispatch(x_TD, plan), plan.rows_per_expert)
         y_TD = combine(rows_RD, plan, assignment.weight_TK)
         return context.restore_padding(y_TD, x_LBD.shape), RoutingReport.of(assignment, plan).pack()

@@ -1,5 +1,6 @@
 """The model `hash_transformer_lm`: options, sized architectures, and what is recorded of it in the log."""
 
+import functools
 import json
 import logging
 from argparse import Namespace
@@ -17,14 +18,19 @@ from fairseq.tasks import FairseqTask
 from torch import nn
 
 from fairseq_hash import seams
+from fairseq_hash.agreement import check_same, together
 from fairseq_hash.decoder import HashTransformerDecoder
 from fairseq_hash.errors import UserError
 from fairseq_hash.hashing import dictionary_fingerprint, table_fingerprint
 from fairseq_hash.layer import SparseLayer
 from fairseq_hash.options import SparseOptions
+from fairseq_hash.parallel import expert_names, expert_parallel, reduce_expert_gradients
 from fairseq_hash.provenance import provenance
 
 logger = logging.getLogger(__name__)
+
+# What would make ranks train different models, or wait for each other for ever.
+SAME_ON_ALL_RANKS = ("fairseq_hash", "torch", "parameters_total", "dictionary_fingerprint", "table_fingerprint")
 
 
 @dataclass
@@ -50,15 +56,26 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
             SystemExit: with one line, where an option is out of range or does not fit another.
         """
         options = SparseOptions.from_config(args)
-        options.check()
+        together(functools.partial(check_options, args, options))
+        check_same(asdict(options))
         if options.router == "none":
-            model = super().build_model(args, task)
+            model = together(functools.partial(super().build_model, args, task))
         else:
-            check_combination(args, options)
-            with seams.language_model_decoder(HashTransformerDecoder):
-                model = super().build_model(args, task)
-        logger.info("model_record | %s", json.dumps(model_record(model, args, options, task)))
+            parallel = expert_parallel(options.num_experts, options.expert_parallel_size)
+            with seams.language_model_decoder(functools.partial(HashTransformerDecoder, parallel=parallel)):
+                model = together(functools.partial(super().build_model, args, task))
+            model._ddp_params_and_buffers_to_ignore = expert_names(model)  # torch's DistributedDataParallel reads it
+            logger.info("expert_parallel | %s", parallel.describe())
+        record = model_record(model, args, options, task)
+        check_same({key: record[key] for key in SAME_ON_ALL_RANKS})
+        logger.info("model_record | %s", json.dumps(record))
         return model
+
+    def all_reduce_grads(self) -> None:
+        """Reduce the experts' gradients among their replicas; fairseq's optimizers call it once an update."""
+        for layer in self.modules():
+            if isinstance(layer, SparseLayer) and layer.parallel.is_shared:
+                reduce_expert_gradients(layer.experts.parameters(), layer.parallel)
 
     @seams.one_line_errors
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -66,8 +83,11 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
         return super().load_state_dict(*args, **kwargs)
 
 
-def check_combination(args: Any, options: SparseOptions) -> None:
-    """Raise `UserError` where an option of fairseq's does not go with sparse layers."""
+def check_options(args: Any, options: SparseOptions) -> None:
+    """Raise `UserError` where an option is out of range, or one of fairseq's does not go with sparse layers."""
+    options.check()
+    if options.router == "none":
+        return
     options.layer_numbers(args.decoder_layers)
     if args.base_layers:
         raise UserError(
@@ -93,13 +113,18 @@ def check_combination(args: Any, options: SparseOptions) -> None:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return all parameters of a model, and those that one token uses: one expert of each sparse layer."""
+    """Return all parameters of a model, those on other ranks included, and those that one token uses.
+
+    A token uses one expert of each sparse layer.
+    """
     total = sum(parameter.numel() for parameter in model.parameters())
     idle = 0
     for layer in model.modules():
         if isinstance(layer, SparseLayer):
-            experts = sum(parameter.numel() for parameter in layer.experts.parameters())
-            idle += experts - experts // layer.num_experts
+            held = sum(parameter.numel() for parameter in layer.experts.parameters())
+            one = held // layer.parallel.local_experts
+            total += (layer.parallel.num_experts - layer.parallel.local_experts) * one
+            idle += (layer.parallel.num_experts - 1) * one
     return total, total - idle
 
 
@@ -112,6 +137,7 @@ def model_record(model: nn.Module, args: Any, options: SparseOptions, task: Fair
         **provenance(),
         **{key: value for key, value in asdict(options).items() if key != "_name"},
         "num_experts": options.num_experts if sparse else 1,
+        "expert_parallel_size": model.decoder.parallel.size if sparse else 1,
         "sparse_layers": list(options.layer_numbers(args.decoder_layers)) if sparse else [],
         "parameters_total": total,
         "parameters_active": active,

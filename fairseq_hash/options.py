@@ -77,6 +77,14 @@ class SparseOptions(FairseqDataclass):
         },
     )
 
+    expert_parallel_size: int = field(
+        default=0,
+        metadata={
+            "help": "ranks that share one set of experts, a divisor of the number of ranks and of --num-experts; 0: the "
+            "largest there is; 1: all experts on every rank"
+        },
+    )
+
     @classmethod
     def from_config(cls, config: "Mapping[str, Any] | Namespace") -> "SparseOptions":
         """Take the options out of a model's configuration; one that an older checkpoint lacks has its default."""
@@ -122,6 +130,7 @@ class SparseOptions(FairseqDataclass):
         _at_least("--hash-seed", self.hash_seed, 0)
         _at_least("--capacity-factor", self.capacity_factor, 0)
         _at_least("--eval-capacity-factor", self.eval_capacity_factor, 0)
+        _at_least("--expert-parallel-size", self.expert_parallel_size, 0)
         _probability("--router-jitter", self.router_jitter)
         if self.expert_dropout is not None:
             _probability("--expert-dropout", self.expert_dropout)

@@ -1,6 +1,7 @@
 """Every place where fairseq's own behaviour is changed, and why. Everything else uses fairseq's public hooks."""
 
 import functools
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,9 +9,17 @@ from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import fairseq
-from fairseq.models import ARCH_CONFIG_REGISTRY, transformer_lm
+import torch.distributed as dist
+from fairseq import checkpoint_utils
+from fairseq.distributed import LegacyDistributedDataParallel
+from fairseq.models import ARCH_CONFIG_REGISTRY, distributed_fairseq_model, transformer_lm
+from fairseq.trainer import Trainer
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fairseq_hash.errors import UserError
+from fairseq_hash.parallel import every_expert_on_every_rank
+from fairseq_hash.training import SharedTraining
 
 SUPPORTED_FAIRSEQ = "0.12.2"
 Result = TypeVar("Result")
@@ -44,7 +53,8 @@ def one_line_errors(function: Callable[..., Result]) -> Callable[..., Result]:
     """Turn a `UserError` at a place that fairseq calls into an exit with its one line.
 
     Upstream: fairseq's commands show every exception as a traceback, `Trainer.load_checkpoint` replaces the message of
-    any `Exception`, and Hydra prints its own summary of it. `SystemExit` passes through all three.
+    any `Exception`, and Hydra prints its own summary of it. `SystemExit` passes through all three. Where there are
+    several ranks, all of them raise the error: rank 0 prints it.
     """
 
     @functools.wraps(function)
@@ -52,7 +62,13 @@ def one_line_errors(function: Callable[..., Result]) -> Callable[..., Result]:
         try:
             return function(*args, **kwargs)
         except UserError as error:
-            raise SystemExit(f"fairseq_hash: {error}") from error
+            line = f"fairseq_hash: {error}"
+            if not dist.is_initialized():
+                raise SystemExit(line) from error
+            if dist.get_rank() == 0:
+                print(line, file=sys.stderr, flush=True)
+            dist.barrier()  # launchers stop all ranks when one ends: not before the line is out
+            raise SystemExit(1) from error
 
     return call
 
@@ -75,3 +91,130 @@ def set_architecture(name: str, function: Callable[[Namespace], None]) -> None:
     `register_model_architecture` refuses a second one.
     """
     ARCH_CONFIG_REGISTRY[name] = function
+
+
+
+def _override(owner: type, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Replace a method by the decorated function, which gets the original before the method's arguments."""
+    original = getattr(owner, name)
+
+    def replace(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return function(original, *args, **kwargs)
+
+        setattr(owner, name, method)
+        return function
+
+    return replace
+
+
+@_override(LegacyDistributedDataParallel, "all_reduce_grads")
+def _reduce_experts_under_legacy_ddp(original: Callable[..., None], wrapper: LegacyDistributedDataParallel) -> None:
+    """Reduce the experts' gradients after the dense ones.
+
+    Upstream: `FairseqOptimizer.all_reduce_grads` calls a method of that name where the module has one. The wrappers of
+    the other backends have none and pass the call on to the model; this one skips experts and does not.
+    """
+    original(wrapper)
+    if hasattr(wrapper.module, "all_reduce_grads") and not wrapper.accumulate_grads:
+        wrapper.module.all_reduce_grads()
+
+
+def _data_parallel_on_any_device(module: nn.Module, device_ids: Any, output_device: Any, **kwargs: Any) -> nn.Module:
+    """Make torch's DistributedDataParallel work on a CPU.
+
+    Upstream: fairseq/models/distributed_fairseq_model.py always passes device ids, which torch refuses for a model on
+    the CPU.
+    """
+    if next(module.parameters()).device.type == "cpu":
+        device_ids = output_device = None
+    return DistributedDataParallel(module, device_ids, output_device, **kwargs)
+
+
+distributed_fairseq_model.DistributedDataParallel = _data_parallel_on_any_device
+
+
+@_override(Trainer, "__init__")
+@one_line_errors
+def _train_with_shared_experts(
+    original: Callable[..., None], trainer: Trainer, cfg: Any, task: Any, model: nn.Module, *args: Any, **kwargs: Any
+) -> None:
+    """Refuse what does not go with shared experts, and end the job as soon as one rank fails.
+
+    Upstream: `Trainer.train_step` and `valid_step` go on after one rank ran out of memory, or save a checkpoint on that
+    rank alone. Ranks that share experts wait for each other in every layer: what one of them does, and the others do
+    not, stops them all for good. The task's steps are what the trainer calls inside of that.
+    """
+    trainer.shared = SharedTraining.of(cfg, model)
+    if trainer.shared is not None:
+        task.train_step = trainer.shared.watch_step(task.train_step)
+        task.valid_step = trainer.shared.watch_step(task.valid_step)
+    original(trainer, cfg, task, model, *args, **kwargs)
+
+
+@_override(Trainer, "train_step")
+def _end_together(original: Callable[..., Any], trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+    """End the job on an error of the reduction or the optimizer; say which rank has a loss that is not finite."""
+    if trainer.shared is None:
+        return original(trainer, *args, **kwargs)
+    with trainer.shared.an_update():
+        return original(trainer, *args, **kwargs)
+
+
+@_override(Trainer, "clip_grad_norm")
+def _clip_with_experts(original: Callable[..., Tensor], trainer: Trainer, clip_norm: float) -> Tensor:
+    """Clip by the norm of the dense gradients and those of all experts.
+
+    Upstream: `utils.clip_grad_norm_` leaves experts out of the norm, and scales them by it.
+    """
+    if trainer.shared is None:
+        return original(trainer, clip_norm)
+    norm = functools.partial(trainer.shared.norm, trainer.optimizer.optimizer, trainer.is_fsdp)
+    return trainer.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=norm)
+
+
+@_override(Trainer, "_build_optimizer")
+@one_line_errors
+def _cut_loaded_optimizer_state(original: Callable[..., None], trainer: Trainer) -> None:
+    """Give the optimizer the state of this rank's experts when it loads a checkpoint."""
+    original(trainer)
+    if trainer.shared is not None:
+        trainer.shared.check_optimizer(trainer._optimizer)
+        load = trainer._optimizer.load_state_dict
+        trainer._optimizer.load_state_dict = trainer.shared.loading_own_state(trainer._optimizer.optimizer, load)
+
+
+@_override(Trainer, "consolidate_optimizer")
+def _gather_optimizer_state(original: Callable[..., None], trainer: Trainer) -> None:
+    """Gather the state of all experts for the checkpoint that follows."""
+    original(trainer)
+    if trainer.shared is not None and not trainer.cfg.checkpoint.no_save_optimizer_state:
+        trainer._gathered_optim_state = trainer.shared.state_of_all(trainer.optimizer)
+
+
+_always_call_state_dict = Trainer.always_call_state_dict_during_save_checkpoint
+# Upstream: only rank 0 takes the model's state; gathering experts takes all ranks.
+Trainer.always_call_state_dict_during_save_checkpoint = property(
+    lambda trainer: trainer.shared is not None or _always_call_state_dict.fget(trainer)
+)
+
+
+def _evaluate_with_all_experts(load: Callable[..., Result]) -> Callable[..., Result]:
+    """Load models for evaluation and generation with all experts on every rank.
+
+    Upstream: with several ranks these commands give each rank its own batches and skip empty ones, so the ranks call
+    the layers unequally often.
+    """
+
+    @functools.wraps(load)
+    def call(*args: Any, **kwargs: Any) -> Result:
+        with every_expert_on_every_rank():
+            return load(*args, **kwargs)
+
+    return call
+
+
+checkpoint_utils.load_model_ensemble_and_task = _evaluate_with_all_experts(
+    checkpoint_utils.load_model_ensemble_and_task
+)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fairseq_hash.dispatch import combine, dispatch, expert_capacity, plan_dispatch
+from fairseq_hash.parallel import ExpertParallel
 
 
 @st.composite
@@ -23,7 +24,7 @@ def assignments(draw):
 def test_plan_keeps_the_first_choices_of_each_expert(assignment, capacity_factor):
     """The plan against a loop over the choices in order."""
     expert_TK, num_experts = assignment
-    plan = plan_dispatch(expert_TK, num_experts, capacity_factor)
+    plan = plan_dispatch(expert_TK, ExpertParallel(num_experts), capacity_factor)
     chosen = expert_TK.flatten().tolist()
     capacity = math.inf
     if capacity_factor:
@@ -46,7 +47,7 @@ def test_combine_undoes_dispatch(assignment, weighted, capacity_factor):
     generator = torch.Generator().manual_seed(0)
     x_TD = torch.randn(tokens, 3, generator=generator, dtype=torch.float64, requires_grad=True)
     weight_TK = torch.rand(tokens, choices, generator=generator, dtype=torch.float64) if weighted else None
-    plan = plan_dispatch(expert_TK, num_experts, capacity_factor)
+    plan = plan_dispatch(expert_TK, ExpertParallel(num_experts), capacity_factor)
     number_R = torch.arange(1, num_experts + 1).repeat_interleave(torch.tensor(plan.rows_per_expert))
     y_TD = combine(dispatch(x_TD, plan) * number_R.unsqueeze(1), plan, weight_TK)
 
@@ -64,7 +65,7 @@ def test_combine_undoes_dispatch(assignment, weighted, capacity_factor):
 
 def test_worked_example():
     """Five tokens, three experts, capacity factor 0.6: one row an expert."""
-    plan = plan_dispatch(torch.tensor([[2], [0], [2], [0], [2]]), 3, 0.6)
+    plan = plan_dispatch(torch.tensor([[2], [0], [2], [0], [2]]), ExpertParallel(3), 0.6)
     assert plan.choice_R.tolist() == [1, 0]
     assert plan.rows_per_expert == (1, 0, 1)
     assert plan.demand_E.tolist() == [2, 0, 3]
@@ -87,5 +88,6 @@ def test_dropping_never_looks_at_later_tokens():
     expert_TK = torch.randint(4, (40, 1), generator=generator)
     changed = expert_TK.clone()
     changed[25:] = torch.randint(4, (15, 1), generator=generator)
-    kept = [set(plan_dispatch(e, 4, 0.5).choice_R.tolist()) & set(range(25)) for e in (expert_TK, changed)]
+    plans = [plan_dispatch(e, ExpertParallel(4), 0.5) for e in (expert_TK, changed)]
+    kept = [set(plan.choice_R.tolist()) & set(range(25)) for plan in plans]
     assert kept[0] == kept[1] and len(kept[0]) < 25

@@ -5,9 +5,10 @@ import reference
 import torch
 import torch.nn.functional as F
 
-from fairseq_hash.dispatch import plan_dispatch
+from fairseq_hash.dispatch import PlanUnderWay
 from fairseq_hash.experts import ExpertFeedForward, ExpertStack
 from fairseq_hash.layer import RoutingContext, RoutingReport, SparseLayer
+from fairseq_hash.parallel import ExpertParallel
 from fairseq_hash.routers import Assignment, BaseRouter, SwitchRouter
 
 PAD = 1
@@ -20,11 +21,11 @@ TOLERANCE = {"rtol": 2e-4, "atol": 2e-5}
 def build(router, num_experts, sublayers, capacity_factor):
     torch.manual_seed(num_experts)
     if sublayers:
-        experts = ExpertStack(num_experts, sublayers, WIDTH, HIDDEN, F.gelu, 0.0, 0)
+        experts = ExpertStack(range(num_experts), sublayers, WIDTH, HIDDEN, F.gelu, 0.0, 0)
         for parameter in experts.parameters():  # a stack starts as nothing: move it away from there
             torch.nn.init.normal_(parameter, std=0.5)
     else:
-        experts = ExpertFeedForward(num_experts, WIDTH, HIDDEN, F.gelu, 0.0, (0,))
+        experts = ExpertFeedForward(range(num_experts), WIDTH, HIDDEN, F.gelu, 0.0, (0,))
     module = {
         "hash": lambda: None,
         "switch": lambda: SwitchRouter(WIDTH, num_experts, 0.0, 0),
@@ -32,7 +33,7 @@ def build(router, num_experts, sublayers, capacity_factor):
     }[router]()
     if module is not None:
         torch.nn.init.normal_(next(module.parameters()))
-    return SparseLayer(module, experts, num_experts, capacity_factor, capacity_factor)
+    return SparseLayer(module, experts, ExpertParallel(num_experts), capacity_factor, capacity_factor)
 
 
 def make_batch(num_experts, padded, capacity_factor, seed):
@@ -46,7 +47,7 @@ def make_batch(num_experts, padded, capacity_factor, seed):
     table_V = torch.randint(num_experts, (50,), generator=generator)
     context = RoutingContext.of_tokens(token_BL, PAD)
     expert_TK = table_V[context.token_T].unsqueeze(1)
-    route = Assignment(expert_TK), plan_dispatch(expert_TK, num_experts, capacity_factor)
+    route = Assignment(expert_TK), PlanUnderWay(expert_TK, ExpertParallel(num_experts), capacity_factor)
     return token_BL, x_LBD, RoutingContext(context.token_T, context.place_T, route), table_V
 
 
@@ -120,7 +121,8 @@ def test_a_batch_of_nothing_but_padding(router):
     layer = build(router, 4, 0, 1.25)
     context = RoutingContext.of_tokens(torch.full((2, 3), PAD), PAD)
     assignment = Assignment(torch.zeros(0, 1, dtype=torch.int64))
-    context = RoutingContext(context.token_T, context.place_T, (assignment, plan_dispatch(assignment.expert_TK, 4)))
+    route = assignment, PlanUnderWay(assignment.expert_TK, ExpertParallel(4))
+    context = RoutingContext(context.token_T, context.place_T, route)
     x_LBD = torch.randn(3, 2, WIDTH, requires_grad=True)
     y_LBD, packed = layer(x_LBD, context)
     assert not y_LBD.any() and not packed.any()
@@ -165,7 +167,7 @@ def test_switch_routes_in_fp32():
 def test_expert_dropout_scales_what_it_keeps():
     """With dropout p the hidden layer keeps a share 1 - p, scaled by 1 / (1 - p); evaluation keeps all."""
     torch.manual_seed(1)
-    experts = ExpertFeedForward(2, 1, 20_000, torch.nn.Identity(), 0.25, (0,))
+    experts = ExpertFeedForward(range(2), 1, 20_000, torch.nn.Identity(), 0.25, (0,))
     with torch.no_grad():
         experts.fc1_weight.fill_(1.0)
         experts.fc1_bias.zero_()
@@ -179,21 +181,23 @@ def test_expert_dropout_scales_what_it_keeps():
 
 
 def test_initial_weights_depend_on_the_seed_alone():
-    """Neither what was drawn before nor the number of experts changes an expert's start; the seed does."""
+    """Neither what was drawn before nor the experts beside it change an expert's start; the seed does."""
 
     def weights(seed, num_experts, draw_before):
         torch.manual_seed(seed)
         if draw_before:
             torch.rand(3)
         state = torch.get_rng_state()
-        experts = ExpertFeedForward(num_experts, WIDTH, HIDDEN, F.relu, 0.0, (2,))
+        experts = ExpertFeedForward(range(num_experts), WIDTH, HIDDEN, F.relu, 0.0, (2,))
         assert torch.equal(torch.get_rng_state(), state)
         return experts.fc1_weight[1]
 
     assert torch.equal(weights(5, 4, False), weights(5, 9, True))
+    torch.manual_seed(5)
+    assert torch.equal(weights(5, 4, False), ExpertFeedForward([3, 1], WIDTH, HIDDEN, F.relu, 0.0, (2,)).fc1_weight[1])
     assert not torch.equal(weights(5, 4, False), weights(6, 4, False))
     # nn.Linear's distribution: uniform within 1 / sqrt(inputs).
-    experts = ExpertFeedForward(50, WIDTH, HIDDEN, F.relu, 0.0, (0,))
+    experts = ExpertFeedForward(range(50), WIDTH, HIDDEN, F.relu, 0.0, (0,))
     linear = torch.nn.Linear(HIDDEN, 50 * WIDTH)
     bound = 1 / HIDDEN**0.5
     assert experts.fc2_weight.abs().max() <= bound and linear.weight.abs().max() <= bound

@@ -1,0 +1,142 @@
+"""What fairseq's trainer needs while ranks share experts. `seams` puts it in place."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fairseq.optim import FairseqOptimizer
+from torch import Tensor, nn
+
+from fairseq_hash.agreement import gather
+from fairseq_hash.checkpoint import optimizer_state_of_all, optimizer_state_of_own
+from fairseq_hash.errors import UserError
+from fairseq_hash.layer import SparseLayer
+from fairseq_hash.parallel import ExpertParallel, norm_with_experts
+from fairseq_hash.watchdog import Watchdog
+
+BACKENDS = ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d")
+
+
+def check_training(cfg: Any) -> None:
+    """Raise `UserError` where an option of the training does not go with shared experts."""
+    instead = "; or leave every rank all experts: --expert-parallel-size 1"
+    backend = cfg.distributed_training.ddp_backend
+    if backend not in BACKENDS:
+        raise UserError(f"--ddp-backend {backend} does not go with shared experts; use legacy_ddp or pytorch_ddp")
+    common = cfg.common
+    if common.fp16 and not common.memory_efficient_fp16 and not common.fp16_no_flatten_grads:
+        raise UserError(
+            "--fp16 flattens all gradients into one, experts and others; add --fp16-no-flatten-grads, or use "
+            f"--memory-efficient-fp16{instead}"
+        )
+    if common.amp:
+        raise UserError(
+            f"--amp keeps a loss scale on every rank, which drift apart with shared experts; use --bf16 or --fp16{instead}"
+        )
+    if cfg.distributed_training.zero_sharding != "none":
+        raise UserError(
+            f"--zero-sharding {cfg.distributed_training.zero_sharding} gives experts to ranks that do not hold them; "
+            f"leave it out{instead}"
+        )
+    for option, is_set in (
+        ("--use-bmuf", cfg.optimization.use_bmuf),
+        ("--model-parallel-size", common.model_parallel_size > 1),
+        ("--pipeline-model-parallel", cfg.distributed_training.pipeline_model_parallel),
+        ("--tpu", common.tpu),
+    ):
+        if is_set:
+            raise UserError(f"{option} does not go with shared experts; leave it out")
+
+
+class SharedTraining:
+    """The gradient norm, the optimizer's state and the failures of a training whose ranks share experts."""
+
+    def __init__(self, parallel: ExpertParallel, watchdog: Watchdog) -> None:
+        self.parallel = parallel
+        self.watchdog = watchdog
+        self.finite: Tensor | None = None
+
+    @classmethod
+    def of(cls, cfg: Any, model: nn.Module) -> "SharedTraining | None":
+        """Return what the trainer of `model` needs; None where every rank holds all experts.
+
+        Raises:
+            UserError: where an option does not go with shared experts.
+        """
+        layers = (module for module in model.modules() if isinstance(module, SparseLayer))
+        layer = next(layers, None)
+        if layer is None or not layer.parallel.is_shared:
+            return None
+        check_training(cfg)
+        parallel = layer.parallel
+        # There is no public way to the store of the process group.
+        watchdog = Watchdog(dist.distributed_c10d._get_default_store(), parallel.rank, parallel.world_size)
+        dist.barrier()
+        watchdog.start()
+        return cls(parallel, watchdog)
+
+    def watch_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a task's step, made to end the job on any error and to remember whether its losses were finite."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            loss, *rest = step(*args, **kwargs)
+            finite = loss.detach().isfinite()
+            self.finite = finite if self.finite is None else self.finite & finite
+            return loss, *rest
+
+        return self.watchdog.watch(call)
+
+    @contextmanager
+    def an_update(self) -> Iterator[None]:
+        """End the job where an update fails.
+
+        The gradient norm is the same on every rank: where it is not finite all of them arrive here.
+        """
+        self.finite = None
+        try:
+            yield
+        except FloatingPointError as error:
+            finite = gather(self.finite is None or bool(self.finite))
+            ranks = [str(rank) for rank, is_finite in enumerate(finite) if not is_finite]
+            if self.parallel.rank > 0:
+                self.watchdog.leave()
+            if not ranks:
+                self.watchdog.end(f"every rank: {error}, with finite losses; lower the learning rate or clip gradients")
+            self.watchdog.end(f"rank {', '.join(ranks)}: the loss is NaN or infinite")
+        except Exception as error:
+            self.watchdog.fail(error)
+
+    def norm(self, optimizer: torch.optim.Optimizer, dense_is_sharded: bool, dense_norm: Tensor) -> Tensor:
+        """Return the norm of all gradients, from that of the dense ones."""
+        gradients = [p.grad for p in _optimized(optimizer) if hasattr(p, "expert") and p.grad is not None]
+        return norm_with_experts(dense_norm, gradients, self.parallel)
+
+    @staticmethod
+    def check_optimizer(optimizer: FairseqOptimizer) -> None:
+        """Raise `UserError` for an optimizer that does not treat each element on its own."""
+        if not optimizer.supports_flat_params:
+            raise UserError(
+                f"the optimizer {type(optimizer).__name__} would treat experts differently on another number of ranks; "
+                "use adam or sgd, or --expert-parallel-size 1"
+            )
+
+    def state_of_all(self, optimizer: FairseqOptimizer) -> dict[str, Any]:
+        """Return the optimizer's state, on rank 0 with that of all experts; every rank has to call this."""
+        return optimizer_state_of_all(optimizer.state_dict(), _optimized(optimizer.optimizer), self.parallel)
+
+    def loading_own_state(
+        self, optimizer: torch.optim.Optimizer, load: Callable[..., None]
+    ) -> Callable[..., None]:
+        """Return `load`, an optimizer's `load_state_dict`, made to take this rank's share of a state of all experts."""
+
+        def call(state: dict[str, Any], *args: Any) -> None:
+            load(optimizer_state_of_own(state, _optimized(optimizer), self.parallel), *args)
+
+        return call
+
+
+def _optimized(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Return the parameters that an optimizer changes, in its order: in half precision, their fp32 copies."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -39,17 +39,23 @@ def balanced_assignment(score_TE: Tensor) -> Tensor:
     Raises:
         ValueError: where `score_TE` has another shape or type, or holds NaN or infinity.
     """
+    check_scores(score_TE)
+    score_TE = score_TE.double()
+    flow = Flow(score_TE.cpu().numpy(), equilibrium_prices(score_TE).cpu().numpy())
+    flow.balance()
+    return torch.from_numpy(flow.expert_T).to(score_TE.device)
+
+
+def check_scores(score_TE: Tensor) -> None:
+    """Raise `ValueError` where scores have the wrong shape or type, or hold NaN or infinity."""
     if score_TE.dim() != 2 or score_TE.shape[1] == 0 or not score_TE.is_floating_point():
         raise ValueError(
             f"scores of {score_TE.dtype} with shape {tuple(score_TE.shape)}; give floating numbers [tokens, experts]"
         )
-    score_TE = score_TE.double()
-    if not (score_TE.abs() < LARGEST).all():
+    # NaN compares as false. A fp64 limit: an infinity of any type is above it.
+    if not (score_TE.double().abs() < LARGEST).all():
         wrong = "NaN" if score_TE.isnan().any() else "infinite"
         raise ValueError(f"a score for the balanced assignment is {wrong}; lower the learning rate or clip gradients")
-    flow = Flow(score_TE.cpu().numpy(), equilibrium_prices(score_TE).cpu().numpy())
-    flow.balance()
-    return torch.from_numpy(flow.expert_T).to(score_TE.device)
 
 
 def equilibrium_prices(score_TE: Tensor) -> Tensor:

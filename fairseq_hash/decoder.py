@@ -22,6 +22,7 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from torch import Tensor, nn
 
+from fairseq_hash.base_balance import balance_over
 from fairseq_hash.dispatch import PlanUnderWay
 from fairseq_hash.errors import UserError
 from fairseq_hash.experts import ExpertFeedForward, ExpertStack
@@ -34,12 +35,12 @@ from fairseq_hash.routers import Assignment, BaseRouter, SwitchRouter
 logger = logging.getLogger(__name__)
 
 
-def build_router(options: SparseOptions, model_width: int, number: int) -> "nn.Module | None":
+def build_router(options: SparseOptions, model_width: int, parallel: ExpertParallel, number: int) -> "nn.Module | None":
     """Return the router of sparse layer `number`; None for hash layers, whose route the context holds."""
     if options.router == "switch":
         return SwitchRouter(model_width, options.num_experts, options.router_jitter, number)
     if options.router == "base":
-        return BaseRouter(model_width, options.num_experts, number)
+        return BaseRouter(model_width, options.num_experts, number, balance_over(options.base_balance, parallel))
     return None
 
 
@@ -50,8 +51,7 @@ def build_sparse_layer(
     number: int,
     first: "tuple[nn.Linear, nn.Linear] | None" = None,
 ) -> SparseLayer:
-    """Build the router and this rank's experts of decoder layer `number`; `first`: the dense FFN's two linear layers.
-    """
+    """Build router and experts of decoder layer `number`; `first` are the dense FFN's two linear layers."""
     width, hidden = cfg.decoder.embed_dim, cfg.decoder.ffn_embed_dim
     activation = utils.get_activation_fn(cfg.activation_fn)
     dropout = options.expert_dropout
@@ -63,7 +63,7 @@ def build_sparse_layer(
         experts = ExpertStack(ids, options.expert_sublayers, width, hidden, activation, dropout, number)
     else:
         experts = ExpertFeedForward(ids, width, hidden, activation, dropout, (number,), first)
-    router = build_router(options, width, number)
+    router = build_router(options, width, parallel, number)
     return SparseLayer(router, experts, parallel, options.capacity_factor, options.eval_capacity_factor)
 
 

@@ -41,13 +41,19 @@ class Exchange:
         return _Transfer.apply(rows_RD, self, False)
 
     def _send(self, rows_RD: Tensor) -> Tensor:
-        rows_RD = all_to_all(rows_RD, self.sent_P, self.received_P, self.parallel)
+        rows_RD = self._move(rows_RD, self.sent_P, self.received_P)
         return rows_RD if self.arrival_R is None else rows_RD.index_select(0, self.arrival_R)
 
     def _return(self, rows_RD: Tensor) -> Tensor:
         if self.arrival_R is not None:
             rows_RD = torch.empty_like(rows_RD).index_copy_(0, self.arrival_R, rows_RD)
-        return all_to_all(rows_RD, self.received_P, self.sent_P, self.parallel)
+        return self._move(rows_RD, self.received_P, self.sent_P)
+
+    def _move(self, rows_RD: Tensor, sent_P: Sequence[int], received_P: Sequence[int]) -> Tensor:
+        leaving = sum(sent_P) - sent_P[self.parallel.place]
+        self.parallel.traffic.rows += leaving
+        self.parallel.traffic.bytes += leaving * math.prod(rows_RD.shape[1:]) * rows_RD.element_size()
+        return all_to_all(rows_RD, sent_P, received_P, self.parallel.group)
 
 
 class _Transfer(torch.autograd.Function):
@@ -64,14 +70,11 @@ class _Transfer(torch.autograd.Function):
 
 
 def all_to_all(
-    rows_RD: Tensor, sent_P: Sequence[int], received_P: Sequence[int], parallel: ExpertParallel
+    rows_RD: Tensor, sent_P: Sequence[int], received_P: Sequence[int], group: "dist.ProcessGroup | None"
 ) -> Tensor:
-    """Send `sent_P[p]` rows, in their order, to each rank p of the group; return those that the ranks send here."""
+    """Send `sent_P[p]` rows, in their order, to each rank p of the group; return the `received_P` rows sent here."""
     received_RD = rows_RD.new_empty(sum(received_P), *rows_RD.shape[1:])
-    dist.all_to_all_single(received_RD, rows_RD.contiguous(), list(received_P), list(sent_P), group=parallel.group)
-    leaving = sum(sent_P) - sent_P[parallel.place]
-    parallel.traffic.rows += leaving
-    parallel.traffic.bytes += leaving * math.prod(rows_RD.shape[1:]) * rows_RD.element_size()
+    dist.all_to_all_single(received_RD, rows_RD.contiguous(), list(received_P), list(sent_P), group=group)
     return received_RD
 
 

@@ -7,6 +7,7 @@ from typing import Any, Optional
 
 from fairseq.dataclass import FairseqDataclass
 
+from fairseq_hash.base_balance import BALANCES
 from fairseq_hash.errors import UserError
 
 ROUTERS = ("none", "hash", "switch", "base")
@@ -69,6 +70,14 @@ class SparseOptions(FairseqDataclass):
             "[1 - JITTER, 1 + JITTER]; 0 to less than 1 (0.01 in Switch)"
         },
     )
+    base_balance: str = field(
+        default="global",
+        metadata={
+            "help": "in training, --router base balances its assignment over the batch of all ranks that share experts "
+            "(global), over a random share of it on each rank (shuffle: as published), or over each rank's own tokens "
+            "(local)"
+        },
+    )
     expert_dropout: Optional[float] = field(
         default=None,
         metadata={
@@ -76,12 +85,11 @@ class SparseOptions(FairseqDataclass):
             "(--relu-dropout), as in a dense FFN"
         },
     )
-
     expert_parallel_size: int = field(
         default=0,
         metadata={
-            "help": "ranks that share one set of experts, a divisor of the number of ranks and of --num-experts; 0: the "
-            "largest there is; 1: all experts on every rank"
+            "help": "ranks that share one set of experts, a divisor of the number of ranks and of --num-experts; 0: "
+            "the largest there is; 1: all experts on every rank"
         },
     )
 
@@ -120,6 +128,7 @@ class SparseOptions(FairseqDataclass):
         """Raise `UserError` for the first value that is out of its range."""
         _one_of("--router", self.router, ROUTERS)
         _one_of("--sparse-placement", self.sparse_placement, PLACEMENTS)
+        _one_of("--base-balance", self.base_balance, BALANCES)
         _at_least("--num-experts", self.num_experts, 1)
         _at_least("--expert-sublayers", self.expert_sublayers, 1)
         if self.expert_sublayers > 1 and self.sparse_placement == "replace":

@@ -6,6 +6,7 @@ capacity or of what an expert is. Shape suffixes: see `losses`.
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -87,8 +88,16 @@ class BaseRouter(nn.Module):
     is what trains the centroids; they start orthogonal with gain 0.1, as in the authors' release.
     """
 
-    def __init__(self, model_width: int, num_experts: int, key: int) -> None:
+    def __init__(
+        self,
+        model_width: int,
+        num_experts: int,
+        key: int,
+        assign: Callable[[Tensor], Tensor] = balanced_assignment,
+    ) -> None:
+        """Make the centroids; `assign` makes experts `[T]` of scores `[T, E]` in training."""
         super().__init__()
+        self.assign = assign
         self.centroids = nn.Parameter(torch.empty(num_experts, model_width))
         nn.init.orthogonal_(self.centroids, gain=0.1, generator=seeded_generator("base router", key))
 
@@ -101,7 +110,7 @@ class BaseRouter(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):
             score_TE = F.linear(x_TD.float(), self.centroids.float())
             if self.training:
-                expert_T = balanced_assignment(score_TE.detach())
+                expert_T = self.assign(score_TE.detach())
             else:
                 expert_T = score_TE.argmax(dim=-1)
             expert_TK = expert_T.unsqueeze(1)

@@ -93,7 +93,6 @@ def set_architecture(name: str, function: Callable[[Namespace], None]) -> None:
     ARCH_CONFIG_REGISTRY[name] = function
 
 
-
 def _override(owner: type, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Replace a method by the decorated function, which gets the original before the method's arguments."""
     original = getattr(owner, name)
@@ -146,6 +145,7 @@ def _train_with_shared_experts(
     rank alone. Ranks that share experts wait for each other in every layer: what one of them does, and the others do
     not, stops them all for good. The task's steps are what the trainer calls inside of that.
     """
+    trainer.real_batches = []
     trainer.shared = SharedTraining.of(cfg, model)
     if trainer.shared is not None:
         task.train_step = trainer.shared.watch_step(task.train_step)
@@ -154,12 +154,32 @@ def _train_with_shared_experts(
 
 
 @_override(Trainer, "train_step")
-def _end_together(original: Callable[..., Any], trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+def _end_together(original: Callable[..., Any], trainer: Trainer, samples: Any, *args: Any, **kwargs: Any) -> Any:
     """End the job on an error of the reduction or the optimizer; say which rank has a loss that is not finite."""
-    if trainer.shared is None:
-        return original(trainer, *args, **kwargs)
-    with trainer.shared.an_update():
-        return original(trainer, *args, **kwargs)
+    trainer.real_batches = [sample is not None and len(sample) > 0 for sample in samples]
+    try:
+        if trainer.shared is None:
+            return original(trainer, samples, *args, **kwargs)
+        with trainer.shared.an_update():
+            return original(trainer, samples, *args, **kwargs)
+    finally:
+        trainer.real_batches = []
+
+
+@_override(Trainer, "_aggregate_logging_outputs")
+def _leave_out_dummy_batches_only(
+    original: Callable[..., Any], trainer: Trainer, logs: Any, size: Any, *others: Any, ignore: bool = False
+) -> Any:
+    """Count the real batches of an update whose last batch is a dummy.
+
+    Upstream: with `--update-freq`, `Trainer.train_step` makes a dummy batch at the end of an epoch wipe out the losses
+    and the number of tokens of this rank's other batches in the same update, though not their gradients. The gradients
+    of all are then divided by too few tokens.
+    """
+    real = [log for log, is_real in zip(logs, trainer.real_batches, strict=False) if is_real]
+    if ignore and real:
+        return original(trainer, real, size + sum(log["sample_size"] for log in real), *others)
+    return original(trainer, logs, size, *others, ignore=ignore)
 
 
 @_override(Trainer, "clip_grad_norm")

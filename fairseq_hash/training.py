@@ -33,7 +33,7 @@ def check_training(cfg: Any) -> None:
         )
     if common.amp:
         raise UserError(
-            f"--amp keeps a loss scale on every rank, which drift apart with shared experts; use --bf16 or --fp16{instead}"
+            f"--amp keeps a loss scale on every rank, and with shared experts they drift apart; use --bf16{instead}"
         )
     if cfg.distributed_training.zero_sharding != "none":
         raise UserError(
@@ -126,9 +126,7 @@ class SharedTraining:
         """Return the optimizer's state, on rank 0 with that of all experts; every rank has to call this."""
         return optimizer_state_of_all(optimizer.state_dict(), _optimized(optimizer.optimizer), self.parallel)
 
-    def loading_own_state(
-        self, optimizer: torch.optim.Optimizer, load: Callable[..., None]
-    ) -> Callable[..., None]:
+    def loading_own_state(self, optimizer: torch.optim.Optimizer, load: Callable[..., None]) -> Callable[..., None]:
         """Return `load`, an optimizer's `load_state_dict`, made to take this rank's share of a state of all experts."""
 
         def call(state: dict[str, Any], *args: Any) -> None:

@@ -6,6 +6,7 @@ write any more (killed, lost machine) is noticed by those whose exchange with it
 its silence, within `SILENCE` seconds. That a thread speaks for the rank means: a slow update is no failure.
 """
 
+import atexit
 import logging
 import os
 import sys
@@ -48,6 +49,7 @@ class Watchdog:
         self.rank = rank
         self.ranks = range(world_size)
         self.beats = 0
+        self.stopped = threading.Event()
         self._speak()
 
     def start(self) -> None:
@@ -61,7 +63,15 @@ class Watchdog:
                 self.fail(error)
 
         sys.excepthook = hook
-        threading.Thread(target=self._listen, daemon=True, name="fairseq_hash watchdog").start()
+        self.listener = threading.Thread(target=self._listen, daemon=True, name="fairseq_hash watchdog")
+        self.listener.start()
+        # A thread that Python's end meets inside the store's C++ code would abort the process.
+        atexit.register(self.stop)
+
+    def stop(self) -> None:
+        """End the thread, at the end of the process."""
+        self.stopped.set()
+        self.listener.join(BROKEN)
 
     def watch(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return `function` with every error made the end of the job."""
@@ -115,8 +125,7 @@ class Watchdog:
         others = [rank for rank in self.ranks if rank != self.rank] if self.rank == 0 else [0]
         last, since = self._heard(others), [time.monotonic()] * len(others)
         lost = None
-        while True:
-            time.sleep(INTERVAL)
+        while not self.stopped.wait(INTERVAL):
             try:
                 self._speak()
                 if self.store.check([FAILURE]):

@@ -1,0 +1,142 @@
+"""One process or many, the same training: loss, gradient norm, every gradient and every parameter.
+
+W processes are compared with one process that takes the same batches one after the other (`--update-freq W`), in fp32.
+What they add up is the same, in another order: a rounding of 6e-8 each time, which 20 updates make larger. 1e-5 leaves
+an order of magnitude above the largest difference seen; a wrong scale, a lost row or an expert left out of the norm is
+far beyond it. `-s` shows the largest relative differences of each case.
+"""
+
+import dataclasses
+import functools
+
+import pytest
+import ranks
+import recorded
+import torch
+
+from fairseq_hash.cli.tables import read_dictionary
+from fairseq_hash.hashing import build_table, save_table
+
+TOLERANCE = 1e-5
+WORLDS = (2, 3, 4)
+OPTIMIZERS = {
+    "sgd": ("--optimizer", "sgd", "--lr", "0.5"),
+    # A gradient of nothing but rounding, divided by itself, would be an update; eps keeps it small.
+    "adam": ("--optimizer", "adam", "--lr", "1e-3", "--adam-eps", "1e-6"),
+}
+# 13 batches an epoch, in training and validation: at the end of each there are fewer batches than ranks.
+SUBSETS = ("--train-subset", "valid", "--valid-subset", "test", "--max-tokens", "48")
+
+
+def arguments(router, experts, optimizer, *more):
+    """Return the arguments of one case, clipping active."""
+    chosen = ("--router", router, "--num-experts", str(experts), "--sparse-layers", "0,1", "--clip-norm", "0.2")
+    return (*chosen, *OPTIMIZERS[optimizer], *SUBSETS, *more)
+
+
+def cases(world_size):
+    """Return the arguments of all cases of a world, by name."""
+    made = {}
+    for experts in (2 * world_size, world_size, *([world_size // 2] if world_size % 2 == 0 else [])):
+        for router in ("hash", "switch"):
+            for optimizer in OPTIMIZERS:
+                made[f"{router}, {experts} experts, {optimizer}"] = arguments(router, experts, optimizer)
+    made["one rank gets no rows"] = arguments("hash", world_size, "sgd", "--hash-table", "{all_to_first}")
+    made["several batches a rank"] = arguments("hash", world_size, "sgd", "--update-freq", "2")
+    made["checkpointed activations"] = arguments("hash", world_size, "sgd", "--checkpoint-activations")
+    made["pytorch_ddp"] = arguments("hash", world_size, "adam", "--ddp-backend", "pytorch_ddp")
+    made["pytorch_ddp, several batches a rank"] = arguments(
+        "switch", world_size, "sgd", "--ddp-backend", "pytorch_ddp", "--update-freq", "2"
+    )
+    made["switch with capacity"] = arguments("switch", 2 * world_size, "sgd", "--capacity-factor", "1.0")
+    made["inserted stacks of hash layers"] = arguments(
+        "hash", world_size, "sgd", "--sparse-placement", "insert", "--expert-sublayers", "2"
+    )
+    if world_size == 4:
+        made["groups of two"] = arguments("hash", 8, "adam", "--expert-parallel-size", "2")
+        made["no groups"] = arguments("hash", 8, "sgd", "--expert-parallel-size", "1")
+    return made
+
+
+def one_process(all_arguments, world_size):
+    """Return the arguments with which one process takes the batches of `world_size` ranks."""
+    changed = list(all_arguments)
+    if "--update-freq" in changed:
+        place = changed.index("--update-freq") + 1
+        changed[place] = str(int(changed[place]) * world_size)
+        return tuple(changed)
+    return (*changed, "--update-freq", str(world_size))
+
+
+@pytest.fixture(scope="module")
+def trainings(data, tmp_path_factory):
+    """Return a function of the world size: by case, the record of the one process and those of all ranks."""
+
+    @functools.cache
+    def train(world_size):
+        table = build_table("balanced", *read_dictionary(data / "dict.txt"), world_size, 0)
+        path = tmp_path_factory.mktemp("tables") / "all to the first.safetensors"
+        save_table(dataclasses.replace(table, expert_VK=torch.zeros_like(table.expert_VK)), path)
+        chosen = {
+            name: tuple(word.format(all_to_first=path) for word in words) for name, words in cases(world_size).items()
+        }
+        many = ranks.run(world_size, "recorded:train_all", str(data), chosen)
+        alone = recorded.train_all(data, {name: one_process(words, world_size) for name, words in chosen.items()})
+        return {name: (alone[name], [record[name] for record in many]) for name in chosen}
+
+    return train
+
+
+@pytest.mark.parametrize(("world_size", "name"), [(size, name) for size in WORLDS for name in cases(size)])
+def test_many_processes_train_as_one(trainings, world_size, name):
+    alone, many = trainings(world_size)[name]
+    assert len(alone["loss"]) == len(alone["norm"]) == 20
+    assert alone["dummies"] == 0
+    # Otherwise the case of a rank without a batch was not there.
+    assert sum(record["dummies"] for record in many) > 0
+    assert max(alone["norm"]) > 0.2, "clipping is not active"
+    largest = {}
+    for what in ("loss", "norm", "validation"):
+        assert all(record[what] == many[0][what] for record in many), "ranks differ"
+    for what in ("loss", "norm"):
+        pairs = zip(many[0][what], alone[what], strict=True)
+        largest[what] = max(abs(value - expected) / expected for value, expected in pairs)
+    # One process adds up 13 batches, where W have W at a time.
+    expected = sum(alone["validation"])
+    largest["validation"] = abs(sum(many[0]["validation"]) - expected) / expected
+    largest["gradients"] = max(
+        difference(name, value, whole(many, lambda record, u=update: record["gradients"][u], name), alone["norm"])
+        for update, gradients in enumerate(alone["gradients"])
+        for name, value in gradients.items()
+    )
+    largest["parameters"] = max(
+        relative(whole(many, lambda record: record["parameters"], name), value)
+        for name, value in alone["parameters"].items()
+    )
+    print(f"\n{world_size} processes, {name}:", ", ".join(f"{key} {value:.1e}" for key, value in largest.items()))
+    assert all(value <= TOLERANCE for value in largest.values()), largest
+
+
+def whole(records, pick, name):
+    """Return a tensor of all experts, put together from the ranks; or one that every rank has, which must be equal."""
+    size = records[0]["size"]
+    tensors = [pick(record)[name] for record in records]
+    if ".experts." not in name or size == 1:
+        assert all(torch.equal(tensor, tensors[0]) for tensor in tensors), f"{name} differs between ranks"
+        return tensors[0]
+    assert all(torch.equal(tensor, tensors[rank % size]) for rank, tensor in enumerate(tensors)), "replicas differ"
+    return torch.cat(tensors[:size])
+
+
+def relative(tensor, reference):
+    """Return the largest difference over the largest value of the reference."""
+    return ((tensor.double() - reference.double()).abs().max() / reference.abs().max().clamp(min=1e-30)).item()
+
+
+def difference(name, reference, tensor, norms):
+    """Return the relative difference of a gradient."""
+    if name.endswith("k_proj.bias"):
+        # Softmax does not change where all scores do by the same: the true gradient is zero, what is there rounding.
+        assert max(tensor.abs().max(), reference.abs().max()) < 1e-6 * max(norms)
+        return 0.0
+    return relative(tensor, reference)

@@ -9,9 +9,11 @@ from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import fairseq
+import torch
 import torch.distributed as dist
 from fairseq import checkpoint_utils
 from fairseq.distributed import LegacyDistributedDataParallel
+from fairseq.distributed import utils as distributed_utils
 from fairseq.models import ARCH_CONFIG_REGISTRY, distributed_fairseq_model, transformer_lm
 from fairseq.trainer import Trainer
 from torch import Tensor, nn
@@ -93,8 +95,8 @@ def set_architecture(name: str, function: Callable[[Namespace], None]) -> None:
     ARCH_CONFIG_REGISTRY[name] = function
 
 
-def _override(owner: type, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Replace a method by the decorated function, which gets the original before the method's arguments."""
+def _override(owner: Any, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Replace a method or function by the decorated one, which gets the original before all other arguments."""
     original = getattr(owner, name)
 
     def replace(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,6 +108,21 @@ def _override(owner: type, name: str) -> Callable[[Callable[..., Any]], Callable
         return function
 
     return replace
+
+
+@_override(distributed_utils, "_broadcast_object_slow")
+def _broadcast_any_object(
+    original: Callable[..., Any], value: Any, src_rank: int, group: Any, dist_device: torch.device
+) -> Any:
+    """Let several ranks resume from a checkpoint.
+
+    Upstream: rank 0 reads the file and sends what it made of it, configuration objects included, to the others. They
+    read it with `torch.load`, which since torch 2.6 takes tensors and plain values only: right for files, but this is
+    another process of the same job.
+    """
+    values = [value]
+    dist.broadcast_object_list(values, src_rank, group, dist_device)
+    return values[0]
 
 
 @_override(LegacyDistributedDataParallel, "all_reduce_grads")

@@ -1,29 +1,36 @@
 """Ends a job whose ranks wait for each other when one of them fails: soon, and with one line that names it.
 
 Every rank says every second, in the store of the process group, that it is alive; rank 0 listens to all, all listen to
-rank 0. A rank that fails writes the cause there, first come first; all others leave without a word. A rank that cannot
-write any more (killed, lost machine) is noticed by those whose exchange with it breaks, within `BROKEN` seconds, or for
-its silence, within `SILENCE` seconds. That a thread speaks for the rank means: a slow update is no failure.
+rank 0. The first rank that knows of a failure says so there, and prints the cause; all others leave without a word. A
+rank that cannot say anything any more (killed, lost machine) is noticed by those whose exchange with it breaks, within
+`BROKEN` seconds, or for its silence, within `SILENCE` seconds. A thread speaks for the rank: a slow update is no
+failure.
+
+Rank 0 keeps the store, unless a launcher does. Where it goes, or no longer answers, nobody can agree on who speaks:
+one rank of each machine does.
 """
 
-import atexit
 import logging
 import os
+import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
 
 INTERVAL = 1.0
 BROKEN = 10.0
 SILENCE = 60.0
 # Launchers blame the rank that they see end first: the others give it this much time.
-PRECEDENCE = 2.0
+PRECEDENCE = 4.0
 FAILURE = "fairseq_hash/failure"
+GONE = "ended without a word (killed, or its machine is gone)"
 
 
 def is_broken_exchange(error: BaseException) -> bool:
@@ -48,30 +55,29 @@ class Watchdog:
         self.store = store.clone()  # the thread's own: the original can be blocked by who waits for a key
         self.rank = rank
         self.ranks = range(world_size)
+        self.keeper = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
         self.beats = 0
-        self.stopped = threading.Event()
+        self.answered = time.monotonic()  # when the store last did
+        self.store.set(self._key("machine", rank), socket.gethostname())
         self._speak()
 
     def start(self) -> None:
         """Begin to listen, and take care of errors that nobody catches."""
+        machines = self.store.multi_get([self._key("machine", rank) for rank in self.ranks])
+        # Rank 0 goes with its store, where it keeps that.
+        neighbours = [rank for rank in self.ranks if machines[rank] == machines[self.rank] and rank > 0]
+        self.speaks_without_store = self.rank == min(neighbours, default=0)
         previous = sys.excepthook
 
         def hook(kind: type[BaseException], error: BaseException, trace: "TracebackType | None") -> None:
-            if not is_broken_exchange(error):
+            if issubclass(kind, KeyboardInterrupt):
                 previous(kind, error, trace)
-            if not issubclass(kind, KeyboardInterrupt):
+            else:
                 self.fail(error)
 
         sys.excepthook = hook
-        self.listener = threading.Thread(target=self._listen, daemon=True, name="fairseq_hash watchdog")
-        self.listener.start()
-        # A thread that Python's end meets inside the store's C++ code would abort the process.
-        atexit.register(self.stop)
-
-    def stop(self) -> None:
-        """End the thread, at the end of the process."""
-        self.stopped.set()
-        self.listener.join(BROKEN)
+        threading.Thread(target=self._listen, daemon=True, name="fairseq_hash watchdog").start()
+        threading.Thread(target=self._watch_store, daemon=True, name="fairseq_hash watchdog of the store").start()
 
     def watch(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return `function` with every error made the end of the job."""
@@ -88,63 +94,77 @@ class Watchdog:
         """End this process for an error of this rank; where the cause is another rank, say which."""
         if is_broken_exchange(error):
             self._blame()
+        elif not isinstance(error, torch.OutOfMemoryError):
+            traceback.print_exception(error)
         self.end(f"rank {self.rank}: {one_line(error)}")
 
     def end(self, cause: str) -> NoReturn:
         """End this process; print the cause in one line unless another rank was first to give one."""
         try:
-            first = self.store.compare_set(FAILURE, "", cause).decode() == cause
+            is_first = self.store.add(FAILURE, 1) == 1
         except (RuntimeError, ValueError):  # nobody is left to keep the store
-            first = True
-        if first:
-            print(f"fairseq_hash: {cause}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(PRECEDENCE)
-        logging.shutdown()
-        sys.stdout.flush()
-        # Not sys.exit: destructors would wait for the other ranks, and this can be another thread than the main one.
-        os._exit(1)
+            is_first = True
+        self._exit(cause if is_first else None)
 
     def leave(self) -> NoReturn:
         """End this process for a cause that another rank gives."""
         time.sleep(BROKEN)
         self.end(f"rank {self.rank}: another rank failed and gave no cause within {BROKEN:.0f} s")
 
+    def _exit(self, cause: "str | None") -> NoReturn:
+        """End this process; print the cause in one line, or leave that to another rank."""
+        if cause is None:
+            time.sleep(PRECEDENCE)
+        else:
+            print(f"fairseq_hash: {cause}", file=sys.stderr, flush=True)
+            if self.rank == 0:  # the store may end with this process: the others read in it that the job has failed
+                time.sleep(PRECEDENCE / 2)
+        logging.shutdown()
+        sys.stdout.flush()
+        # Not sys.exit: destructors would wait for the other ranks, and this can be another thread than the main one.
+        os._exit(1)
+
+    def _exit_without_store(self, what: str) -> NoReturn:
+        self._exit(f"{self.keeper}: {what}, and with it the store it kept" if self.speaks_without_store else None)
+
     def _speak(self) -> None:
-        self.store.set(self._key(self.rank), str(self.beats))
+        self.store.set(self._key("alive", self.rank), str(self.beats))
         self.beats += 1
 
     @staticmethod
-    def _key(rank: int) -> str:
-        return f"fairseq_hash/alive/{rank}"
+    def _key(what: str, rank: int) -> str:
+        return f"fairseq_hash/{what}/{rank}"
 
     def _heard(self, ranks: Sequence[int]) -> list[bytes]:
-        return self.store.multi_get([self._key(rank) for rank in ranks])
+        return self.store.multi_get([self._key("alive", rank) for rank in ranks])
 
     def _listen(self) -> None:
         others = [rank for rank in self.ranks if rank != self.rank] if self.rank == 0 else [0]
-        last, since = self._heard(others), [time.monotonic()] * len(others)
-        lost = None
-        while not self.stopped.wait(INTERVAL):
+        last, since = [b""] * len(others), [time.monotonic()] * len(others)
+        while True:
+            time.sleep(INTERVAL)
             try:
                 self._speak()
                 if self.store.check([FAILURE]):
-                    self.end("")
+                    self._exit(None)
                 heard = self._heard(others)
-                lost = None
             except (RuntimeError, ValueError):
-                # The store went with the process that keeps it. After the end of training that is no failure: this
-                # process ends before its time is over.
-                lost = lost or time.monotonic()
-                if time.monotonic() - lost > SILENCE:
-                    self.end(f"rank {self.rank}: lost the store of the process group, kept by rank 0 or the launcher")
-                continue
-            now = time.monotonic()
+                continue  # `_watch_store` counts the time
+            now = self.answered = time.monotonic()
             for place, rank in enumerate(others):
                 if heard[place] != last[place]:
                     last[place], since[place] = heard[place], now
                 elif now - since[place] > SILENCE:
                     self.end(f"rank {rank}: no sign of life for {SILENCE:.0f} s (killed, or its machine is gone)")
+
+    def _watch_store(self) -> None:
+        """End this process when the store no longer answers; a thread that asks a stopped machine waits for ever.
+
+        After the end of training it is no failure that the store goes first: this process ends before its time is over.
+        """
+        while time.monotonic() - self.answered < SILENCE:
+            time.sleep(INTERVAL)
+        self._exit_without_store(f"no sign of life for {SILENCE:.0f} s (killed, or its machine is gone)")
 
     def _blame(self) -> None:
         """Wait for the cause of a broken exchange, and give it for a rank that cannot."""
@@ -154,9 +174,9 @@ class Watchdog:
             while time.monotonic() < deadline:
                 time.sleep(INTERVAL / 5)
                 if self.store.check([FAILURE]):
-                    self.end("")
+                    self._exit(None)
             for rank, (old, new) in enumerate(zip(before, self._heard(self.ranks), strict=True)):
                 if old == new:
-                    self.end(f"rank {rank}: ended without a word (killed, or its machine is gone)")
+                    self.end(f"rank {rank}: {GONE}")
         except (RuntimeError, ValueError):
-            self.end("rank 0: ended without a word (killed, or its machine is gone), and with it the store it kept")
+            self._exit_without_store(GONE)

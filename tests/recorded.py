@@ -59,7 +59,7 @@ def make_trainer(data, arguments):
     rank = torch.distributed.get_rank() if is_one_of_many else 0
     world_size = torch.distributed.get_world_size() if is_one_of_many else 1
     shared = ("--distributed-world-size", world_size, "--distributed-rank", rank, "--ddp-backend", "legacy_ddp")
-    fixed = ("--optimizer", "adam", "--lr", "1e-3", "--seed", "5", "--no-save", "--num-workers", "0")
+    fixed = ("--optimizer", "adam", "--lr", "1e-3", "--seed", "5", "--num-workers", "0")
     utils.set_torch_seed(5)
     metrics.reset()
     with contextlib.redirect_stderr(io.StringIO()):

@@ -1,0 +1,197 @@
+"""What several ranks do with a sparse layer whose experts they share; `ranks` runs these functions.
+
+Every rank draws the same examples (hypothesis, derandomized), so it knows the tokens of all others and checks its own
+part against the naive loop over the tokens of the whole group.
+"""
+
+import math
+
+import reference
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from fairseq_hash.agreement import gather
+from fairseq_hash.assignment import balanced_assignment
+from fairseq_hash.base_balance import balance_over
+from fairseq_hash.dispatch import PlanUnderWay
+from fairseq_hash.experts import ExpertFeedForward
+from fairseq_hash.layer import RoutingContext, SparseLayer
+from fairseq_hash.parallel import expert_parallel
+from fairseq_hash.routers import Assignment
+
+WIDTH, HIDDEN = 5, 7
+# fp32 against fp64: sums of some tens of products.
+TOLERANCE = {"rtol": 2e-4, "atol": 2e-5}
+
+
+@st.composite
+def layouts(draw, world_size):
+    """Experts, ranks of a group, tokens of each rank, choices a token, capacity factor, seed."""
+    size = draw(st.sampled_from([n for n in range(2, world_size + 1) if world_size % n == 0]))
+    return {
+        "size": size,
+        "num_experts": size * draw(st.integers(1, 3)),
+        "tokens": draw(st.lists(st.integers(0, 9), min_size=world_size, max_size=world_size)),
+        "choices": draw(st.integers(1, 2)),
+        "capacity_factor": draw(st.sampled_from([0.0, 0.0, 0.7])),
+        # Which experts get tokens at all: with few of them, whole ranks get none.
+        "busy": draw(st.integers(1, 3 * size)),
+        "seed": draw(st.integers(0, 2**16)),
+    }
+
+
+def random_layouts(check, examples):
+    """Run `check` on random layouts, the same ones on every rank."""
+
+    # Without shrinking: a rank that fails leaves, and the others with it.
+    @settings(max_examples=examples, database=None, derandomize=True, deadline=None, phases=[Phase.generate])
+    @given(layouts(dist.get_world_size()))
+    def run(layout):
+        assert gather(layout) == [layout] * dist.get_world_size(), "ranks drew different examples"
+        check(layout)
+
+    run()
+
+
+def make_tokens(layout):
+    """Return each rank's activations, choices and their weights."""
+    generator = torch.Generator().manual_seed(layout["seed"])
+    experts, choices = layout["num_experts"], layout["choices"]
+    busy = torch.randperm(experts, generator=generator)[: layout["busy"]]
+    made = []
+    for tokens in layout["tokens"]:
+        expert_TK = busy[torch.randint(len(busy), (tokens, choices), generator=generator)]
+        x_TD = torch.randn(tokens, WIDTH, generator=generator)
+        made.append((x_TD, expert_TK, torch.rand(tokens, choices, generator=generator)))
+    return made
+
+
+def all_experts(num_experts):
+    """Return the experts as one process has them."""
+    torch.manual_seed(1)
+    return ExpertFeedForward(range(num_experts), WIDTH, HIDDEN, F.gelu, 0.0, (0,))
+
+
+def check_against_loop(layout):
+    """Output, gradients and bytes moved of one layer, forward and backward."""
+    rank, choices, factor = dist.get_rank(), layout["choices"], layout["capacity_factor"]
+    parallel = expert_parallel(layout["num_experts"], layout["size"])
+    torch.manual_seed(1)
+    experts = ExpertFeedForward(parallel.expert_ids, WIDTH, HIDDEN, F.gelu, 0.0, (0,))
+    layer = SparseLayer(None, experts, parallel, factor, factor)
+    made = make_tokens(layout)
+    x_TD, expert_TK, weight_TK = made[rank]
+    x_TD, weight_TK = x_TD.requires_grad_(), weight_TK.requires_grad_()
+    with count_sent_bytes(parallel) as sent:
+        route = Assignment(expert_TK, weight_TK), PlanUnderWay(expert_TK, parallel, factor)
+        y_LBD, _ = layer(x_TD.unsqueeze(1), RoutingContext(torch.zeros(len(x_TD)), None, route))
+        (y_LBD * y_LBD.detach().cos()).sum().backward()
+
+    whole = all_experts(layout["num_experts"])
+    whole = {name: p.detach().double().requires_grad_() for name, p in whole.named_parameters()}
+    start = rank - parallel.place
+    sent_rows = received_rows = 0
+    total = 0 * sum(p.sum() for p in whole.values())  # where no rank has tokens, all gradients are zero
+    for other in range(start, start + parallel.size):
+        x, expert, weight = (value.detach() for value in made[other])
+        x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
+        kept = reference.kept_under_capacity(expert.flatten().tolist(), layout["num_experts"], factor)
+        homes = [int(e) // parallel.local_experts for e in expert.flatten()]
+        for home, is_kept in zip(homes, kept, strict=True):
+            sent_rows += is_kept and other == rank and home != parallel.place
+            received_rows += is_kept and other != rank and home == parallel.place
+        y = torch.zeros_like(x)
+        for k in range(choices):
+            if len(x):
+                y = y + reference.sparse_layer(x, expert[:, k].tolist(), weight[:, k], kept[k::choices], whole, F.gelu)
+        total = total + (y * y.detach().cos()).sum()
+        if other == rank:
+            mine = y, x, weight
+    total.backward()
+    y, x, weight = mine
+    torch.testing.assert_close(y_LBD.squeeze(1), y.float(), **TOLERANCE)
+    torch.testing.assert_close(x_TD.grad, gradient(x), **TOLERANCE)
+    torch.testing.assert_close(weight_TK.grad, gradient(weight), **TOLERANCE)
+    for name, parameter in experts.named_parameters():
+        own = gradient(whole[name])[parallel.expert_ids.start : parallel.expert_ids.stop]
+        torch.testing.assert_close(parameter.grad, own, **TOLERANCE)
+
+    # Dispatch and the backward pass of combine send this rank's rows; combine and the backward pass of dispatch those
+    # that came from others.
+    rows = 2 * sent_rows + 2 * received_rows
+    assert (parallel.traffic.rows, parallel.traffic.bytes) == (rows, rows * WIDTH * 4)
+    assert sent == {"rows": rows * WIDTH * 4, "split sizes": 8 * (layout["num_experts"] - parallel.local_experts)}
+    assert parallel.traffic.split_exchanges == 1
+
+
+def gradient(tensor):
+    """Return a gradient in fp32; zero where there is none."""
+    return (torch.zeros_like(tensor) if tensor.grad is None else tensor.grad).float()
+
+
+class count_sent_bytes:  # noqa: N801
+    """Count what really goes through `all_to_all_single` to other ranks."""
+
+    def __init__(self, parallel):
+        self.parallel = parallel
+        self.sent = {"rows": 0, "split sizes": 0}
+
+    def __enter__(self):
+        self.original = dist.all_to_all_single
+        dist.all_to_all_single = self.count
+        return self.sent
+
+    def __exit__(self, *error):
+        dist.all_to_all_single = self.original
+
+    def count(self, output, given, output_split_sizes=None, input_split_sizes=None, **others):
+        size = self.parallel.size
+        splits = input_split_sizes or [len(given) // size] * size
+        leaving = sum(splits) - splits[self.parallel.place]
+        kind = "rows" if given.is_floating_point() else "split sizes"
+        self.sent[kind] += leaving * math.prod(given.shape[1:]) * given.element_size()
+        return self.original(output, given, output_split_sizes, input_split_sizes, **others)
+
+
+def check_base(layout):
+    """The balanced assignment of a group is that of one process with all its tokens; a shuffled one is balanced."""
+    parallel = expert_parallel(layout["num_experts"], layout["size"])
+    generator = torch.Generator().manual_seed(layout["seed"])
+    scores = [torch.randn(tokens, layout["num_experts"], generator=generator) for tokens in layout["tokens"]]
+    rank, start = dist.get_rank(), dist.get_rank() - parallel.place
+    of_group = scores[start : start + parallel.size]
+    first = sum(map(len, scores[start:rank]))
+    expected_N = balanced_assignment(torch.cat(of_group))
+    expert_T = balance_over("global", parallel)(scores[rank])
+    assert torch.equal(expert_T, expected_N[first : first + len(scores[rank])])
+    assert torch.equal(balance_over("local", parallel)(scores[rank]), balanced_assignment(scores[rank]))
+
+    expert_T = balance_over("shuffle", parallel)(scores[rank])
+    assert expert_T.shape == (len(scores[rank]),)
+    load_E = torch.bincount(expert_T, minlength=layout["num_experts"])
+    dist.all_reduce(load_E, group=parallel.group)
+    # Each rank of the group solves a problem of its own.
+    assert load_E.max() - load_E.min() <= parallel.size
+
+
+def layers(examples):
+    """Check random layouts of one layer."""
+    random_layouts(check_against_loop, examples)
+
+
+def base(examples):
+    """Check random scores."""
+    random_layouts(check_base, examples)
+
+
+def shuffle_is_random():
+    """Return the shuffled assignments of the same scores, twice, on this rank."""
+    parallel = expert_parallel(4, 0)
+    torch.manual_seed(dist.get_rank())
+    score_TE = torch.randn(64, 4)
+    assign = balance_over("shuffle", parallel)
+    torch.manual_seed(3)
+    return [assign(score_TE) for _ in range(2)]

@@ -1,0 +1,75 @@
+"""Experts shared out over ranks: groups, the layer on several ranks, what it sends, and how BASE balances."""
+
+import pytest
+import ranks
+import torch
+import torch.nn.functional as F
+
+from fairseq_hash.errors import UserError
+from fairseq_hash.experts import ExpertFeedForward, ExpertStack
+from fairseq_hash.parallel import ExpertParallel, choose_size
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_layer_equals_naive_loop_and_moves_no_byte_more_than_it_must(world_size):
+    ranks.run(world_size, "layer_ranks:layers", 30)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_base_balances_over_the_batch_of_the_group(world_size):
+    ranks.run(world_size, "layer_ranks:base", 20)
+
+
+def test_base_shuffles_anew_each_time():
+    (first, second), (other, _) = ranks.run(2, "layer_ranks:shuffle_is_random")
+    assert not torch.equal(first, second)
+    assert torch.bincount(torch.cat([first, other])).tolist() == [32] * 4
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda ids: ExpertFeedForward(ids, 6, 8, F.relu, 0.0, (3,)),
+        lambda ids: ExpertStack(ids, 2, 6, 8, F.relu, 0.0, 3),
+    ],
+)
+def test_experts_start_the_same_wherever_they_are(make):
+    torch.manual_seed(7)
+    whole = dict(make(range(12)).named_parameters())
+    for size in (1, 2, 3, 4, 6, 12):
+        for place in range(size):
+            parallel = ExpertParallel(12, size, place, size)
+            torch.rand(place)  # what other ranks drew before does not matter
+            for name, parameter in make(parallel.expert_ids).named_parameters():
+                assert torch.equal(parameter, whole[name][parallel.expert_ids.start : parallel.expert_ids.stop])
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "world_size", "size"),
+    [(16, 4, 4), (4, 16, 4), (12, 8, 4), (5, 3, 1), (6, 9, 3), (1, 7, 1), (128, 512, 128)],
+)
+def test_largest_group_by_default(num_experts, world_size, size):
+    assert choose_size(num_experts, world_size, 0) == size
+
+
+@pytest.mark.parametrize(("num_experts", "world_size", "size"), [(3, 2, 2), (4, 3, 2), (4, 4, 3), (8, 4, 8)])
+def test_group_that_does_not_divide_is_refused(num_experts, world_size, size):
+    with pytest.raises(UserError, match=f"--expert-parallel-size {size} does not divide both .* use one of 1"):
+        choose_size(num_experts, world_size, size)
+
+
+def test_every_expert_is_held_once_in_each_group():
+    for world_size, size, num_experts in [(4, 2, 6), (6, 3, 3), (8, 8, 16)]:
+        places = [ExpertParallel(num_experts, size, rank, world_size) for rank in range(world_size)]
+        for start in range(0, world_size, size):
+            held = [expert for place in places[start : start + size] for expert in place.expert_ids]
+            assert held == list(range(num_experts))
+        assert [place.saves for place in places] == [True] * size + [False] * (world_size - size)
+
+
+def test_log_says_who_holds_what():
+    assert ExpertParallel(6, 2, 0, 4).describe() == (
+        "2 groups of 2 ranks share 6 experts: rank 0, 2: 0 to 2; rank 1, 3: 3 to 5"
+    )
+    assert "rank 0, 4, ... 508: 0;" in ExpertParallel(4, 4, 0, 512).describe()
+    assert ExpertParallel(6, 1, 0, 3).describe() == "every rank of 3 holds all 6 experts"

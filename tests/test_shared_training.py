@@ -1,0 +1,67 @@
+"""Training with shared experts: half precision, checkpoints at another number of ranks, what a layer waits for."""
+
+import pytest
+import ranks
+import recorded
+import torch
+from test_exactness import arguments, one_process, whole
+
+SPARSE = ("--router", "hash", "--num-experts", "4", "--sparse-layers", "0,1")
+FORMS = {
+    "bf16": ("--bf16",),
+    "memory-efficient bf16": ("--memory-efficient-bf16",),
+    "fp16": ("--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", "4"),
+    "memory-efficient fp16": ("--memory-efficient-fp16", "--fp16-init-scale", "4"),
+}
+
+
+@pytest.fixture(scope="module")
+def half_precision(data):
+    """One process and two, in each form of half precision."""
+    cases = {name: arguments("hash", 4, "adam", *form) for name, form in FORMS.items()}
+    many = ranks.run(2, "recorded:train_all", str(data), cases)
+    return recorded.train_all(data, {name: one_process(words, 2) for name, words in cases.items()}), many
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_half_precision_trains_as_one_process(half_precision, form):
+    alone, many = half_precision[0][form], [record[form] for record in half_precision[1]]
+    # Gradients are added up in half precision: a rounding of 4e-3 (bf16) each time, on single values.
+    tolerance = {"rtol": 1e-2, "atol": 0}
+    for what in ("loss", "norm"):
+        assert all(record[what] == many[0][what] for record in many)
+        torch.testing.assert_close(torch.tensor(many[0][what]), torch.tensor(alone[what]), **tolerance)
+    for name, value in alone["parameters"].items():
+        assert whole(many, lambda record: record["parameters"], name).dtype == value.dtype
+        assert value.dtype in (torch.bfloat16, torch.float16)
+
+
+def test_all_ranks_skip_an_update_that_overflows_on_one(data):
+    words = arguments("hash", 4, "adam", "--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", "4")
+    assert ranks.run(2, "training_ranks:train_with_overflow", str(data), words) == [(2.0, 6)] * 2
+
+
+@pytest.mark.parametrize(("router", "expected"), [("hash", 1), ("switch", 2)])
+def test_hash_layers_exchange_split_sizes_once_a_forward(data, router, expected):
+    done = ranks.run(2, "training_ranks:split_exchanges", str(data), *SPARSE, "--router", router)
+    assert done == [(expected, 0)] * 2
+
+
+def test_hash_layers_wait_for_nothing_but_the_split_sizes(data):
+    # Three lists are read where the plan ends its exchange: rows sent, rows received, rows of each expert.
+    assert ranks.run(2, "training_ranks:waits_inside_layers", str(data), *SPARSE) == [(3, 0)] * 2
+
+
+@pytest.mark.parametrize(("saved_by", "loaded_by"), [(2, (1, 4)), (1, (2,)), (4, (2,))])
+def test_checkpoint_loads_at_another_number_of_ranks(data, tmp_path, saved_by, loaded_by):
+    words = arguments("hash", 4, "adam", "--save-dir", str(tmp_path), "--update-freq", str(4 // saved_by))
+    saved = ranks.run(saved_by, "training_ranks:save", str(data), words, 3)
+    states = [{"size": saved_by, "state": state} for state, _ in saved]
+    for world_size in loaded_by:
+        # fairseq's place in an epoch is counted in batches of one number of ranks.
+        loaded = ranks.run(world_size, "training_ranks:load", str(data), (*words, "--reset-dataloader"))
+        assert [updates for _, updates in loaded] == [3] * world_size
+        others = [{"size": world_size, "state": state} for state, _ in loaded]
+        for name in states[0]["state"]:
+            before, after = (whole(some, lambda record: record["state"], name) for some in (states, others))
+            assert torch.equal(before, after), name

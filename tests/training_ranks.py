@@ -1,0 +1,124 @@
+"""What several ranks do with a whole model whose experts they share; `ranks` runs these functions."""
+
+import contextlib
+import io
+
+import recorded
+import torch
+import torch.distributed as dist
+from fairseq import checkpoint_utils
+from plugin import build
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fairseq_hash.layer import SparseLayer
+
+# What makes the host wait for the device: values, and shapes that depend on values.
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "is_nonzero", "equal", "_to_copy")
+
+
+def make_model(data, *arguments):
+    """Return the model of some arguments and random tokens, others on each rank."""
+    torch.manual_seed(5)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    with contextlib.redirect_stderr(io.StringIO()):
+        shared = ("--distributed-world-size", world_size, "--distributed-rank", rank)
+        _, _, model, _ = build(data, *shared, *arguments)
+    generator = torch.Generator().manual_seed(rank)
+    return model, torch.randint(4, 60, (3, 8), generator=generator)
+
+
+def split_exchanges(data, *arguments):
+    """Return how often split sizes are exchanged in a forward and a backward pass."""
+    model, tokens = make_model(data, *arguments)
+    traffic = model.decoder.parallel.traffic
+    y, _ = model(tokens)
+    forward = traffic.split_exchanges
+    y.sum().backward()
+    return forward, traffic.split_exchanges - forward
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuse the operations with which the host waits for the device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name == "_to_copy" and not (kwargs or {}).get("device"):
+            name = "a copy on the device"
+        assert name not in WAITING, f"{function} makes the host wait"
+        waits = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
+        assert not waits, "repeat_interleave without output_size makes the host wait"
+        return function(*args, **(kwargs or {}))
+
+
+def waits_inside_layers(data, *arguments):
+    """Run the sparse layers of a model, forward and backward, under `NoWaiting`; return how often lists were read."""
+    model, tokens = make_model(data, *arguments)
+    read, to_list = [], torch.Tensor.tolist
+
+    def counted(tensor):
+        read.append(tensor.shape)
+        return to_list(tensor)
+
+    for layer in (module for module in model.modules() if isinstance(module, SparseLayer)):
+
+        def forward(*args, original=layer.forward):
+            with NoWaiting():
+                return original(*args)
+
+        layer.forward = forward
+    torch.Tensor.tolist = counted
+    try:
+        y, _ = model(tokens)
+        forward = len(read)
+        with NoWaiting():
+            y.sum().backward()
+    finally:
+        torch.Tensor.tolist = to_list
+    return forward, len(read) - forward
+
+
+def save(data, arguments, updates):
+    """Train, save, and return the parameters and Adam's moments of this rank."""
+    trainer, epoch_itr = recorded.make_trainer(data, arguments)
+    recorded.run(trainer, epoch_itr, updates)
+    checkpoint_utils.save_checkpoint(trainer.cfg.checkpoint, trainer, epoch_itr, 1.0)
+    return state_of(trainer)
+
+
+def load(data, arguments):
+    """Return the parameters and Adam's moments of this rank after it loaded a checkpoint."""
+    trainer, _ = recorded.make_trainer(data, arguments)
+    return state_of(trainer)
+
+
+def state_of(trainer):
+    """Return parameters and Adam's moments by name, and the number of updates."""
+    parameters = dict(trainer.get_model().named_parameters())
+    moments = trainer.optimizer.optimizer.state
+    state = {name: parameter.detach() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        state.update({f"{name} {key}": moments[parameter][key] for key in ("exp_avg", "exp_avg_sq")})
+    return state, trainer.get_num_updates()
+
+
+def train_with_overflow(data, arguments):
+    """Train in fp16 with one rank's loss too large for it at update 3; return losses, norms and final loss scale."""
+    # The trainer takes the norm of a skipped update to a GPU.
+    torch.Tensor.cuda = lambda tensor: tensor
+    trainer, epoch_itr = recorded.make_trainer(data, arguments)
+    train_step = trainer.task.train_step
+
+    def too_large(sample, model, criterion, optimizer, update_num, *args, **kwargs):
+        if update_num == 3 and dist.get_rank() == 1 and not scales:
+            scales.append(optimizer.scaler.loss_scale)
+            optimizer.scaler.loss_scale = 2.0**40
+            try:
+                return train_step(sample, model, criterion, optimizer, update_num, *args, **kwargs)
+            finally:
+                optimizer.scaler.loss_scale = scales[0]
+        return train_step(sample, model, criterion, optimizer, update_num, *args, **kwargs)
+
+    scales = []
+    trainer.task.train_step = too_large
+    recorded.run(trainer, epoch_itr, 6)
+    return trainer.optimizer.scaler.loss_scale, trainer.get_num_updates()

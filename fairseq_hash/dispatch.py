@@ -21,10 +21,11 @@ class DispatchPlan:
 
     Attributes:
         choice_R: int64, the place of each of this rank's rows in the flattened `[T, K]`; by expert, then ascending.
-        rows_per_expert: how many rows each expert of this rank gets, from all ranks of the group, after dropping.
+        rows_per_expert: how many rows each expert of this rank gets, from all ranks of the group, after dropping; where
+            there is no exchange, how many rows of this rank each of all experts gets.
         demand_E: int64, choices of this rank's tokens for each expert, before dropping.
         shape_TK: (T, K).
-        exchange: how rows travel between ranks; None where this rank holds all experts.
+        exchange: how rows travel between ranks; None where this rank holds all experts, or fairscale moves them.
     """
 
     choice_R: Tensor
@@ -61,7 +62,8 @@ class PlanUnderWay:
             start_E = self.demand_E.cumsum(0) - self.demand_E
             rank_R = torch.arange(len(expert_C), device=expert_C.device) - start_E[expert_C[self.choice_R]]
             self.choice_R = self.choice_R[rank_R < capacity]
-        self.sizes = SplitSizes(self.rows_E, parallel) if parallel.is_shared else None
+        exchanges = parallel.is_shared and parallel.dispatch == "all-to-all"
+        self.sizes = SplitSizes(self.rows_E, parallel) if exchanges else None
 
     @cached_property
     def plan(self) -> DispatchPlan:

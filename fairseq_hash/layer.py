@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fairseq_hash.checkpoint import keep_all_experts
 from fairseq_hash.dispatch import DispatchPlan, PlanUnderWay, combine, dispatch, plan_dispatch
+from fairseq_hash.fairscale_moe import fairscale_moe
 from fairseq_hash.parallel import ExpertParallel, mark_experts
 from fairseq_hash.routers import Assignment
 
@@ -137,6 +138,9 @@ class SparseLayer(nn.Module):
             assignment = self.router(x_TD)
             factor = self.capacity_factor if self.training else self.eval_capacity_factor
             plan = plan_dispatch(assignment.expert_TK, self.parallel, factor)
-        rows_RD = self.experts(dispatch(x_TD, plan), plan.rows_per_expert)
-        y_TD = combine(rows_RD, plan, assignment.weight_TK)
+        if self.parallel.dispatch == "fairscale":
+            y_TD = fairscale_moe(x_TD, assignment, plan, self.experts, self.parallel)
+        else:
+            rows_RD = self.experts(dispatch(x_TD, plan), plan.rows_per_expert)
+            y_TD = combine(rows_RD, plan, assignment.weight_TK)
         return context.restore_padding(y_TD, x_LBD.shape), RoutingReport.of(assignment, plan).pack()

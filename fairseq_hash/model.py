@@ -61,7 +61,7 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
         if options.router == "none":
             model = together(functools.partial(super().build_model, args, task))
         else:
-            parallel = expert_parallel(options.num_experts, options.expert_parallel_size)
+            parallel = expert_parallel(options.num_experts, options.expert_parallel_size, options.expert_dispatch)
             with seams.language_model_decoder(functools.partial(HashTransformerDecoder, parallel=parallel)):
                 model = together(functools.partial(super().build_model, args, task))
             model._ddp_params_and_buffers_to_ignore = expert_names(model)  # torch's DistributedDataParallel reads it

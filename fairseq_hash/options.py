@@ -9,6 +9,7 @@ from fairseq.dataclass import FairseqDataclass
 
 from fairseq_hash.base_balance import BALANCES
 from fairseq_hash.errors import UserError
+from fairseq_hash.parallel import DISPATCHES
 
 ROUTERS = ("none", "hash", "switch", "base")
 PLACEMENTS = ("replace", "insert")
@@ -92,6 +93,13 @@ class SparseOptions(FairseqDataclass):
             "the largest there is; 1: all experts on every rank"
         },
     )
+    expert_dispatch: str = field(
+        default="all-to-all",
+        metadata={
+            "help": "how rows travel between ranks that share experts: all-to-all (exactly the rows that must) or "
+            "fairscale (its MOELayer: full capacity buffers, fp32 only); the result is the same"
+        },
+    )
 
     @classmethod
     def from_config(cls, config: "Mapping[str, Any] | Namespace") -> "SparseOptions":
@@ -128,6 +136,7 @@ class SparseOptions(FairseqDataclass):
         """Raise `UserError` for the first value that is out of its range."""
         _one_of("--router", self.router, ROUTERS)
         _one_of("--sparse-placement", self.sparse_placement, PLACEMENTS)
+        _one_of("--expert-dispatch", self.expert_dispatch, DISPATCHES)
         _one_of("--base-balance", self.base_balance, BALANCES)
         _at_least("--num-experts", self.num_experts, 1)
         _at_least("--expert-sublayers", self.expert_sublayers, 1)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from fairseq_hash.errors import UserError
 
+DISPATCHES = ("all-to-all", "fairscale")
+
 
 @dataclass
 class Traffic:
@@ -44,7 +46,8 @@ class ExpertParallel:
         world_size: W, all ranks.
         group: the process group of this rank's group; None where P = 1.
         replicas: the process group of the ranks with the same experts; None where there is no other.
-        traffic: what this rank has sent so far.
+        dispatch: how rows travel where experts are shared: `all-to-all`, our own, or `fairscale`, by its `MOELayer`.
+        traffic: what this rank has sent so far by our own exchange.
     """
 
     num_experts: int
@@ -53,6 +56,7 @@ class ExpertParallel:
     world_size: int = 1
     group: "dist.ProcessGroup | None" = None
     replicas: "dist.ProcessGroup | None" = None
+    dispatch: str = "all-to-all"
     traffic: Traffic = field(default_factory=Traffic, compare=False)
 
     @property
@@ -143,27 +147,34 @@ def choose_size(num_experts: int, world_size: int, size: int) -> int:
     return size
 
 
-def expert_parallel(num_experts: int, size: int) -> ExpertParallel:
+def expert_parallel(num_experts: int, size: int, dispatch: str = "all-to-all") -> ExpertParallel:
     """Return this rank's place, and make its process groups: every rank has to call this, with the same arguments.
 
     Args:
         num_experts: E.
         size: P, or 0 for the largest that fits.
+        dispatch: one of `DISPATCHES`. It changes no result; where each rank holds all experts to evaluate them, it has
+            no say.
 
     Raises:
-        UserError: where `size` does not divide both the world and E.
+        UserError: where `size` does not divide both the world and E, or where fairscale has no ranks to exchange with.
     """
-    if not dist.is_initialized() or _everywhere:
+    if _everywhere:
         return ExpertParallel(num_experts)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     size = choose_size(num_experts, world_size, size)
     if size == 1:
+        if dispatch == "fairscale":
+            raise UserError(
+                f"--expert-dispatch fairscale exchanges rows between ranks that share experts; here each of {world_size} "
+                "holds all: leave it out (the result is the same), or use more ranks"
+            )
         return ExpertParallel(num_experts, 1, rank, world_size)
     groups = [dist.new_group(list(range(start, start + size))) for start in range(0, world_size, size)]
     replicas = None
     if size < world_size:
         replicas = [dist.new_group(list(range(place, world_size, size))) for place in range(size)][rank % size]
-    return ExpertParallel(num_experts, size, rank, world_size, groups[rank // size], replicas)
+    return ExpertParallel(num_experts, size, rank, world_size, groups[rank // size], replicas, dispatch)
 
 
 def mark_experts(experts: nn.Module) -> None:

@@ -19,8 +19,8 @@ from fairseq_hash.watchdog import Watchdog
 BACKENDS = ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d")
 
 
-def check_training(cfg: Any) -> None:
-    """Raise `UserError` where an option of the training does not go with shared experts."""
+def check_training(cfg: Any, dispatch: str) -> None:
+    """Raise `UserError` where an option of the training does not go with shared experts, or with their `dispatch`."""
     instead = "; or leave every rank all experts: --expert-parallel-size 1"
     backend = cfg.distributed_training.ddp_backend
     if backend not in BACKENDS:
@@ -31,6 +31,9 @@ def check_training(cfg: Any) -> None:
             "--fp16 flattens all gradients into one, experts and others; add --fp16-no-flatten-grads, or use "
             f"--memory-efficient-fp16{instead}"
         )
+    if dispatch == "fairscale" and (common.fp16 or common.bf16):
+        form = "fp16" if common.fp16 else "bf16"
+        raise UserError(f"--{form} does not go with --expert-dispatch fairscale, whose masks are fp32; use all-to-all")
     if common.amp:
         raise UserError(
             f"--amp keeps a loss scale on every rank, and with shared experts they drift apart; use --bf16{instead}"
@@ -69,7 +72,7 @@ class SharedTraining:
         layer = next(layers, None)
         if layer is None or not layer.parallel.is_shared:
             return None
-        check_training(cfg)
+        check_training(cfg, layer.parallel.dispatch)
         parallel = layer.parallel
         # There is no public way to the store of the process group.
         watchdog = Watchdog(dist.distributed_c10d._get_default_store(), parallel.rank, parallel.world_size)

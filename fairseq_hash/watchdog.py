@@ -10,6 +10,7 @@ Rank 0 keeps the store, unless a launcher does. Where it goes, or no longer answ
 one rank of each machine does.
 """
 
+import atexit
 import logging
 import os
 import socket
@@ -58,6 +59,8 @@ class Watchdog:
         self.keeper = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
         self.beats = 0
         self.answered = time.monotonic()  # when the store last did
+        self.is_over = threading.Event()
+        self.listener = threading.Thread(target=self._listen, daemon=True, name="fairseq_hash watchdog")
         self.store.set(self._key("machine", rank), socket.gethostname())
         self._speak()
 
@@ -76,8 +79,14 @@ class Watchdog:
                 self.fail(error)
 
         sys.excepthook = hook
-        threading.Thread(target=self._listen, daemon=True, name="fairseq_hash watchdog").start()
+        atexit.register(self.stop)
+        self.listener.start()
         threading.Thread(target=self._watch_store, daemon=True, name="fairseq_hash watchdog of the store").start()
+
+    def stop(self) -> None:
+        """Stop to listen, before Python ends: a thread that is inside the store then would abort the process."""
+        self.is_over.set()
+        self.listener.join(PRECEDENCE)
 
     def watch(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return `function` with every error made the end of the job."""
@@ -141,8 +150,7 @@ class Watchdog:
     def _listen(self) -> None:
         others = [rank for rank in self.ranks if rank != self.rank] if self.rank == 0 else [0]
         last, since = [b""] * len(others), [time.monotonic()] * len(others)
-        while True:
-            time.sleep(INTERVAL)
+        while not self.is_over.wait(INTERVAL):
             try:
                 self._speak()
                 if self.store.check([FAILURE]):
@@ -163,7 +171,8 @@ class Watchdog:
         After the end of training it is no failure that the store goes first: this process ends before its time is over.
         """
         while time.monotonic() - self.answered < SILENCE:
-            time.sleep(INTERVAL)
+            if self.is_over.wait(INTERVAL):
+                return
         self._exit_without_store(f"no sign of life for {SILENCE:.0f} s (killed, or its machine is gone)")
 
     def _blame(self) -> None:

@@ -10,17 +10,19 @@ import reference
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from fairscale.nn import MOELayer
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from fairseq_hash.agreement import gather
 from fairseq_hash.assignment import balanced_assignment
 from fairseq_hash.base_balance import balance_over
-from fairseq_hash.dispatch import PlanUnderWay
+from fairseq_hash.dispatch import PlanUnderWay, plan_dispatch
 from fairseq_hash.experts import ExpertFeedForward
-from fairseq_hash.layer import RoutingContext, SparseLayer
-from fairseq_hash.parallel import expert_parallel
-from fairseq_hash.routers import Assignment
+from fairseq_hash.fairscale_moe import Gate
+from fairseq_hash.layer import RoutingContext, RoutingReport, SparseLayer
+from fairseq_hash.parallel import ExpertParallel, expert_parallel
+from fairseq_hash.routers import Assignment, SwitchRouter
 
 WIDTH, HIDDEN = 5, 7
 # fp32 against fp64: sums of some tens of products.
@@ -154,6 +156,59 @@ class count_sent_bytes:  # noqa: N801
         kind = "rows" if given.is_floating_point() else "split sizes"
         self.sent[kind] += leaving * math.prod(given.shape[1:]) * given.element_size()
         return self.original(output, given, output_split_sizes, input_split_sizes, **others)
+
+
+def check_fairscale(layout):
+    """fairscale's `MOELayer` gives the same output and gradients as our exchange, dropped choices included."""
+    made = make_tokens(layout)[dist.get_rank()]
+    found = []
+    for way in ("all-to-all", "fairscale"):
+        parallel = expert_parallel(layout["num_experts"], layout["size"], way)
+        torch.manual_seed(1)
+        experts = ExpertFeedForward(parallel.expert_ids, WIDTH, HIDDEN, F.gelu, 0.0, (0,))
+        layer = SparseLayer(None, experts, parallel, layout["capacity_factor"], layout["capacity_factor"])
+        x_TD, expert_TK, weight_TK = made[0].clone().requires_grad_(), made[1], made[2].clone().requires_grad_()
+        route = Assignment(expert_TK, weight_TK), PlanUnderWay(expert_TK, parallel, layout["capacity_factor"])
+        y_LBD, report = layer(x_TD.unsqueeze(1), RoutingContext(torch.zeros(len(x_TD)), None, route))
+        (y_LBD * y_LBD.detach().cos()).sum().backward()
+        gradients = [gradient(tensor) for tensor in (x_TD, weight_TK, *experts.parameters())]
+        found.append([y_LBD, report, *gradients])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def fairscale(examples):
+    """Check random layouts."""
+    random_layouts(check_fairscale, examples)
+
+
+def gate_in_fairscales_own_layer():
+    """Return the largest difference between our layer and a `MOELayer` of plain modules with a Switch router's gate."""
+    parallel = expert_parallel(4, 0)
+    torch.manual_seed(1)
+    experts = ExpertFeedForward(parallel.expert_ids, WIDTH, HIDDEN, F.gelu, 0.0, (0,))
+    router = SwitchRouter(WIDTH, 4, 0.0, 0)
+
+    def module(number):
+        first, second = torch.nn.Linear(WIDTH, HIDDEN), torch.nn.Linear(HIDDEN, WIDTH)
+        with torch.no_grad():
+            for linear, name in ((first, "fc1"), (second, "fc2")):
+                linear.weight.copy_(getattr(experts, f"{name}_weight")[number])
+                linear.bias.copy_(getattr(experts, f"{name}_bias")[number])
+        return torch.nn.Sequential(first, torch.nn.GELU(), second)
+
+    def route(x_TD):
+        assignment = router(x_TD)
+        return assignment, plan_dispatch(assignment.expert_TK, ExpertParallel(4), 0.0)
+
+    modules = torch.nn.ModuleList(module(number) for number in range(parallel.local_experts))
+    theirs = MOELayer(Gate(route, parallel.group), modules, parallel.group)
+    ours = SparseLayer(router, experts, parallel, 0.0, 0.0)
+    torch.manual_seed(dist.get_rank())
+    x_LBD = torch.randn(6, 2, WIDTH)
+    y_LBD, report = ours(x_LBD, RoutingContext(torch.zeros(12), None))
+    difference = (y_LBD - theirs(x_LBD)).abs().max().item()
+    return difference, (theirs.l_aux - RoutingReport.unpack(report).load_balancing_loss / 12).abs().item()
 
 
 def check_base(layout):

@@ -49,6 +49,7 @@ def cases(world_size):
         "switch", world_size, "sgd", "--ddp-backend", "pytorch_ddp", "--update-freq", "2"
     )
     made["switch with capacity"] = arguments("switch", 2 * world_size, "sgd", "--capacity-factor", "1.0")
+    made["dispatch by fairscale"] = arguments("switch", 2 * world_size, "sgd", "--expert-dispatch", "fairscale")
     made["inserted stacks of hash layers"] = arguments(
         "hash", world_size, "sgd", "--sparse-placement", "insert", "--expert-sublayers", "2"
     )
@@ -60,7 +61,8 @@ def cases(world_size):
 
 def one_process(all_arguments, world_size):
     """Return the arguments with which one process takes the batches of `world_size` ranks."""
-    changed = list(all_arguments)
+    # One process has nobody to exchange rows with.
+    changed = [word.replace("fairscale", "all-to-all") for word in all_arguments]
     if "--update-freq" in changed:
         place = changed.index("--update-freq") + 1
         changed[place] = str(int(changed[place]) * world_size)

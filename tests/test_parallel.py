@@ -16,6 +16,17 @@ def test_layer_equals_naive_loop_and_moves_no_byte_more_than_it_must(world_size)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
+def test_fairscale_dispatch_gives_the_same(world_size):
+    ranks.run(world_size, "layer_ranks:fairscale", 30)
+
+
+def test_routers_speak_fairscales_gate_interface():
+    for difference, loss_difference in ranks.run(2, "layer_ranks:gate_in_fairscales_own_layer"):
+        assert difference < 1e-6
+        assert loss_difference < 1e-6
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_base_balances_over_the_batch_of_the_group(world_size):
     ranks.run(world_size, "layer_ranks:base", 20)
 

@@ -166,8 +166,8 @@ def expert_parallel(num_experts: int, size: int, dispatch: str = "all-to-all") -
     if size == 1:
         if dispatch == "fairscale":
             raise UserError(
-                f"--expert-dispatch fairscale exchanges rows between ranks that share experts; here each of {world_size} "
-                "holds all: leave it out (the result is the same), or use more ranks"
+                "--expert-dispatch fairscale exchanges rows between ranks that share experts; here each of "
+                f"{world_size} holds all: leave it out (the result is the same), or use more ranks"
             )
         return ExpertParallel(num_experts, 1, rank, world_size)
     groups = [dist.new_group(list(range(start, start + size))) for start in range(0, world_size, size)]

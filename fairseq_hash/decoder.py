@@ -29,7 +29,7 @@ from fairseq_hash.experts import ExpertFeedForward, ExpertStack
 from fairseq_hash.hashing import HashTable, build_table, check_table
 from fairseq_hash.layer import RoutingContext, SparseLayer
 from fairseq_hash.options import SparseOptions
-from fairseq_hash.parallel import ExpertParallel
+from fairseq_hash.parallel import Alone, ExpertParallel, mark_experts
 from fairseq_hash.routers import Assignment, BaseRouter, SwitchRouter
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,13 @@ def build_sparse_layer(
     else:
         experts = ExpertFeedForward(ids, width, hidden, activation, dropout, (number,), first)
     router = build_router(options, width, parallel, number)
-    return SparseLayer(router, experts, parallel, options.capacity_factor, options.eval_capacity_factor)
+    layer = SparseLayer(router, experts, parallel, options.capacity_factor, options.eval_capacity_factor)
+    if parallel.is_shared:
+        # Where fully sharded data parallel wraps the layer: it shards what all ranks have, and leaves these alone.
+        alone = {"process_group": Alone(), "process_group_reduce_scatter": Alone()}
+        layer.experts = fsdp_wrap(layer.experts, **alone)
+        mark_experts(layer.experts)
+    return layer
 
 
 class SparseDecoderLayer(TransformerDecoderLayerBase):

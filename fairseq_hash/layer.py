@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fairseq_hash.checkpoint import keep_all_experts
 from fairseq_hash.dispatch import DispatchPlan, PlanUnderWay, combine, dispatch, plan_dispatch
 from fairseq_hash.fairscale_moe import fairscale_moe
-from fairseq_hash.parallel import ExpertParallel, mark_experts
+from fairseq_hash.parallel import ExpertParallel
 from fairseq_hash.routers import Assignment
 
 
@@ -126,7 +126,6 @@ class SparseLayer(nn.Module):
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
         if parallel.is_shared:
-            mark_experts(self.experts)
             keep_all_experts(self, parallel, [f"experts.{name}" for name, _ in experts.named_parameters()])
 
     def forward(self, x_LBD: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor]:

@@ -112,16 +112,21 @@ def check_options(args: Any, options: SparseOptions) -> None:
         raise UserError("--scale-fc does not apply to experts; leave it out or use --sparse-placement insert")
 
 
+def whole_size(parameter: nn.Parameter) -> int:
+    """Return the number of elements of a parameter, of which fairscale may have left this rank a shard."""
+    return parameter._orig_size.numel() if hasattr(parameter, "_orig_size") else parameter.numel()
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return all parameters of a model, those on other ranks included, and those that one token uses.
 
     A token uses one expert of each sparse layer.
     """
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(map(whole_size, model.parameters()))
     idle = 0
     for layer in model.modules():
         if isinstance(layer, SparseLayer):
-            held = sum(parameter.numel() for parameter in layer.experts.parameters())
+            held = sum(map(whole_size, layer.experts.parameters()))
             one = held // layer.parallel.local_experts
             total += (layer.parallel.num_experts - layer.parallel.local_experts) * one
             idle += (layer.parallel.num_experts - 1) * one

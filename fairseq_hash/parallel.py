@@ -177,6 +177,18 @@ def expert_parallel(num_experts: int, size: int, dispatch: str = "all-to-all") -
     return ExpertParallel(num_experts, size, rank, world_size, groups[rank // size], replicas, dispatch)
 
 
+class Alone:
+    """A process group of this rank only, as fairscale takes one: it calls nothing else of it."""
+
+    def rank(self) -> int:
+        """Return the place of this rank."""
+        return 0
+
+    def size(self) -> int:
+        """Return the number of ranks."""
+        return 1
+
+
 def mark_experts(experts: nn.Module) -> None:
     """Mark the parameters of this rank's experts with an attribute `expert`.
 
@@ -206,6 +218,14 @@ def reduce_expert_gradients(parameters: Iterable[nn.Parameter], parallel: Expert
         parameter.grad.div_(parallel.world_size)
         if parallel.replicas is not None:
             dist.all_reduce(parameter.grad, group=parallel.replicas)
+
+
+@torch.no_grad()
+def norm_of_shards(norm: Tensor) -> Tensor:
+    """Return the norm of what all ranks hold a part of; every rank has to call this with the norm of its part."""
+    square = norm.float().square()
+    dist.all_reduce(square)
+    return square.sqrt()
 
 
 @torch.no_grad()

@@ -218,6 +218,7 @@ def _cut_loaded_optimizer_state(original: Callable[..., None], trainer: Trainer)
     original(trainer)
     if trainer.shared is not None:
         trainer.shared.check_optimizer(trainer._optimizer)
+    if trainer.shared is not None and not trainer.is_fsdp:  # which saves what each rank holds
         load = trainer._optimizer.load_state_dict
         trainer._optimizer.load_state_dict = trainer.shared.loading_own_state(trainer._optimizer.optimizer, load)
 
@@ -226,7 +227,7 @@ def _cut_loaded_optimizer_state(original: Callable[..., None], trainer: Trainer)
 def _gather_optimizer_state(original: Callable[..., None], trainer: Trainer) -> None:
     """Gather the state of all experts for the checkpoint that follows."""
     original(trainer)
-    if trainer.shared is not None and not trainer.cfg.checkpoint.no_save_optimizer_state:
+    if trainer.shared is not None and not trainer.is_fsdp and not trainer.cfg.checkpoint.no_save_optimizer_state:
         trainer._gathered_optim_state = trainer.shared.state_of_all(trainer.optimizer)
 
 

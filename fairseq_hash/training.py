@@ -13,10 +13,16 @@ from fairseq_hash.agreement import gather
 from fairseq_hash.checkpoint import optimizer_state_of_all, optimizer_state_of_own
 from fairseq_hash.errors import UserError
 from fairseq_hash.layer import SparseLayer
-from fairseq_hash.parallel import ExpertParallel, norm_with_experts
+from fairseq_hash.parallel import ExpertParallel, norm_of_shards, norm_with_experts
 from fairseq_hash.watchdog import Watchdog
 
-BACKENDS = ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d")
+BACKENDS = ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d", "fully_sharded")
+
+
+def check_device(cfg: Any) -> None:
+    """Raise `UserError` where the training needs another device."""
+    if cfg.distributed_training.ddp_backend == "fully_sharded" and (cfg.common.cpu or not torch.cuda.is_available()):
+        raise UserError("--ddp-backend fully_sharded needs CUDA; use legacy_ddp or pytorch_ddp on a CPU")
 
 
 def check_training(cfg: Any, dispatch: str) -> None:
@@ -24,9 +30,17 @@ def check_training(cfg: Any, dispatch: str) -> None:
     instead = "; or leave every rank all experts: --expert-parallel-size 1"
     backend = cfg.distributed_training.ddp_backend
     if backend not in BACKENDS:
-        raise UserError(f"--ddp-backend {backend} does not go with shared experts; use legacy_ddp or pytorch_ddp")
+        raise UserError(
+            f"--ddp-backend {backend} does not go with shared experts; use legacy_ddp, pytorch_ddp or fully_sharded"
+        )
+    if backend == "fully_sharded" and not cfg.distributed_training.use_sharded_state:
+        raise UserError(
+            "--ddp-backend fully_sharded with shared experts saves what each rank holds in a file of its own; add "
+            f"--use-sharded-state{instead}"
+        )
     common = cfg.common
-    if common.fp16 and not common.memory_efficient_fp16 and not common.fp16_no_flatten_grads:
+    flattens = not (common.memory_efficient_fp16 or common.fp16_no_flatten_grads or backend == "fully_sharded")
+    if common.fp16 and flattens:
         raise UserError(
             "--fp16 flattens all gradients into one, experts and others; add --fp16-no-flatten-grads, or use "
             f"--memory-efficient-fp16{instead}"
@@ -68,6 +82,7 @@ class SharedTraining:
         Raises:
             UserError: where an option does not go with shared experts.
         """
+        check_device(cfg)
         layers = (module for module in model.modules() if isinstance(module, SparseLayer))
         layer = next(layers, None)
         if layer is None or not layer.parallel.is_shared:
@@ -112,7 +127,9 @@ class SharedTraining:
             self.watchdog.fail(error)
 
     def norm(self, optimizer: torch.optim.Optimizer, dense_is_sharded: bool, dense_norm: Tensor) -> Tensor:
-        """Return the norm of all gradients, from that of the dense ones."""
+        """Return the norm of all gradients, from that of the dense ones, of which each rank may hold a part."""
+        if dense_is_sharded:
+            dense_norm = norm_of_shards(dense_norm)
         gradients = [p.grad for p in _optimized(optimizer) if hasattr(p, "expert") and p.grad is not None]
         return norm_with_experts(dense_norm, gradients, self.parallel)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fairseq import options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.distributed import fsdp_enable_wrap, fsdp_wrap
 
 import fairseq_hash
 
@@ -24,7 +25,12 @@ def build(data, *arguments):
     args = options.parse_args_and_arch(parser, [*fixed, *TINY, *map(str, arguments)])
     cfg = convert_namespace_to_omegaconf(args)
     task = tasks.setup_task(cfg.task)
-    return cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion)
+    if cfg.distributed_training.ddp_backend == "fully_sharded":
+        with fsdp_enable_wrap(cfg.distributed_training):
+            model = fsdp_wrap(task.build_model(cfg.model))
+    else:
+        model = task.build_model(cfg.model)
+    return cfg, task, model, task.build_criterion(cfg.criterion)
 
 
 def command(name, *arguments, check=True):

@@ -20,13 +20,32 @@ def train(data, arguments, updates=20):
     and scaled.
     """
     trainer, epoch_itr = make_trainer(data, arguments)
-    model, task = trainer.get_model(), trainer.task
-    record = {"loss": [], "norm": [], "gradients": [], "validation": [], "dummies": 0}
-    clip_grad_norm, reduce_metrics, prepare_sample = (
-        trainer.clip_grad_norm,
-        task.reduce_metrics,
-        trainer._prepare_sample,
-    )
+    model = trainer.get_model()
+    record = {**keep_losses_and_norms(trainer), "gradients": [], "dummies": 0}
+    clip_grad_norm, prepare_sample = trainer.clip_grad_norm, trainer._prepare_sample
+
+    def keep_gradients(clip_norm):
+        norm = clip_grad_norm(clip_norm)
+        record["gradients"].append({name: p.grad.clone() for name, p in model.named_parameters()})
+        return norm
+
+    def count_dummies(sample, is_dummy=False):
+        record["dummies"] += is_dummy
+        return prepare_sample(sample, is_dummy)
+
+    trainer.clip_grad_norm, trainer._prepare_sample = keep_gradients, count_dummies
+    run(trainer, epoch_itr, updates)
+    validate(trainer)
+    record["parameters"] = {name: p.detach().clone() for name, p in model.named_parameters()}
+    layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
+    record["size"] = layers[0].parallel.size if layers else 1
+    return record
+
+
+def keep_losses_and_norms(trainer):
+    """Return lists that the trainer fills."""
+    record = {"loss": [], "norm": [], "validation": []}
+    clip_grad_norm, reduce_metrics = trainer.clip_grad_norm, trainer.task.reduce_metrics
 
     def keep_loss(logging_outputs, criterion):
         record["loss" if criterion.training else "validation"].append(
@@ -37,19 +56,9 @@ def train(data, arguments, updates=20):
     def keep_norm(clip_norm):
         norm = clip_grad_norm(clip_norm)
         record["norm"].append(float(norm))
-        record["gradients"].append({name: p.grad.clone() for name, p in model.named_parameters()})
         return norm
 
-    def count_dummies(sample, is_dummy=False):
-        record["dummies"] += is_dummy
-        return prepare_sample(sample, is_dummy)
-
-    trainer.clip_grad_norm, task.reduce_metrics, trainer._prepare_sample = keep_norm, keep_loss, count_dummies
-    run(trainer, epoch_itr, updates)
-    validate(trainer)
-    record["parameters"] = {name: p.detach().clone() for name, p in model.named_parameters()}
-    layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
-    record["size"] = layers[0].parallel.size if layers else 1
+    trainer.clip_grad_norm, trainer.task.reduce_metrics = keep_norm, keep_loss
     return record
 
 

@@ -4,7 +4,7 @@ import pytest
 import ranks
 import recorded
 import torch
-from test_exactness import arguments, one_process, whole
+from test_exactness import TOLERANCE, arguments, one_process, whole
 
 SPARSE = ("--router", "hash", "--num-experts", "4", "--sparse-layers", "0,1")
 FORMS = {
@@ -39,6 +39,20 @@ def test_half_precision_trains_as_one_process(half_precision, form):
 def test_all_ranks_skip_an_update_that_overflows_on_one(data):
     words = arguments("hash", 4, "adam", "--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", "4")
     assert ranks.run(2, "training_ranks:train_with_overflow", str(data), words) == [(2.0, 6)] * 2
+
+
+@pytest.mark.parametrize(
+    ("world_size", "more"), [(2, ()), (4, ("--expert-parallel-size", "2", "--checkpoint-activations"))]
+)
+def test_fully_sharded_dense_parameters_train_as_one_process(data, world_size, more):
+    # On a CPU, where fairscale's streams are stubs: nothing here shows that they are used rightly on a GPU.
+    words = arguments("hash", 4, "sgd", "--update-freq", "2", *more)
+    alone = recorded.train(data, one_process(words, world_size))
+    for record in ranks.run(world_size, "training_ranks:train_fully_sharded", str(data), words):
+        for what in ("loss", "norm"):
+            expected = torch.tensor(alone[what])
+            torch.testing.assert_close(torch.tensor(record[what]), expected, rtol=TOLERANCE, atol=0)
+        assert sum(record["validation"]) == pytest.approx(sum(alone["validation"]), rel=TOLERANCE)
 
 
 @pytest.mark.parametrize(("router", "expected"), [("hash", 1), ("switch", 2)])

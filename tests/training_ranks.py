@@ -10,6 +10,7 @@ from fairseq import checkpoint_utils
 from plugin import build
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fairseq_hash import training
 from fairseq_hash.layer import SparseLayer
 
 # What makes the host wait for the device: values, and shapes that depend on values.
@@ -122,3 +123,47 @@ def train_with_overflow(data, arguments):
     trainer.task.train_step = too_large
     recorded.run(trainer, epoch_itr, 6)
     return trainer.optimizer.scaler.loss_scale, trainer.get_num_updates()
+
+
+class NoStream:
+    """What stands for a CUDA stream on a CPU: work is done at once."""
+
+    def wait_stream(self, other):
+        """Wait for nothing."""
+
+    def __eq__(self, other):
+        return isinstance(other, NoStream)
+
+
+def let_fairscale_shard_on_a_cpu():
+    """Make fairscale's fully sharded data parallel run without CUDA; what it does to parameters is the same."""
+    from fairscale.nn.data_parallel import fully_sharded_data_parallel as fairscale
+
+    def set_up_streams(module, original=fairscale.FullyShardedDataParallel._setup_streams):
+        original(module)
+        module._streams.update((name, NoStream()) for name in ("all_gather", "post_backward", "fp32_to_fp16"))
+
+    def reduce_scatter(output, given, original=dist._reduce_scatter_base, **others):
+        return original(output, given.view(-1), **others)  # gloo compares first dimensions, NCCL sizes
+
+    dist._reduce_scatter_base = reduce_scatter
+    fairscale.FullyShardedDataParallel._setup_streams = set_up_streams
+    fairscale._get_default_cuda_device = lambda module: torch.device("cpu")
+    torch.cuda.current_stream = NoStream
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()
+    torch.Tensor.record_stream = lambda tensor, stream: None
+    torch.Tensor.cuda = lambda tensor: tensor
+    training.check_device = lambda cfg: None
+
+
+def train_fully_sharded(data, arguments):
+    """Return losses and gradient norms of a training with fully sharded data parallel."""
+    let_fairscale_shard_on_a_cpu()
+    sharded = ("--ddp-backend", "fully_sharded", "--use-sharded-state")
+    trainer, epoch_itr = recorded.make_trainer(data, (*arguments, *sharded))
+    record = recorded.keep_losses_and_norms(trainer)
+    recorded.run(trainer, epoch_itr, 20)
+    recorded.validate(trainer)
+    assert {hasattr(p, "expert") for p in trainer.model.parameters()} == {True, False}
+    assert all(p._is_sharded != hasattr(p, "expert") for p in trainer.model.parameters())
+    return record

@@ -43,22 +43,38 @@ def take_experts(tensor_E: Tensor, parallel: ExpertParallel, where: str) -> Tens
 
 
 def keep_all_experts(layer: nn.Module, parallel: ExpertParallel, names: Sequence[str]) -> None:
-    """Make the state of `layer` hold all experts: gathered when it is taken, cut when it is loaded.
+    """Make the state of `layer` hold all experts: gathered when it is taken, cut and checked when it is loaded.
+
+    A state also says which experts it holds (`expert_ids`, int64). One that fully sharded data parallel made holds what
+    the rank holds, under another name: it is left as it is, and checked.
 
     Args:
         layer: a module.
         parallel: who shares its experts.
         names: its parameters that have the experts as first dimension.
     """
+    ids = torch.tensor(parallel.expert_ids)
+    ids.expert = True
+    layer.register_buffer("expert_ids", ids)
+    names = [*names, "expert_ids"]
 
     def gather(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        for name in names:
-            state[prefix + name] = gather_experts(state[prefix + name], parallel)
+        if all(prefix + name in state for name in names):
+            for name in names:
+                state[prefix + name] = gather_experts(state[prefix + name], parallel)
 
     def take(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        for name in names:
-            if prefix + name in state:
-                state[prefix + name] = take_experts(state[prefix + name], parallel, prefix.rstrip("."))
+        where = prefix.rstrip(".")
+        held = state.setdefault(prefix + "expert_ids", torch.arange(parallel.num_experts))  # version 0.1 did not say
+        if all(prefix + name in state for name in names):
+            for name in names:
+                state[prefix + name] = take_experts(state[prefix + name], parallel, where)
+            held = state[prefix + "expert_ids"]
+        if held.tolist() != list(parallel.expert_ids):
+            raise UserError(
+                f"the checkpoint has experts {held.tolist()} in {where} for rank {parallel.rank}, which holds "
+                f"{list(parallel.expert_ids)}; load it with the number of ranks that saved it"
+            )
 
     layer.register_state_dict_post_hook(gather)
     layer.register_load_state_dict_pre_hook(take)

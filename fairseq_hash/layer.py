@@ -125,8 +125,7 @@ class SparseLayer(nn.Module):
         self.parallel = parallel
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
-        if parallel.is_shared:
-            keep_all_experts(self, parallel, [f"experts.{name}" for name, _ in experts.named_parameters()])
+        keep_all_experts(self, parallel, [f"experts.{name}" for name, _ in experts.named_parameters()])
 
     def forward(self, x_LBD: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor]:
         """Return y of the shape and dtype of `x_LBD`, and the report vector (fp32, `[5 + E]`)."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from fairscale.nn.wrap.auto_wrap import ConfigAutoWrap
 from fairseq.models import register_model, register_model_architecture
 from fairseq.models.transformer_lm import (
     TransformerLanguageModel,
@@ -26,11 +27,13 @@ from fairseq_hash.layer import SparseLayer
 from fairseq_hash.options import SparseOptions
 from fairseq_hash.parallel import expert_names, expert_parallel, reduce_expert_gradients
 from fairseq_hash.provenance import provenance
+from fairseq_hash.training import check_device
+from fairseq_hash.watchdog import watchdog_of
 
 logger = logging.getLogger(__name__)
 
 # What would make ranks train different models, or wait for each other for ever.
-SAME_ON_ALL_RANKS = ("fairseq_hash", "torch", "parameters_total", "dictionary_fingerprint", "table_fingerprint")
+SAME_ON_ALL_RANKS = ("fairseq_hash", "torch", "dictionary_fingerprint", "table_fingerprint", "parameters_total")
 
 
 @dataclass
@@ -62,6 +65,8 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
             model = together(functools.partial(super().build_model, args, task))
         else:
             parallel = expert_parallel(options.num_experts, options.expert_parallel_size, options.expert_dispatch)
+            if parallel.is_shared:  # from here on a rank that fails ends the job: the others wait for it
+                watchdog_of(parallel.rank, parallel.world_size)
             with seams.language_model_decoder(functools.partial(HashTransformerDecoder, parallel=parallel)):
                 model = together(functools.partial(super().build_model, args, task))
             model._ddp_params_and_buffers_to_ignore = expert_names(model)  # torch's DistributedDataParallel reads it
@@ -86,6 +91,7 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
 def check_options(args: Any, options: SparseOptions) -> None:
     """Raise `UserError` where an option is out of range, or one of fairseq's does not go with sparse layers."""
     options.check()
+    check_device(is_sharded=ConfigAutoWrap.in_autowrap_context, on_cpu=False)
     if options.router == "none":
         return
     options.layer_numbers(args.decoder_layers)

@@ -199,8 +199,8 @@ def mark_experts(experts: nn.Module) -> None:
 
 
 def expert_names(model: nn.Module) -> list[str]:
-    """Return the names of the parameters that `mark_experts` marked."""
-    return [name for name, parameter in model.named_parameters() if hasattr(parameter, "expert")]
+    """Return the names of the parameters and buffers that are marked as experts'."""
+    return [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if hasattr(tensor, "expert")]
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ capacity or of what an expert is. Shape suffixes: see `losses`.
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,8 @@ from fairseq_hash.assignment import balanced_assignment
 from fairseq_hash.losses import load_balancing_loss, z_loss
 
 
-@dataclass(frozen=True)
-class Assignment:
-    """A router's decision for T tokens.
+class Assignment(NamedTuple):
+    """A router's decision for T tokens. A tuple, because fairseq's search for NaN looks into what modules return.
 
     `expert_TK` (int64) names each token's experts. `weight_TK` (fp32, differentiable) scales their outputs; None means
     that they are used as they are. The losses are fp32 scalars, means over the tokens; None where the router has none.

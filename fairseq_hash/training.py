@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from fairseq.optim import FairseqOptimizer
 from torch import Tensor, nn
 
@@ -14,14 +13,14 @@ from fairseq_hash.checkpoint import optimizer_state_of_all, optimizer_state_of_o
 from fairseq_hash.errors import UserError
 from fairseq_hash.layer import SparseLayer
 from fairseq_hash.parallel import ExpertParallel, norm_of_shards, norm_with_experts
-from fairseq_hash.watchdog import Watchdog
+from fairseq_hash.watchdog import Watchdog, watchdog_of
 
 BACKENDS = ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d", "fully_sharded")
 
 
-def check_device(cfg: Any) -> None:
-    """Raise `UserError` where the training needs another device."""
-    if cfg.distributed_training.ddp_backend == "fully_sharded" and (cfg.common.cpu or not torch.cuda.is_available()):
+def check_device(is_sharded: bool, on_cpu: bool) -> None:
+    """Raise `UserError` where fully sharded data parallel has no CUDA, or is not to use it."""
+    if is_sharded and (on_cpu or not torch.cuda.is_available()):
         raise UserError("--ddp-backend fully_sharded needs CUDA; use legacy_ddp or pytorch_ddp on a CPU")
 
 
@@ -82,18 +81,14 @@ class SharedTraining:
         Raises:
             UserError: where an option does not go with shared experts.
         """
-        check_device(cfg)
+        check_device(cfg.distributed_training.ddp_backend == "fully_sharded", cfg.common.cpu)
         layers = (module for module in model.modules() if isinstance(module, SparseLayer))
         layer = next(layers, None)
         if layer is None or not layer.parallel.is_shared:
             return None
         check_training(cfg, layer.parallel.dispatch)
         parallel = layer.parallel
-        # There is no public way to the store of the process group.
-        watchdog = Watchdog(dist.distributed_c10d._get_default_store(), parallel.rank, parallel.world_size)
-        dist.barrier()
-        watchdog.start()
-        return cls(parallel, watchdog)
+        return cls(parallel, watchdog_of(parallel.rank, parallel.world_size))
 
     def watch_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Return a task's step, made to end the job on any error and to remember whether its losses were finite."""

@@ -11,6 +11,7 @@ one rank of each machine does.
 """
 
 import atexit
+import functools
 import logging
 import os
 import socket
@@ -189,3 +190,13 @@ class Watchdog:
                     self.end(f"rank {rank}: {GONE}")
         except (RuntimeError, ValueError):
             self._exit_without_store(GONE)
+
+
+@functools.cache
+def watchdog_of(rank: int, world_size: int) -> Watchdog:
+    """Return this process's watchdog, which has started; for the first time every rank has to call this."""
+    # There is no public way to the store of the process group.
+    watchdog = Watchdog(dist.distributed_c10d._get_default_store(), rank, world_size)
+    dist.barrier()
+    watchdog.start()
+    return watchdog

@@ -10,7 +10,7 @@ from fairseq import checkpoint_utils
 from plugin import build
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fairseq_hash import training
+from fairseq_hash import model, training
 from fairseq_hash.layer import SparseLayer
 
 # What makes the host wait for the device: values, and shapes that depend on values.
@@ -153,7 +153,7 @@ def let_fairscale_shard_on_a_cpu():
     torch.cuda.stream = lambda stream: contextlib.nullcontext()
     torch.Tensor.record_stream = lambda tensor, stream: None
     torch.Tensor.cuda = lambda tensor: tensor
-    training.check_device = lambda cfg: None
+    training.check_device = model.check_device = lambda *args, **kwargs: None
 
 
 def train_fully_sharded(data, arguments):

@@ -1,0 +1,164 @@
+"""A job never hangs: whatever happens to one rank, all end, and one line says which rank and why.
+
+Real processes of `fairseq-train` whose ranks share experts. No test looks at the time: a rank that has not ended in
+`LIMIT` seconds, several times the stated ones, has hung.
+"""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fairseq.data import Dictionary
+from plugin import train_arguments
+
+from fairseq_hash.hashing import random_table, save_table
+
+LIMIT = 120
+FAILURES = str(Path(__file__).parent / "failures.py")
+SHARED = ("--router", "hash", "--sparse-layers", "1", "--num-experts", "6", "--max-tokens", "64", "--no-save")
+SHARED += ("--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp")
+GONE = "ended without a word (killed, or its machine is gone)"
+SILENT = "no sign of life for 5 s (killed, or its machine is gone)"
+OUT_OF_MEMORY = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"
+
+
+def start(command, folder):
+    """Start a process in its own folder, which also takes what it says."""
+    folder.mkdir(exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
+        return subprocess.Popen([*map(str, command)], cwd=folder, stdout=out, stderr=err, env=environment)
+
+
+def finish(processes, folders, has_stopped=None):
+    """Wait for all processes but the one that has stopped, and return what each said on stderr."""
+    deadline = time.monotonic() + LIMIT
+    try:
+        for rank, process in enumerate(processes):
+            if rank != has_stopped:
+                assert process.wait(max(0.1, deadline - time.monotonic())) != 0
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [(folder / "err").read_text() for folder in folders]
+
+
+def run_ranks(tmp_path, corpora, *arguments, failure=None):
+    """Run a training to its failure, a process for each of the corpora; return what each rank said on stderr.
+
+    There is no launcher: rank 0 keeps the store. `failure` is (how, rank) of failures.py.
+    """
+    folders = [tmp_path / f"rank {rank}" for rank in range(len(corpora))]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    common = (*SHARED, "--distributed-world-size", len(corpora), "--distributed-init-method", meeting, *arguments)
+    command = [sys.executable, *((FAILURES, *failure) if failure else ("-m", "fairseq_cli.train"))]
+    processes = []
+    for rank, (folder, corpus) in enumerate(zip(folders, corpora, strict=True)):
+        own = ("--distributed-rank", rank, "--distributed-no-spawn")
+        processes.append(start([*command, *train_arguments(corpus, tmp_path / "saved", *common, *own)], folder))
+    return finish(processes, folders, failure[1] if failure and failure[0] == "silent" else None)
+
+
+def messages(said):
+    """Return (rank, message) of every line that is ours."""
+    return [(rank, line) for rank, err in enumerate(said) for line in re.findall(r"^fairseq_hash: (.*)$", err, re.M)]
+
+
+# How a rank fails, which rank, of how many, and the one message.
+FAILING = [
+    ("killed", 1, 3, f"rank 1: {GONE}"),
+    ("killed", 0, 3, f"rank 0: {GONE}, and with it the store it kept"),
+    ("silent", 2, 3, f"rank 2: {SILENT}"),
+    ("silent", 0, 2, f"rank 0: {SILENT}, and with it the store it kept"),
+    ("error", 1, 2, "rank 1: ValueError: made for the test"),
+    ("outside", 1, 2, "rank 1: ValueError: made for the test"),
+    ("memory", 1, 2, f"rank 1: {OUT_OF_MEMORY}"),
+    ("nan", 1, 2, "rank 1: the loss is NaN or infinite"),
+]
+
+
+@pytest.mark.parametrize(
+    ("how", "rank", "world_size", "message"), FAILING, ids=[f"{how}-{rank}-of-{size}" for how, rank, size, _ in FAILING]
+)
+def test_a_failing_rank_ends_the_job(data, tmp_path, how, rank, world_size, message):
+    said = run_ranks(tmp_path, [data] * world_size, failure=(how, rank))
+    assert [text for _, text in messages(said)] == [message], "\n".join(err[-2000:] for err in said)
+    assert ('"num_updates": "2"' in said[0]) == (how != "outside")
+    assert "attempting to recover" not in "".join(said)
+    # An unexpected error shows its traceback, too, on the rank that met it and on no other.
+    traces = [bool(re.search("^Traceback", err, re.M)) for err in said]
+    assert traces == [how in ("error", "outside") and other == rank for other in range(world_size)]
+
+
+def test_a_failing_rank_ends_the_job_under_a_launcher(data, tmp_path):
+    """The launcher sees the failing rank end first, and ends."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    given = train_arguments(data, tmp_path / "saved", *SHARED)
+    folder = tmp_path / "launcher"
+    process = start([*launcher, FAILURES, "memory", "1", *given], folder)
+    said = finish([process], [folder])
+    assert messages(said) == [(0, f"rank 1: {OUT_OF_MEMORY}")], said[0][-3000:]
+    assert re.search(r"Root Cause.*\n(.*\n){0,3}.*rank +: 1 ", said[0]), said[0][-3000:]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "arguments", "message"),
+    [
+        (
+            2,
+            ("--num-experts", "3"),
+            "--expert-parallel-size 2 does not divide both the 2 ranks and the 3 experts; use ",
+        ),
+        (3, (), "--expert-parallel-size 2 does not divide both the 3 ranks and the 6 experts; use one of 1, 3, or "),
+        (
+            2,
+            ("--fp16",),
+            "--fp16 flattens all gradients into one, experts and others; add --fp16-no-flatten-grads, or ",
+        ),
+        (2, ("--ddp-backend", "slowmo"), "--ddp-backend slowmo does not go with shared experts; use "),
+        (
+            2,
+            ("--ddp-backend", "fully_sharded"),
+            "--ddp-backend fully_sharded needs CUDA; use legacy_ddp or pytorch_ddp ",
+        ),
+    ],
+    ids=["experts", "world", "fp16", "backend", "fully_sharded"],
+)
+def test_options_that_do_not_go_end_all_ranks(data, tmp_path, world_size, arguments, message):
+    said = run_ranks(tmp_path, [data] * world_size, "--expert-parallel-size", "2", *arguments)
+    assert_one_line(said, re.escape(message) + ".*")
+
+
+def test_a_rank_with_another_dictionary_ends_all_ranks(data, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    words = (data / "dict.txt").read_text().splitlines(keepends=True)
+    (other / "dict.txt").write_text("".join([*words[1::-1], *words[2:]]))
+    said = run_ranks(tmp_path, [data, other])
+    assert_one_line(said, r"rank 1 has dictionary_fingerprint \w+, rank 0 has \w+; start every rank with the same .*")
+
+
+def test_a_rank_with_another_table_ends_all_ranks(data, tmp_path):
+    """The same name of a file means another table on each rank, as on machines with their own discs."""
+    symbols = Dictionary.load(str(data / "dict.txt")).symbols
+    for rank in range(2):
+        (tmp_path / f"rank {rank}").mkdir()
+        save_table(random_table(symbols, num_experts=6, seed=rank), tmp_path / f"rank {rank}" / "table")
+    said = run_ranks(tmp_path, [data, data], "--hash-table", "table")
+    assert_one_line(said, r"rank 1 has table_fingerprint \w+, rank 0 has \w+; start every rank with the same .*")
+
+
+def assert_one_line(said, pattern):
+    """Check that rank 0 said this, and no rank anything else of its own."""
+    [(rank, message)] = messages(said)
+    assert rank == 0 and re.fullmatch(pattern, message), message
+    assert "Traceback" not in "".join(said)

@@ -23,7 +23,8 @@ def together(work: Callable[[], Result]) -> Result:
     """Do `work`, which must not wait for other ranks, and return its result once every rank has done it.
 
     Raises:
-        UserError: on every rank, where it failed on one: the first such rank, and why.
+        UserError: on every rank, where it failed on some: the first such rank, and why.
+        Exception: where it failed on every rank: the rank's own error.
     """
     result, error = None, None
     try:
@@ -34,9 +35,9 @@ def together(work: Callable[[], Result]) -> Result:
     failed = [rank for rank, outcome in enumerate(outcomes) if outcome is not None]
     if not failed:
         return result
-    alone = len(failed) < len(outcomes)
-    message = f"rank {failed[0]}: {outcomes[failed[0]]}" if alone else outcomes[0]
-    raise UserError(message) from error
+    if len(failed) == len(outcomes):
+        raise error
+    raise UserError(f"rank {failed[0]}: {outcomes[failed[0]]}") from error
 
 
 def _cause(error: Exception) -> str:

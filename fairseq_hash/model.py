@@ -85,7 +85,7 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
     @seams.one_line_errors
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint's weights; a hash table of another dictionary is refused with one line."""
-        return super().load_state_dict(*args, **kwargs)
+        return together(functools.partial(super().load_state_dict, *args, **kwargs))
 
 
 def check_options(args: Any, options: SparseOptions) -> None:

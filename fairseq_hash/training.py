@@ -61,6 +61,7 @@ def check_training(cfg: Any, dispatch: str) -> None:
         ("--model-parallel-size", common.model_parallel_size > 1),
         ("--pipeline-model-parallel", cfg.distributed_training.pipeline_model_parallel),
         ("--tpu", common.tpu),
+        ("--store-ema", cfg.ema.store_ema),
     ):
         if is_set:
             raise UserError(f"{option} does not go with shared experts; leave it out")

@@ -6,6 +6,7 @@ part against the naive loop over the tokens of the whole group.
 
 import math
 
+import ranks
 import reference
 import torch
 import torch.distributed as dist
@@ -85,7 +86,8 @@ def check_against_loop(layout):
     experts = ExpertFeedForward(parallel.expert_ids, WIDTH, HIDDEN, F.gelu, 0.0, (0,))
     layer = SparseLayer(None, experts, parallel, factor, factor)
     made = make_tokens(layout)
-    x_TD, expert_TK, weight_TK = made[rank]
+    experts.to(ranks.device())
+    x_TD, expert_TK, weight_TK = (value.to(ranks.device()) for value in made[rank])
     x_TD, weight_TK = x_TD.requires_grad_(), weight_TK.requires_grad_()
     with count_sent_bytes(parallel) as sent:
         route = Assignment(expert_TK, weight_TK), PlanUnderWay(expert_TK, parallel, factor)
@@ -114,12 +116,12 @@ def check_against_loop(layout):
             mine = y, x, weight
     total.backward()
     y, x, weight = mine
-    torch.testing.assert_close(y_LBD.squeeze(1), y.float(), **TOLERANCE)
-    torch.testing.assert_close(x_TD.grad, gradient(x), **TOLERANCE)
-    torch.testing.assert_close(weight_TK.grad, gradient(weight), **TOLERANCE)
+    torch.testing.assert_close(y_LBD.squeeze(1).cpu(), y.float(), **TOLERANCE)
+    torch.testing.assert_close(gradient(x_TD), gradient(x), **TOLERANCE)
+    torch.testing.assert_close(gradient(weight_TK), gradient(weight), **TOLERANCE)
     for name, parameter in experts.named_parameters():
         own = gradient(whole[name])[parallel.expert_ids.start : parallel.expert_ids.stop]
-        torch.testing.assert_close(parameter.grad, own, **TOLERANCE)
+        torch.testing.assert_close(gradient(parameter), own, **TOLERANCE)
 
     # Dispatch and the backward pass of combine send this rank's rows; combine and the backward pass of dispatch those
     # that came from others.
@@ -130,8 +132,8 @@ def check_against_loop(layout):
 
 
 def gradient(tensor):
-    """Return a gradient in fp32; zero where there is none."""
-    return (torch.zeros_like(tensor) if tensor.grad is None else tensor.grad).float()
+    """Return a gradient in fp32 on the CPU; zero where there is none."""
+    return (torch.zeros_like(tensor) if tensor.grad is None else tensor.grad).float().cpu()
 
 
 class count_sent_bytes:  # noqa: N801
@@ -160,12 +162,12 @@ class count_sent_bytes:  # noqa: N801
 
 def check_fairscale(layout):
     """fairscale's `MOELayer` gives the same output and gradients as our exchange, dropped choices included."""
-    made = make_tokens(layout)[dist.get_rank()]
+    made = [value.to(ranks.device()) for value in make_tokens(layout)[dist.get_rank()]]
     found = []
     for way in ("all-to-all", "fairscale"):
         parallel = expert_parallel(layout["num_experts"], layout["size"], way)
         torch.manual_seed(1)
-        experts = ExpertFeedForward(parallel.expert_ids, WIDTH, HIDDEN, F.gelu, 0.0, (0,))
+        experts = ExpertFeedForward(parallel.expert_ids, WIDTH, HIDDEN, F.gelu, 0.0, (0,)).to(ranks.device())
         layer = SparseLayer(None, experts, parallel, layout["capacity_factor"], layout["capacity_factor"])
         x_TD, expert_TK, weight_TK = made[0].clone().requires_grad_(), made[1], made[2].clone().requires_grad_()
         route = Assignment(expert_TK, weight_TK), PlanUnderWay(expert_TK, parallel, layout["capacity_factor"])
@@ -202,10 +204,10 @@ def gate_in_fairscales_own_layer():
         return assignment, plan_dispatch(assignment.expert_TK, ExpertParallel(4), 0.0)
 
     modules = torch.nn.ModuleList(module(number) for number in range(parallel.local_experts))
-    theirs = MOELayer(Gate(route, parallel.group), modules, parallel.group)
-    ours = SparseLayer(router, experts, parallel, 0.0, 0.0)
+    theirs = MOELayer(Gate(route, parallel.group), modules, parallel.group).to(ranks.device())
+    ours = SparseLayer(router, experts, parallel, 0.0, 0.0).to(ranks.device())
     torch.manual_seed(dist.get_rank())
-    x_LBD = torch.randn(6, 2, WIDTH)
+    x_LBD = torch.randn(6, 2, WIDTH).to(ranks.device())
     y_LBD, report = ours(x_LBD, RoutingContext(torch.zeros(12), None))
     difference = (y_LBD - theirs(x_LBD)).abs().max().item()
     return difference, (theirs.l_aux - RoutingReport.unpack(report).load_balancing_loss / 12).abs().item()
@@ -215,7 +217,8 @@ def check_base(layout):
     """The balanced assignment of a group is that of one process with all its tokens; a shuffled one is balanced."""
     parallel = expert_parallel(layout["num_experts"], layout["size"])
     generator = torch.Generator().manual_seed(layout["seed"])
-    scores = [torch.randn(tokens, layout["num_experts"], generator=generator) for tokens in layout["tokens"]]
+    shapes = [(tokens, layout["num_experts"]) for tokens in layout["tokens"]]
+    scores = [torch.randn(shape, generator=generator).to(ranks.device()) for shape in shapes]
     rank, start = dist.get_rank(), dist.get_rank() - parallel.place
     of_group = scores[start : start + parallel.size]
     first = sum(map(len, scores[start:rank]))
@@ -246,7 +249,7 @@ def shuffle_is_random():
     """Return the shuffled assignments of the same scores, twice, on this rank."""
     parallel = expert_parallel(4, 0)
     torch.manual_seed(dist.get_rank())
-    score_TE = torch.randn(64, 4)
+    score_TE = torch.randn(64, 4).to(ranks.device())
     assign = balance_over("shuffle", parallel)
     torch.manual_seed(3)
-    return [assign(score_TE) for _ in range(2)]
+    return [assign(score_TE).cpu() for _ in range(2)]

@@ -18,9 +18,10 @@ TINY = ("--arch", "hash_transformer_lm_tiny", "--decoder-layers", "2", "--decode
 TINY += ("--decoder-ffn-embed-dim", "32", "--decoder-attention-heads", "2", "--criterion", "hash_moe")
 
 
-def build(data, *arguments):
+def build(data, *arguments, on_cpu=True):
     """Return (cfg, task, model, criterion) for `fairseq-train` arguments; a later argument replaces an earlier one."""
-    fixed = [str(data), "--task", "language_modeling", "--user-dir", USER_DIR, "--cpu", "--tokens-per-sample", "16"]
+    fixed = [str(data), "--task", "language_modeling", "--user-dir", USER_DIR, "--tokens-per-sample", "16"]
+    fixed += ["--cpu"] if on_cpu else []
     parser = options.get_training_parser()
     args = options.parse_args_and_arch(parser, [*fixed, *TINY, *map(str, arguments)])
     cfg = convert_namespace_to_omegaconf(args)

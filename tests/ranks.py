@@ -1,4 +1,4 @@
-"""Run a function on several ranks: processes on the CPU that talk over gloo and meet in a file."""
+"""Run a function on several ranks: processes that meet in a file, on the CPU over gloo, on as many GPUs over NCCL."""
 
 import importlib
 import os
@@ -44,11 +44,23 @@ def run(world_size, work, *arguments, timeout=300):
         return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
+def device():
+    """Return where this process's tensors belong: each rank has a GPU of its own where there are enough."""
+    is_on_gpu = torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl"
+    return torch.device("cuda" if is_on_gpu else "cpu")
+
+
 def main(world_size, work, folder, rank):
     """Be one rank."""
     torch.set_num_threads(1)
+    on_gpus = torch.cuda.device_count() >= int(world_size)
+    if on_gpus:
+        torch.cuda.set_device(int(rank))
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", world_size=int(world_size), rank=int(rank)
+        "nccl" if on_gpus else "gloo",
+        init_method=f"file://{folder}/meeting",
+        world_size=int(world_size),
+        rank=int(rank),
     )
     module, name = work.split(":")
     arguments = torch.load(Path(folder) / "arguments.pt", weights_only=True)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 
+import ranks
 import torch
 from fairseq import checkpoint_utils, utils
 from fairseq.data import iterators
@@ -26,7 +27,7 @@ def train(data, arguments, updates=20):
 
     def keep_gradients(clip_norm):
         norm = clip_grad_norm(clip_norm)
-        record["gradients"].append({name: p.grad.clone() for name, p in model.named_parameters()})
+        record["gradients"].append({name: p.grad.cpu().clone() for name, p in model.named_parameters()})
         return norm
 
     def count_dummies(sample, is_dummy=False):
@@ -36,7 +37,7 @@ def train(data, arguments, updates=20):
     trainer.clip_grad_norm, trainer._prepare_sample = keep_gradients, count_dummies
     run(trainer, epoch_itr, updates)
     validate(trainer)
-    record["parameters"] = {name: p.detach().clone() for name, p in model.named_parameters()}
+    record["parameters"] = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
     layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
     record["size"] = layers[0].parallel.size if layers else 1
     return record
@@ -72,7 +73,9 @@ def make_trainer(data, arguments):
     utils.set_torch_seed(5)
     metrics.reset()
     with contextlib.redirect_stderr(io.StringIO()):
-        cfg, task, model, criterion = build(data, *shared, *fixed, *arguments)
+        # One process is compared with several on GPUs: on a GPU as well.
+        on_cpu = ranks.device().type == "cpu" if is_one_of_many else torch.cuda.device_count() < 2
+        cfg, task, model, criterion = build(data, *shared, *fixed, *arguments, on_cpu=on_cpu)
     task.load_dataset(cfg.dataset.valid_subset)
     trainer = Trainer(cfg, task, model, criterion)
     _, epoch_itr = checkpoint_utils.load_checkpoint(cfg.checkpoint, trainer)

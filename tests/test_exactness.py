@@ -49,6 +49,7 @@ def cases(world_size):
         "switch", world_size, "sgd", "--ddp-backend", "pytorch_ddp", "--update-freq", "2"
     )
     made["switch with capacity"] = arguments("switch", 2 * world_size, "sgd", "--capacity-factor", "1.0")
+    made["base, each rank's own batch balanced"] = arguments("base", world_size, "sgd", "--base-balance", "local")
     made["dispatch by fairscale"] = arguments("switch", 2 * world_size, "sgd", "--expert-dispatch", "fairscale")
     made["inserted stacks of hash layers"] = arguments(
         "hash", world_size, "sgd", "--sparse-placement", "insert", "--expert-sublayers", "2"

@@ -6,6 +6,11 @@ import recorded
 import torch
 from test_exactness import TOLERANCE, arguments, one_process, whole
 
+from fairseq_hash.errors import UserError
+from fairseq_hash.experts import ExpertFeedForward
+from fairseq_hash.layer import SparseLayer
+from fairseq_hash.parallel import ExpertParallel
+
 SPARSE = ("--router", "hash", "--num-experts", "4", "--sparse-layers", "0,1")
 FORMS = {
     "bf16": ("--bf16",),
@@ -39,6 +44,29 @@ def test_half_precision_trains_as_one_process(half_precision, form):
 def test_all_ranks_skip_an_update_that_overflows_on_one(data):
     words = arguments("hash", 4, "adam", "--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", "4")
     assert ranks.run(2, "training_ranks:train_with_overflow", str(data), words) == [(2.0, 6)] * 2
+
+
+def test_base_trains_with_each_balance(data):
+    cases = {balance: arguments("base", 4, "adam", "--base-balance", balance) for balance in ("global", "shuffle")}
+    first, second = ranks.run(2, "recorded:train_all", str(data), cases)
+    for balance in cases:
+        assert first[balance]["loss"] == second[balance]["loss"]
+        assert sum(first[balance]["loss"][-5:]) < sum(first[balance]["loss"][:5])
+    assert first["global"]["loss"] != first["shuffle"]["loss"]
+
+
+def test_a_state_of_other_experts_is_refused():
+    def layer(rank):
+        experts = ExpertFeedForward(range(2), 3, 4, torch.relu, 0.0, (0,))
+        return SparseLayer(None, experts, ExpertParallel(4, 2, rank, 2), 0.0, 0.0)
+
+    one, two = layer(0), layer(1)
+    state = {name: parameter.detach() for name, parameter in (*one.named_parameters(), *one.named_buffers())}
+    with pytest.raises(UserError, match="the checkpoint has 2 experts in .*, this model has 4"):
+        two.load_state_dict(dict(state))
+    shard = {"experts.flat_param_0": torch.zeros(3), "expert_ids": state["expert_ids"]}
+    with pytest.raises(UserError, match=r"has experts \[0, 1\] in .* for rank 1, which holds \[2, 3\]"):
+        two.load_state_dict(shard, strict=False)
 
 
 @pytest.mark.parametrize(

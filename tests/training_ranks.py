@@ -3,6 +3,7 @@
 import contextlib
 import io
 
+import ranks
 import recorded
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ def make_model(data, *arguments):
         shared = ("--distributed-world-size", world_size, "--distributed-rank", rank)
         _, _, model, _ = build(data, *shared, *arguments)
     generator = torch.Generator().manual_seed(rank)
-    return model, torch.randint(4, 60, (3, 8), generator=generator)
+    return model.to(ranks.device()), torch.randint(4, 60, (3, 8), generator=generator).to(ranks.device())
 
 
 def split_exchanges(data, *arguments):
@@ -96,9 +97,9 @@ def state_of(trainer):
     """Return parameters and Adam's moments by name, and the number of updates."""
     parameters = dict(trainer.get_model().named_parameters())
     moments = trainer.optimizer.optimizer.state
-    state = {name: parameter.detach() for name, parameter in parameters.items()}
+    state = {name: parameter.detach().cpu() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
-        state.update({f"{name} {key}": moments[parameter][key] for key in ("exp_avg", "exp_avg_sq")})
+        state.update({f"{name} {key}": moments[parameter][key].cpu() for key in ("exp_avg", "exp_avg_sq")})
     return state, trainer.get_num_updates()
 
 

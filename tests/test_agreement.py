@@ -1,0 +1,30 @@
+"""Ranks agree before they start: all go on, or all say the same."""
+
+import pytest
+import ranks
+
+from fairseq_hash.agreement import check_same, together
+from fairseq_hash.errors import UserError
+
+
+def test_all_ranks_do_or_say_the_same():
+    said = ranks.run(3, "agreement_ranks:agree")
+    for rank, answers in enumerate(said):
+        assert answers == [
+            rank,
+            "UserError: rank 1: give another",
+            "UserError: rank 1: OSError: no disc",
+            f"OSError: no disc of {rank}",
+            None,
+            "UserError: rank 2 has seed 5, rank 0 has 1; start every rank with the same options, data and table",
+        ]
+
+
+def test_one_process_agrees_with_itself():
+    def fail():
+        raise UserError("give another")
+
+    assert together(lambda: 3) == 3
+    with pytest.raises(UserError, match="^give another$"):
+        together(fail)
+    check_same({"width": 3})

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from fairseq_hash import seams
+
 TESTS = Path(__file__).parent
 
 
@@ -67,6 +69,7 @@ def main(world_size, work, folder, rank):
     result = getattr(importlib.import_module(module), name)(*arguments)
     torch.save(result, Path(folder) / f"{rank}.pt")
     torch.distributed.barrier()
+    seams.let_gloo_finish()
     torch.distributed.destroy_process_group()
 
 

@@ -95,8 +95,10 @@ def test_a_failing_rank_ends_the_job(data, tmp_path, how, rank, world_size, mess
     assert ('"num_updates": "2"' in said[0]) == (how != "outside")
     assert "attempting to recover" not in "".join(said)
     # An unexpected error shows its traceback, too, on the rank that met it and on no other.
-    traces = [bool(re.search("^Traceback", err, re.M)) for err in said]
-    assert traces == [how in ("error", "outside") and other == rank for other in range(world_size)]
+    for other, err in enumerate(said):
+        if other == rank and how in ("killed", "silent"):
+            continue  # its data loader's processes may complain
+        assert bool(re.search("^Traceback", err, re.M)) == (how in ("error", "outside") and other == rank)
 
 
 def test_a_failing_rank_ends_the_job_under_a_launcher(data, tmp_path):

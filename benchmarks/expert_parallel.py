@@ -1,0 +1,261 @@
+#!/usr/bin/env python3
+"""Shared experts: our sparse layer beside fairscale's `MOELayer`, on the CPU, one process of one thread a rank.
+
+    python benchmarks/expert_parallel.py [--processes P] [--experts E ...] [--out FILE]
+
+Every rank has T tokens, whose Zipf-distributed ids a balanced hash table gives to E experts: D to F, ReLU, F to D. All
+candidates run forward and backward (gradients of input and parameters), in turn, in one run. A call takes as long as
+its slowest rank, after a barrier. Ratios are taken within a round: the median (smallest to largest) of all rounds.
+
+- ours: `SparseLayer` with a hash route. The plan is made within the call, with its exchange of split sizes.
+- top-1: `MOELayer` with a gate of the same hash route, nothing dropped: its buffers have C rows, the largest load that
+  any expert gets from any rank, agreed on within the call. The same work: output and gradients have to equal ours.
+- top-2: `MOELayer` with its own `Top2Gate`, what its users get: two experts a token, so twice the rows, in buffers of
+  2 T / E rows, beyond which it drops. Without the gradient of its auxiliary loss.
+- dense: T rows through one network of the same width on each rank.
+- experts: our experts alone, on rows that were dispatched before.
+
+`outside` is 1 - experts / ours: the share of our time outside the experts, that is plan, dispatch, exchange, combine,
+report, and waits for another rank in between. The experts' time is all that `ExpertFeedForward` does (matrix products,
+biases, ReLU) on the slowest rank, so that more rows on one rank than on another are no overhead. `busiest` is the most
+rows that the experts of a rank get, over T: about the least that ours / dense can be.
+
+`MB` (10^6 bytes): what the rows take from rank to rank in one call, forward and backward, all ranks together. For
+`MOELayer` these are full buffers, E x C x D x 4 bytes in each of four exchanges, less what stays on its rank.
+`MOELayer` dispatches and combines by products with T x E x C masks, which cost 2 T / 3 F of what its experts cost on
+E x C rows, so that the ratios rise with T / F and with C.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from fairscale.nn import MOELayer, Top2Gate
+from rich.console import Console
+from torch import Tensor, nn
+
+from fairseq_hash.cli import Parser
+from fairseq_hash.dispatch import PlanUnderWay, dispatch, plan_dispatch
+from fairseq_hash.experts import ExpertFeedForward
+from fairseq_hash.hashing import build_table
+from fairseq_hash.layer import RoutingContext, SparseLayer
+from fairseq_hash.parallel import ExpertParallel, expert_parallel
+from fairseq_hash.progress import Display
+from fairseq_hash.provenance import provenance
+from fairseq_hash.routers import Assignment
+
+VOCABULARY = 8000
+# What is called, what to clear gradients of, input and the gradient of the output.
+Candidate = tuple[Callable[[Tensor], Tensor], nn.Module, Tensor, Tensor]
+# fp32 rounding, relative to a tensor's largest entry: both add up some hundreds of products, in different orders.
+TOLERANCE = 1e-5
+
+
+class HashGate(nn.Module):
+    """A hash route (int64, `[T]`) in the form of fairscale's gates, with room for every token."""
+
+    def __init__(self, expert_T: Tensor, parallel: ExpertParallel) -> None:
+        super().__init__()
+        self.expert_T = expert_T
+        self.parallel = parallel
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the auxiliary loss (zero), combine weights `[T, E, C]` and dispatch mask (bool, the same)."""
+        where_T = (torch.arange(len(x_TD)), self.expert_T)
+        expert_TE = F.one_hot(self.expert_T, self.parallel.num_experts)
+        most = expert_TE.sum(0).max()
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.parallel.group)
+        self.capacity = int(most)
+        mask_TEC = torch.zeros(*expert_TE.shape, self.capacity, dtype=torch.bool)
+        mask_TEC[(*where_T, expert_TE.cumsum(0)[where_T] - 1)] = True
+        return x_TD.new_zeros(()), mask_TEC.to(x_TD.dtype), mask_TEC
+
+
+def draw_tokens(tokens: int, num_experts: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return this rank's token ids `[T]` and their experts `[T, 1]`."""
+    zipf_V = 1 / torch.arange(1, VOCABULARY + 1, dtype=torch.float64)
+    counts = (1_000_000 * zipf_V).long().tolist()
+    table = build_table("balanced", [str(token) for token in range(VOCABULARY)], counts, num_experts, seed)
+    generator = torch.Generator().manual_seed(seed)
+    token_PT = torch.multinomial(zipf_V.expand(dist.get_world_size(), -1), tokens, True, generator=generator)
+    token_T = token_PT[dist.get_rank()]
+    return token_T, table.expert_VK[token_T]
+
+
+def feed_forward(width: int, hidden: int) -> nn.Sequential:
+    """Return one network as fairscale's users write it."""
+    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
+
+
+def one_by_one(experts: ExpertFeedForward) -> nn.ModuleList:
+    """Return this rank's experts as one network each, the weights copied."""
+    networks = nn.ModuleList()
+    for values in zip(*experts.parameters(), strict=True):
+        networks.append(feed_forward(values[0].shape[1], values[0].shape[0]))
+        networks[-1].load_state_dict(dict(zip(networks[-1].state_dict(), values, strict=True)))
+    return networks
+
+
+def call(forward: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, grad: Tensor) -> tuple[float, Tensor]:
+    """Return the seconds of one call, forward and backward, and its output; all ranks begin together."""
+    module.zero_grad()
+    x.grad = None
+    dist.barrier()
+    start = time.perf_counter()
+    y = forward(x)
+    y.backward(grad)
+    return time.perf_counter() - start, y.detach()
+
+
+def over_ranks(tensor: Tensor, how: dist.ReduceOp) -> Tensor:
+    """Return the sum or maximum over all ranks."""
+    tensor = tensor.clone()
+    dist.all_reduce(tensor, op=how)
+    return tensor
+
+
+def largest_difference(candidates: dict[str, Candidate], experts: nn.Module, networks: nn.ModuleList) -> float:
+    """Return how far output and gradients of ours and top-1 differ on any rank, over the tensor's largest entry."""
+    x_LBD = candidates["ours"][2]
+    ours = [call(*candidates["ours"])[1], x_LBD.grad, *(p.grad for p in experts.parameters())]
+    top_1 = [call(*candidates["top-1"])[1], x_LBD.grad]
+    for same in zip(*(network.parameters() for network in networks), strict=True):
+        top_1.append(torch.stack([p.grad for p in same]))
+    differences = [(a - b).abs().max() / b.abs().max() for a, b in zip(ours, top_1, strict=True)]
+    return over_ranks(torch.stack(differences).max(), dist.ReduceOp.MAX).item()
+
+
+def spread(values: Tensor, digits: str = ".2f") -> str:
+    """Return the median (smallest to largest) of all rounds."""
+    ordered = sorted(values.tolist())
+    return f"{statistics.median(ordered):{digits}} ({ordered[0]:{digits}} to {ordered[-1]:{digits}})"
+
+
+def measure(num_experts: int, arguments: argparse.Namespace, display: Display) -> dict[str, str]:
+    """Return one row of the table by columns, or `error`, the same on every rank."""
+    tokens, width = arguments.tokens, arguments.width
+    parallel = expert_parallel(num_experts, arguments.processes)
+    token_T, expert_TK = draw_tokens(tokens, num_experts, arguments.seed)
+    torch.manual_seed(arguments.seed)  # the same on all ranks: each expert's weights depend on its id besides
+    experts = ExpertFeedForward(parallel.expert_ids, width, arguments.hidden, torch.relu, 0.0, (0,))
+    layer, networks = SparseLayer(None, experts, parallel, 0.0, 0.0), one_by_one(experts)
+    top_1 = MOELayer(HashGate(expert_TK.squeeze(1), parallel), networks, parallel.group)
+    top_2 = MOELayer(Top2Gate(width, num_experts), networks, parallel.group)
+    dense = feed_forward(width, arguments.hidden)
+
+    def ours(x_LBD: Tensor) -> Tensor:
+        route = Assignment(expert_TK), PlanUnderWay(expert_TK, parallel)
+        return layer(x_LBD, RoutingContext(token_T, None, route))[0]
+
+    torch.manual_seed(arguments.seed + 1 + parallel.rank)
+    x_LBD, grad_LBD = torch.randn(2, tokens, 1, width)
+    plan = plan_dispatch(expert_TK, parallel)
+    rows_RD, grad_RD = (dispatch(tensor.squeeze(1), plan) for tensor in (x_LBD, grad_LBD))
+    x_LBD.requires_grad_()
+    rows_RD.requires_grad_()
+    candidates = {
+        "ours": (ours, layer, x_LBD, grad_LBD),
+        "top-1": (top_1, top_1, x_LBD, grad_LBD),
+        "top-2": (top_2, top_2, x_LBD, grad_LBD),
+        "dense": (dense, dense, x_LBD, grad_LBD),
+        "experts": (lambda x_RD: experts(x_RD, plan.rows_per_expert), experts, rows_RD, grad_RD),
+    }
+
+    sent = parallel.traffic.bytes
+    difference = largest_difference(candidates, experts, networks)
+    sent = parallel.traffic.bytes - sent  # by the one call of ours in there
+    if not difference <= TOLERANCE:  # NaN is no agreement either
+        return {"error": f"{num_experts} experts: ours and top-1 differ by {difference:.0e}; rounding is {TOLERANCE}"}
+
+    rounds = []
+    for number in range(arguments.rounds + 1):  # the first warms up
+        rounds.append([call(*candidate)[0] for candidate in candidates.values()])
+        display.advance(number / arguments.rounds, f"{number} of {arguments.rounds} rounds")
+    seconds = dict(zip(candidates, over_ranks(torch.tensor(rounds[1:]), dist.ReduceOp.MAX).t(), strict=True))
+    megabytes = {"ours": over_ranks(torch.tensor(sent), dist.ReduceOp.SUM).item() / 1e6}
+    for name, capacity in (("top-1", top_1.gate.capacity), ("top-2", 2 * tokens // num_experts)):
+        leaving = (num_experts - parallel.local_experts) * capacity * arguments.processes
+        megabytes[name] = 4 * leaving * width * x_LBD.element_size() / 1e6
+    return {
+        "experts": str(num_experts),
+        **{f"{name} / ours": spread(seconds[name] / seconds["ours"]) for name in ("top-1", "top-2")},
+        "ours / dense": spread(seconds["ours"] / seconds["dense"]),
+        "busiest": f"{over_ranks(torch.tensor(len(rows_RD)), dist.ReduceOp.MAX).item() / tokens:.2f}",
+        "outside": spread(1 - seconds["experts"] / seconds["ours"], ".0%"),
+        "ours ms": spread(1000 * seconds["ours"], ".1f"),
+        **{f"{name} MB": f"{value:.1f}" for name, value in megabytes.items()},
+    }
+
+
+def be_rank(rank: int, arguments: argparse.Namespace, folder: str) -> None:
+    """Be one rank; the first one shows the progress and leaves the rows in the folder."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=arguments.processes)
+    rows: list[dict[str, str]] = []
+    with Display(len(arguments.experts), Console(stderr=True, highlight=False, quiet=rank > 0)) as display:
+        for num_experts in arguments.experts:
+            display.begin(f"{num_experts} experts", 1)
+            rows.append(measure(num_experts, arguments, display))
+            if "error" in rows[-1]:
+                break
+            display.end(f"top-1 / ours {rows[-1]['top-1 / ours']}")
+    if rank == 0:
+        Path(folder, "rows.json").write_text(json.dumps(rows))
+    dist.destroy_process_group()
+
+
+def parse() -> argparse.Namespace:
+    """Return the arguments, checked."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--processes", type=int, default=2, metavar="P", help="ranks, 2 or more (default: 2)")
+    parser.add_argument(
+        "--experts", type=int, nargs="+", default=[8, 16, 32, 64], metavar="E", help="default: 8 16 32 64"
+    )
+    parser.add_argument("--tokens", type=int, default=4096, metavar="T", help="of each rank (default: 4096)")
+    parser.add_argument("--width", type=int, default=256, metavar="D", help="of a token (default: 256)")
+    parser.add_argument("--hidden", type=int, default=1024, metavar="F", help="width within an expert (default: 1024)")
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="calls of each that count (default: 9)")
+    parser.add_argument("--seed", type=int, default=0, help="of tokens, weights and gradients (default: 0)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write what is printed to a file")
+    arguments = parser.parse_args()
+    for name, least in (("processes", 2), ("tokens", 1), ("width", 1), ("hidden", 1), ("rounds", 1), ("seed", 0)):
+        if getattr(arguments, name) < least:
+            parser.error(f"--{name} {getattr(arguments, name)} is out of range; give a number of {least} or more")
+    for experts in arguments.experts:
+        if experts < 1 or experts % arguments.processes or arguments.tokens % experts:
+            need = f"a multiple of --processes {arguments.processes} that divides --tokens {arguments.tokens}"
+            parser.error(f"--experts {experts} cannot be shared by equal capacity; give {need}")
+    if arguments.out and not arguments.out.parent.is_dir():
+        parser.error(f"--out {arguments.out}: the folder {arguments.out.parent} does not exist; make it first")
+    return arguments
+
+
+def main() -> None:
+    """Measure, print provenance and table, and write them to a file where it is asked for."""
+    arguments = parse()
+    given = {name: str(value).strip("[]").replace(",", "") for name, value in vars(arguments).items() if name != "out"}
+    command = " ".join(f"--{name} {value}" for name, value in given.items())
+    lines = ["# Shared experts", "", f"`python benchmarks/expert_parallel.py {command}`, which defines the columns"]
+    lines += ["", *(f"- {name}: {value}" for name, value in provenance().items() if value)]
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(be_rank, (arguments, folder), nprocs=arguments.processes)
+        rows = json.loads(Path(folder, "rows.json").read_text())
+    if "error" in rows[-1]:
+        sys.exit(f"{sys.argv[0]}: {rows[-1]['error']}")
+    lines += ["", f"| {' | '.join(rows[0])} |", "|" + "---|" * len(rows[0])]
+    lines += [f"| {' | '.join(row.values())} |" for row in rows]
+    print("\n".join(lines))
+    if arguments.out:
+        arguments.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

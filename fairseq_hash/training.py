@@ -131,11 +131,11 @@ class SharedTraining:
 
     @staticmethod
     def check_optimizer(optimizer: FairseqOptimizer) -> None:
-        """Raise `UserError` for an optimizer that does not treat each element on its own."""
+        """Raise `UserError` for an optimizer that does not say that it treats each element on its own."""
         if not optimizer.supports_flat_params:
             raise UserError(
-                f"the optimizer {type(optimizer).__name__} would treat experts differently on another number of ranks; "
-                "use adam or sgd, or --expert-parallel-size 1"
+                f"the optimizer {type(optimizer).__name__} may look at whole parameters, which differ with the number "
+                "of ranks that share experts; use adam or sgd, or --expert-parallel-size 1"
             )
 
     def state_of_all(self, optimizer: FairseqOptimizer) -> dict[str, Any]:

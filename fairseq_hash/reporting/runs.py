@@ -20,6 +20,7 @@ VOLATILE = {
     *("log_file", "log_format", "log_interval", "no_progress_bar", "log_expert_loads"),
     *("tensorboard_logdir", "wandb_project", "azureml_logging", "aim_repo", "aim_run_hash"),
     *("distributed_init_method", "distributed_port", "distributed_rank", "device_id"),
+    *("expert_parallel_size", "expert_dispatch"),  # who holds the experts and how rows get there changes no result
 }
 STOPS = ("optimization.max_update", "optimization.max_epoch")
 

@@ -141,20 +141,26 @@ def test_hydra_train_is_the_same_run(data, tmp_path):
     assert losses(done) == losses(flags) and len(losses(done)) == 8
 
 
-def test_two_processes_train_as_one(data, tmp_path):
-    """Experts on every rank, gradients averaged by legacy_ddp: the losses of one process with --update-freq 2.
+def test_two_processes_train_as_one_and_one_evaluates(data, tmp_path):
+    """Shared experts under a launcher, with fairseq's default data parallel: the losses of one process with
+    --update-freq 2, and a checkpoint that one process evaluates as the two did.
 
     The hash router decides token by token, so nothing depends on how the batch is cut. Losses are printed with three
     decimals; the gradients are summed in another order.
     """
     one = train(data, tmp_path / "one", *ROUTERS["hash"], "--update-freq", "2", "--no-save")
-    options = ["--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp", "--distributed-world-size", "2"]
-    arguments = train_arguments(data, tmp_path / "two", *ROUTERS["hash"], "--no-save", *options)
+    arguments = train_arguments(data, tmp_path / "two", *ROUTERS["hash"], "--distributed-backend", "gloo")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fairseq_cli.train"]
     done = subprocess.run(
         [sys.executable, *launcher, *map(str, arguments)], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "1 groups of 2 ranks share 4 experts: rank 0: 0 to 1; rank 1: 2 to 3" in done.stdout + done.stderr
     assert [float(x) for x in losses(done)] == pytest.approx([float(x) for x in losses(one)], abs=2e-3)
     loads = [[r["layer1_load_max"] for r in records(run, "train_inner")] for run in (done, one)]
     assert loads[0] == loads[1]
+    path = tmp_path / "two" / "checkpoint_last.pt"
+    options = ["--user-dir", USER_DIR, "--path", path, "--gen-subset", "valid", "--tokens-per-sample", "16", "--cpu"]
+    evaluated = command("eval_lm", data, *options)
+    perplexity = float(re.search(r"Perplexity: ([\d.]+)", evaluated.stdout + evaluated.stderr)[1])
+    assert perplexity == pytest.approx(float(records(done, "valid")[-1]["valid_ppl"]), abs=0.02)

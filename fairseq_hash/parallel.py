@@ -242,6 +242,6 @@ def norm_with_experts(dense_norm: Tensor, expert_gradients: Iterable[Tensor], pa
     squares = [torch.linalg.vector_norm(g, dtype=torch.float32).square() for g in expert_gradients]
     own = torch.stack(squares).sum() if squares else dense_norm.new_zeros((), dtype=torch.float32)
     # Gathered and added in the order of the places: every group gets the same sum to the bit.
-    all_P = own.new_empty(parallel.size)
-    dist.all_gather_into_tensor(all_P, own.reshape(1).to(dense_norm.device), group=parallel.group)
+    all_P = dense_norm.new_empty(parallel.size, dtype=torch.float32)
+    dist.all_gather(list(all_P.split(1)), own.reshape(1).to(dense_norm.device), group=parallel.group)
     return (dense_norm.float().square() + all_P.sum()).sqrt()

@@ -246,10 +246,13 @@ def base(examples):
 
 
 def shuffle_is_random():
-    """Return the shuffled assignments of the same scores, twice, on this rank."""
+    """Return the shuffled assignments of the same scores, twice, on this rank, and their scores over the best ones'."""
     parallel = expert_parallel(4, 0)
     torch.manual_seed(dist.get_rank())
     score_TE = torch.randn(64, 4).to(ranks.device())
     assign = balance_over("shuffle", parallel)
     torch.manual_seed(3)
-    return [assign(score_TE).cpu() for _ in range(2)]
+    assigned = [assign(score_TE) for _ in range(2)]
+    best = score_TE.gather(1, balance_over("global", parallel)(score_TE).unsqueeze(1)).sum()
+    quality = [(score_TE.gather(1, expert_T.unsqueeze(1)).sum() / best).item() for expert_T in assigned]
+    return [expert_T.cpu() for expert_T in assigned], quality

@@ -32,9 +32,11 @@ def test_base_balances_over_the_batch_of_the_group(world_size):
 
 
 def test_base_shuffles_anew_each_time():
-    (first, second), (other, _) = ranks.run(2, "layer_ranks:shuffle_is_random")
+    ((first, second), quality), ((other, _), other_quality) = ranks.run(2, "layer_ranks:shuffle_is_random")
     assert not torch.equal(first, second)
     assert torch.bincount(torch.cat([first, other])).tolist() == [32] * 4
+    # Each token gets an expert for its own scores: those of another token would add up to about nothing.
+    assert all(0.9 < value < 1.1 for value in quality + other_quality)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def keep_all_experts(layer: nn.Module, parallel: ExpertParallel, names: Sequence
 
     def take(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         where = prefix.rstrip(".")
-        held = state.setdefault(prefix + "expert_ids", torch.arange(parallel.num_experts))  # version 0.1 did not say
+        held = state.setdefault(prefix + "expert_ids", torch.arange(parallel.num_experts))  # older ones do not say
         if all(prefix + name in state for name in names):
             for name in names:
                 state[prefix + name] = take_experts(state[prefix + name], parallel, where)

@@ -237,6 +237,18 @@ def _cut_loaded_optimizer_state(original: Callable[..., None], trainer: Trainer)
         trainer._optimizer.load_state_dict = trainer.shared.loading_own_state(trainer._optimizer.optimizer, load)
 
 
+@_override(Trainer, "load_checkpoint")
+@one_line_errors
+def _find_every_shard(original: Callable[..., Any], trainer: Trainer, filename: str, *args: Any, **kwargs: Any) -> Any:
+    """Refuse to go on from the files of some ranks.
+
+    Upstream: where ranks save files of their own, one that finds none starts from scratch, and the others resume.
+    """
+    if trainer.shared is not None and trainer.is_fsdp:
+        trainer.shared.check_shards(filename)
+    return original(trainer, filename, *args, **kwargs)
+
+
 @_override(Trainer, "consolidate_optimizer")
 def _gather_optimizer_state(original: Callable[..., None], trainer: Trainer) -> None:
     """Gather the state of all experts for the checkpoint that follows."""

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from fairseq.file_io import PathManager
 from fairseq.optim import FairseqOptimizer
 from torch import Tensor, nn
 
@@ -136,6 +137,22 @@ class SharedTraining:
             raise UserError(
                 f"the optimizer {type(optimizer).__name__} may look at whole parameters, which differ with the number "
                 "of ranks that share experts; use adam or sgd, or --expert-parallel-size 1"
+            )
+
+    @staticmethod
+    def check_shards(path: str) -> None:
+        """Check that every rank has its file to go on from, or none has; every rank has to call this with its own path.
+
+        Raises:
+            UserError: on every rank, where one has no file and another has.
+        """
+        found = gather((path, PathManager.isfile(path)))
+        missing = [rank for rank, (_, exists) in enumerate(found) if not exists]
+        if 0 < len(missing) < len(found):
+            other = next(rank for rank in range(len(found)) if rank not in missing)
+            raise UserError(
+                f"{found[missing[0]][0]} does not exist for rank {missing[0]}, and rank {other} has its own; resume "
+                "with the number of ranks that saved the checkpoint, or give another --save-dir"
             )
 
     def state_of_all(self, optimizer: FairseqOptimizer) -> dict[str, Any]:

@@ -83,6 +83,16 @@ def test_fully_sharded_dense_parameters_train_as_one_process(data, world_size, m
         assert sum(record["validation"]) == pytest.approx(sum(alone["validation"]), rel=TOLERANCE)
 
 
+def test_ranks_start_together_or_not_at_all_from_shards(tmp_path):
+    assert ranks.run(2, "training_ranks:find_shards", str(tmp_path)) == [None, None]
+    (tmp_path / "checkpoint_last-shard0.pt").touch()
+    first, second = ranks.run(2, "training_ranks:find_shards", str(tmp_path))
+    assert first == second
+    assert "shard1.pt does not exist for rank 1, and rank 0 has its own" in first
+    (tmp_path / "checkpoint_last-shard1.pt").touch()
+    assert ranks.run(2, "training_ranks:find_shards", str(tmp_path)) == [None, None]
+
+
 @pytest.mark.parametrize(("router", "expected"), [("hash", 1), ("switch", 2)])
 def test_hash_layers_exchange_split_sizes_once_a_forward(data, router, expected):
     done = ranks.run(2, "training_ranks:split_exchanges", str(data), *SPARSE, "--router", router)

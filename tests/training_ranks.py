@@ -12,7 +12,9 @@ from plugin import build
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairseq_hash import model, training
+from fairseq_hash.errors import UserError
 from fairseq_hash.layer import SparseLayer
+from fairseq_hash.parallel import expert_parallel
 
 # What makes the host wait for the device: values, and shapes that depend on values.
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "is_nonzero", "equal", "_to_copy")
@@ -104,7 +106,7 @@ def state_of(trainer):
 
 
 def train_with_overflow(data, arguments):
-    """Train in fp16 with one rank's loss too large for it at update 3; return losses, norms and final loss scale."""
+    """Train in fp16 with one rank's loss too large for it at update 3; return the final loss scale and updates."""
     # The trainer takes the norm of a skipped update to a GPU.
     torch.Tensor.cuda = lambda tensor: tensor
     trainer, epoch_itr = recorded.make_trainer(data, arguments)
@@ -124,6 +126,16 @@ def train_with_overflow(data, arguments):
     trainer.task.train_step = too_large
     recorded.run(trainer, epoch_itr, 6)
     return trainer.optimizer.scaler.loss_scale, trainer.get_num_updates()
+
+
+def find_shards(folder):
+    """Return what each rank is told where only rank 0 has a file of its own to go on from."""
+    shared = training.SharedTraining(expert_parallel(4, 0), None)
+    try:
+        shared.check_shards(f"{folder}/checkpoint_last-shard{dist.get_rank()}.pt")
+    except UserError as error:
+        return str(error)
+    return None
 
 
 class NoStream:

@@ -71,13 +71,15 @@ class Watchdog:
         # Rank 0 goes with its store, where it keeps that.
         neighbours = [rank for rank in self.ranks if machines[rank] == machines[self.rank] and rank > 0]
         self.speaks_without_store = self.rank == min(neighbours, default=0)
-        previous = sys.excepthook
+        previous, process = sys.excepthook, os.getpid()
 
         def hook(kind: type[BaseException], error: BaseException, trace: "TracebackType | None") -> None:
-            if issubclass(kind, KeyboardInterrupt):
-                previous(kind, error, trace)
-            else:
+            # Data loader workers inherit this hook, and there the standard library calls it from a thread of its own
+            # for each connection that breaks: neither ends this rank.
+            is_this_rank = os.getpid() == process and threading.current_thread() is threading.main_thread()
+            if is_this_rank and not issubclass(kind, KeyboardInterrupt):
                 self.fail(error)
+            previous(kind, error, trace)
 
         sys.excepthook = hook
         atexit.register(self.stop)

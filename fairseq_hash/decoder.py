@@ -6,6 +6,7 @@ returns its report as the third output, which fairseq's decoder ignores; a forwa
 context, after any checkpointing, so that the auxiliary losses have gradients.
 """
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -25,9 +26,11 @@ from torch import Tensor, nn
 from fairseq_hash.base_balance import balance_over
 from fairseq_hash.dispatch import PlanUnderWay
 from fairseq_hash.errors import UserError
+from fairseq_hash.evaluation import is_evaluation
 from fairseq_hash.experts import ExpertFeedForward, ExpertStack
-from fairseq_hash.hashing import HashTable, build_table, check_table
+from fairseq_hash.hashing import HashTable, build_table, check_table, placeholder_table, table_fingerprint
 from fairseq_hash.layer import RoutingContext, SparseLayer
+from fairseq_hash.mapped import MappedExperts
 from fairseq_hash.options import SparseOptions
 from fairseq_hash.parallel import Alone, ExpertParallel, mark_experts
 from fairseq_hash.routers import Assignment, BaseRouter, SwitchRouter
@@ -59,10 +62,13 @@ def build_sparse_layer(
         dropout = cfg.activation_dropout or cfg.relu_dropout or 0.0  # as fairseq's own layers choose it
     experts: nn.Module
     ids = parallel.expert_ids
-    if options.sparse_placement == "insert":
-        experts = ExpertStack(ids, options.expert_sublayers, width, hidden, activation, dropout, number)
-    else:
-        experts = ExpertFeedForward(ids, width, hidden, activation, dropout, (number,), first)
+    with torch.device("meta") if options.map_experts else contextlib.nullcontext():
+        if options.sparse_placement == "insert":
+            experts = ExpertStack(ids, options.expert_sublayers, width, hidden, activation, dropout, number)
+        else:
+            experts = ExpertFeedForward(ids, width, hidden, activation, dropout, (number,), first)
+    if options.map_experts:
+        experts = MappedExperts(experts)
     router = build_router(options, width, parallel, number)
     layer = SparseLayer(router, experts, parallel, options.capacity_factor, options.eval_capacity_factor)
     if parallel.is_shared:
@@ -151,8 +157,12 @@ class HashTableBuffers(nn.Module):
         expert_VK = state_dict.get(prefix + "expert")
         if expert_VK is not None:
             check_table(expert_VK, self.num_experts)
-            if not torch.equal(expert_VK.cpu(), self.expert.cpu()):
-                logger.warning("the checkpoint's hash table replaces the different one that --hash-table names")
+            if not is_evaluation() and not torch.equal(expert_VK.cpu(), self.expert.cpu()):
+                raise UserError(
+                    f"it has hash table {table_fingerprint(expert_VK)[:12]}, this model has "
+                    f"{table_fingerprint(self.expert)[:12]}; write the checkpoint's by fairseq-hash checkpoint table, "
+                    "and give that file as --hash-table"
+                )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -189,14 +199,7 @@ class HashTransformerDecoder(TransformerDecoder):
             self.layers[place].register_forward_hook(hook)
         self.hash_table: HashTableBuffers | None = None
         if self.options.router == "hash":
-            table = build_table(
-                self.options.hash_table,
-                dictionary.symbols,
-                dictionary.count,
-                self.options.num_experts,
-                self.options.hash_seed,
-            )
-            self.hash_table = HashTableBuffers(table)
+            self.hash_table = HashTableBuffers(_table(self.options, dictionary))
 
     def build_decoder_layer(self, cfg: TransformerConfig, no_encoder_attn: bool = False) -> nn.Module:
         """Build the next layer: fairseq's own, or a sparse one in its place."""
@@ -237,6 +240,13 @@ class HashTransformerDecoder(TransformerDecoder):
         factor = options.capacity_factor if self.training else options.eval_capacity_factor
         plan = PlanUnderWay(assignment.expert_TK, self.parallel, factor)
         return RoutingContext(context.token_T, context.place_T, (assignment, plan))
+
+
+def _table(options: SparseOptions, dictionary: Dictionary) -> HashTable:
+    """Return the table that the options name; in evaluation one to be replaced, as the checkpoint has its own."""
+    if is_evaluation():
+        return placeholder_table(dictionary.symbols, options.num_experts)
+    return build_table(options.hash_table, dictionary.symbols, dictionary.count, options.num_experts, options.hash_seed)
 
 
 def _keep_report(layer: tuple[int, str], module: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

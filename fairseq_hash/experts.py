@@ -94,7 +94,8 @@ class ExpertFeedForward(nn.Module):
         self.fc1_bias = nn.Parameter(torch.empty(experts, hidden_width))
         self.fc2_weight = nn.Parameter(torch.empty(experts, model_width, hidden_width))
         self.fc2_bias = nn.Parameter(torch.empty(experts, model_width))
-        self._initialise(expert_ids, key, first)
+        if not self.fc1_weight.is_meta:  # without data, for experts that stay in a file
+            self._initialise(expert_ids, key, first)
 
     @torch.no_grad()
     def _initialise(

@@ -146,6 +146,12 @@ def build_table(kind: str, symbols: Sequence[str], counts: Sequence[int], num_ex
     return table
 
 
+def placeholder_table(symbols: Sequence[str], num_experts: int) -> HashTable:
+    """Return a table that sends every token to expert 0, for a model that takes its table from a checkpoint."""
+    table_VK = torch.zeros(len(symbols), 1, dtype=torch.int64)
+    return HashTable(table_VK, TableRecord("placeholder", num_experts, dictionary_fingerprint(symbols)))
+
+
 def save_table(table: HashTable, path: "str | os.PathLike[str]") -> None:
     """Write a table to a safetensors file with its record as metadata; the file appears whole or not at all."""
     path = Path(path)

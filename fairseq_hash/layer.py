@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fairseq_hash.checkpoint import keep_all_experts
+from fairseq_hash.checkpoint.own_experts import take_own_experts
 from fairseq_hash.dispatch import DispatchPlan, PlanUnderWay, combine, dispatch, plan_dispatch
 from fairseq_hash.fairscale_moe import fairscale_moe
+from fairseq_hash.mapped import MappedExperts
 from fairseq_hash.parallel import ExpertParallel
 from fairseq_hash.routers import Assignment
 
@@ -108,7 +109,8 @@ class SparseLayer(nn.Module):
     hash route.
 
     `forward` returns what the experts add (zero for padding and for dropped tokens) and a packed `RoutingReport`. Ranks
-    that share experts have to call it equally often, with any number of tokens.
+    that share experts have to call it equally often, with any number of tokens. `expert_size` is the number of
+    parameters of one expert.
     """
 
     def __init__(
@@ -125,7 +127,9 @@ class SparseLayer(nn.Module):
         self.parallel = parallel
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
-        keep_all_experts(self, parallel, [f"experts.{name}" for name, _ in experts.named_parameters()])
+        held = experts.shell if isinstance(experts, MappedExperts) else experts
+        self.expert_size = sum(p.numel() for p in held.parameters()) // parallel.local_experts
+        take_own_experts(self, parallel, {f"experts.{name}": p.shape for name, p in held.named_parameters()})
 
     def forward(self, x_LBD: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor]:
         """Return y of the shape and dtype of `x_LBD`, and the report vector (fp32, `[5 + E]`)."""

@@ -20,8 +20,11 @@ from torch import nn
 
 from fairseq_hash import seams
 from fairseq_hash.agreement import check_same, together
+from fairseq_hash.checkpoint.loading import SavedState, one_line
+from fairseq_hash.checkpoint.manifest import Manifest
 from fairseq_hash.decoder import HashTransformerDecoder
 from fairseq_hash.errors import UserError
+from fairseq_hash.evaluation import is_evaluation
 from fairseq_hash.hashing import dictionary_fingerprint, table_fingerprint
 from fairseq_hash.layer import SparseLayer
 from fairseq_hash.options import SparseOptions
@@ -34,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 # What would make ranks train different models, or wait for each other for ever.
 SAME_ON_ALL_RANKS = ("fairseq_hash", "torch", "dictionary_fingerprint", "table_fingerprint", "parameters_total")
+
+# What a checkpoint's manifest says of a sparse model.
+FACTS = ("num_experts", "router", "dictionary_fingerprint", "table_fingerprint")
 
 
 @dataclass
@@ -73,6 +79,8 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
             logger.info("expert_parallel | %s", parallel.describe())
         record = model_record(model, args, options, task)
         check_same({key: record[key] for key in SAME_ON_ALL_RANKS})
+        model.from_dense = options.from_dense
+        model.facts = {key: record[key] for key in FACTS} if options.router != "none" else None
         logger.info("model_record | %s", json.dumps(record))
         return model
 
@@ -83,16 +91,44 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
                 reduce_expert_gradients(layer.experts.parameters(), layer.parallel)
 
     @seams.one_line_errors
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint's weights; a hash table of another dictionary is refused with one line."""
-        return together(functools.partial(super().load_state_dict, *args, **kwargs))
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint's weights, each rank its own experts.
+
+        Raises:
+            SystemExit: on every rank, with one line, where a rank finds that they are damaged, or do not fit: another
+                number of experts, dictionary or table, other sizes.
+        """
+        return together(functools.partial(self._load, state_dict, *args, **kwargs))
+
+    def _load(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        path, manifest = (state_dict.path, state_dict.manifest) if isinstance(state_dict, SavedState) else (None, None)
+        try:
+            if manifest is not None:
+                check_manifest(manifest, self.facts)
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        except RuntimeError as error:
+            raise UserError(f"{path or 'the state'} does not fit this model: {one_line(error)}") from error
+        except UserError as error:
+            raise UserError(f"{path}: {error}" if path else str(error)) from error
+
+
+def check_manifest(manifest: Manifest, facts: "Mapping[str, Any] | None") -> None:
+    """Raise `UserError` where a checkpoint's experts, dictionary or table are not those of a model (None: dense)."""
+    if facts is None:
+        raise UserError(f"it has {manifest.num_experts} experts and --router {manifest.router}; this model is dense")
+    table = None if is_evaluation() else facts["table_fingerprint"]
+    manifest.check(facts["num_experts"], facts["dictionary_fingerprint"], table)
 
 
 def check_options(args: Any, options: SparseOptions) -> None:
     """Raise `UserError` where an option is out of range, or one of fairseq's does not go with sparse layers."""
     options.check()
     check_device(is_sharded=ConfigAutoWrap.in_autowrap_context, on_cpu=False)
+    if options.map_experts and not is_evaluation():
+        raise UserError("--map-experts is for evaluation: fairseq-eval-lm --model-overrides \"{'map_experts': True}\"")
     if options.router == "none":
+        if options.from_dense:
+            raise UserError("--from-dense makes a sparse model of a dense one; to go on dense: --finetune-from-model")
         return
     options.layer_numbers(args.decoder_layers)
     if args.base_layers:
@@ -128,15 +164,11 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
     A token uses one expert of each sparse layer.
     """
-    total = sum(map(whole_size, model.parameters()))
-    idle = 0
-    for layer in model.modules():
-        if isinstance(layer, SparseLayer):
-            held = sum(map(whole_size, layer.experts.parameters()))
-            one = held // layer.parallel.local_experts
-            total += (layer.parallel.num_experts - layer.parallel.local_experts) * one
-            idle += (layer.parallel.num_experts - 1) * one
-    return total, total - idle
+    layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
+    experts = {id(parameter) for layer in layers for parameter in layer.experts.parameters()}
+    dense = sum(whole_size(parameter) for parameter in model.parameters() if id(parameter) not in experts)
+    total = dense + sum(layer.parallel.num_experts * layer.expert_size for layer in layers)
+    return total, dense + sum(layer.expert_size for layer in layers)
 
 
 def model_record(model: nn.Module, args: Any, options: SparseOptions, task: FairseqTask) -> dict[str, Any]:
@@ -153,7 +185,8 @@ def model_record(model: nn.Module, args: Any, options: SparseOptions, task: Fair
         "parameters_total": total,
         "parameters_active": active,
         "dictionary_fingerprint": dictionary_fingerprint(task.source_dictionary.symbols),
-        "table_fingerprint": table_fingerprint(table.expert) if table is not None else None,
+        # A model to be evaluated takes its table from the checkpoint, later.
+        "table_fingerprint": table_fingerprint(table.expert) if table is not None and not is_evaluation() else None,
     }
 
 

@@ -100,6 +100,20 @@ class SparseOptions(FairseqDataclass):
             "fairscale (its MOELayer: full capacity buffers, fp32 only); the result is the same"
         },
     )
+    from_dense: str = field(
+        default="",
+        metadata={
+            "help": "checkpoint of a dense model of the same sizes (--router none, or fairseq's transformer_lm) from "
+            "whose weights a new training starts: every expert as the FFN of its layer"
+        },
+    )
+    map_experts: bool = field(
+        default=False,
+        metadata={
+            "help": "evaluation only, as --model-overrides \"{'map_experts': True}\": leave the experts in the "
+            "checkpoint's files, memory-mapped, and bring in those of one layer at a time"
+        },
+    )
 
     @classmethod
     def from_config(cls, config: "Mapping[str, Any] | Namespace") -> "SparseOptions":

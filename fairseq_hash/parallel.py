@@ -6,8 +6,7 @@ hold the same experts: they are replicas, and their gradients are added up among
 """
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fairseq_hash.errors import UserError
+from fairseq_hash.evaluation import is_evaluation
 
 DISPATCHES = ("all-to-all", "fairscale")
 
@@ -80,9 +80,11 @@ class ExpertParallel:
         return self.experts_at(self.place)
 
     @property
-    def saves(self) -> bool:
-        """Whether this rank is in the first group, whose experts are those that a checkpoint takes."""
-        return self.rank < self.size
+    def saved_experts(self) -> range:
+        """The experts that this rank writes to a checkpoint: its share of those that it and its replicas hold."""
+        replicas, replica = self.world_size // self.size, self.rank // self.size
+        cuts = [self.expert_ids.start + self.local_experts * share // replicas for share in (replica, replica + 1)]
+        return range(*cuts)
 
     def experts_at(self, place: int) -> range:
         """Return the experts of the rank at a place in a group."""
@@ -110,23 +112,6 @@ def _first_to_last(ids: range) -> str:
 def _ranges(ranks: range) -> str:
     """Return at most three of many ranks: 0, 8, ... 504."""
     return ", ".join(map(str, ranks)) if len(ranks) <= 3 else f"{ranks[0]}, {ranks[1]}, ... {ranks[-1]}"
-
-
-_everywhere = False
-
-
-@contextmanager
-def every_expert_on_every_rank() -> Iterator[None]:
-    """Let models that are built in this context hold all experts on every rank.
-
-    For commands in which ranks call a model unequally often; a rank that waits for the others would wait for ever.
-    """
-    global _everywhere
-    before, _everywhere = _everywhere, True
-    try:
-        yield
-    finally:
-        _everywhere = before
 
 
 def choose_size(num_experts: int, world_size: int, size: int) -> int:
@@ -159,7 +144,7 @@ def expert_parallel(num_experts: int, size: int, dispatch: str = "all-to-all") -
     Raises:
         UserError: where `size` does not divide both the world and E, or where fairscale has no ranks to exchange with.
     """
-    if _everywhere:
+    if is_evaluation():
         return ExpertParallel(num_experts)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     size = choose_size(num_experts, world_size, size)

@@ -5,12 +5,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from fairseq.file_io import PathManager
 from fairseq.optim import FairseqOptimizer
 from torch import Tensor, nn
 
 from fairseq_hash.agreement import gather
-from fairseq_hash.checkpoint import optimizer_state_of_all, optimizer_state_of_own
+from fairseq_hash.checkpoint.layout import optimized
 from fairseq_hash.errors import UserError
 from fairseq_hash.layer import SparseLayer
 from fairseq_hash.parallel import ExpertParallel, norm_of_shards, norm_with_experts
@@ -127,7 +126,7 @@ class SharedTraining:
         """Return the norm of all gradients, from that of the dense ones, of which each rank may hold a part."""
         if dense_is_sharded:
             dense_norm = norm_of_shards(dense_norm)
-        gradients = [p.grad for p in _optimized(optimizer) if hasattr(p, "expert") and p.grad is not None]
+        gradients = [p.grad for p in optimized(optimizer) if hasattr(p, "expert") and p.grad is not None]
         return norm_with_experts(dense_norm, gradients, self.parallel)
 
     @staticmethod
@@ -138,36 +137,3 @@ class SharedTraining:
                 f"the optimizer {type(optimizer).__name__} may look at whole parameters, which differ with the number "
                 "of ranks that share experts; use adam or sgd, or --expert-parallel-size 1"
             )
-
-    @staticmethod
-    def check_shards(path: str) -> None:
-        """Check that every rank has its file to go on from, or none has; every rank has to call this with its own path.
-
-        Raises:
-            UserError: on every rank, where one has no file and another has.
-        """
-        found = gather((path, PathManager.isfile(path)))
-        missing = [rank for rank, (_, exists) in enumerate(found) if not exists]
-        if 0 < len(missing) < len(found):
-            other = next(rank for rank in range(len(found)) if rank not in missing)
-            raise UserError(
-                f"{found[missing[0]][0]} does not exist for rank {missing[0]}, and rank {other} has its own; resume "
-                "with the number of ranks that saved the checkpoint, or give another --save-dir"
-            )
-
-    def state_of_all(self, optimizer: FairseqOptimizer) -> dict[str, Any]:
-        """Return the optimizer's state, on rank 0 with that of all experts; every rank has to call this."""
-        return optimizer_state_of_all(optimizer.state_dict(), _optimized(optimizer.optimizer), self.parallel)
-
-    def loading_own_state(self, optimizer: torch.optim.Optimizer, load: Callable[..., None]) -> Callable[..., None]:
-        """Return `load`, an optimizer's `load_state_dict`, made to take this rank's share of a state of all experts."""
-
-        def call(state: dict[str, Any], *args: Any) -> None:
-            load(optimizer_state_of_own(state, _optimized(optimizer), self.parallel), *args)
-
-        return call
-
-
-def _optimized(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """Return the parameters that an optimizer changes, in its order: in half precision, their fp32 copies."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,0 +1,135 @@
+"""The folder of a training's checkpoints: one training at a time, no leftovers, no start from scratch by mistake."""
+
+import errno
+import fcntl
+import logging
+import os
+import re
+import socket
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import IO
+
+from fairseq_hash.checkpoint.mainfile import read_main
+from fairseq_hash.checkpoint.manifest import Manifest
+from fairseq_hash.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SHARDS = "experts"  # the folder of the shards, beside the main files
+LOCK = "training.lock"
+SHARD_NAME = re.compile(r"update-\d+\.[0-9a-f]{8}\.(weights|optimizer)\.\d+-\d+\.safetensors")
+PARTIAL_NAME = re.compile(rf"\.({SHARD_NAME.pattern}|checkpoint.*\.pt)\.partial")
+
+_locks: dict[Path, IO[str]] = {}
+_manifests: dict[tuple[int, int, int], "Manifest | None"] = {}
+
+
+def shard_name(update: int, save: str, part: str, experts: range) -> str:
+    """Return the path of a shard, relative to the folder of the main files."""
+    return f"{SHARDS}/update-{update}.{save}.{part}.{experts[0]}-{experts[-1]}.safetensors"
+
+
+def lock(folder: Path) -> None:
+    """Keep other trainings out of a folder for as long as this process lives, however it ends.
+
+    Raises:
+        UserError: where another training has it.
+    """
+    path = (folder / LOCK).absolute()
+    if path in _locks:
+        return
+    file = open(path, "a+")  # not closed: that would give up the lock
+    try:
+        # Not flock: processes that this one starts would hold the lock after its death.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise UserError(
+                f"--save-dir {folder} is in use by another training ({holder}); wait for its end or give another "
+                "--save-dir"
+            ) from None
+        logger.warning("%s cannot be locked (%s): nothing keeps a second training out of it", path, error.strerror)
+    file.truncate(0)
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {started}\n")
+    file.flush()
+    _locks[path] = file
+
+
+def clean(folder: Path) -> None:
+    """Remove what saves that did not end have left: partial files, and shards without a main file.
+
+    Only for who has the lock, and while no rank writes.
+    """
+    removed = [*_partial_files(folder), *_unreferenced(folder)]
+    for path in removed:
+        path.unlink(missing_ok=True)
+    if removed:
+        logger.info("removed %d files of saves that did not end from %s", len(removed), folder)
+
+
+def collect(folder: Path) -> None:
+    """Remove the shards that no main file refers to any more; only for who has the lock, and while no rank writes."""
+    for path in _unreferenced(folder):
+        path.unlink(missing_ok=True)
+
+
+def _partial_files(folder: Path) -> Iterator[Path]:
+    for place in (folder, folder / SHARDS):
+        if place.is_dir():
+            yield from (path for path in place.iterdir() if PARTIAL_NAME.fullmatch(path.name))
+
+
+def _unreferenced(folder: Path) -> list[Path]:
+    """Return the shards in a folder that no main file names; none where a main file cannot be read."""
+    shards = folder / SHARDS
+    if not shards.is_dir():
+        return []
+    referenced = set()
+    for path in folder.glob("*.pt"):
+        try:
+            manifest = _manifest(path)
+        except UserError as error:
+            logger.warning("%s; what it refers to is not known, and no shard is removed", error)
+            return []
+        if manifest is not None:
+            referenced.update(Path(shard.file).name for shard in manifest.shards)
+    return [path for path in shards.iterdir() if SHARD_NAME.fullmatch(path.name) and path.name not in referenced]
+
+
+def _manifest(path: Path) -> "Manifest | None":
+    """Return what a main file says; read once for all its names."""
+    facts = path.stat()
+    key = (facts.st_ino, facts.st_mtime_ns, facts.st_size)
+    if key not in _manifests:
+        _manifests[key] = Manifest.of(read_main(path, is_checked=False), path)
+    return _manifests[key]
+
+
+def check_start(folder: Path, path: Path, is_chosen: bool) -> None:
+    """Check that a training that finds no checkpoint at `path` really is a new one.
+
+    Args:
+        folder: `--save-dir`.
+        path: the checkpoint that the training goes on from.
+        is_chosen: whether the user named it.
+
+    Raises:
+        UserError: where a chosen file does not exist, or where the folder has other checkpoints.
+    """
+    if path.is_file():
+        return
+    if is_chosen:
+        raise UserError(f"{path} does not exist; give an existing checkpoint, or leave the option out to start anew")
+    others = sorted(other.name for other in folder.glob("checkpoint*.pt")) if folder.is_dir() else []
+    if others or os.path.lexists(path):
+        shown = ", ".join(others[:3]) + (" and more" if len(others) > 3 else "")
+        raise UserError(
+            f"{folder} has {shown or 'something'} but no usable {path.name} to go on from; give --restore-file with "
+            "the checkpoint to go on from, or another --save-dir to start anew"
+        )

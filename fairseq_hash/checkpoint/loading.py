@@ -1,0 +1,135 @@
+"""Loading: a state in which experts stand as `SavedExperts`, of which each rank reads its own."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq.optim import FairseqOptimizer
+from torch import nn
+
+from fairseq_hash.checkpoint.layout import expert_numbers, is_per_element, optimized
+from fairseq_hash.checkpoint.mainfile import read_main
+from fairseq_hash.checkpoint.manifest import Manifest
+from fairseq_hash.checkpoint.own_experts import fit_experts
+from fairseq_hash.checkpoint.saved import SavedExperts, open_shards, saved_tensors, take
+from fairseq_hash.errors import UserError
+from fairseq_hash.parallel import ExpertParallel
+
+_with_optimizer = True
+
+
+@contextmanager
+def loading_weights_only(is_needed: bool = True) -> Iterator[None]:
+    """Leave the optimizer's shards unread in this context, where that `is_needed`: they may be missing."""
+    global _with_optimizer
+    before, _with_optimizer = _with_optimizer, _with_optimizer and not is_needed
+    try:
+        yield
+    finally:
+        _with_optimizer = before
+
+
+class SavedState(dict):
+    """A model's state that remembers its file and its manifest."""
+
+    def __init__(self, state: Mapping[str, Any], path: str, manifest: "Manifest | None") -> None:
+        super().__init__(state)
+        self.path, self.manifest = path, manifest
+
+
+def read_checkpoint(path: "str | os.PathLike[str]", is_checked: bool = True) -> dict[str, Any]:
+    """Read a checkpoint's main file and open its shards; no expert is read yet.
+
+    Args:
+        path: the main file, or a plain checkpoint that holds its experts itself.
+        is_checked: compare the main file with its checksums first.
+
+    Raises:
+        UserError: where a file is missing, damaged or another one.
+    """
+    while True:
+        before = os.stat(path) if os.path.exists(path) else None
+        state = read_main(path, is_checked)
+        manifest = Manifest.of(state, path)
+        try:
+            return _with_saved_experts(state, path, manifest)
+        except UserError:
+            # A training may have put a newer file in its place by now, and removed the shards of this one.
+            if before is None or not os.path.exists(path) or os.path.samestat(before, os.stat(path)):
+                raise
+
+
+def _with_saved_experts(
+    state: dict[str, Any], path: "str | os.PathLike[str]", manifest: "Manifest | None"
+) -> dict[str, Any]:
+    weights = dict(state["model"])
+    if manifest is not None and manifest.shards:
+        folder = Path(path).parent
+        weights.update(saved_tensors(open_shards(folder, manifest, "weights")))
+        if _with_optimizer and manifest.numbers:
+            optimizer = state["last_optimizer_state"]["state"]
+            for name, value in saved_tensors(open_shards(folder, manifest, "optimizer")).items():
+                parameter, _, key = name.rpartition("/")
+                optimizer[manifest.numbers[parameter]][key] = value
+    state["model"] = SavedState(weights, str(path), manifest)
+    return state
+
+
+def one_line(error: RuntimeError) -> str:
+    """Return torch's list of what does not fit a model in one line, cut to the first few."""
+    lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()] or [str(error)]
+    more = f" (and {len(lines) - 2} more)" if len(lines) > 2 else ""
+    return "; ".join(line.rstrip(".")[:300] for line in lines[:2]) + more
+
+
+def loading_own_state(
+    optimizer: FairseqOptimizer, model: nn.Module, parallel: "ExpertParallel | None", load: Callable[..., None]
+) -> Callable[..., None]:
+    """Return `load`, an optimizer's `load_state_dict`, made to read this rank's share of a state of all experts."""
+
+    def call(state: dict[str, Any], *args: Any) -> None:
+        load(_own_state(state, optimizer, model, parallel), *args)
+
+    return call
+
+
+def _own_state(
+    state: dict[str, Any], optimizer: FairseqOptimizer, model: nn.Module, parallel: "ExpertParallel | None"
+) -> dict[str, Any]:
+    parameters = optimized(optimizer.optimizer)
+    saved = sum(len(group["params"]) for group in state["param_groups"])
+    if saved != len(parameters):
+        raise UserError(
+            f"the optimizer's state is one of {saved} tensors, this training has {len(parameters)} (--fp16 makes one "
+            "of all); resume with the options of the checkpoint, or add --reset-optimizer"
+        )
+    experts = set(expert_numbers(optimizer, model).values())
+    own: dict[Any, Any] = {}
+    for number, values in state["state"].items():
+        own[number] = dict(values)
+        for key, value in values.items():
+            if number in experts and (isinstance(value, SavedExperts) or is_per_element(value)):
+                fit_experts(value, parallel, parameters[number].shape[1:], "the optimizer's state")
+                if isinstance(value, SavedExperts):
+                    own[number][key] = value.read(parallel.expert_ids, parameters[number].device)
+                    continue
+                value = take(value, parallel.expert_ids)
+            if isinstance(value, SavedExperts):
+                raise UserError("the optimizer's state belongs to other parameters; add --reset-optimizer")
+            # The state of a file lies in the file's memory, which is not there to train in.
+            own[number][key] = value.clone() if torch.is_tensor(value) else value
+    return {**state, "state": own}
+
+
+def place_in_epoch(iterator: dict[str, Any], num_shards: int) -> tuple[dict[str, Any], int]:
+    """Return the state of a training's iterator for another number of ranks, and how many batches come again.
+
+    fairseq counts the batches of one rank. Rank r of W takes batches r, r + W, ...: after n each, the first n x W are
+    done. Where the new number of ranks does not divide that, the rest of a round comes again.
+    """
+    saved = iterator.get("num_shards", num_shards)
+    done = iterator["iterations_in_epoch"] * saved
+    return {**iterator, "iterations_in_epoch": done // num_shards, "num_shards": num_shards}, done % num_shards

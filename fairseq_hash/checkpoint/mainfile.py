@@ -1,0 +1,120 @@
+"""The main file of a checkpoint: written whole or not at all, read without running code from it."""
+
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fairseq_hash.errors import UserError
+
+
+def partial_of(path: Path) -> Path:
+    """Return the name that a file has until it is whole."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def write_main(state: Mapping[str, Any], path: "str | os.PathLike[str]") -> None:
+    """Write a checkpoint's main file, and rename it into place when all of it is on disc.
+
+    Raises:
+        UserError: where it cannot be written; what had this name before is still there, and nothing else is.
+    """
+    path = Path(path)
+    partial = partial_of(path)
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch says with a RuntimeError that its file is not whole
+        raise UserError(cannot_write(path, error)) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def cannot_write(path: "str | os.PathLike[str]", error: Exception) -> str:
+    """Return the message for a file that cannot be written, such as on a full disc."""
+    cause = next((e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)), error)
+    what = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause).splitlines()[0]
+    return f"{path} cannot be written ({what}); earlier checkpoints are whole, make room and resume from them"
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have a folder's new name on disc, where the file system can do that."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def duplicate(source: "str | os.PathLike[str]", target: "str | os.PathLike[str]") -> None:
+    """Give a main file another name as well: a link, which takes no room, or a copy where there are no links.
+
+    Main files are replaced, never changed, so two names of one file do not disturb each other.
+
+    Raises:
+        UserError: where the copy cannot be written.
+    """
+    partial = partial_of(Path(target))
+    partial.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(source, partial)
+        except OSError:
+            shutil.copyfile(source, partial)
+        os.replace(partial, target)
+    except OSError as error:
+        raise UserError(cannot_write(target, error)) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_main(path: "str | os.PathLike[str]", is_checked: bool = True) -> dict[str, Any]:
+    """Read a main file, or any checkpoint of fairseq: tensors and plain values, memory-mapped.
+
+    Args:
+        path: the file.
+        is_checked: compare all of it with its checksums first (CRC-32, which torch writes).
+
+    Raises:
+        UserError: where it is missing, damaged, no checkpoint, or needs code from the file to be run.
+    """
+    try:
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip and is_checked:
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    raise UserError(f"{path} is damaged: its contents fail their checksums; use another checkpoint")
+        # What torch wrote before version 1.6 is no archive and cannot be mapped.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            raise UserError(
+                f"{path} is not loaded, as that would run code from the file: {_reason(error)}; save it again as "
+                "tensors and plain values"
+            ) from error
+        raise UserError(f"{path} is damaged or no checkpoint; use another checkpoint") from error
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged or no checkpoint ({_reason(error)}); use another checkpoint") from error
+    if not isinstance(state, dict) or "model" not in state:
+        raise UserError(f"{path} is no checkpoint: it has no model")
+    return state
+
+
+def _reason(error: Exception) -> str:
+    """Return the line of torch's long messages that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    chosen = next((line for line in lines if "Unsupported" in line or "GLOBAL" in line), lines[0] if lines else "")
+    return chosen.removeprefix("WeightsUnpickler error:").strip()[:200] or type(error).__name__

@@ -1,0 +1,80 @@
+"""The manifest: what the main file of a checkpoint says of its experts and of where it comes from."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fairseq_hash.checkpoint.shards import Shard
+from fairseq_hash.errors import UserError
+
+KEY = "fairseq_hash"  # of the main file's dictionary
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a main file says; plain values only, as torch loads nothing else without running code.
+
+    Attributes:
+        save: the name of this save, its own for each: the shards of no other have it.
+        update: number of updates done.
+        num_experts: E.
+        router: `hash`, `switch` or `base`.
+        dictionary_fingerprint: SHA-256 of the dictionary's symbols.
+        table_fingerprint: SHA-256 of the hash table; None without one.
+        numbers: the number by which the optimizer's state knows each expert parameter, by name; empty without one.
+        shards: where the experts are; none where the main file has them itself.
+        provenance: versions, commit, hardware and date.
+    """
+
+    save: str
+    update: int
+    num_experts: int
+    router: str
+    dictionary_fingerprint: str
+    table_fingerprint: "str | None"
+    numbers: dict[str, int] = field(default_factory=dict)
+    shards: tuple[Shard, ...] = ()
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return it as plain dictionaries and lists."""
+        return {"format": FORMAT, **asdict(self), "shards": [asdict(shard) for shard in self.shards]}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], path: object) -> "Manifest | None":
+        """Return the manifest in a main file's `state`; None where there is none, as in files of fairseq itself.
+
+        Raises:
+            UserError: for a manifest of another version.
+        """
+        plain = state.get(KEY)
+        if not isinstance(plain, Mapping) or "save" not in plain:
+            return None
+        if plain["format"] != FORMAT:
+            raise UserError(f"{path} has format {plain['format']}, and this version of fairseq_hash reads {FORMAT}")
+        values = {key: value for key, value in plain.items() if key != "format"}
+        return cls(**{**values, "shards": tuple(Shard(**shard) for shard in plain["shards"])})
+
+    def part(self, part: str) -> list[Shard]:
+        """Return the shards of `weights` or `optimizer` in the order of their experts."""
+        return sorted((shard for shard in self.shards if shard.part == part), key=lambda shard: shard.first)
+
+    def check(self, num_experts: int, dictionary_fingerprint: str, table_fingerprint: "str | None") -> None:
+        """Raise `UserError` where a model has other experts, another dictionary or another table (None: not asked)."""
+        if num_experts != self.num_experts:
+            raise UserError(
+                f"it has {self.num_experts} experts, this model has {num_experts}; give --num-experts "
+                f"{self.num_experts}, or another --save-dir to start anew"
+            )
+        if dictionary_fingerprint != self.dictionary_fingerprint:
+            raise UserError(
+                f"it belongs to dictionary {self.dictionary_fingerprint[:12]}, this data has dictionary "
+                f"{dictionary_fingerprint[:12]}; prepare the data with the checkpoint's dict.txt "
+                "(fairseq-preprocess --srcdict)"
+            )
+        if None not in (table_fingerprint, self.table_fingerprint) and table_fingerprint != self.table_fingerprint:
+            raise UserError(
+                f"it has hash table {self.table_fingerprint[:12]}, this model has {table_fingerprint[:12]}; write the "
+                "checkpoint's with fairseq-hash checkpoint table, and give that file as --hash-table"
+            )

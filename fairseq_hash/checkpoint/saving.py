@@ -1,0 +1,150 @@
+"""Saving: every rank writes its share of the experts, then rank 0 the main file.
+
+fairseq decides on rank 0 alone whether a checkpoint is written, and under which names. The other ranks wait for its
+word: write your experts, or it is done.
+"""
+
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from fairseq.optim import FairseqOptimizer
+from torch import Tensor, nn
+
+from fairseq_hash.agreement import gather, together
+from fairseq_hash.checkpoint.directory import SHARDS, collect, shard_name
+from fairseq_hash.checkpoint.layout import expert_moments, expert_numbers, expert_parameters, without_experts
+from fairseq_hash.checkpoint.mainfile import cannot_write
+from fairseq_hash.checkpoint.manifest import KEY, Manifest
+from fairseq_hash.checkpoint.shards import Shard, write_shard
+from fairseq_hash.errors import UserError
+from fairseq_hash.parallel import ExpertParallel
+from fairseq_hash.provenance import provenance
+
+WRITE, DONE = "write", "done"
+
+
+def announce(word: "tuple[str, Any] | None" = None) -> tuple[str, Any]:
+    """Return rank 0's word on every rank; all have to call this, and rank 0 gives it."""
+    words = [word]
+    if dist.is_initialized():
+        dist.broadcast_object_list(words, 0)
+    return words[0]
+
+
+class Saver:
+    """Saves the model of one training. Without a sparse layer there is nothing but the main file."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parallel: "ExpertParallel | None",
+        facts: Mapping[str, Any],
+        optimizer: Callable[[], FairseqOptimizer],
+    ) -> None:
+        """Take the model, who shares its experts (None: it has none), what a manifest says of it, and its optimizer."""
+        self.model, self.parallel, self.facts, self.optimizer = model, parallel, facts, optimizer
+        self.manifest: Manifest | None = None
+
+    def run(self, save: Callable[[], None], folder: Path) -> None:
+        """Call fairseq's `save`, and let all ranks take part in it; every rank has to call this.
+
+        Raises:
+            UserError: on every rank, where it failed; no file is left half.
+        """
+        if dist.is_initialized() and dist.get_rank() > 0:
+            save()  # keeps count of the best loss
+            self._follow()
+            return
+        cause: str | None = "rank 0 was interrupted"
+        try:
+            save()
+            cause = None
+        except Exception as error:
+            cause = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            if self.parallel is not None and folder.is_dir():
+                collect(folder)
+            announce((DONE, cause))
+
+    def _follow(self) -> None:
+        """Do what rank 0 says until it is done."""
+        while True:
+            word, about = announce()
+            if word == DONE and about is None:
+                return
+            if word == DONE:
+                raise UserError(about)
+            try:
+                self._write(*about)
+            except UserError:
+                pass  # rank 0 has the same error, and says so
+
+    def write_experts(self, folder: Path, update: int, with_optimizer: bool) -> None:
+        """Write the shards of a checkpoint; rank 0 calls this inside of `run`, and all others do the same.
+
+        Args:
+            folder: that of the main file.
+            update: number of updates done.
+            with_optimizer: whether to save the optimizer's state, too.
+
+        Raises:
+            UserError: where a rank cannot write, or writes to another disc than rank 0.
+        """
+        if self.parallel is not None:
+            save = uuid.uuid4().hex[:8]  # a name, not a random number of the experiment
+            announce((WRITE, (str(folder), update, save, with_optimizer)))
+            self._write(str(folder), update, save, with_optimizer)
+
+    def _write(self, folder: str, update: int, save: str, with_optimizer: bool) -> None:
+        numbers = expert_numbers(self.optimizer(), self.model) if with_optimizer else {}
+        own = together(lambda: self._write_own(Path(folder), update, save, numbers))
+        shards = [Shard(**shard) for shards in gather([asdict(shard) for shard in own]) for shard in shards]
+        # Rank 0 looks for all.
+        together(lambda: check_visible(Path(folder), [] if self.parallel.rank else shards))
+        self.manifest = Manifest(
+            save, update, numbers=numbers, shards=tuple(shards), provenance=provenance(), **self.facts
+        )
+
+    def _write_own(self, folder: Path, update: int, save: str, numbers: dict[str, int]) -> list[Shard]:
+        parts: dict[str, dict[str, Tensor]] = {"weights": dict(expert_parameters(self.model))}
+        if numbers:
+            parts["optimizer"] = expert_moments(self.optimizer().state_dict(), numbers)
+        experts = self.parallel.saved_experts
+        first = experts.start - self.parallel.expert_ids.start
+        about = {"save": save, "update": update}
+        shards = []
+        for part, tensors in parts.items():
+            if experts and tensors:
+                file = shard_name(update, save, part, experts)
+                rows = {name: tensor[first : first + len(experts)] for name, tensor in tensors.items()}
+                try:
+                    (folder / SHARDS).mkdir(exist_ok=True)
+                    shards.append(write_shard(folder, file, part, experts, rows, about))
+                except OSError as error:
+                    raise UserError(cannot_write(folder / file, error)) from error
+        return shards
+
+    def put_manifest(self, state: dict[str, Any]) -> None:
+        """Take the experts out of a state that fairseq is about to write, and put the manifest in."""
+        if self.manifest is None:
+            return
+        for name in expert_parameters(self.model):
+            del state["model"][name]
+        if self.manifest.numbers:
+            state["last_optimizer_state"] = without_experts(state["last_optimizer_state"], self.manifest.numbers)
+        state[KEY] = self.manifest.to_plain()
+
+
+def check_visible(folder: Path, shards: list[Shard]) -> None:
+    """Raise `UserError` where this rank does not see a shard that another has written."""
+    for shard in shards:
+        path = folder / shard.file
+        if not path.is_file() or path.stat().st_size != shard.bytes:
+            raise UserError(
+                f"{path} was written by another rank and is not here; give a --save-dir on a disc that all ranks share"
+            )

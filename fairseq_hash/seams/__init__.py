@@ -1,0 +1,24 @@
+"""Every place where fairseq's own behaviour is changed, and why. Everything else uses fairseq's public hooks."""
+
+# Importing them makes the changes.
+from fairseq_hash.seams import checkpoints, distributed, training
+from fairseq_hash.seams.building import (
+    allow_bf16_without_tpu,
+    language_model_decoder,
+    require_supported_fairseq,
+    set_architecture,
+)
+from fairseq_hash.seams.distributed import let_gloo_finish
+from fairseq_hash.seams.override import one_line_errors
+
+__all__ = [
+    "allow_bf16_without_tpu",
+    "checkpoints",
+    "distributed",
+    "language_model_decoder",
+    "let_gloo_finish",
+    "one_line_errors",
+    "require_supported_fairseq",
+    "set_architecture",
+    "training",
+]

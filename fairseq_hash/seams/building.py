@@ -1,0 +1,55 @@
+"""Building a model."""
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import fairseq
+from fairseq.models import ARCH_CONFIG_REGISTRY, transformer_lm
+
+SUPPORTED_FAIRSEQ = "0.12.2"
+
+
+def require_supported_fairseq() -> None:
+    """Raise `SystemExit` with one line unless this fairseq is the one the plugin was written against."""
+    if fairseq.__version__.split("+")[0] != SUPPORTED_FAIRSEQ:
+        raise SystemExit(
+            f"fairseq_hash: fairseq {fairseq.__version__} is not supported; install fairseq {SUPPORTED_FAIRSEQ} "
+            "(scripts/build_fairseq.py builds it for current Python)"
+        )
+
+
+@contextmanager
+def language_model_decoder(decoder_class: type) -> Iterator[None]:
+    """Let `TransformerLanguageModel.build_model` build `decoder_class`.
+
+    Upstream: fairseq/models/transformer_lm.py names `TransformerDecoder` in the body of `build_model`, between forty
+    lines about embeddings and positions that a subclass wants unchanged. Copying them would fork them.
+    """
+    original = transformer_lm.TransformerDecoder
+    transformer_lm.TransformerDecoder = decoder_class
+    try:
+        yield
+    finally:
+        transformer_lm.TransformerDecoder = original
+
+
+def allow_bf16_without_tpu(args: Namespace) -> None:
+    """Undo that `--bf16` (and `--memory-efficient-bf16`) switch to a TPU where no TPU library is installed.
+
+    Upstream: `parse_args_and_arch` in fairseq/options.py sets `args.tpu` whenever `args.bf16` is set, so that bf16 on a
+    GPU or CPU stops with a missing torch_xla; through Hydra it works. An architecture function runs after that line
+    (and once more with the model's own options alone, which have no `bf16`).
+    """
+    if hasattr(args, "bf16") and args.bf16 and find_spec("torch_xla") is None:
+        args.tpu = False
+
+
+def set_architecture(name: str, function: Callable[[Namespace], None]) -> None:
+    """Replace the architecture function of a registered model.
+
+    Upstream: `register_model` gives every model with a dataclass an architecture of its own name that does nothing, and
+    `register_model_architecture` refuses a second one.
+    """
+    ARCH_CONFIG_REGISTRY[name] = function

@@ -1,0 +1,152 @@
+"""Saving and loading checkpoints."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fairseq import checkpoint_utils
+from fairseq.file_io import PathManager
+from fairseq.trainer import Trainer
+
+from fairseq_hash.agreement import together
+from fairseq_hash.checkpoint.loading import loading_weights_only, read_checkpoint
+from fairseq_hash.checkpoint.mainfile import duplicate, write_main
+from fairseq_hash.checkpoint.training import TrainingCheckpoints
+from fairseq_hash.evaluation import loading_to_evaluate
+from fairseq_hash.seams.override import one_line_errors, override, replaced
+
+
+def _checkpoints(trainer: Trainer) -> TrainingCheckpoints:
+    """Return what this trainer's checkpoints need, made with the first call."""
+    if not hasattr(trainer, "hash_checkpoints"):
+        trainer.hash_checkpoints = TrainingCheckpoints(trainer)
+    return trainer.hash_checkpoints
+
+
+@override(checkpoint_utils, "load_checkpoint")
+@one_line_errors
+def _start_knowingly(original: Callable[..., Any], cfg: Any, trainer: Trainer, **kwargs: Any) -> Any:
+    """Keep other trainings out of the folder, clean it, and refuse to start anew where there are checkpoints.
+
+    Upstream: where the file to go on from does not exist, training starts from scratch, whatever else is there.
+    """
+    _checkpoints(trainer).begin(cfg)
+    return original(cfg, trainer, **kwargs)
+
+
+@override(Trainer, "load_checkpoint")
+@one_line_errors
+def _load_on_every_rank(
+    original: Callable[..., Any], trainer: Trainer, filename: str, reset_optimizer: bool = False, *args: Any, **kw: Any
+) -> Any:
+    """Let every rank read the file, which for experts is to read its own; go on at another number of ranks.
+
+    Upstream: rank 0 reads all and sends all to all. The place in the epoch is counted for one number of ranks, and
+    another number stops with "dataloader mismatch" or skips text.
+    """
+    _checkpoints(trainer).check_own_file(filename)
+    with (
+        replaced(trainer.cfg.checkpoint, "load_checkpoint_on_all_dp_ranks", True),
+        loading_weights_only(is_needed=reset_optimizer),
+    ):
+        extra_state = original(trainer, filename, reset_optimizer, *args, **kw)
+    return _checkpoints(trainer).loaded(filename, extra_state)
+
+
+@override(checkpoint_utils, "load_checkpoint_to_cpu")
+@one_line_errors
+def _read_without_running_code(
+    original: Callable[..., Any], path: str, arg_overrides: Any = None, load_on_all_ranks: bool = False
+) -> Any:
+    """Read what is in memory-mapped files, checked and without code, and open the shards of the experts.
+
+    Upstream: `torch.load` of a file object, which cannot be mapped; a damaged tensor is not noticed.
+    """
+    is_follower = load_on_all_ranks and dist.is_initialized() and dist.get_rank() > 0
+    read = functools.partial(read_checkpoint, path, is_checked=not is_follower)
+    state = together(read) if load_on_all_ranks else read()
+    with replaced(torch, "load", lambda *_, **__: state):
+        return original(path, arg_overrides, load_on_all_ranks)
+
+
+@override(checkpoint_utils, "load_model_ensemble_and_task")
+def _evaluate_with_all_experts(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Load models for evaluation and generation with all experts on every rank, and without the optimizer's state.
+
+    Upstream: with several ranks these commands give each rank its own batches and skip empty ones, so the ranks call
+    the layers unequally often.
+    """
+    with loading_to_evaluate(), loading_weights_only():
+        return original(*args, **kwargs)
+
+
+@override(Trainer, "_build_optimizer")
+@one_line_errors
+def _load_own_optimizer_state(original: Callable[..., None], trainer: Trainer) -> None:
+    """Give the optimizer the state of this rank's experts when it loads a checkpoint."""
+    original(trainer)
+    if trainer.shared is not None:
+        trainer.shared.check_optimizer(trainer._optimizer)
+    if not trainer.is_fsdp:  # which saves what each rank holds
+        trainer._optimizer.load_state_dict = one_line_errors(
+            _checkpoints(trainer).loading_own_state(trainer._optimizer)
+        )
+
+
+@override(checkpoint_utils, "save_checkpoint")
+@one_line_errors
+def _save_together(
+    original: Callable[..., None], cfg: Any, trainer: Trainer, epoch_itr: Any, val_loss: "float | None"
+) -> None:
+    """Let every rank write its experts when rank 0 decides to save, and end all ranks when one cannot.
+
+    Upstream: only rank 0 writes, and the others go on.
+    """
+    _checkpoints(trainer).save(functools.partial(original, cfg, trainer, epoch_itr, val_loss), Path(cfg.save_dir))
+
+
+@override(Trainer, "save_checkpoint")
+def _write_experts_first(
+    original: Callable[..., None], trainer: Trainer, filename: str, extra_state: dict[str, Any]
+) -> None:
+    """Write the experts to shards before the main file, and note the number of ranks with the place in the epoch."""
+    _checkpoints(trainer).before_main(Path(filename), extra_state)
+    original(trainer, filename, extra_state)
+
+
+@override(Trainer, "state_dict")
+def _put_manifest(original: Callable[..., dict[str, Any]], trainer: Trainer) -> dict[str, Any]:
+    """Leave the experts, which are in shards, out of the main file."""
+    return _checkpoints(trainer).main_state(original(trainer))
+
+
+@override(checkpoint_utils, "torch_persistent_save")
+def _write_whole(original: Callable[..., None], state: Any, filename: str, async_write: bool = False) -> None:
+    """Write a file that is whole and on disc before it has its name.
+
+    Upstream: a write that fails is tried again behind what the first has left, and the pieces stay.
+    """
+    if async_write or not PathManager.supports_rename(filename):
+        return original(state, filename, async_write)
+    return write_main(state, filename)
+
+
+class _WholeCopies(PathManager):
+    """fairseq's `PathManager` for `checkpoint_utils`, whose copies of a checkpoint are whole at any time.
+
+    Upstream: `checkpoint_last.pt` and others are written over in place, so that a kill leaves half of one.
+    """
+
+    @staticmethod
+    def copy(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
+        """Copy, or link, one checkpoint to another name."""
+        if PathManager.path_requires_pathmanager(dst_path):
+            return PathManager.copy(src_path, dst_path, overwrite=overwrite)
+        duplicate(src_path, dst_path)
+        return True
+
+
+checkpoint_utils.PathManager = _WholeCopies

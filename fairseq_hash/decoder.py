@@ -150,7 +150,7 @@ class HashTableBuffers(nn.Module):
         fingerprint = state_dict.get(prefix + "dictionary_fingerprint")
         if fingerprint is not None and not torch.equal(fingerprint.cpu(), self.dictionary_fingerprint.cpu()):
             raise UserError(
-                f"the checkpoint's hash table belongs to dictionary {_hex(fingerprint)}, this data has dictionary "
+                f"its hash table belongs to dictionary {_hex(fingerprint)}, this data has dictionary "
                 f"{_hex(self.dictionary_fingerprint)}; prepare the data with the checkpoint's dict.txt "
                 "(fairseq-preprocess --srcdict)"
             )

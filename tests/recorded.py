@@ -70,12 +70,13 @@ def make_trainer(data, arguments):
     world_size = torch.distributed.get_world_size() if is_one_of_many else 1
     shared = ("--distributed-world-size", world_size, "--distributed-rank", rank, "--ddp-backend", "legacy_ddp")
     fixed = ("--optimizer", "adam", "--lr", "1e-3", "--seed", "5", "--num-workers", "0")
+    keeps = () if "--save-dir" in arguments else ("--no-save",)
     utils.set_torch_seed(5)
     metrics.reset()
     with contextlib.redirect_stderr(io.StringIO()):
         # One process is compared with several on GPUs: on a GPU as well.
         on_cpu = ranks.device().type == "cpu" if is_one_of_many else torch.cuda.device_count() < 2
-        cfg, task, model, criterion = build(data, *shared, *fixed, *arguments, on_cpu=on_cpu)
+        cfg, task, model, criterion = build(data, *shared, *fixed, *keeps, *arguments, on_cpu=on_cpu)
     task.load_dataset(cfg.dataset.valid_subset)
     trainer = Trainer(cfg, task, model, criterion)
     _, epoch_itr = checkpoint_utils.load_checkpoint(cfg.checkpoint, trainer)

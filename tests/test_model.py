@@ -7,6 +7,7 @@ import torch
 from plugin import build
 
 from fairseq_hash import hashing
+from fairseq_hash.evaluation import loading_to_evaluate
 from fairseq_hash.layer import RoutingReport
 
 SPARSE = ("--sparse-layers", "0,1", "--num-experts", "4")
@@ -146,16 +147,21 @@ def test_two_forwards_before_a_backward(data):
 
 
 def test_the_table_comes_from_the_dictionary_and_stays(data, tmp_path):
-    """Balanced by the dictionary's counts, saved with the model, and kept on a reload whatever the options say."""
+    """Balanced by the dictionary's counts, and saved: evaluation takes it, training must have the same."""
     _, task, model, _ = build(data, "--router", "hash", *SPARSE)
     dictionary = task.source_dictionary
     expected = hashing.balanced_table(dictionary.symbols, dictionary.count, 4).expert_VK
     assert torch.equal(model.decoder.hash_table.expert, expected)
     assert "decoder.hash_table.expert" in model.state_dict()
     torch.save(model.state_dict(), tmp_path / "model.pt")
-    _, _, other, _ = build(data, "--router", "hash", *SPARSE, "--hash-table", "random")
+    options = ("--router", "hash", *SPARSE, "--hash-table", "random")
+    _, _, other, _ = build(data, *options)
     assert not torch.equal(other.decoder.hash_table.expert, expected)
-    other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    with pytest.raises(SystemExit, match="has hash table .*, this model has .*; write the checkpoint's "):
+        other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    with loading_to_evaluate():
+        _, _, other, _ = build(data, *options, "--hash-table", "a file that is no longer there")
+        other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
     assert torch.equal(other.decoder.hash_table.expert, expected)
     token_BL = tokens_of(task)
     torch.testing.assert_close(other.eval()(token_BL)[0], model.eval()(token_BL)[0], rtol=0, atol=0)

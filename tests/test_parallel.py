@@ -71,13 +71,14 @@ def test_group_that_does_not_divide_is_refused(num_experts, world_size, size):
         choose_size(num_experts, world_size, size)
 
 
-def test_every_expert_is_held_once_in_each_group():
-    for world_size, size, num_experts in [(4, 2, 6), (6, 3, 3), (8, 8, 16)]:
+def test_every_expert_is_held_once_in_each_group_and_saved_once():
+    for world_size, size, num_experts in [(4, 2, 6), (6, 3, 3), (8, 8, 16), (8, 1, 3), (6, 2, 8)]:
         places = [ExpertParallel(num_experts, size, rank, world_size) for rank in range(world_size)]
         for start in range(0, world_size, size):
             held = [expert for place in places[start : start + size] for expert in place.expert_ids]
             assert held == list(range(num_experts))
-        assert [place.saves for place in places] == [True] * size + [False] * (world_size - size)
+        assert sorted(expert for place in places for expert in place.saved_experts) == list(range(num_experts))
+        assert all(set(place.saved_experts) <= set(place.expert_ids) for place in places)
 
 
 def test_log_says_who_holds_what():

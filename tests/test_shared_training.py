@@ -6,11 +6,6 @@ import recorded
 import torch
 from test_exactness import TOLERANCE, arguments, one_process, whole
 
-from fairseq_hash.errors import UserError
-from fairseq_hash.experts import ExpertFeedForward
-from fairseq_hash.layer import SparseLayer
-from fairseq_hash.parallel import ExpertParallel
-
 SPARSE = ("--router", "hash", "--num-experts", "4", "--sparse-layers", "0,1")
 FORMS = {
     "bf16": ("--bf16",),
@@ -55,20 +50,6 @@ def test_base_trains_with_each_balance(data):
     assert first["global"]["loss"] != first["shuffle"]["loss"]
 
 
-def test_a_state_of_other_experts_is_refused():
-    def layer(rank):
-        experts = ExpertFeedForward(range(2), 3, 4, torch.relu, 0.0, (0,))
-        return SparseLayer(None, experts, ExpertParallel(4, 2, rank, 2), 0.0, 0.0)
-
-    one, two = layer(0), layer(1)
-    state = {name: parameter.detach() for name, parameter in (*one.named_parameters(), *one.named_buffers())}
-    with pytest.raises(UserError, match="the checkpoint has 2 experts in .*, this model has 4"):
-        two.load_state_dict(dict(state))
-    shard = {"experts.flat_param_0": torch.zeros(3), "expert_ids": state["expert_ids"]}
-    with pytest.raises(UserError, match=r"has experts \[0, 1\] in .* for rank 1, which holds \[2, 3\]"):
-        two.load_state_dict(shard, strict=False)
-
-
 @pytest.mark.parametrize(
     ("world_size", "more"), [(2, ()), (4, ("--expert-parallel-size", "2", "--checkpoint-activations"))]
 )
@@ -83,16 +64,6 @@ def test_fully_sharded_dense_parameters_train_as_one_process(data, world_size, m
         assert sum(record["validation"]) == pytest.approx(sum(alone["validation"]), rel=TOLERANCE)
 
 
-def test_ranks_start_together_or_not_at_all_from_shards(tmp_path):
-    assert ranks.run(2, "training_ranks:find_shards", str(tmp_path)) == [None, None]
-    (tmp_path / "checkpoint_last-shard0.pt").touch()
-    first, second = ranks.run(2, "training_ranks:find_shards", str(tmp_path))
-    assert first == second
-    assert "shard1.pt does not exist for rank 1, and rank 0 has its own" in first
-    (tmp_path / "checkpoint_last-shard1.pt").touch()
-    assert ranks.run(2, "training_ranks:find_shards", str(tmp_path)) == [None, None]
-
-
 @pytest.mark.parametrize(("router", "expected"), [("hash", 1), ("switch", 2)])
 def test_hash_layers_exchange_split_sizes_once_a_forward(data, router, expected):
     done = ranks.run(2, "training_ranks:split_exchanges", str(data), *SPARSE, "--router", router)
@@ -102,18 +73,3 @@ def test_hash_layers_exchange_split_sizes_once_a_forward(data, router, expected)
 def test_hash_layers_wait_for_nothing_but_the_split_sizes(data):
     # Three lists are read where the plan ends its exchange: rows sent, rows received, rows of each expert.
     assert ranks.run(2, "training_ranks:waits_inside_layers", str(data), *SPARSE) == [(3, 0)] * 2
-
-
-@pytest.mark.parametrize(("saved_by", "loaded_by"), [(2, (1, 4)), (1, (2,)), (4, (2,))])
-def test_checkpoint_loads_at_another_number_of_ranks(data, tmp_path, saved_by, loaded_by):
-    words = arguments("hash", 4, "adam", "--save-dir", str(tmp_path), "--update-freq", str(4 // saved_by))
-    saved = ranks.run(saved_by, "training_ranks:save", str(data), words, 3)
-    states = [{"size": saved_by, "state": state} for state, _ in saved]
-    for world_size in loaded_by:
-        # fairseq's place in an epoch is counted in batches of one number of ranks.
-        loaded = ranks.run(world_size, "training_ranks:load", str(data), (*words, "--reset-dataloader"))
-        assert [updates for _, updates in loaded] == [3] * world_size
-        others = [{"size": world_size, "state": state} for state, _ in loaded]
-        for name in states[0]["state"]:
-            before, after = (whole(some, lambda record: record["state"], name) for some in (states, others))
-            assert torch.equal(before, after), name

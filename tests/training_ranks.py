@@ -7,14 +7,11 @@ import ranks
 import recorded
 import torch
 import torch.distributed as dist
-from fairseq import checkpoint_utils
 from plugin import build
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairseq_hash import model, training
-from fairseq_hash.errors import UserError
 from fairseq_hash.layer import SparseLayer
-from fairseq_hash.parallel import expert_parallel
 
 # What makes the host wait for the device: values, and shapes that depend on values.
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "is_nonzero", "equal", "_to_copy")
@@ -81,30 +78,6 @@ def waits_inside_layers(data, *arguments):
     return forward, len(read) - forward
 
 
-def save(data, arguments, updates):
-    """Train, save, and return the parameters and Adam's moments of this rank."""
-    trainer, epoch_itr = recorded.make_trainer(data, arguments)
-    recorded.run(trainer, epoch_itr, updates)
-    checkpoint_utils.save_checkpoint(trainer.cfg.checkpoint, trainer, epoch_itr, 1.0)
-    return state_of(trainer)
-
-
-def load(data, arguments):
-    """Return the parameters and Adam's moments of this rank after it loaded a checkpoint."""
-    trainer, _ = recorded.make_trainer(data, arguments)
-    return state_of(trainer)
-
-
-def state_of(trainer):
-    """Return parameters and Adam's moments by name, and the number of updates."""
-    parameters = dict(trainer.get_model().named_parameters())
-    moments = trainer.optimizer.optimizer.state
-    state = {name: parameter.detach().cpu() for name, parameter in parameters.items()}
-    for name, parameter in parameters.items():
-        state.update({f"{name} {key}": moments[parameter][key].cpu() for key in ("exp_avg", "exp_avg_sq")})
-    return state, trainer.get_num_updates()
-
-
 def train_with_overflow(data, arguments):
     """Train in fp16 with one rank's loss too large for it at update 3; return the final loss scale and updates."""
     # The trainer takes the norm of a skipped update to a GPU.
@@ -126,16 +99,6 @@ def train_with_overflow(data, arguments):
     trainer.task.train_step = too_large
     recorded.run(trainer, epoch_itr, 6)
     return trainer.optimizer.scaler.loss_scale, trainer.get_num_updates()
-
-
-def find_shards(folder):
-    """Return what each rank is told where only rank 0 has a file of its own to go on from."""
-    shared = training.SharedTraining(expert_parallel(4, 0), None)
-    try:
-        shared.check_shards(f"{folder}/checkpoint_last-shard{dist.get_rank()}.pt")
-    except UserError as error:
-        return str(error)
-    return None
 
 
 class NoStream:

@@ -22,6 +22,8 @@ LOCK = "training.lock"
 SHARD_NAME = re.compile(r"update-\d+\.[0-9a-f]{8}\.(weights|optimizer)\.\d+-\d+\.safetensors")
 PARTIAL_NAME = re.compile(rf"\.({SHARD_NAME.pattern}|checkpoint.*\.pt)\.partial")
 
+MOST_MANIFESTS = 1000
+
 _locks: dict[Path, IO[str]] = {}
 _manifests: dict[tuple[int, int, int], "Manifest | None"] = {}
 
@@ -107,6 +109,8 @@ def _manifest(path: Path) -> "Manifest | None":
     facts = path.stat()
     key = (facts.st_ino, facts.st_mtime_ns, facts.st_size)
     if key not in _manifests:
+        if len(_manifests) > MOST_MANIFESTS:
+            _manifests.clear()
         _manifests[key] = Manifest.of(read_main(path, is_checked=False), path)
     return _manifests[key]
 

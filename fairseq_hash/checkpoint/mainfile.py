@@ -32,7 +32,7 @@ def write_main(state: Mapping[str, Any], path: "str | os.PathLike[str]") -> None
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch says with a RuntimeError that its file is not whole
         raise UserError(cannot_write(path, error)) from error
     finally:
@@ -46,7 +46,7 @@ def cannot_write(path: "str | os.PathLike[str]", error: Exception) -> str:
     return f"{path} cannot be written ({what}); earlier checkpoints are whole, make room and resume from them"
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Have a folder's new name on disc, where the file system can do that."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -73,6 +73,7 @@ def duplicate(source: "str | os.PathLike[str]", target: "str | os.PathLike[str]"
         except OSError:
             shutil.copyfile(source, partial)
         os.replace(partial, target)
+        sync_folder(Path(target).parent)  # before the shards of the file that it replaces go
     except OSError as error:
         raise UserError(cannot_write(target, error)) from error
     finally:

@@ -1,6 +1,7 @@
 """A tensor of all experts that lies in shards: who needs some experts reads these rows."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from fairseq_hash.checkpoint.manifest import Manifest
 from fairseq_hash.checkpoint.shards import ShardFile
 from fairseq_hash.errors import UserError
+
+READERS = 4
 
 
 class SavedExperts:
@@ -19,6 +22,7 @@ class SavedExperts:
         self.name, self.files = name, files
         self.dtype, (_, *rest) = files[0].shapes[name]
         self.shape = torch.Size([sum(file.shard.experts for file in files), *rest])
+        self._file_of = [file for file in files for _ in file.shard.expert_ids]
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -32,14 +36,17 @@ class SavedExperts:
             UserError: where a row fails its checksum.
         """
         is_direct = out.dtype == self.dtype and out.device.type == "cpu" and out.is_contiguous()
-        buffer = None if is_direct else torch.empty(self.shape[1:], dtype=self.dtype)
-        for file in self.files:
-            for expert in file.shard.expert_ids:
-                if expert in experts:
-                    place = expert - experts.start
-                    file.read_row(self.name, expert, out[place] if is_direct else buffer)
-                    if not is_direct:
-                        out[place].copy_(buffer)
+
+        def read_one(expert: int) -> None:
+            place = expert - experts.start
+            row = out[place] if is_direct else torch.empty(self.shape[1:], dtype=self.dtype)
+            self._file_of[expert].read_row(self.name, expert, row)
+            if not is_direct:
+                out[place].copy_(row)
+
+        # Checksums take most of the time, and Python lets other threads run meanwhile.
+        with ThreadPoolExecutor(READERS) as readers:
+            list(readers.map(read_one, experts))
 
     def read(self, experts: range, device: torch.device) -> Tensor:
         """Return the rows of some experts, in the type they were saved in."""
@@ -59,9 +66,8 @@ class SavedExperts:
     def verify(self) -> None:
         """Check every row. Raises `UserError` for the first that fails its checksum."""
         row = torch.empty(self.shape[1:], dtype=self.dtype)
-        for file in self.files:
-            for expert in file.shard.expert_ids:
-                file.read_row(self.name, expert, row)
+        for expert, file in enumerate(self._file_of):
+            file.read_row(self.name, expert, row)
 
 
 def open_shards(folder: Path, manifest: Manifest, part: str) -> list[ShardFile]:

@@ -4,6 +4,7 @@ fairseq decides on rank 0 alone whether a checkpoint is written, and under which
 word: write your experts, or it is done.
 """
 
+import functools
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from fairseq_hash.agreement import gather, together
 from fairseq_hash.checkpoint.directory import SHARDS, collect, shard_name
 from fairseq_hash.checkpoint.layout import expert_moments, expert_numbers, expert_parameters, without_experts
-from fairseq_hash.checkpoint.mainfile import cannot_write
+from fairseq_hash.checkpoint.mainfile import cannot_write, sync_folder
 from fairseq_hash.checkpoint.manifest import KEY, Manifest
 from fairseq_hash.checkpoint.shards import Shard, write_shard
 from fairseq_hash.errors import UserError
@@ -48,6 +49,11 @@ class Saver:
         """Take the model, who shares its experts (None: it has none), what a manifest says of it, and its optimizer."""
         self.model, self.parallel, self.facts, self.optimizer = model, parallel, facts, optimizer
         self.manifest: Manifest | None = None
+
+    @functools.cached_property
+    def provenance(self) -> dict[str, object]:
+        """Versions and hardware; looked up once."""
+        return provenance()
 
     def run(self, save: Callable[[], None], folder: Path) -> None:
         """Call fairseq's `save`, and let all ranks take part in it; every rank has to call this.
@@ -104,11 +110,11 @@ class Saver:
         numbers = expert_numbers(self.optimizer(), self.model) if with_optimizer else {}
         own = together(lambda: self._write_own(Path(folder), update, save, numbers))
         shards = [Shard(**shard) for shards in gather([asdict(shard) for shard in own]) for shard in shards]
-        # Rank 0 looks for all.
         together(lambda: check_visible(Path(folder), [] if self.parallel.rank else shards))
-        self.manifest = Manifest(
-            save, update, numbers=numbers, shards=tuple(shards), provenance=provenance(), **self.facts
-        )
+        if self.parallel.rank == 0:
+            sync_folder(Path(folder) / SHARDS)
+            facts = {**self.facts, "provenance": self.provenance}
+            self.manifest = Manifest(save, update, numbers=numbers, shards=tuple(shards), **facts)
 
     def _write_own(self, folder: Path, update: int, save: str, numbers: dict[str, int]) -> list[Shard]:
         parts: dict[str, dict[str, Tensor]] = {"weights": dict(expert_parameters(self.model))}

@@ -53,6 +53,7 @@ class TrainingCheckpoints:
     def _begin(self, cfg: Any) -> None:
         folder = Path(cfg.save_dir)
         if self.trainer.data_parallel_rank == 0 and not cfg.no_save:
+            folder.mkdir(parents=True, exist_ok=True)
             lock(folder)
             clean(folder)
         suffix = self.trainer.checkpoint_suffix or ""

@@ -1,0 +1,359 @@
+"""`fairseq-hash checkpoint`: look into checkpoints, check them, merge, split and average them, take their table out."""
+
+import argparse
+import re
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fairseq_hash.errors import UserError
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the verb `checkpoint` with its own verbs."""
+    checkpoint = subparsers.add_parser("checkpoint", help="show, verify, merge, split and average checkpoints")
+    verbs = checkpoint.add_subparsers(dest="checkpoint_verb", required=True, metavar="VERB")
+
+    show = verbs.add_parser("show", help="show what a checkpoint has, without reading its experts")
+    show.add_argument("checkpoint", type=Path, metavar="CKPT", help="main file, such as checkpoint_best.pt")
+    show.add_argument("--json", action="store_true", help="print the facts as one JSON object")
+    show.set_defaults(run=run_show)
+
+    verify = verbs.add_parser("verify", help="compare every byte of checkpoints with its checksums")
+    verify.add_argument("checkpoints", nargs="+", type=Path, metavar="CKPT", help="main files")
+    verify.set_defaults(run=run_verify)
+
+    merge = verbs.add_parser("merge", help="write one plain fairseq file that has all experts")
+    merge.add_argument("checkpoint", type=Path, metavar="CKPT", help="main file")
+    merge.add_argument("--no-optimizer", action="store_true", help="leave the optimizer's state out")
+    _add_out(merge, "checkpoint to write")
+    merge.set_defaults(run=run_merge)
+
+    split = verbs.add_parser("split", help="write a checkpoint whose experts are in shards")
+    split.add_argument("checkpoint", type=Path, metavar="CKPT", help="main file, or a plain file that merge wrote")
+    split.add_argument("--shards", type=int, default=1, metavar="N", help="1 to the number of experts (default: 1)")
+    _add_out(split, "main file to write, .pt; its shards go to experts/ beside it")
+    split.set_defaults(run=run_split)
+
+    average = verbs.add_parser(
+        "average",
+        help="write the mean of the weights of checkpoints of one model",
+        description="Write the mean of the weights of checkpoints of one model. All but the weights is that of the "
+        "last one, without the optimizer's state; the result is in shards where the last one is.",
+    )
+    average.add_argument("checkpoints", nargs="+", type=Path, metavar="CKPT", help="main files, two or more")
+    _add_out(average, "checkpoint to write, .pt")
+    average.set_defaults(run=run_average)
+
+    table = verbs.add_parser("table", help="write a checkpoint's hash table to a file for --hash-table")
+    table.add_argument("checkpoint", type=Path, metavar="CKPT", help="main file")
+    _add_out(table, "table file to write (safetensors)")
+    table.set_defaults(run=run_table)
+
+
+def _add_out(parser: argparse.ArgumentParser, help_text: str) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=help_text)
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE, not its shards")
+
+
+def _check_out(arguments: argparse.Namespace) -> None:
+    """Raise `UserError` unless `--out` can be written, before work begins."""
+    out = arguments.out
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: the folder {out.parent} does not exist; make it first")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; give a file")
+    if out.exists() and not arguments.overwrite:
+        raise UserError(f"--out {out} exists; give another file, or add --overwrite to replace it")
+
+
+def _check_main_name(out: Path) -> None:
+    """Raise `UserError` for a name that trainings do not look at when they remove shards that nothing names."""
+    if out.suffix != ".pt":
+        raise UserError(f"--out {out} does not end in .pt, as the main file of shards has to; give such a name")
+
+
+def run_merge(arguments: argparse.Namespace) -> None:
+    """Merge, and say what was written."""
+    from fairseq_hash.checkpoint.convert import merge
+
+    _check_out(arguments)
+    merge(arguments.checkpoint, arguments.out, with_optimizer=not arguments.no_optimizer)
+    print(f"wrote {arguments.out}")
+
+
+def run_split(arguments: argparse.Namespace) -> None:
+    """Split, and say what was written."""
+    from fairseq_hash.checkpoint.convert import split
+
+    _check_out(arguments)
+    _check_main_name(arguments.out)
+    split(arguments.checkpoint, arguments.out, arguments.shards)
+    print(f"wrote {arguments.out}")
+
+
+def run_average(arguments: argparse.Namespace) -> None:
+    """Average, and say what was written."""
+    from fairseq_hash.checkpoint.convert import average
+
+    _check_out(arguments)
+    _check_main_name(arguments.out)
+    if len(arguments.checkpoints) < 2:
+        raise UserError(f"{arguments.checkpoints[0]} alone has no average; give two or more checkpoints")
+    average(arguments.checkpoints, arguments.out)
+    print(f"wrote {arguments.out}")
+
+
+def run_table(arguments: argparse.Namespace) -> None:
+    """Write the hash table of a checkpoint to a file."""
+    from safetensors import SafetensorError
+
+    from fairseq_hash.checkpoint.mainfile import read_main
+    from fairseq_hash.checkpoint.manifest import Manifest
+    from fairseq_hash.hashing import HashTable, TableRecord, save_table
+
+    _check_out(arguments)
+    state = read_main(arguments.checkpoint)
+    expert_VK = state["model"].get("decoder.hash_table.expert")
+    if expert_VK is None:
+        raise UserError(f"{arguments.checkpoint} has no hash table; give a checkpoint that --router hash trained")
+    manifest = Manifest.of(state, arguments.checkpoint)
+    num_experts = manifest.num_experts if manifest is not None else _model_options(state)["num_experts"]
+    record = TableRecord("checkpoint", num_experts, _fingerprints(state["model"], manifest)["dictionary_fingerprint"])
+    try:
+        save_table(HashTable(expert_VK, record), arguments.out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write --out {arguments.out} ({error}); give a file that you can write") from None
+    print(f"wrote {arguments.out}")
+
+
+def run_verify(arguments: argparse.Namespace) -> None:
+    """Check every file, say of each how it is, and raise `UserError` at the end where one is not what was saved."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(highlight=False, soft_wrap=True)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
+        checks = Checks(bars)
+        for path in arguments.checkpoints:
+            checks.check_checkpoint(path)
+    if checks.wrong:
+        raise UserError(f"{checks.wrong} of {checks.files} files are missing or damaged; use other checkpoints")
+
+
+class Checks:
+    """Checks of files, each reported with one line, and their number.
+
+    Attributes:
+        files: how many were checked.
+        wrong: how many are missing or damaged.
+    """
+
+    def __init__(self, bars: "Progress") -> None:  # noqa: F821
+        self.bars, self.files, self.wrong, self.bytes = bars, 0, 0, 0
+        self.task = bars.add_task("bytes", total=0)
+        self.done: set[tuple[Path, Any]] = set()  # main files of one save share their shards
+
+    def check_checkpoint(self, path: Path) -> None:
+        """Check a main file with CRC-32 and its shards with SHA-256."""
+        import os
+
+        from fairseq_hash.checkpoint.mainfile import read_main
+        from fairseq_hash.checkpoint.manifest import Manifest
+        from fairseq_hash.checkpoint.saved import open_shards
+        from fairseq_hash.checkpoint.shards import ShardFile
+
+        manifest = None
+
+        def check_main() -> Iterable[int]:
+            nonlocal manifest
+            manifest = Manifest.of(read_main(path), path)
+            yield size
+
+        def check_shard() -> Iterable[int]:
+            return ShardFile(path.parent / shard.file, shard).verify()
+
+        before, wrong = path.stat() if path.is_file() else None, self.wrong
+        size = before.st_size if before is not None else 0
+        self._expect(size)
+        self._check(path, size, check_main)
+        shards = manifest.shards if manifest is not None else ()
+        shards = [shard for shard in shards if (path.parent, shard) not in self.done]
+        self.done.update((path.parent, shard) for shard in shards)
+        self._expect(sum(shard.bytes for shard in shards))
+        for shard in shards:
+            self._check(path.parent / shard.file, shard.bytes, check_shard)
+        if self.wrong == wrong and manifest is not None:
+            try:
+                for part in ("weights", "optimizer"):
+                    open_shards(path.parent, manifest, part)
+            except UserError as error:  # such as files that are whole, but not all experts
+                self.wrong += 1
+                self._say(f"wrong: {path}: {error}")
+        if self.wrong > wrong and path.is_file() and not os.path.samestat(before or path.stat(), path.stat()):
+            self._say(f"{path} was replaced by a newer checkpoint while it was checked; verify it again")
+
+    def _expect(self, size: int) -> None:
+        """Count bytes that will be read."""
+        self.bytes += size
+        self.bars.update(self.task, total=self.bytes)
+
+    def _check(self, path: Path, size: int, work: Callable[[], Iterable[int]]) -> None:
+        """Do the work, which yields how many bytes it has read, and say whether the file is whole."""
+        self.files += 1
+        try:
+            for count in work():
+                self.bars.advance(self.task, count)
+        except (UserError, OSError, zlib.error) as error:  # a disc that fails to read, an archive's field
+            self.wrong += 1
+            self._say(f"wrong: {error}" if isinstance(error, UserError) else f"wrong: {path}: {error}")
+        else:
+            self._say(f"ok: {path}, {size:,} bytes")
+
+    def _say(self, text: str) -> None:
+        self.bars.console.print(text, markup=False)
+
+
+def run_show(arguments: argparse.Namespace) -> None:
+    """Print the facts of a checkpoint: as tables, or as JSON."""
+    import json
+
+    from fairseq_hash.checkpoint.loading import read_checkpoint
+
+    path = arguments.checkpoint
+    found = facts(path, read_checkpoint(path, is_checked=False))
+    if arguments.json:
+        print(json.dumps(found))
+    else:
+        show_facts(found)
+
+
+def facts(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `show` prints, ready for JSON; None where a checkpoint does not say.
+
+    Args:
+        path: the main file.
+        state: what `read_checkpoint` returned for it.
+    """
+    from dataclasses import asdict
+
+    from fairseq_hash.checkpoint.convert import OPTIMIZER, is_expert
+    from fairseq_hash.checkpoint.manifest import KEY
+
+    model, manifest = state["model"], state["model"].manifest
+    options = _model_options(state)
+    history = (state.get("optimizer_history") or [{}])[-1]
+    experts = {name: value for name, value in model.items() if is_expert(name)}
+    first = next((value for name, value in experts.items() if name.endswith("fc1_weight")), None)
+    kind = "sharded" if manifest is not None and manifest.shards else "plain" if experts else "dense"
+    if manifest is None and KEY in state:
+        kind = "experts of one rank"  # fully sharded data parallel
+    shards = manifest.shards if manifest is not None else ()
+    in_shards = {part: sum(shard.bytes for shard in shards if shard.part == part) for part in ("weights", "optimizer")}
+    sizes = {"dense": _count(model, is_expert=False), "experts": _count(model, is_expert=True)}
+    return {
+        "file": str(path),
+        "kind": kind,
+        "update": manifest.update if manifest is not None else history.get("num_updates"),
+        "epoch": (state.get("extra_state") or {}).get("train_iterator", {}).get("epoch"),
+        "router": manifest.router if manifest is not None else options.get("router"),
+        "experts": manifest.num_experts if manifest is not None else len(first) if first is not None else 0,
+        "sparse_layers": _sparse_layers(model),
+        "model_width": first.shape[2] if first is not None else options.get("decoder_embed_dim"),
+        "expert_hidden_width": first.shape[1] if first is not None else None,
+        "parameters": {"total": sum(sizes.values()), **sizes},
+        "bytes": {"main_file": path.stat().st_size, **{f"{part}_shards": size for part, size in in_shards.items()}},
+        "optimizer": history.get("optimizer_name", "unknown") if state.get(OPTIMIZER) else None,
+        **_fingerprints(model, manifest),
+        "save": manifest.save if manifest is not None else None,
+        "provenance": manifest.provenance if manifest is not None else {},
+        "shards": [asdict(shard) for shard in shards],
+    }
+
+
+def _model_options(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the model's options as fairseq saves them; none where it does not."""
+    configuration = state.get("cfg")
+    options = configuration.get("model") if isinstance(configuration, Mapping) else None
+    return options if isinstance(options, Mapping) else {}
+
+
+def _fingerprints(model: Mapping[str, Any], manifest: "Manifest | None") -> dict[str, "str | None"]:  # noqa: F821
+    """Return the fingerprints of dictionary and table, by the manifest or else by the model's buffers."""
+    from fairseq_hash.hashing import table_fingerprint
+
+    if manifest is not None:
+        return {
+            "table_fingerprint": manifest.table_fingerprint,
+            "dictionary_fingerprint": manifest.dictionary_fingerprint,
+        }
+    table, digest = (model.get(f"decoder.hash_table.{name}") for name in ("expert", "dictionary_fingerprint"))
+    return {
+        "table_fingerprint": table_fingerprint(table) if table is not None else None,
+        "dictionary_fingerprint": bytes(digest.tolist()).hex() if digest is not None else None,
+    }
+
+
+def _sparse_layers(model: Iterable[str]) -> list[int]:
+    """Return the numbers of the layers with experts, as --sparse-layers has them."""
+    names = "\n".join(model)
+    places = sorted(
+        {int(place) for place in re.findall(r"^decoder\.layers\.(\d+)\..*\.experts\.", names, re.MULTILINE)}
+    )
+    with_attention = {int(place) for place in re.findall(r"^decoder\.layers\.(\d+)\.self_attn\.", names, re.MULTILINE)}
+    # An inserted stack takes a place of its own behind its layer.
+    return [place if place in with_attention else place - 1 - before for before, place in enumerate(places)]
+
+
+def _count(model: Mapping[str, Any], is_expert: bool) -> int:
+    """Return the number of parameters, of the experts or of all else; tied ones count once."""
+    from fairseq_hash.checkpoint import convert
+
+    sizes = {}
+    for name, value in model.items():
+        is_parameter = value.dtype.is_floating_point and not name.endswith((".version", "._float_tensor"))
+        if is_parameter and convert.is_expert(name) == is_expert:
+            memory = (value.data_ptr(), value.shape) if hasattr(value, "data_ptr") else name
+            sizes[memory] = value.shape.numel()
+    return sum(sizes.values())
+
+
+def show_facts(found: Mapping[str, Any]) -> None:
+    """Print the facts as tables."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text  # plain strings would be read as markup
+
+    parameters, sizes = found["parameters"], found["bytes"]
+    layers = ", ".join(map(str, found["sparse_layers"]))
+    widths = f"D {found['model_width']}" + (f", F {found['expert_hidden_width']}" if found["experts"] else "")
+    rows = {
+        **{name: found[name] for name in ("file", "kind", "update", "epoch", "router", "experts")},
+        "sparse layers": layers or "none",
+        "widths": widths,
+        "parameters": f"{parameters['total']:,}",
+        "of them dense / experts": f"{parameters['dense']:,} / {parameters['experts']:,}",
+        "bytes of the main file": f"{sizes['main_file']:,}",
+        "bytes of shards, weights / optimizer": f"{sizes['weights_shards']:,} / {sizes['optimizer_shards']:,}",
+        "optimizer state": found["optimizer"] or "none",
+        "hash table": (found["table_fingerprint"] or "none")[:12],
+        "dictionary": (found["dictionary_fingerprint"] or "not known")[:12],
+        **found["provenance"],
+    }
+    console = Console(highlight=False)
+    shown = Table(show_header=False)
+    shown.add_column(no_wrap=True)
+    shown.add_column(overflow="fold")
+    for name, value in rows.items():
+        value = ", ".join(value) or "none" if isinstance(value, list) else value
+        shown.add_row(name, Text("not known" if value is None else str(value)))
+    console.print(shown)
+    if found["shards"]:
+        shards = Table("shard", "part", "experts", "bytes")
+        shards.columns[0].overflow = "fold"
+        for shard in found["shards"]:
+            experts = f"{shard['first']} to {shard['first'] + shard['experts'] - 1}"
+            shards.add_row(Text(shard["file"]), shard["part"], experts, f"{shard['bytes']:,}")
+        console.print(shards)

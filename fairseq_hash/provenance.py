@@ -29,8 +29,13 @@ def provenance() -> dict[str, object]:
         "cores": usable_cores(),
         "gpus": _gpus(),
         "platform": platform.platform(terse=True),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
     }
+
+
+def now() -> str:
+    """Return the time: UTC, ISO 8601, seconds."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def commit() -> str | None:

@@ -42,7 +42,7 @@ def resume_all(data, cases, updates):
 def group_size(trainer):
     """Return the number of ranks that share one set of experts."""
     layers = [module for module in trainer.get_model().modules() if isinstance(module, SparseLayer)]
-    return layers[0].parallel.size
+    return layers[0].parallel.size if layers else 1
 
 
 def state_of(trainer):
@@ -53,6 +53,31 @@ def state_of(trainer):
     for name, parameter in parameters.items():
         state.update({f"{name} {key}": moments[parameter][key].cpu().clone() for key in ("exp_avg", "exp_avg_sq")})
     return state
+
+
+def half_state_of(trainer):
+    """Return parameters and moments by name where the optimizer may work on fp32 copies."""
+    optimizer = trainer.optimizer
+    copies = getattr(optimizer, "fp32_params", None) or list(trainer.get_model().parameters())
+    state = {}
+    for (name, parameter), copy in zip(trainer.get_model().named_parameters(), copies, strict=True):
+        moments = optimizer.optimizer.state[copy]
+        state[name] = parameter.detach().clone()
+        state.update({f"{name} {key}": moments[key].clone() for key in ("exp_avg", "exp_avg_sq")})
+    return state
+
+
+def save_half(data, arguments, updates):
+    """Train in half precision, save, and return parameters and moments."""
+    trainer, epoch_itr = recorded.make_trainer(data, arguments)
+    recorded.run(trainer, epoch_itr, updates)
+    checkpoint_utils.save_checkpoint(trainer.cfg.checkpoint, trainer, epoch_itr, 1.0)
+    return half_state_of(trainer)
+
+
+def load_half(data, arguments):
+    """Return parameters and moments of a loaded checkpoint."""
+    return half_state_of(recorded.make_trainer(data, arguments)[0])
 
 
 class PeakMemory:

@@ -235,10 +235,11 @@ def test_average_is_numpys(saved, merged, tmp_path, given, shards):
     tied = [result["model"][f"decoder.{name}.weight"].data_ptr() for name in ("embed_tokens", "output_projection")]
     assert tied[0] == tied[1]
     assert "last_optimizer_state" not in result
-    own = {"save", "numbers", "shards"}
+    own = {"save", "numbers", "shards", "provenance"}
     for key in last["fairseq_hash"].keys() - own:
         assert result["fairseq_hash"][key] == last["fairseq_hash"][key], key
     assert result["fairseq_hash"]["numbers"] == {}
+    assert result["fairseq_hash"]["provenance"]["average_of"] == list(map(str, paths))
     for key in last.keys() - {"model", "last_optimizer_state", "fairseq_hash"}:
         assert plain(result[key]) == plain(last[key]), key
     done("verify", tmp_path / "a.pt")

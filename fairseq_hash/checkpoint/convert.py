@@ -14,20 +14,16 @@ import torch
 from torch import Tensor
 
 from fairseq_hash.checkpoint.directory import SHARDS, lock, shard_name
-from fairseq_hash.checkpoint.layout import is_per_element
+from fairseq_hash.checkpoint.layout import EXPERT, take_moments
 from fairseq_hash.checkpoint.loading import loading_weights_only, read_checkpoint
 from fairseq_hash.checkpoint.mainfile import cannot_write, read_main, sync_folder, write_main
 from fairseq_hash.checkpoint.manifest import KEY, Manifest
 from fairseq_hash.checkpoint.saved import SavedExperts, take
 from fairseq_hash.checkpoint.shards import write_shard
 from fairseq_hash.errors import UserError
+from fairseq_hash.provenance import now
 
 OPTIMIZER = "last_optimizer_state"  # fairseq's key
-
-
-def is_expert(name: str) -> bool:
-    """Return whether a tensor of a model's state has a row for each expert."""
-    return ".experts." in name
 
 
 def read(path: Path, with_optimizer: bool = True) -> tuple[dict[str, Any], "Manifest | None"]:
@@ -84,7 +80,7 @@ def split(source: Path, out: Path, num_shards: int) -> None:
             or a file cannot be written.
     """
     state, manifest = read(source)
-    if not any(is_expert(name) for name in state["model"]):
+    if not any(EXPERT in name for name in state["model"]):
         raise UserError(f"{source} is a dense model, which has no experts to split; give a sparse one")
     if manifest is None:
         raise UserError(
@@ -118,6 +114,9 @@ def average(sources: Sequence[Path], out: Path) -> None:
     if is_sharded:
         keep_trainings_out(out)
     state["model"] = _mean_of_models([one["model"] for one, _ in read_ones], sources)
+    if manifest is not None:
+        made = {**manifest.provenance, "date": now(), "average_of": [str(source) for source in sources]}
+        manifest = replace(manifest, provenance=made)
     if is_sharded:
         _write_sharded(state, manifest, [shard.expert_ids for shard in manifest.part("weights")], out)
     else:
@@ -179,7 +178,7 @@ def _mean(name: str, values: "Sequence[Tensor | SavedExperts]") -> Tensor:
     last = values[-1]
     if not last.dtype.is_floating_point:
         return last
-    if not is_expert(name):
+    if EXPERT not in name:
         return _mean_of_tensors(values).to(last.dtype)
     mean = torch.empty(last.shape, dtype=last.dtype)
     for expert in range(len(last)):
@@ -225,10 +224,11 @@ def _write_sharded(state: dict[str, Any], manifest: Manifest, ranges: Sequence[r
         UserError: where a file cannot be written, or what is still to be read is damaged; no shard is left then.
     """
     save = uuid.uuid4().hex[:8]
-    parts = {
-        "weights": {name: state["model"].pop(name) for name in list(state["model"]) if is_expert(name)},
-        "optimizer": _take_moments(state, manifest.numbers),
-    }
+    weights = {name: state["model"].pop(name) for name in list(state["model"]) if EXPERT in name}
+    parts: dict[str, dict[str, Any]] = {"weights": weights, "optimizer": {}}
+    if manifest.numbers:
+        shapes = {name: value.shape for name, value in weights.items()}
+        state[OPTIMIZER], parts["optimizer"] = take_moments(state[OPTIMIZER], manifest.numbers, shapes)
     shards, files = [], []
     folder = out.parent / SHARDS
     is_new = not folder.exists()
@@ -263,13 +263,3 @@ def _names_save(path: Path, save: str) -> bool:
     except UserError:
         return False
     return manifest is not None and manifest.save == save
-
-
-def _take_moments(state: dict[str, Any], numbers: Mapping[str, int]) -> "dict[str, Tensor | SavedExperts]":
-    """Take what the optimizer's state holds of the experts out of it: `parameter/moment` to `[E, ...]`."""
-    moments = {}
-    for name, number in numbers.items():
-        values = state[OPTIMIZER]["state"].get(number, {})
-        for key in [key for key, value in values.items() if isinstance(value, SavedExperts) or is_per_element(value)]:
-            moments[f"{name}/{key}"] = values.pop(key)
-    return moments

@@ -11,14 +11,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fairseq_hash.checkpoint.loading import read_checkpoint
+from fairseq_hash.checkpoint.loading import one_line, read_checkpoint
 from fairseq_hash.errors import UserError
+from fairseq_hash.experts import ExpertStack
 
 logger = logging.getLogger(__name__)
 
 
 def start_from_dense(model: nn.Module, path: str) -> None:
-    """Load the dense checkpoint at `path` into a sparse model; routers, table and inserted stacks stay as they are.
+    """Load the dense checkpoint at `path` into a sparse model; routers and table stay as they are.
 
     Raises:
         UserError: where the file cannot be used, is of a sparse model, or does not fit the model's sizes.
@@ -31,12 +32,17 @@ def start_from_dense(model: nn.Module, path: str) -> None:
     try:
         missing, unexpected = nn.Module.load_state_dict(model, state, strict=False)
     except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise UserError(f"--from-dense {path} does not fit this model: {first}") from error
+        raise UserError(f"--from-dense {path} does not fit this model: {one_line(error)}") from error
+    except UserError as error:
+        raise UserError(f"--from-dense {path}: {error}") from error
     missing = [name for name in missing if not re.search(r"\.sparse\.|\.hash_table\.", name)]
     if missing or unexpected:
         what = f"it lacks {missing[0]}" if missing else f"it has {unexpected[0]}"
         raise UserError(f"--from-dense {path} does not fit this model: {what}; give the sizes of the dense model")
+    for module in model.modules():
+        if isinstance(module, ExpertStack):  # an inserted one; its weights start at zero, and now its biases
+            for feed_forward in module.feed_forward:
+                nn.init.zeros_(feed_forward.fc2_bias)
     options = model.decoder.options
     if options.sparse_placement == "replace" and options.router != "hash":
         logger.warning("the router weighs what the experts return: the first loss is not that of the dense model")

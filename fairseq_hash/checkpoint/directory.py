@@ -7,13 +7,13 @@ import os
 import re
 import socket
 from collections.abc import Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO
 
 from fairseq_hash.checkpoint.mainfile import read_main
 from fairseq_hash.checkpoint.manifest import Manifest
 from fairseq_hash.errors import UserError
+from fairseq_hash.provenance import now
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +57,7 @@ def lock(folder: Path) -> None:
             ) from None
         logger.warning("%s cannot be locked (%s): nothing keeps a second training out of it", path, error.strerror)
     file.truncate(0)
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    file.write(f"process {os.getpid()} on {socket.gethostname()} since {started}\n")
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {now()}\n")
     file.flush()
     _locks[path] = file
 
@@ -94,6 +93,8 @@ def _unreferenced(folder: Path) -> list[Path]:
         return []
     referenced = set()
     for path in folder.glob("*.pt"):
+        if not path.is_file():  # a link to nothing refers to nothing
+            continue
         try:
             manifest = _manifest(path)
         except UserError as error:

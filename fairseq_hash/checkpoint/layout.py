@@ -1,12 +1,16 @@
 """Which tensors of a model and its optimizer are experts', and go to shards."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from fairseq.optim import FairseqOptimizer
 from torch import Tensor, nn
 
+from fairseq_hash.checkpoint.saved import SavedExperts
 from fairseq_hash.layer import SparseLayer
+
+EXPERT = ".experts."  # in the name of every tensor that has a row for each expert
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -41,25 +45,29 @@ def expert_numbers(optimizer: FairseqOptimizer, model: nn.Module) -> dict[str, i
     return {names[id(parameter)]: number for number, parameter in numbered if id(parameter) in names}
 
 
-def is_per_element(value: Any) -> bool:
-    """Return whether an optimizer holds this value for each element of a parameter (a moment), not once (a step)."""
-    return isinstance(value, Tensor) and value.dim() > 0
+def is_per_element(value: Any, shape: torch.Size) -> bool:
+    """Return whether an optimizer holds this value for each element of a parameter of `shape`: a moment.
+
+    Others are single numbers (a step), or sums over rows or columns (Adafactor), which stay whole.
+    """
+    return isinstance(value, Tensor | SavedExperts) and len(value.shape) > 0 and value.shape == shape
 
 
-def expert_moments(state: dict[str, Any], numbers: dict[str, int]) -> dict[str, Tensor]:
-    """Return what an optimizer's state dict holds of the experts: `parameter/moment` to `[e, ...]`."""
-    return {
-        f"{name}/{key}": value
-        for name, number in numbers.items()
-        for key, value in state["state"].get(number, {}).items()
-        if is_per_element(value)
-    }
+def take_moments(
+    state: dict[str, Any], numbers: Mapping[str, int], shapes: Mapping[str, torch.Size]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return an optimizer's state dict without the experts' moments, and these: `parameter/moment` to `[e, ...]`.
 
-
-def without_experts(state: dict[str, Any], numbers: dict[str, int]) -> dict[str, Any]:
-    """Return an optimizer's state dict without what `expert_moments` returns."""
-    kept = dict(state["state"])
-    for number in numbers.values():
+    Args:
+        state: the state dict, which is left as it is.
+        numbers: see `expert_numbers`.
+        shapes: of the parameters, by name.
+    """
+    kept, moments = dict(state["state"]), {}
+    for name, number in numbers.items():
+        for key, value in kept.get(number, {}).items():
+            if is_per_element(value, shapes[name]):
+                moments[f"{name}/{key}"] = value
         if number in kept:
-            kept[number] = {key: value for key, value in kept[number].items() if not is_per_element(value)}
-    return {**state, "state": kept}
+            kept[number] = {key: value for key, value in kept[number].items() if f"{name}/{key}" not in moments}
+    return {**state, "state": kept}, moments

@@ -111,17 +111,24 @@ def _own_state(
     for number, values in state["state"].items():
         own[number] = dict(values)
         for key, value in values.items():
-            if number in experts and (isinstance(value, SavedExperts) or is_per_element(value)):
-                fit_experts(value, parallel, parameters[number].shape[1:], "the optimizer's state")
-                if isinstance(value, SavedExperts):
-                    own[number][key] = value.read(parallel.expert_ids, parameters[number].device)
-                    continue
-                value = take(value, parallel.expert_ids)
-            if isinstance(value, SavedExperts):
-                raise UserError("the optimizer's state belongs to other parameters; add --reset-optimizer")
-            # The state of a file lies in the file's memory, which is not there to train in.
-            own[number][key] = value.clone() if torch.is_tensor(value) else value
+            own[number][key] = _own_value(value, parallel if number in experts else None, parameters[number])
     return {**state, "state": own}
+
+
+def _own_value(value: Any, parallel: "ExpertParallel | None", parameter: nn.Parameter) -> Any:
+    """Return what an optimizer is to hold for a parameter; `parallel` is None where that is no expert's."""
+    if isinstance(value, SavedExperts):
+        if parallel is None:
+            raise UserError("the optimizer's state belongs to other parameters; add --reset-optimizer")
+        fit_experts(value, parallel, parameter.shape[1:], "the optimizer's state")
+        return value.read(parallel.expert_ids, parameter.device)
+    if not torch.is_tensor(value):
+        return value
+    if parallel is not None and value.dim() and is_per_element(value, (len(value), *parameter.shape[1:])):
+        fit_experts(value, parallel, parameter.shape[1:], "the optimizer's state")
+        value = take(value, parallel.expert_ids)
+    # What was read lies in the file's memory, which is not there to train in.
+    return value.clone()
 
 
 def place_in_epoch(iterator: dict[str, Any], num_shards: int) -> tuple[dict[str, Any], int]:

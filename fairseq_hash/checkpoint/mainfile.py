@@ -4,6 +4,8 @@ import os
 import pickle
 import shutil
 import zipfile
+import zlib
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,18 @@ def partial_of(path: Path) -> Path:
 def write_main(state: Mapping[str, Any], path: "str | os.PathLike[str]") -> None:
     """Write a checkpoint's main file, and rename it into place when all of it is on disc.
 
+    Args:
+        state: what to write; of the options in `cfg`, namespaces become dictionaries, as fairseq's older optimizers
+            have them and no file can be read back with them unless code from it is run.
+        path: the file.
+
     Raises:
         UserError: where it cannot be written; what had this name before is still there, and nothing else is.
     """
     path = Path(path)
     partial = partial_of(path)
+    if state.get("cfg") is not None:
+        state = {**state, "cfg": _plain(state["cfg"])}
     try:
         with open(partial, "wb") as file:
             torch.save(state, file)
@@ -37,6 +46,13 @@ def write_main(state: Mapping[str, Any], path: "str | os.PathLike[str]") -> None
         raise UserError(cannot_write(path, error)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _plain(options: Any) -> Any:
+    """Return options with dictionaries in the place of namespaces."""
+    if isinstance(options, Namespace):
+        options = vars(options)
+    return {key: _plain(value) for key, value in options.items()} if isinstance(options, dict) else options
 
 
 def cannot_write(path: "str | os.PathLike[str]", error: Exception) -> str:
@@ -101,13 +117,13 @@ def read_main(path: "str | os.PathLike[str]", is_checked: bool = True) -> dict[s
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+        if "Unsupported global" in str(error) or "GLOBAL" in str(error):
             raise UserError(
                 f"{path} is not loaded, as that would run code from the file: {_reason(error)}; save it again as "
                 "tensors and plain values"
             ) from error
         raise UserError(f"{path} is damaged or no checkpoint; use another checkpoint") from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged or no checkpoint ({_reason(error)}); use another checkpoint") from error
     if not isinstance(state, dict) or "model" not in state:
         raise UserError(f"{path} is no checkpoint: it has no model")

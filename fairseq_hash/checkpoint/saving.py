@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from fairseq_hash.agreement import gather, together
 from fairseq_hash.checkpoint.directory import SHARDS, collect, shard_name
-from fairseq_hash.checkpoint.layout import expert_moments, expert_numbers, expert_parameters, without_experts
+from fairseq_hash.checkpoint.layout import expert_numbers, expert_parameters, take_moments
 from fairseq_hash.checkpoint.mainfile import cannot_write, sync_folder
 from fairseq_hash.checkpoint.manifest import KEY, Manifest
 from fairseq_hash.checkpoint.shards import Shard, write_shard
 from fairseq_hash.errors import UserError
 from fairseq_hash.parallel import ExpertParallel
-from fairseq_hash.provenance import provenance
+from fairseq_hash.provenance import now, provenance
 
 WRITE, DONE = "write", "done"
 
@@ -113,13 +113,15 @@ class Saver:
         together(lambda: check_visible(Path(folder), [] if self.parallel.rank else shards))
         if self.parallel.rank == 0:
             sync_folder(Path(folder) / SHARDS)
-            facts = {**self.facts, "provenance": self.provenance}
+            facts = {**self.facts, "provenance": {**self.provenance, "date": now()}}
             self.manifest = Manifest(save, update, numbers=numbers, shards=tuple(shards), **facts)
 
     def _write_own(self, folder: Path, update: int, save: str, numbers: dict[str, int]) -> list[Shard]:
-        parts: dict[str, dict[str, Tensor]] = {"weights": dict(expert_parameters(self.model))}
+        weights = expert_parameters(self.model)
+        parts: dict[str, dict[str, Tensor]] = {"weights": dict(weights)}
         if numbers:
-            parts["optimizer"] = expert_moments(self.optimizer().state_dict(), numbers)
+            shapes = {name: parameter.shape for name, parameter in weights.items()}
+            _, parts["optimizer"] = take_moments(self.optimizer().state_dict(), numbers, shapes)
         experts = self.parallel.saved_experts
         first = experts.start - self.parallel.expert_ids.start
         about = {"save": save, "update": update}
@@ -139,10 +141,13 @@ class Saver:
         """Take the experts out of a state that fairseq is about to write, and put the manifest in."""
         if self.manifest is None:
             return
-        for name in expert_parameters(self.model):
+        weights = expert_parameters(self.model)
+        for name in weights:
             del state["model"][name]
         if self.manifest.numbers:
-            state["last_optimizer_state"] = without_experts(state["last_optimizer_state"], self.manifest.numbers)
+            shapes = {name: parameter.shape for name, parameter in weights.items()}
+            optimizer = state["last_optimizer_state"]
+            state["last_optimizer_state"], _ = take_moments(optimizer, self.manifest.numbers, shapes)
         state[KEY] = self.manifest.to_plain()
 
 

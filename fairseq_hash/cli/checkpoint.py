@@ -1,8 +1,6 @@
 """`fairseq-hash checkpoint`: look into checkpoints, check them, merge, split and average them, take their table out."""
 
 import argparse
-import re
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -109,6 +107,7 @@ def run_table(arguments: argparse.Namespace) -> None:
     """Write the hash table of a checkpoint to a file."""
     from safetensors import SafetensorError
 
+    from fairseq_hash.checkpoint.facts import fingerprints, model_options
     from fairseq_hash.checkpoint.mainfile import read_main
     from fairseq_hash.checkpoint.manifest import Manifest
     from fairseq_hash.hashing import HashTable, TableRecord, save_table
@@ -119,8 +118,8 @@ def run_table(arguments: argparse.Namespace) -> None:
     if expert_VK is None:
         raise UserError(f"{arguments.checkpoint} has no hash table; give a checkpoint that --router hash trained")
     manifest = Manifest.of(state, arguments.checkpoint)
-    num_experts = manifest.num_experts if manifest is not None else _model_options(state)["num_experts"]
-    record = TableRecord("checkpoint", num_experts, _fingerprints(state["model"], manifest)["dictionary_fingerprint"])
+    num_experts = manifest.num_experts if manifest is not None else model_options(state)["num_experts"]
+    record = TableRecord("checkpoint", num_experts, fingerprints(state["model"], manifest)["dictionary_fingerprint"])
     try:
         save_table(HashTable(expert_VK, record), arguments.out)
     except (OSError, SafetensorError) as error:
@@ -206,7 +205,7 @@ class Checks:
         try:
             for count in work():
                 self.bars.advance(self.task, count)
-        except (UserError, OSError, zlib.error) as error:  # a disc that fails to read, an archive's field
+        except (UserError, OSError) as error:  # also a disc that fails to read
             self.wrong += 1
             self._say(f"wrong: {error}" if isinstance(error, UserError) else f"wrong: {path}: {error}")
         else:
@@ -220,6 +219,7 @@ def run_show(arguments: argparse.Namespace) -> None:
     """Print the facts of a checkpoint: as tables, or as JSON."""
     import json
 
+    from fairseq_hash.checkpoint.facts import facts
     from fairseq_hash.checkpoint.loading import read_checkpoint
 
     path = arguments.checkpoint
@@ -228,96 +228,6 @@ def run_show(arguments: argparse.Namespace) -> None:
         print(json.dumps(found))
     else:
         show_facts(found)
-
-
-def facts(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `show` prints, ready for JSON; None where a checkpoint does not say.
-
-    Args:
-        path: the main file.
-        state: what `read_checkpoint` returned for it.
-    """
-    from dataclasses import asdict
-
-    from fairseq_hash.checkpoint.convert import OPTIMIZER, is_expert
-    from fairseq_hash.checkpoint.manifest import KEY
-
-    model, manifest = state["model"], state["model"].manifest
-    options = _model_options(state)
-    history = (state.get("optimizer_history") or [{}])[-1]
-    experts = {name: value for name, value in model.items() if is_expert(name)}
-    first = next((value for name, value in experts.items() if name.endswith("fc1_weight")), None)
-    kind = "sharded" if manifest is not None and manifest.shards else "plain" if experts else "dense"
-    if manifest is None and KEY in state:
-        kind = "experts of one rank"  # fully sharded data parallel
-    shards = manifest.shards if manifest is not None else ()
-    in_shards = {part: sum(shard.bytes for shard in shards if shard.part == part) for part in ("weights", "optimizer")}
-    sizes = {"dense": _count(model, is_expert=False), "experts": _count(model, is_expert=True)}
-    return {
-        "file": str(path),
-        "kind": kind,
-        "update": manifest.update if manifest is not None else history.get("num_updates"),
-        "epoch": (state.get("extra_state") or {}).get("train_iterator", {}).get("epoch"),
-        "router": manifest.router if manifest is not None else options.get("router"),
-        "experts": manifest.num_experts if manifest is not None else len(first) if first is not None else 0,
-        "sparse_layers": _sparse_layers(model),
-        "model_width": first.shape[2] if first is not None else options.get("decoder_embed_dim"),
-        "expert_hidden_width": first.shape[1] if first is not None else None,
-        "parameters": {"total": sum(sizes.values()), **sizes},
-        "bytes": {"main_file": path.stat().st_size, **{f"{part}_shards": size for part, size in in_shards.items()}},
-        "optimizer": history.get("optimizer_name", "unknown") if state.get(OPTIMIZER) else None,
-        **_fingerprints(model, manifest),
-        "save": manifest.save if manifest is not None else None,
-        "provenance": manifest.provenance if manifest is not None else {},
-        "shards": [asdict(shard) for shard in shards],
-    }
-
-
-def _model_options(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the model's options as fairseq saves them; none where it does not."""
-    configuration = state.get("cfg")
-    options = configuration.get("model") if isinstance(configuration, Mapping) else None
-    return options if isinstance(options, Mapping) else {}
-
-
-def _fingerprints(model: Mapping[str, Any], manifest: "Manifest | None") -> dict[str, "str | None"]:  # noqa: F821
-    """Return the fingerprints of dictionary and table, by the manifest or else by the model's buffers."""
-    from fairseq_hash.hashing import table_fingerprint
-
-    if manifest is not None:
-        return {
-            "table_fingerprint": manifest.table_fingerprint,
-            "dictionary_fingerprint": manifest.dictionary_fingerprint,
-        }
-    table, digest = (model.get(f"decoder.hash_table.{name}") for name in ("expert", "dictionary_fingerprint"))
-    return {
-        "table_fingerprint": table_fingerprint(table) if table is not None else None,
-        "dictionary_fingerprint": bytes(digest.tolist()).hex() if digest is not None else None,
-    }
-
-
-def _sparse_layers(model: Iterable[str]) -> list[int]:
-    """Return the numbers of the layers with experts, as --sparse-layers has them."""
-    names = "\n".join(model)
-    places = sorted(
-        {int(place) for place in re.findall(r"^decoder\.layers\.(\d+)\..*\.experts\.", names, re.MULTILINE)}
-    )
-    with_attention = {int(place) for place in re.findall(r"^decoder\.layers\.(\d+)\.self_attn\.", names, re.MULTILINE)}
-    # An inserted stack takes a place of its own behind its layer.
-    return [place if place in with_attention else place - 1 - before for before, place in enumerate(places)]
-
-
-def _count(model: Mapping[str, Any], is_expert: bool) -> int:
-    """Return the number of parameters, of the experts or of all else; tied ones count once."""
-    from fairseq_hash.checkpoint import convert
-
-    sizes = {}
-    for name, value in model.items():
-        is_parameter = value.dtype.is_floating_point and not name.endswith((".version", "._float_tensor"))
-        if is_parameter and convert.is_expert(name) == is_expert:
-            memory = (value.data_ptr(), value.shape) if hasattr(value, "data_ptr") else name
-            sizes[memory] = value.shape.numel()
-    return sum(sizes.values())
 
 
 def show_facts(found: Mapping[str, Any]) -> None:

@@ -146,7 +146,7 @@ def state_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
     for name, parameter in trainer.get_model().named_parameters():
         tensors[name] = parameter.detach()
         moments = trainer.optimizer.optimizer.state[parameter]
-        tensors |= {f"{name}/{key}": value for key, value in moments.items() if is_per_element(value)}
+        tensors |= {f"{name}/{key}": value for key, value in moments.items() if is_per_element(value, parameter.shape)}
     return tensors
 
 

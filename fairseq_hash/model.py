@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 # What would make ranks train different models, or wait for each other for ever.
 SAME_ON_ALL_RANKS = ("fairseq_hash", "torch", "dictionary_fingerprint", "table_fingerprint", "parameters_total")
 
-# What a checkpoint's manifest says of a sparse model.
+# What a checkpoint's manifest says of a model.
 FACTS = ("num_experts", "router", "dictionary_fingerprint", "table_fingerprint")
 
 
@@ -80,7 +80,7 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
         record = model_record(model, args, options, task)
         check_same({key: record[key] for key in SAME_ON_ALL_RANKS})
         model.from_dense = options.from_dense
-        model.facts = {key: record[key] for key in FACTS} if options.router != "none" else None
+        model.facts = {key: record[key] for key in FACTS}
         logger.info("model_record | %s", json.dumps(record))
         return model
 
@@ -112,10 +112,12 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
             raise UserError(f"{path}: {error}" if path else str(error)) from error
 
 
-def check_manifest(manifest: Manifest, facts: "Mapping[str, Any] | None") -> None:
-    """Raise `UserError` where a checkpoint's experts, dictionary or table are not those of a model (None: dense)."""
-    if facts is None:
+def check_manifest(manifest: Manifest, facts: Mapping[str, Any]) -> None:
+    """Raise `UserError` where a checkpoint's experts, dictionary or table are not those of a model."""
+    if manifest.router != "none" and facts["router"] == "none":
         raise UserError(f"it has {manifest.num_experts} experts and --router {manifest.router}; this model is dense")
+    if manifest.router == "none" and facts["router"] != "none":
+        raise UserError("it is a dense model, this one has experts; a new training starts from it by --from-dense")
     table = None if is_evaluation() else facts["table_fingerprint"]
     manifest.check(facts["num_experts"], facts["dictionary_fingerprint"], table)
 

@@ -99,6 +99,16 @@ def test_other_experts_table_or_dictionary_are_refused(data, run, refused, tmp_p
     assert f"{last[:-2]} does not fit this model: Missing key" in refused(run, "--decoder-layers", "3")
 
 
+def test_a_dense_model_refuses_another_dictionary_or_kind(data, refused, tmp_path):
+    train(data, tmp_path / "dense", "--router", "none", "--max-update", "1")
+    last = f"{tmp_path}/dense/checkpoint_last.pt: "
+    other = shutil.copytree(data, tmp_path / "other")
+    words = (data / "dict.txt").read_text().splitlines(keepends=True)
+    (other / "dict.txt").write_text("".join([*words[1::-1], *words[2:]]))
+    assert f"{last}it belongs to dictionary " in refused(tmp_path / "dense", "--router", "none", corpus=other)
+    assert f"{last}it is a dense model, this one has experts" in refused(tmp_path / "dense")
+
+
 @pytest.mark.parametrize("part", ["weights", "optimizer"])
 def test_damaged_shards_are_refused(copy, refused, part):
     [path] = shards(copy, part)

@@ -76,8 +76,11 @@ def clean(folder: Path) -> None:
 
 def collect(folder: Path) -> None:
     """Remove the shards that no main file refers to any more; only for who has the lock, and while no rank writes."""
-    for path in _unreferenced(folder):
-        path.unlink(missing_ok=True)
+    try:
+        for path in _unreferenced(folder):
+            path.unlink(missing_ok=True)
+    except OSError as error:  # they are still there after the next save
+        logger.warning("old shards in %s cannot be removed (%s)", folder, error)
 
 
 def _partial_files(folder: Path) -> Iterator[Path]:

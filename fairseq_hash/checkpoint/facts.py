@@ -35,7 +35,7 @@ def facts(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
         "update": manifest.update if manifest is not None else history.get("num_updates"),
         "epoch": (state.get("extra_state") or {}).get("train_iterator", {}).get("epoch"),
         "router": manifest.router if manifest is not None else options.get("router"),
-        "experts": manifest.num_experts if manifest is not None else len(first) if first is not None else 0,
+        "experts": 0 if first is None else len(first),
         "sparse_layers": _sparse_layers(model),
         "model_width": first.shape[2] if first is not None else options.get("decoder_embed_dim"),
         "expert_hidden_width": first.shape[1] if first is not None else None,

@@ -18,8 +18,8 @@ class Manifest:
     Attributes:
         save: the name of this save, its own for each: the shards of no other have it.
         update: number of updates done.
-        num_experts: E.
-        router: `hash`, `switch` or `base`.
+        num_experts: E; 1 where the model is dense.
+        router: `hash`, `switch`, `base`, or `none`.
         dictionary_fingerprint: SHA-256 of the dictionary's symbols.
         table_fingerprint: SHA-256 of the hash table; None without one.
         numbers: the number by which the optimizer's state knows each expert parameter, by name; empty without one.

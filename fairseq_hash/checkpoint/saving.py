@@ -6,7 +6,7 @@ word: write your experts, or it is done.
 
 import functools
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -101,8 +101,11 @@ class Saver:
         Raises:
             UserError: where a rank cannot write, or writes to another disc than rank 0.
         """
-        if self.parallel is not None:
-            save = uuid.uuid4().hex[:8]  # a name, not a random number of the experiment
+        save = uuid.uuid4().hex[:8]  # a name, not a random number of the experiment
+        if self.parallel is None:
+            if self.facts:
+                self.manifest = self._manifest(save, update)
+        else:
             announce((WRITE, (str(folder), update, save, with_optimizer)))
             self._write(str(folder), update, save, with_optimizer)
 
@@ -113,8 +116,13 @@ class Saver:
         together(lambda: check_visible(Path(folder), [] if self.parallel.rank else shards))
         if self.parallel.rank == 0:
             sync_folder(Path(folder) / SHARDS)
-            facts = {**self.facts, "provenance": {**self.provenance, "date": now()}}
-            self.manifest = Manifest(save, update, numbers=numbers, shards=tuple(shards), **facts)
+            self.manifest = self._manifest(save, update, numbers, shards)
+
+    def _manifest(
+        self, save: str, update: int, numbers: "dict[str, int] | None" = None, shards: Sequence[Shard] = ()
+    ) -> Manifest:
+        about = {**self.facts, "provenance": {**self.provenance, "date": now()}}
+        return Manifest(save, update, numbers=numbers or {}, shards=tuple(shards), **about)
 
     def _write_own(self, folder: Path, update: int, save: str, numbers: dict[str, int]) -> list[Shard]:
         weights = expert_parameters(self.model)
@@ -138,8 +146,8 @@ class Saver:
         return shards
 
     def put_manifest(self, state: dict[str, Any]) -> None:
-        """Take the experts out of a state that fairseq is about to write, and put the manifest in."""
-        if self.manifest is None:
+        """Take the experts out of a state that fairseq is about to write, and put the manifest of this save in."""
+        if self.manifest is None:  # not while a checkpoint is written
             return
         weights = expert_parameters(self.model)
         for name in weights:
@@ -149,6 +157,7 @@ class Saver:
             optimizer = state["last_optimizer_state"]
             state["last_optimizer_state"], _ = take_moments(optimizer, self.manifest.numbers, shapes)
         state[KEY] = self.manifest.to_plain()
+        self.manifest = None
 
 
 def check_visible(folder: Path, shards: list[Shard]) -> None:

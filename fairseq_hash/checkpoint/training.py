@@ -34,7 +34,8 @@ class TrainingCheckpoints:
         self.parallel = layers[0].parallel if layers else None
         self.is_in_shards = self.parallel is not None and not trainer.is_fsdp
         parallel = self.parallel if self.is_in_shards else None
-        self.saver = Saver(model, parallel, getattr(model, "facts", None) or {}, lambda: trainer.optimizer)
+        facts = {} if trainer.is_fsdp else getattr(model, "facts", {})
+        self.saver = Saver(model, parallel, facts, lambda: trainer.optimizer)
 
     def begin(self, cfg: Any) -> None:
         """Check and clean the folder before anything is loaded.
@@ -114,8 +115,7 @@ class TrainingCheckpoints:
 
     def main_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """Return the trainer's state as the main file has it."""
-        if self.is_in_shards:
-            self.saver.put_manifest(state)
-        elif self.parallel is not None and self.parallel.is_shared:
+        self.saver.put_manifest(state)
+        if not self.is_in_shards and self.parallel is not None and self.parallel.is_shared:
             state[KEY] = {"experts": list(self.parallel.expert_ids)}
         return state

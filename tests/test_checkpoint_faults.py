@@ -12,6 +12,7 @@ import sys
 import time
 
 import pytest
+import recorded
 import torch
 from fairseq.trainer import Trainer
 from fairseq_cli import eval_lm as fairseq_eval_lm
@@ -313,3 +314,23 @@ def test_the_record_of_a_shard_says_where_it_comes_from(run):
     header = path.read_bytes()
     header = json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])
     assert json.loads(header["__metadata__"]["about"])["update"] == 4
+
+
+def test_what_fairseq_saves_at_a_crash_is_whole(data, tmp_path):
+    """One process saves `crash.pt` where the gradients are not finite; it has its shards."""
+    words = ("--router", "hash", "--num-experts", "4", "--sparse-layers", "0,1", "--max-tokens", "48")
+    trainer, epoch_itr = recorded.make_trainer(data, (*words, "--save-dir", str(tmp_path)))
+    recorded.run(trainer, epoch_itr, 1)
+    step = trainer.task.train_step
+    trainer.task.train_step = lambda *given, **named: ruined(trainer, step(*given, **named))
+    with pytest.raises(FloatingPointError):
+        recorded.run(trainer, epoch_itr, 2)
+    assert fairseq_hash_command(["checkpoint", "verify", str(tmp_path / "crash.pt")]) == 0
+    assert {path.name for path in (tmp_path / "experts").iterdir()} == referenced(tmp_path)
+
+
+def ruined(trainer, result):
+    """Return a step's result after its gradients have become NaN."""
+    for parameter in trainer.get_model().parameters():
+        parameter.grad.fill_(float("nan"))
+    return result

@@ -170,7 +170,7 @@ def test_two_at_once_and_a_killed_one(tmp_path):
         "setup: .venv must be made anew (it was made with torch 2.13.0), but another script uses it; wait for its end\n"
     )
     (project / "stop").unlink()
-    assert user.wait(timeout=60) == 0
+    assert user.wait(timeout=300) == 0
 
 
 def test_an_end_in_the_middle_is_mended_by_the_next_run(tmp_path):
@@ -180,7 +180,7 @@ def test_an_end_in_the_middle_is_mended_by_the_next_run(tmp_path):
     process = start(project)
     wait_for(project / "reached")
     os.killpg(process.pid, signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=300)
     assert process.returncode != 0 and output == ""
     assert errors.splitlines()[-1] == "setup: interrupted; the next run makes the environment anew"
     (project / "hold").unlink()

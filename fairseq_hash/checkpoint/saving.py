@@ -49,6 +49,7 @@ class Saver:
         """Take the model, who shares its experts (None: it has none), what a manifest says of it, and its optimizer."""
         self.model, self.parallel, self.facts, self.optimizer = model, parallel, facts, optimizer
         self.manifest: Manifest | None = None
+        self.is_running = False
 
     @functools.cached_property
     def provenance(self) -> dict[str, object]:
@@ -66,6 +67,7 @@ class Saver:
             self._follow()
             return
         cause: str | None = "rank 0 was interrupted"
+        self.is_running = True
         try:
             save()
             cause = None
@@ -73,6 +75,7 @@ class Saver:
             cause = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             raise
         finally:
+            self.is_running = False
             if self.parallel is not None and folder.is_dir():
                 collect(folder)
             announce((DONE, cause))

@@ -107,11 +107,20 @@ class TrainingCheckpoints:
         else:
             self.saver.run(save, folder)
 
-    def before_main(self, path: Path, extra_state: dict[str, Any]) -> None:
-        """Write the experts of a checkpoint whose main file fairseq is about to write."""
-        extra_state["train_iterator"]["num_shards"] = self.trainer.data_parallel_world_size
+    def before_main(self, path: Path, extra_state: dict[str, Any]) -> bool:
+        """Write the experts of a checkpoint whose main file fairseq is about to write; return whether it may.
+
+        fairseq also saves what it has where the loss is not finite. Several ranks cannot write experts then: who calls
+        this is not agreed upon.
+        """
+        if self.is_in_shards and self.parallel.world_size > 1 and not self.saver.is_running:
+            logger.warning("%s is not saved: ranks that save experts do that together, and here they do not", path)
+            return False
+        if "train_iterator" in extra_state:
+            extra_state["train_iterator"]["num_shards"] = self.trainer.data_parallel_world_size
         with_optimizer = not self.trainer.cfg.checkpoint.no_save_optimizer_state
         self.saver.write_experts(path.parent, self.trainer.get_num_updates(), with_optimizer)
+        return True
 
     def main_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """Return the trainer's state as the main file has it."""

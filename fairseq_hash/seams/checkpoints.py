@@ -113,8 +113,8 @@ def _write_experts_first(
     original: Callable[..., None], trainer: Trainer, filename: str, extra_state: dict[str, Any]
 ) -> None:
     """Write the experts to shards before the main file, and note the number of ranks with the place in the epoch."""
-    _checkpoints(trainer).before_main(Path(filename), extra_state)
-    original(trainer, filename, extra_state)
+    if _checkpoints(trainer).before_main(Path(filename), extra_state):
+        original(trainer, filename, extra_state)
 
 
 @override(Trainer, "state_dict")

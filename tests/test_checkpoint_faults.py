@@ -143,12 +143,14 @@ def test_evaluation_refuses_damaged_weights_and_needs_no_optimizer(copy, refused
     assert f"{path} is damaged" in refused.evaluation(copy / "checkpoint_last.pt")
 
 
-def test_one_rank_that_finds_damage_ends_all(data, tmp_path, copy):
-    [path] = shards(copy, "weights")
+@pytest.mark.parametrize("part", ["weights", "optimizer"])
+def test_one_rank_that_finds_damage_ends_all(data, tmp_path, copy, part):
+    [path] = shards(copy, part)
     flip_bit(path, -5)  # of expert 3, which rank 1 holds
     given = ("--num-experts", "4", "--sparse-layers", "0,1", "--restore-file", copy / "checkpoint_last.pt")
     said = run_ranks(tmp_path, [data] * 2, *given)
-    assert_one_line(said, f"rank 1: {re.escape(str(copy))}/checkpoint_last.pt: {re.escape(str(path))} is damaged: .*")
+    main = re.escape(f"{copy}/checkpoint_last.pt")
+    assert_one_line(said, rf"(rank 1: )?{main}: (rank 1: )?{re.escape(str(path))} is damaged: .*")
 
 
 def test_damaged_main_files_are_refused(copy, refused):

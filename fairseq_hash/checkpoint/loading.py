@@ -10,6 +10,7 @@ import torch
 from fairseq.optim import FairseqOptimizer
 from torch import nn
 
+from fairseq_hash.agreement import together
 from fairseq_hash.checkpoint.layout import expert_numbers, is_per_element, optimized
 from fairseq_hash.checkpoint.mainfile import read_main
 from fairseq_hash.checkpoint.manifest import Manifest
@@ -88,10 +89,13 @@ def one_line(error: RuntimeError) -> str:
 def loading_own_state(
     optimizer: FairseqOptimizer, model: nn.Module, parallel: "ExpertParallel | None", load: Callable[..., None]
 ) -> Callable[..., None]:
-    """Return `load`, an optimizer's `load_state_dict`, made to read this rank's share of a state of all experts."""
+    """Return `load`, an optimizer's `load_state_dict`, made to read this rank's share of a state of all experts.
+
+    It raises `UserError` on every rank where one finds that the state is damaged or does not fit.
+    """
 
     def call(state: dict[str, Any], *args: Any) -> None:
-        load(_own_state(state, optimizer, model, parallel), *args)
+        load(together(lambda: _own_state(state, optimizer, model, parallel)), *args)
 
     return call
 

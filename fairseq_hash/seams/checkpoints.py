@@ -11,10 +11,11 @@ from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
 
-from fairseq_hash.agreement import together
+from fairseq_hash.agreement import gather, together
 from fairseq_hash.checkpoint.loading import loading_weights_only, read_checkpoint
 from fairseq_hash.checkpoint.mainfile import duplicate, write_main
 from fairseq_hash.checkpoint.training import TrainingCheckpoints
+from fairseq_hash.errors import UserError
 from fairseq_hash.evaluation import loading_to_evaluate
 from fairseq_hash.seams.override import one_line_errors, override, replaced
 
@@ -52,7 +53,10 @@ def _load_on_every_rank(
         replaced(trainer.cfg.checkpoint, "load_checkpoint_on_all_dp_ranks", True),
         loading_weights_only(is_needed=reset_optimizer),
     ):
-        extra_state = original(trainer, filename, reset_optimizer, *args, **kw)
+        try:
+            extra_state = original(trainer, filename, reset_optimizer, *args, **kw)
+        except UserError as error:
+            raise UserError(f"{filename}: {error}") from error
     return _checkpoints(trainer).loaded(filename, extra_state)
 
 
@@ -65,8 +69,9 @@ def _read_without_running_code(
 
     Upstream: `torch.load` of a file object, which cannot be mapped; a damaged tensor is not noticed.
     """
-    is_follower = load_on_all_ranks and dist.is_initialized() and dist.get_rank() > 0
-    read = functools.partial(read_checkpoint, path, is_checked=not is_follower)
+    # Once is enough for a file that all ranks read.
+    is_checked = not load_on_all_ranks or gather(path).index(path) == (dist.get_rank() if dist.is_initialized() else 0)
+    read = functools.partial(read_checkpoint, path, is_checked=is_checked)
     state = together(read) if load_on_all_ranks else read()
     with replaced(torch, "load", lambda *_, **__: state):
         return original(path, arg_overrides, load_on_all_ranks)
@@ -91,9 +96,7 @@ def _load_own_optimizer_state(original: Callable[..., None], trainer: Trainer) -
     if trainer.shared is not None:
         trainer.shared.check_optimizer(trainer._optimizer)
     if not trainer.is_fsdp:  # which saves what each rank holds
-        trainer._optimizer.load_state_dict = one_line_errors(
-            _checkpoints(trainer).loading_own_state(trainer._optimizer)
-        )
+        trainer._optimizer.load_state_dict = _checkpoints(trainer).loading_own_state(trainer._optimizer)
 
 
 @override(checkpoint_utils, "save_checkpoint")

@@ -1,5 +1,8 @@
 """One shard, and what stands for experts that lie in several: against the safetensors library and plain indexing."""
 
+import errno
+import fcntl
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -12,10 +15,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from fairseq_hash.checkpoint.convert import merge
-from fairseq_hash.checkpoint.directory import PARTIAL_NAME, SHARD_NAME, shard_name
+from fairseq_hash.checkpoint.directory import PARTIAL_NAME, SHARD_NAME, lock, shard_name
 from fairseq_hash.checkpoint.loading import place_in_epoch
+from fairseq_hash.checkpoint.mainfile import duplicate
 from fairseq_hash.checkpoint.manifest import Manifest
 from fairseq_hash.checkpoint.saved import open_shards, saved_tensors
+from fairseq_hash.checkpoint.saving import check_visible
 from fairseq_hash.checkpoint.shards import ShardFile, write_shard
 from fairseq_hash.errors import UserError
 from fairseq_hash.evaluation import loading_to_evaluate
@@ -105,7 +110,7 @@ def test_shards_that_are_not_all_experts_are_refused(tmp_path):
 def test_names_are_known_as_ours():
     name = shard_name(12, "0123abcd", "optimizer", range(3, 7)).removeprefix("experts/")
     assert SHARD_NAME.fullmatch(name) and PARTIAL_NAME.fullmatch(f".{name}.partial")
-    assert PARTIAL_NAME.fullmatch(".checkpoint_best.pt.partial")
+    assert PARTIAL_NAME.fullmatch(".checkpoint_best.pt.partial") and PARTIAL_NAME.fullmatch(".crash.pt.partial")
     assert not SHARD_NAME.fullmatch("model-00001-of-00002.safetensors")
 
 
@@ -152,3 +157,31 @@ def test_experts_left_in_files_give_the_same_output_to_the_bit(data, tmp_path, r
         empty.eval()(tokens)
     with pytest.raises(SystemExit, match="--map-experts is for evaluation"):
         recorded.make_trainer(data, (*words, "--map-experts"))
+
+
+def test_a_shard_that_only_its_writer_sees_is_refused(tmp_path):
+    shard = write_shard(tmp_path, "x", "weights", range(2), {"a": torch.zeros(2, 1)}, ABOUT)
+    check_visible(tmp_path, [shard])
+    with pytest.raises(UserError, match="was written by another rank and is not here; give a --save-dir on a disc"):
+        check_visible(tmp_path / "elsewhere", [shard])
+
+
+def test_a_disc_without_links_or_locks(tmp_path, monkeypatch, caplog):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    (tmp_path / "one.pt").write_bytes(b"content")
+    duplicate(tmp_path / "one.pt", tmp_path / "two.pt")
+    assert (tmp_path / "two.pt").read_bytes() == b"content" and not list(tmp_path.glob(".*"))
+    lock(tmp_path)
+    assert "training.lock cannot be locked (No locks available): nothing keeps a second training out" in caplog.text
+
+
+def test_the_state_of_an_optimizer_of_other_tensors_is_refused(data):
+    """As one is that --fp16 has flattened on a GPU."""
+    words = ("--router", "hash", "--num-experts", "4", "--sparse-layers", "0", "--max-tokens", "48")
+    trainer, _ = recorded.make_trainer(data, words)
+    with pytest.raises(UserError, match="one of 1 tensors, this training has .*; resume with the options"):
+        trainer.optimizer.load_state_dict({"state": {}, "param_groups": [{"params": [0]}]})

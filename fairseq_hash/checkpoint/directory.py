@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 SHARDS = "experts"  # the folder of the shards, beside the main files
 LOCK = "training.lock"
 SHARD_NAME = re.compile(r"update-\d+\.[0-9a-f]{8}\.(weights|optimizer)\.\d+-\d+\.safetensors")
-PARTIAL_NAME = re.compile(rf"\.({SHARD_NAME.pattern}|checkpoint.*\.pt)\.partial")
+PARTIAL_NAME = re.compile(rf"\.({SHARD_NAME.pattern}|checkpoint.*\.pt|crash\.pt)\.partial")
 
-MOST_MANIFESTS = 1000
+MOST_MANIFESTS = 1000  # that are remembered
 
 _locks: dict[Path, IO[str]] = {}
 _manifests: dict[tuple[int, int, int], "Manifest | None"] = {}

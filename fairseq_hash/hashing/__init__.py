@@ -1,0 +1,24 @@
+"""Hash tables: which experts serve which token. Imports neither fairseq nor a GPU.
+
+A table is an int64 tensor `[H, K]` of expert ids; a feature of the token says which row is looked up.
+"""
+
+from fairseq_hash.hashing.build import BUILDERS, TableShape, build_table, check_shape, placeholder_table
+from fairseq_hash.hashing.builders import balanced_experts, modulo_experts, random_experts, round_robin_experts
+from fairseq_hash.hashing.features import FEATURES, Feature
+from fairseq_hash.hashing.files import load_table, save_table
+from fairseq_hash.hashing.table import (
+    HashTable,
+    TableRecord,
+    check_table,
+    counts_fingerprint,
+    dictionary_fingerprint,
+    table_fingerprint,
+)
+
+__all__ = [
+    *("BUILDERS", "FEATURES", "Feature", "HashTable", "TableRecord", "TableShape"),
+    *("balanced_experts", "modulo_experts", "random_experts", "round_robin_experts"),
+    *("build_table", "placeholder_table", "load_table", "save_table", "check_shape", "check_table"),
+    *("counts_fingerprint", "dictionary_fingerprint", "table_fingerprint"),
+]

@@ -1,0 +1,134 @@
+"""The table that a model's options name: built on the spot from the dictionary, or read from a file."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fairseq_hash.errors import UserError
+from fairseq_hash.hashing.builders import balanced_experts, modulo_experts, random_experts, round_robin_experts
+from fairseq_hash.hashing.features import OF_TOKENS, Feature
+from fairseq_hash.hashing.files import load_table
+from fairseq_hash.hashing.table import (
+    HashTable,
+    TableRecord,
+    check_rows,
+    counts_fingerprint,
+    dictionary_fingerprint,
+)
+
+BUILDERS = ("balanced", "random", "modulo", "round-robin")
+
+
+@dataclass(frozen=True)
+class TableShape:
+    """What a model asks of its table.
+
+    Attributes:
+        num_experts: E.
+        columns: K experts of a token; with `is_multi_hash`, N hash functions.
+        is_multi_hash: whether each column picks one segment of the experts' hidden width.
+        feature: what finds a token's row.
+        num_keys: rows of a table of buckets or positions.
+    """
+
+    num_experts: int
+    columns: int = 1
+    is_multi_hash: bool = False
+    feature: Feature = field(default_factory=Feature)
+    num_keys: int = 0
+
+
+def build_table(kind: str, symbols: Sequence[str], counts: Sequence[int], shape: TableShape, seed: int) -> HashTable:
+    """Build or load the table that `--hash-table` names: one of `BUILDERS`, or else the path of a table file.
+
+    Args:
+        kind: builder or path.
+        symbols: the dictionary's symbols, V of them.
+        counts: how often each occurs in the training text.
+        shape: what is asked of the table.
+        seed: of what is random.
+
+    Raises:
+        UserError: where the builder cannot build such a table, or the file has another one.
+    """
+    if kind not in BUILDERS:
+        table = load_table(kind)
+        check_shape(table, shape, symbols, kind)
+        return table
+    if shape.feature.name == "word":
+        raise UserError(f"--hash-feature word needs a table file, not {kind}; build one with fairseq-hash tables build")
+    if len(counts) != len(symbols):
+        raise UserError(f"{len(counts)} counts for {len(symbols)} symbols; a count is needed for each")
+    of_tokens = shape.feature.name in OF_TOKENS
+    if kind == "balanced" and not of_tokens:
+        raise UserError(
+            f"--hash-table balanced has no counts for --hash-feature {shape.feature.name}: the dictionary counts "
+            "tokens; use random, or build a table from text with fairseq-hash tables build"
+        )
+    if shape.is_multi_hash and shape.columns > 1 and kind not in ("balanced", "random"):
+        raise UserError(f"--multi-hash {shape.columns} needs tables that differ; use balanced or random, not {kind}")
+    num_keys = len(symbols) if of_tokens else shape.num_keys
+
+    def build(columns: int, number: int) -> Tensor:
+        if kind == "balanced":
+            return balanced_experts(counts, shape.num_experts, columns, None if number == 0 else seed + number)
+        if kind == "random":
+            return random_experts(num_keys, shape.num_experts, columns, seed + number)
+        build_fixed = modulo_experts if kind == "modulo" else round_robin_experts
+        return build_fixed(num_keys, shape.num_experts, columns)
+
+    if shape.is_multi_hash:
+        expert_HK = torch.cat([build(1, number) for number in range(shape.columns)], dim=1)
+    else:
+        expert_HK = build(shape.columns, 0)
+    record = TableRecord(
+        kind,
+        shape.num_experts,
+        dictionary_fingerprint(symbols),
+        seed=seed if kind == "random" or (kind == "balanced" and shape.is_multi_hash) else None,
+        counts_fingerprint=counts_fingerprint(counts) if kind == "balanced" else None,
+        feature=shape.feature.name,
+        length=shape.feature.length,
+        is_multi_hash=shape.is_multi_hash,
+    )
+    return HashTable(expert_HK, record)
+
+
+def check_shape(table: HashTable, shape: TableShape, symbols: Sequence[str], name: str) -> None:
+    """Raise `UserError` where a table from a file is not what the model asks for."""
+    record = table.record
+    if record.dictionary_fingerprint != dictionary_fingerprint(symbols):
+        raise UserError(
+            f"--hash-table {name} was built for another dictionary; "
+            "build it from the dict.txt of this data (fairseq-hash tables build)"
+        )
+    if record.num_experts != shape.num_experts:
+        raise UserError(
+            f"--hash-table {name} was built for {record.num_experts} experts, but --num-experts is "
+            f"{shape.num_experts}; make them equal"
+        )
+    if table.feature != shape.feature:
+        length = f" --hash-length {record.length}" if record.length else ""
+        raise UserError(
+            f"--hash-table {name} is a table of {table.feature}, the model asks for {shape.feature}; "
+            f"give --hash-feature {record.feature}{length}, or another table"
+        )
+    columns = table.expert_HK.shape[1]
+    option = "--multi-hash" if record.is_multi_hash else "--experts-per-token"
+    if columns != shape.columns or (columns > 1 and record.is_multi_hash != shape.is_multi_hash):
+        raise UserError(f"--hash-table {name} is for {option} {columns}; give that, or another table")
+    check_rows(table, len(symbols))
+
+
+def placeholder_table(symbols: Sequence[str], shape: TableShape) -> HashTable:
+    """Return a table that sends every token to the first experts, for a model that takes its own from a checkpoint."""
+    expert_HK = torch.arange(shape.columns).expand(len(symbols), -1).clone()
+    if shape.is_multi_hash:
+        expert_HK.zero_()
+    record = TableRecord("placeholder", shape.num_experts, dictionary_fingerprint(symbols))
+    return HashTable(
+        expert_HK,
+        replace(record, feature=shape.feature.name, length=shape.feature.length, is_multi_hash=shape.is_multi_hash),
+    )

@@ -1,0 +1,120 @@
+"""Features of a token: which row of a hash table is looked up for it.
+
+Hash Layers (Roller et al. 2021), section 3.1. A feature sees a batch of token ids with padding. Beyond its ends, and where
+padding stands, there is "no token", whose id is that of padding: the first token of a sequence has the same row with
+and without padding before it. All but `future` look at the token and what is before it only, so that a prefix has the
+rows that it has in the whole sequence: generation step by step equals one pass.
+
+Shape suffixes: see `losses`; H is the number of keys, the rows of a table.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fairseq_hash.errors import UserError
+from fairseq_hash.hashing.mixing import mix_tensor, remainder
+from fairseq_hash.hashing.spread import spread_rows
+from fairseq_hash.hashing.words import word_rows
+
+FEATURES = ("token", "previous", "bigram", "ngram", "history", "position", "future", "predicted", "word")
+
+# Features whose rows are token ids, those whose rows are buckets of a hash, and those that look before the token.
+OF_TOKENS = ("token", "previous", "future", "predicted")
+OF_BUCKETS = ("bigram", "ngram", "history")
+MOST_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Feature:
+    """What the key of a token is.
+
+    Attributes:
+        name: one of `FEATURES`.
+            token: the token itself.
+            previous: the token before it.
+            bigram: both. ngram: the last `length` tokens, it included. history: the `length` tokens before it, without
+            it. Their rows are buckets: SplitMix64 of these tokens in their order, modulo the number of rows.
+            position: how many tokens of its sequence are before it, modulo the number of rows.
+            future: the token after it, an oracle: the very one that the model is to predict.
+            predicted: the token that a trained model predicts to follow.
+            word: the word of a larger dictionary that the token's piece completes (`words`).
+        length: tokens of ngram (2 or more) and history (1 or more); 0 for all others.
+
+    Raises:
+        UserError: for another name, or a length that does not go with it.
+    """
+
+    name: str = "token"
+    length: int = 0
+
+    def __post_init__(self) -> None:
+        if self.name not in FEATURES:
+            raise UserError(f"--hash-feature {self.name} is unknown; use one of {', '.join(FEATURES)}")
+        least = {"ngram": 2, "history": 1}.get(self.name)
+        if least is None and self.length:
+            raise UserError(
+                f"--hash-length {self.length} goes with --hash-feature ngram or history; leave it out for {self.name}"
+            )
+        if least is not None and not least <= self.length <= MOST_TOKENS:
+            raise UserError(
+                f"--hash-length {self.length} does not go with --hash-feature {self.name}; "
+                f"give {least} to {MOST_TOKENS} tokens"
+            )
+
+    @property
+    def is_oracle(self) -> bool:
+        """Whether it sees what the model is to predict: a perplexity is then that of an oracle."""
+        return self.name == "future"
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.length}" if self.length else self.name
+
+    def rows(
+        self,
+        token_BL: Tensor,
+        padding: int,
+        num_keys: int,
+        index: Mapping[str, Tensor],
+        predicted_BL: "Tensor | None" = None,
+    ) -> Tensor:
+        """Return the row of each token (int64 `[B, L]`); where padding stands, any row.
+
+        Args:
+            token_BL: int64 token ids.
+            padding: the id of padding.
+            num_keys: H, rows of the table.
+            index: what else the table brings to find rows: of `words` or of `spread`, else empty.
+            predicted_BL: for `predicted`, the ids that are predicted to follow.
+        """
+        if self.name == "token":
+            return spread_rows(index, token_BL, shifted(token_BL, 1, padding)) if "pair" in index else token_BL
+        if self.name == "previous":
+            return shifted(token_BL, 1, padding)
+        if self.name == "future":
+            return shifted(token_BL, -1, padding)
+        if self.name == "predicted":
+            return predicted_BL
+        if self.name == "position":
+            return (token_BL.ne(padding).cumsum(dim=1) - 1).clamp(min=0) % num_keys
+        if self.name == "word":
+            return word_rows(index, token_BL, padding)
+        newest, oldest = {"bigram": (0, 1), "ngram": (0, self.length - 1), "history": (1, self.length)}[self.name]
+        state_BL = torch.zeros_like(token_BL)
+        for distance in range(oldest, newest - 1, -1):
+            state_BL = mix_tensor(state_BL ^ shifted(token_BL, distance, padding))
+        return remainder(state_BL, num_keys)
+
+
+def shifted(token_BL: Tensor, distance: int, padding: int) -> Tensor:
+    """Return the token `distance` places before each (after it, where negative); padding where there is none."""
+    if distance == 0:
+        return token_BL
+    other_BL = torch.full_like(token_BL, padding)
+    if distance > 0:
+        other_BL[:, distance:] = token_BL[:, :-distance]
+    else:
+        other_BL[:, :distance] = token_BL[:, -distance:]
+    return other_BL

@@ -1,0 +1,49 @@
+"""Table files: safetensors, with the record as metadata."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fairseq_hash.errors import UserError
+from fairseq_hash.hashing.table import HashTable, TableRecord
+
+FILE_FORMAT = "fairseq_hash table 1"
+EXPERT = "expert"  # the table's own tensor; all others are of its index
+
+
+def save_table(table: HashTable, path: "str | os.PathLike[str]") -> None:
+    """Write a table to a safetensors file with its record as metadata; the file appears whole or not at all.
+
+    Raises:
+        UserError: where the file cannot be written.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    metadata = {"format": FILE_FORMAT, "record": json.dumps(asdict(table.record))}
+    try:
+        tensors = {EXPERT: table.expert_HK, **table.index}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path} ({error}); give a file that you can write") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_table(path: "str | os.PathLike[str]") -> HashTable:
+    """Read a table file; raise `UserError` where it is missing, damaged or something else."""
+    if not Path(path).is_file():
+        raise UserError(f"--hash-table {path} is neither a builder's name nor an existing table file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FILE_FORMAT:
+                raise UserError(f"{path} is not a hash table of this package; build one with fairseq-hash tables build")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return HashTable(tensors.pop(EXPERT), TableRecord(**json.loads(metadata["record"])), tensors)
+    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is damaged or no table file ({type(error).__name__}); build it again") from error

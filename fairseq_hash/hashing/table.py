@@ -1,0 +1,131 @@
+"""Hash tables and what they were built from. Shape suffixes: see `losses`; H is the number of keys, a table's rows."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairseq_hash.errors import UserError
+from fairseq_hash.hashing.features import OF_TOKENS, Feature
+
+
+@dataclass(frozen=True)
+class TableRecord:
+    """What a table was built from, ready for JSON. Fingerprints are SHA-256 in hexadecimal digits.
+
+    Attributes:
+        builder: name of the builder.
+        num_experts: E.
+        dictionary_fingerprint: of the dictionary's symbols.
+        seed: of the builder; None where it draws nothing.
+        counts_fingerprint: of the counts that the builder saw, of each key; None where it saw none.
+        feature, length: the `Feature` that finds a token's row.
+        is_multi_hash: whether the K columns are K hash functions, one for each segment of the experts' hidden width;
+            else they are K distinct experts.
+        settings: what else the builder was given or found, by name.
+    """
+
+    builder: str
+    num_experts: int
+    dictionary_fingerprint: str
+    seed: "int | None" = None
+    counts_fingerprint: "str | None" = None
+    feature: str = "token"
+    length: int = 0
+    is_multi_hash: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HashTable:
+    """A table, its record, and what its feature needs to find rows.
+
+    `expert_HK`: int64 `[H, K]`, every entry from 0 to E - 1, distinct in a row unless the columns are those of
+    MultiHash. `index`: tensors of `words.word_index` or of a spread table, else empty.
+    """
+
+    expert_HK: Tensor
+    record: TableRecord
+    index: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_table(self.expert_HK, self.record.num_experts, self.record.is_multi_hash)
+
+    @property
+    def feature(self) -> Feature:
+        """The feature that finds a token's row."""
+        return Feature(self.record.feature, self.record.length)
+
+    def rows(self, token_BL: Tensor, padding: int, predicted_BL: "Tensor | None" = None) -> Tensor:
+        """Return the row of each token: see `Feature.rows`."""
+        return self.feature.rows(token_BL, padding, len(self.expert_HK), self.index, predicted_BL)
+
+
+def dictionary_fingerprint(symbols: Sequence[str]) -> str:
+    """Return the SHA-256 of a dictionary's symbols in their order: two dictionaries with one fingerprint share ids."""
+    digest = hashlib.sha256()
+    for symbol in symbols:
+        encoded = symbol.encode("utf-8", "surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    return digest.hexdigest()
+
+
+def counts_fingerprint(counts: Sequence[int]) -> str:
+    """Return the SHA-256 of counts."""
+    return hashlib.sha256(np.asarray(counts, dtype="<i8").tobytes()).hexdigest()
+
+
+def table_fingerprint(expert_HK: Tensor) -> str:
+    """Return the SHA-256 of a table's entries."""
+    return hashlib.sha256(expert_HK.cpu().contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def check_table(expert_HK: Tensor, num_experts: int, is_multi_hash: bool = False) -> None:
+    """Raise `UserError` unless the table is int64 `[H, K]`, every expert from 0 to E - 1, and distinct in each row.
+
+    Args:
+        expert_HK: the table.
+        num_experts: E.
+        is_multi_hash: its columns are hash functions of their own, so that a row may name an expert twice.
+    """
+    if expert_HK.dtype != torch.int64 or expert_HK.dim() != 2 or expert_HK.numel() == 0:
+        raise UserError(
+            f"a hash table of {expert_HK.dtype} with shape {tuple(expert_HK.shape)} is not usable; "
+            "give int64 of shape [vocabulary, experts a token]"
+        )
+    low, high = int(expert_HK.min()), int(expert_HK.max())
+    if low < 0 or high >= num_experts:
+        wrong = low if low < 0 else high
+        raise UserError(
+            f"the hash table names expert {wrong}, but there are experts 0 to {num_experts - 1}; "
+            "build the table for this --num-experts"
+        )
+    if expert_HK.shape[1] == 1 or is_multi_hash:
+        return
+    sorted_HK = expert_HK.sort(dim=1).values
+    twice_H = (sorted_HK[:, 1:] == sorted_HK[:, :-1]).any(dim=1)
+    if twice_H.any():
+        row = int(twice_H.nonzero()[0])
+        raise UserError(
+            f"the hash table names an expert twice for one token (row {row}: {expert_HK[row].tolist()}); "
+            "give K distinct experts a row"
+        )
+
+
+def check_rows(table: HashTable, vocabulary: int) -> None:
+    """Raise `UserError` where a table of token ids has another number of rows than the dictionary has symbols."""
+    rows, wanted = len(table.expert_HK), vocabulary
+    if "pair" in table.index:
+        wanted += len(table.index["pair"])
+    elif "word_hash" in table.index:
+        wanted += len(table.index["word_hash"])
+    elif table.record.feature not in OF_TOKENS:
+        return
+    if rows != wanted:
+        raise UserError(
+            f"the hash table has {rows} rows, the dictionary asks for {wanted}; build it for this dictionary"
+        )

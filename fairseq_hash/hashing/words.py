@@ -1,0 +1,100 @@
+"""Words of a larger dictionary as keys: a piece has the row of the word that it completes.
+
+Hash Layers (Roller et al. 2021), section 4: hashing with a larger dictionary than the model's own. A language model may
+not know how a word goes on: the key of a piece is the word as far as it is written, this piece included, where the
+larger dictionary has that word; else it is the piece itself.
+
+Rows 0 to V - 1 are the pieces', row V + i is that of the i-th word, in the order of their hashes. Words are compared by
+polynomial hashes modulo 2^64 of their UTF-8 bytes, which pieces can be joined by; `word_index` refuses a dictionary
+in which two words have one hash.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairseq_hash.errors import UserError
+
+BASE = 0x5851F42D4C957F2D  # odd, so that no power of it loses bits
+MOST_PIECES = 16  # a word of more pieces has, from there on, the rows of its pieces
+BEGIN, JOIN = "\u2581", "@@"  # SentencePiece's mark of a word's beginning; subword-nmt's of a piece that goes on
+SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+
+
+def word_index(symbols: Sequence[str], words: Sequence[str]) -> dict[str, Tensor]:
+    """Return what `word_rows` needs to know of the model's dictionary and of the larger one.
+
+    Args:
+        symbols: the model's dictionary: SentencePiece pieces, or pieces of subword-nmt.
+        words: the symbols of the larger dictionary. Where some have SentencePiece's mark, those without it are no words.
+
+    Returns:
+        `piece_hash`, `piece_power` (int64 `[V]`): a piece's hash, and what a hash is multiplied by when the piece is
+        joined to it; `begins`, `ends` (bool `[V]`): whether a word begins with a piece, or ends with it at the latest;
+        `word_hash` (int64 `[words]`), ascending.
+
+    Raises:
+        UserError: where the model's dictionary marks no words, or the larger one has none, or two of one hash.
+    """
+    joined = any(symbol.endswith(JOIN) for symbol in symbols)
+    if not joined and not any(symbol.startswith(BEGIN) for symbol in symbols):
+        raise UserError(
+            f"the dictionary marks no words (neither {BEGIN} before one nor {JOIN} within one); "
+            "--hash-feature word needs pieces of SentencePiece or subword-nmt"
+        )
+    begins = [symbol.startswith(BEGIN) or symbol in SPECIAL for symbol in symbols]
+    ends = [symbol in SPECIAL or (joined and not symbol.endswith(JOIN)) for symbol in symbols]
+    texts = [symbol.removesuffix(JOIN) if joined else symbol.removeprefix(BEGIN) for symbol in symbols]
+    hashes = [polynomial_hash(text) for text in texts]
+    marked = any(word.startswith(BEGIN) for word in words)
+    known = {
+        word.removeprefix(BEGIN)
+        for word in words
+        if word not in SPECIAL and not word.startswith("madeupword") and (not marked or word.startswith(BEGIN))
+    } - {""}
+    if not known:
+        raise UserError("the larger dictionary has no words; give a dict.txt of words, or of pieces with their marks")
+    word_hashes = {polynomial_hash(word)[0] for word in known}
+    if len(word_hashes) < len(known):
+        raise UserError("two words of the larger dictionary have one hash; leave one of them out")
+    piece_hash, piece_power = (torch.tensor([pair[i] for pair in hashes], dtype=torch.int64) for i in (0, 1))
+    return {
+        "piece_hash": piece_hash,
+        "piece_power": piece_power,
+        "begins": torch.tensor(begins),
+        "ends": torch.tensor(ends),
+        "word_hash": torch.tensor(sorted(word_hashes), dtype=torch.int64),
+    }
+
+
+def polynomial_hash(text: str) -> tuple[int, int]:
+    """Return the hash of a text and its power, both as signed 64-bit numbers: hash(ab) = hash(a) x power(b) + hash(b)."""
+    value, power = 0, 1
+    for byte in text.encode("utf-8", "surrogatepass"):
+        value, power = (value * BASE + byte + 1) % 2**64, power * BASE % 2**64
+    signed = np.array([value, power], dtype=np.uint64).astype(np.int64)
+    return int(signed[0]), int(signed[1])
+
+
+def word_rows(index: Mapping[str, Tensor], token_BL: Tensor, padding: int) -> Tensor:
+    """Return the row of each piece (int64 `[B, L]`); `index` is what `word_index` returned."""
+    place_L = torch.arange(token_BL.shape[1], device=token_BL.device)
+    begins_BL = index["begins"][token_BL] | token_BL.eq(padding)
+    begins_BL[:, :1] = True
+    begins_BL[:, 1:] |= index["ends"][token_BL[:, :-1]] | token_BL[:, :-1].eq(padding)
+    start_BL = torch.where(begins_BL, place_L, 0).cummax(dim=1).values
+    pieces_BL = place_L - start_BL + 1
+    hash_BL, power_BL = index["piece_hash"][token_BL], index["piece_power"][token_BL]
+    for distance in range(1, min(MOST_PIECES, token_BL.shape[1])):
+        # Where the word has more pieces than `distance`, the one so far back is put before what is joined already.
+        older_BL = torch.cat([token_BL[:, :distance], token_BL[:, :-distance]], dim=1)
+        joined_BL = index["piece_hash"][older_BL] * power_BL + hash_BL
+        within_BL = pieces_BL > distance
+        hash_BL = torch.where(within_BL, joined_BL, hash_BL)
+        power_BL = torch.where(within_BL, index["piece_power"][older_BL] * power_BL, power_BL)
+    word_hash = index["word_hash"]
+    place_BL = torch.searchsorted(word_hash, hash_BL).clamp(max=len(word_hash) - 1)
+    is_word_BL = (word_hash[place_BL] == hash_BL) & (pieces_BL <= MOST_PIECES)
+    return torch.where(is_word_BL, len(index["begins"]) + place_BL, token_BL)

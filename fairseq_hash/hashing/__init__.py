@@ -17,8 +17,23 @@ from fairseq_hash.hashing.table import (
 )
 
 __all__ = [
-    *("BUILDERS", "FEATURES", "Feature", "HashTable", "TableRecord", "TableShape"),
-    *("balanced_experts", "modulo_experts", "random_experts", "round_robin_experts"),
-    *("build_table", "placeholder_table", "load_table", "save_table", "check_shape", "check_table"),
-    *("counts_fingerprint", "dictionary_fingerprint", "table_fingerprint"),
+    "BUILDERS",
+    "FEATURES",
+    "Feature",
+    "HashTable",
+    "TableRecord",
+    "TableShape",
+    "balanced_experts",
+    "build_table",
+    "check_shape",
+    "check_table",
+    "counts_fingerprint",
+    "dictionary_fingerprint",
+    "load_table",
+    "modulo_experts",
+    "placeholder_table",
+    "random_experts",
+    "round_robin_experts",
+    "save_table",
+    "table_fingerprint",
 ]

@@ -28,7 +28,7 @@ def word_index(symbols: Sequence[str], words: Sequence[str]) -> dict[str, Tensor
 
     Args:
         symbols: the model's dictionary: SentencePiece pieces, or pieces of subword-nmt.
-        words: the symbols of the larger dictionary. Where some have SentencePiece's mark, those without it are no words.
+        words: the symbols of the larger dictionary. Where some have SentencePiece's mark, those without it are none.
 
     Returns:
         `piece_hash`, `piece_power` (int64 `[V]`): a piece's hash, and what a hash is multiplied by when the piece is
@@ -70,7 +70,7 @@ def word_index(symbols: Sequence[str], words: Sequence[str]) -> dict[str, Tensor
 
 
 def polynomial_hash(text: str) -> tuple[int, int]:
-    """Return the hash of a text and its power, both as signed 64-bit numbers: hash(ab) = hash(a) x power(b) + hash(b)."""
+    """Return hash and power of a text as signed 64-bit numbers: hash(ab) = hash(a) x power(b) + hash(b)."""
     value, power = 0, 1
     for byte in text.encode("utf-8", "surrogatepass"):
         value, power = (value * BASE + byte + 1) % 2**64, power * BASE % 2**64

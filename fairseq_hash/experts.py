@@ -9,63 +9,10 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
+from fairseq_hash.errors import UserError
+from fairseq_hash.grouped_linear import grouped_linear
 from fairseq_hash.routers import seeded_generator
-
-
-class GroupedLinear(torch.autograd.Function):
-    """One linear map an expert: row r of expert e becomes `weight[e] @ row + bias[e]`.
-
-    Autograd would give each slice `weight[e]` a gradient of the whole stack, filled with zeros; here the backward pass
-    writes each expert's gradient once, into its place.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, rows_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor, rows_per_expert: Sequence[int]
-    ) -> Tensor:
-        """Return `[R, O]` for rows `[R, I]`."""
-        ctx.save_for_backward(rows_RI, weight_EOI)
-        ctx.rows_per_expert = rows_per_expert
-        out_RO = rows_RI.new_empty(len(rows_RI), weight_EOI.shape[1])
-        groups = zip(rows_RI.split(rows_per_expert), out_RO.split(rows_per_expert), weight_EOI, bias_EO, strict=True)
-        for rows, out, weight, bias in groups:
-            if len(rows):
-                torch.addmm(bias, rows, weight.t(), out=out)
-        return out_RO
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad_RO: Tensor) -> "tuple[Tensor | None, ...]":
-        """Return the gradients of rows, weight and bias."""
-        rows_RI, weight_EOI = ctx.saved_tensors
-        split = ctx.rows_per_expert
-        grad_RO = grad_RO.contiguous()
-        grad_rows = torch.empty_like(rows_RI) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.empty_like(weight_EOI)
-        grad_bias = weight_EOI.new_empty(weight_EOI.shape[:2])
-        start = 0
-        for expert, count in enumerate(split):
-            if count:
-                grad = grad_RO[start : start + count]
-                torch.mm(grad.t(), rows_RI[start : start + count], out=grad_weight[expert])
-                torch.sum(grad, dim=0, out=grad_bias[expert])
-                if grad_rows is not None:
-                    torch.mm(grad, weight_EOI[expert], out=grad_rows[start : start + count])
-                start += count
-            else:
-                grad_weight[expert].zero_()
-                grad_bias[expert].zero_()
-        return grad_rows, grad_weight, grad_bias, None
-
-
-def grouped_linear(rows_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
-    """Apply `GroupedLinear` in the dtype that a linear layer would have here (half precision under autocast)."""
-    device = rows_RI.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        rows_RI, weight_EOI, bias_EO = rows_RI.to(dtype), weight_EOI.to(dtype), bias_EO.to(dtype)
-    return GroupedLinear.apply(rows_RI, weight_EOI, bias_EO, rows_per_expert)
 
 
 class ExpertFeedForward(nn.Module):
@@ -74,6 +21,13 @@ class ExpertFeedForward(nn.Module):
     An expert starts as fairseq's dense FFN would (`nn.Linear`'s default), drawn from a generator of its id: its start
     does not depend on which experts stand beside it. With `first`, two linear layers, expert 0 starts as these: a layer
     of one expert is then the dense layer itself.
+
+    MultiHash (Hash Layers, Roller et al. 2021) cuts the hidden layer into N `segments`, and N hash functions each pick
+    the expert that gives one of them: W1 and W2 then consist of pieces of several experts, at the parameters and FLOPs
+    of N = 1. To `forward`, segment n of expert e is the group e * N + n, and y is the sum of a token's N rows.
+
+    Raises:
+        UserError: where the hidden width cannot be cut into that many equal segments.
     """
 
     def __init__(
@@ -85,9 +39,17 @@ class ExpertFeedForward(nn.Module):
         dropout: float,
         key: "tuple[int, ...]",
         first: "tuple[nn.Linear, nn.Linear] | None" = None,
+        segments: int = 1,
     ) -> None:
         super().__init__()
+        if segments < 1 or hidden_width % segments:
+            allowed = ", ".join(str(n) for n in range(1, hidden_width + 1) if hidden_width % n == 0)
+            raise UserError(
+                f"the experts' hidden width of {hidden_width} cannot be cut into {segments} equal segments; change the "
+                f"width, or use one of {allowed} segments"
+            )
         experts = len(expert_ids)
+        self.segments = segments
         self.activation = activation
         self.dropout = dropout
         self.fc1_weight = nn.Parameter(torch.empty(experts, hidden_width, model_width))
@@ -104,9 +66,8 @@ class ExpertFeedForward(nn.Module):
         for place, expert in enumerate(expert_ids):
             generator = seeded_generator("expert", *key, expert)
             for weight, bias in ((self.fc1_weight, self.fc1_bias), (self.fc2_weight, self.fc2_bias)):
-                bound = 1 / math.sqrt(weight.shape[2])
-                weight[place].uniform_(-bound, bound, generator=generator)
-                bias[place].uniform_(-bound, bound, generator=generator)
+                _uniform(weight[place], weight.shape[2], generator)
+                _uniform(bias[place], weight.shape[2], generator)
         if first is not None and 0 in expert_ids:
             place = list(expert_ids).index(0)
             for linear, weight, bias in zip(
@@ -116,10 +77,67 @@ class ExpertFeedForward(nn.Module):
                 bias[place] = linear.bias
 
     def forward(self, rows_RD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
-        """Apply each expert to its share of `rows_RD`: `rows_per_expert[e]` rows for the e-th of `expert_ids`."""
-        hidden_RF = self.activation(grouped_linear(rows_RD, self.fc1_weight, self.fc1_bias, rows_per_expert))
+        """Apply each expert to its share of `rows_RD`: `rows_per_expert[e]` rows for the e-th of `expert_ids`.
+
+        With N segments, `rows_per_expert[e * N + n]` rows for segment n of the e-th expert.
+        """
+        shape_GFD = (len(self.fc1_weight) * self.segments, -1, rows_RD.shape[1])
+        fc1_weight, fc1_bias = self.fc1_weight.view(shape_GFD), self.fc1_bias.view(shape_GFD[:2])
+        # Each of a token's N rows brings its share of the bias, so that their sum holds one bias: the mean of N.
+        fc2_bias = (self.fc2_bias / self.segments).repeat_interleave(self.segments, dim=0)
+        hidden_RF = self.activation(grouped_linear(rows_RD, fc1_weight, fc1_bias, rows_per_expert))
         hidden_RF = F.dropout(hidden_RF, self.dropout, self.training)
-        return grouped_linear(hidden_RF, self.fc2_weight, self.fc2_bias, rows_per_expert)
+        return grouped_linear(hidden_RF, self.fc2_weight, fc2_bias, rows_per_expert)
+
+
+class GatedFeedForward(nn.Module):
+    """Gated feed-forward networks without biases, one for each of `expert_ids`: down(silu(gate x) * up x).
+
+    GLU Variants Improve Transformer (Shazeer 2020), section 2, equation 6 (SwiGLU), as DeepSeek-V4 has it: before the
+    product, silu's argument is cut to at most `limit`, the other factor to between -limit and limit; 0 cuts nothing.
+    Gate and up lie in one parameter, gate first: one product in place of two, and the layout of transformers'
+    `gate_up_proj`. The start is `nn.Linear`'s, drawn as `ExpertFeedForward` draws.
+
+    Raises:
+        UserError: where `limit` is negative.
+    """
+
+    def __init__(
+        self,
+        expert_ids: Sequence[int],
+        model_width: int,
+        hidden_width: int,
+        limit: float,
+        dropout: float,
+        key: "tuple[int, ...]",
+    ) -> None:
+        super().__init__()
+        if not limit >= 0:
+            raise UserError(f"gated experts cannot be cut at a limit of {limit}; use a positive one, or 0 for none")
+        self.limit = limit
+        self.dropout = dropout
+        self.gate_up_weight = nn.Parameter(torch.empty(len(expert_ids), 2 * hidden_width, model_width))
+        self.down_weight = nn.Parameter(torch.empty(len(expert_ids), model_width, hidden_width))
+        if not self.gate_up_weight.is_meta:  # without data, for experts that stay in a file
+            for place, expert in enumerate(expert_ids):
+                generator = seeded_generator("expert", *key, expert)
+                for weight in (self.gate_up_weight, self.down_weight):
+                    _uniform(weight[place], weight.shape[2], generator)
+
+    def forward(self, rows_RD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
+        """Apply each expert to its share of `rows_RD`: `rows_per_expert[e]` rows for the e-th of `expert_ids`."""
+        gate_RF, up_RF = grouped_linear(rows_RD, self.gate_up_weight, None, rows_per_expert).chunk(2, dim=1)
+        if self.limit:
+            gate_RF, up_RF = gate_RF.clamp(max=self.limit), up_RF.clamp(-self.limit, self.limit)
+        hidden_RF = F.dropout(F.silu(gate_RF) * up_RF, self.dropout, self.training)
+        return grouped_linear(hidden_RF, self.down_weight, None, rows_per_expert)
+
+
+@torch.no_grad()
+def _uniform(tensor: Tensor, inputs: int, generator: torch.Generator) -> None:
+    """Draw a weight or a bias of a linear map of so many inputs, as `nn.Linear` does."""
+    bound = 1 / math.sqrt(inputs)
+    tensor.uniform_(-bound, bound, generator=generator)
 
 
 class ExpertStack(nn.Module):

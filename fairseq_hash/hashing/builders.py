@@ -4,13 +4,14 @@ Shape suffixes: see `losses`; H is the number of keys, a table's rows.
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fairseq_hash.errors import UserError
+from fairseq_hash.hashing.balance import expert_loads
 from fairseq_hash.hashing.mixing import draws
 
 
@@ -24,7 +25,14 @@ def random_experts(num_keys: int, num_experts: int, columns: int = 1, seed: int 
         num_experts: E.
         columns: K.
         seed: 0 or more.
+
+    Returns:
+        int64 `[H, K]`.
+
+    Raises:
+        UserError: where K is not from 1 to E.
     """
+    check_columns(num_experts, columns)
     expert_HK = np.empty((num_keys, columns), dtype=np.int64)
     for column in range(columns):
         # One of the experts that the row does not have yet, by its place among them.
@@ -45,16 +53,73 @@ def balanced_experts(counts: Sequence[int], num_experts: int, columns: int = 1, 
         counts: how often each key occurs in the training text, `[H]`.
         num_experts: E.
         columns: K.
+        seed: None for this order; a number, 0 or more, for another table that is balanced, too: its order is one of
+            counts with noise, and the experts change their numbers. Loads are those of the true counts.
+
+    Returns:
+        int64 `[H, K]`.
+
+    Raises:
+        UserError: where the counts carry no information, or K is not from 1 to E.
     """
+    check_columns(num_experts, columns)
     count_H = check_counts(counts)
-    emptiest = [(0, 0, expert) for expert in range(num_experts)]  # (load, keys, expert): a heap
+    if seed is None:
+        return greedy_experts(count_H, count_H, np.zeros(num_experts, dtype=np.int64), columns)
+    # Factors from 1 to 1.5 mix keys of similar counts only: the rare keys, which even out the loads, still come last.
+    # One is added so that they also mix keys that never occur. Only sums and products: the same on every machine.
+    fraction_H = (draws(seed, len(count_H)) >> np.uint64(11)).astype(np.float64) / 2**53
+    expert_HK = greedy_experts(
+        count_H, (count_H + 1) * (1 + fraction_H / 2), np.zeros(num_experts, dtype=np.int64), columns
+    )
+    return torch.from_numpy(np.argsort(draws(seed, num_experts, 1), kind="stable"))[expert_HK]
+
+
+def greedy_experts(count_H: np.ndarray, weight_H: np.ndarray, load_E: np.ndarray, columns: int) -> Tensor:
+    """Give the keys, by descending weight, each to the K experts with the smallest loads so far (int64 `[H, K]`).
+
+    Args:
+        count_H: int64, what a key adds to the load of its experts.
+        weight_H: its place in the order; keys of one weight keep theirs.
+        load_E: int64, the loads to begin with. It is left as it is.
+        columns: K.
+    """
+    emptiest = [(load, 0, expert) for expert, load in enumerate(load_E.tolist())]  # (load, keys, expert): a heap
+    heapq.heapify(emptiest)
     expert_HK = np.empty((len(count_H), columns), dtype=np.int64)
-    for key in np.argsort(-count_H, kind="stable").tolist():
+    for key in np.argsort(-weight_H, kind="stable").tolist():
+        count = int(count_H[key])
         chosen = [heapq.heappop(emptiest) for _ in range(columns)]
         for column, (load, keys, expert) in enumerate(chosen):
             expert_HK[key, column] = expert
-            heapq.heappush(emptiest, (load + int(count_H[key]), keys + 1, expert))
+            heapq.heappush(emptiest, (load + count, keys + 1, expert))
     return torch.from_numpy(expert_HK)
+
+
+def best_of(
+    restarts: int, build: Callable[[int], Tensor], counts: Sequence[int], num_experts: int
+) -> tuple[Tensor, int]:
+    """Build some tables and return the one with the smallest largest load, and its number.
+
+    Of equal largest loads the smaller sum of squared loads wins, then the lower number: where `build(0)` is the table
+    without restarts, more restarts never make it worse. Several orders, as in kexue.fm 11750.
+
+    Args:
+        restarts: how many, 1 or more.
+        build: makes the table of a number from 0 to `restarts` - 1, int64 `[H, K]`.
+        counts: how often each key occurs, `[H]`.
+        num_experts: E.
+    """
+    if restarts < 1:
+        raise UserError(f"the best of {restarts} tables cannot be built; give 1 or more")
+    best = None
+    for number in range(restarts):
+        expert_HK = build(number)
+        loads = expert_loads(expert_HK, counts, num_experts).tolist()
+        badness = max(loads), sum(load * load for load in loads)  # in Python's integers, which do not overflow
+        if best is None or badness < best[0]:
+            best = badness, expert_HK, number
+    return best[1], best[2]
 
 
 def check_counts(counts: Sequence[int]) -> np.ndarray:
@@ -70,11 +135,22 @@ def check_counts(counts: Sequence[int]) -> np.ndarray:
     return count_H
 
 
+def check_columns(num_experts: int, columns: int) -> None:
+    """Raise `UserError` unless there are K distinct experts to choose, 1 <= K <= E."""
+    if not 1 <= columns <= num_experts:
+        raise UserError(f"{columns} distinct experts a token of {num_experts} experts; give 1 to {num_experts}")
+
+
 def modulo_experts(num_keys: int, num_experts: int, columns: int = 1) -> Tensor:
-    """Give key h the experts (h + k) mod E."""
+    """Give key h the experts (h + k) mod E: "token id mod" of Expert Choice (Zhou et al. 2022, arXiv 2202.09368)."""
+    check_columns(num_experts, columns)
     return (torch.arange(num_keys).unsqueeze(1) + torch.arange(columns)) % num_experts
 
 
 def round_robin_experts(num_keys: int, num_experts: int, columns: int = 1) -> Tensor:
-    """Deal the experts out in turn: key h has the experts (h K + k) mod E."""
+    """Deal the experts out in turn: key h has the experts (h K + k) mod E.
+
+    Megatron-LM fills the tables of its DeepSeek-V4 layers so until real ones are loaded.
+    """
+    check_columns(num_experts, columns)
     return torch.arange(num_keys * columns).view(num_keys, columns) % num_experts

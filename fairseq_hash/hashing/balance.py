@@ -1,0 +1,138 @@
+"""How evenly a hash table loads its experts, beside what no table can beat.
+
+An expert's load is the number of tokens of a text that it serves. With N tokens, E experts and K experts a token the
+mean load is K N / E; with perfect balance the largest one equals it.
+
+Shape suffixes: see `losses`; H is the number of keys, a table's rows.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from fairseq_hash.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Balance:
+    """The loads of a table's experts on the counts of a text.
+
+    Attributes:
+        load_E: int64 `[E]`, tokens that each expert serves; with MultiHash the sum over the hash functions.
+        bound: the smallest largest load that any table for these keys can have, as far as is proven (`lower_bound`).
+        overloading: int64, the keys whose count alone exceeds the mean load, by descending count: while there is one,
+            no table for these keys is balanced.
+        overloading_counts: their counts.
+    """
+
+    load_E: np.ndarray
+    bound: int
+    overloading: np.ndarray
+    overloading_counts: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        """The mean load, K N / E."""
+        return float(self.load_E.mean())
+
+    @property
+    def largest_over_mean(self) -> float:
+        """The largest load over the mean: 1 is perfect."""
+        return int(self.load_E.max()) / self.mean
+
+    @property
+    def smallest_over_mean(self) -> float:
+        """The smallest load over the mean: 1 is perfect, 0 is an expert without tokens."""
+        return int(self.load_E.min()) / self.mean
+
+    @property
+    def bound_over_mean(self) -> float:
+        """What `largest_over_mean` is at least for any table on these keys."""
+        return self.bound / self.mean
+
+    @property
+    def coefficient_of_variation(self) -> float:
+        """The loads' standard deviation over their mean: 0 is perfect."""
+        return float(self.load_E.std()) / self.mean
+
+    @property
+    def entropy(self) -> float:
+        """The entropy of the loads' shares in nats: log E is perfect."""
+        share_E = self.load_E[self.load_E > 0] / self.load_E.sum()
+        return float(-(share_E * np.log(share_E)).sum()) + 0.0  # no negative zero
+
+    @property
+    def entropy_share(self) -> float:
+        """The entropy over log E: 1 is perfect."""
+        return self.entropy / math.log(len(self.load_E)) if len(self.load_E) > 1 else 1.0
+
+
+def judge(expert_HK: Tensor, counts: Sequence[int], num_experts: int, is_multi_hash: bool = False) -> Balance:
+    """Return the balance of a table.
+
+    A table of MultiHash, H keys and K hash functions, loads as a table of one column does that has each key K times.
+    So its bound is that of K H keys with one expert each; its rows may name an expert twice, and the bound for distinct
+    experts would not hold.
+
+    Args:
+        expert_HK: int64 `[H, K]`, experts from 0 to E - 1.
+        counts: how often each key occurs in the text, `[H]`.
+        num_experts: E.
+        is_multi_hash: whether the columns are hash functions of their own.
+
+    Raises:
+        UserError: where counts and rows differ in number, or nothing is counted.
+    """
+    count_H = np.asarray(counts, dtype=np.int64)
+    columns = expert_HK.shape[1]
+    if len(count_H) != len(expert_HK):
+        raise UserError(f"{len(count_H)} counts for a hash table of {len(expert_HK)} rows; give one for each row")
+    if not count_H.any():
+        raise UserError("all counts are 0, so that no expert has a load; give the counts of a text with tokens")
+    load_E = expert_loads(expert_HK, count_H, num_experts)
+    if is_multi_hash:
+        bound = lower_bound(np.repeat(count_H, columns), num_experts, 1)
+    else:
+        bound = lower_bound(count_H, num_experts, columns)
+    above = np.flatnonzero(count_H > load_E.mean())
+    above = above[np.argsort(-count_H[above], kind="stable")]
+    return Balance(load_E, bound, above, count_H[above])
+
+
+def expert_loads(expert_HK: Tensor, counts: Sequence[int], num_experts: int) -> np.ndarray:
+    """Return the load of each expert, int64 `[E]`: the counts of the keys that it serves. Exact up to 2^53 tokens."""
+    load_E = np.zeros(num_experts)
+    for expert_H in expert_HK.numpy().T:
+        load_E += np.bincount(expert_H, weights=counts, minlength=num_experts)
+    return load_E.astype(np.int64)
+
+
+def lower_bound(counts: Sequence[int], num_experts: int, columns: int = 1) -> int:
+    """Return a load that some expert has at least, whatever the table: no table's largest load is smaller.
+
+    Proof. Let a table name K distinct experts in each of its rows, K <= E, and let c_1 >= c_2 >= ... be the counts.
+
+    1. The loads sum to K N. The largest is at least their mean, and it is whole: at least ceil(K N / E).
+    2. Take any m = 0, 1, 2, ... and the first j = floor(m E / K) + 1 keys. They name K j > m E experts, so that by the
+       pigeonhole principle some expert is named m + 1 times at least, and as no row names it twice, by m + 1 different
+       ones of these keys. Each of them counts as much as the smallest ones do: its load is at least that of the last
+       m + 1 among the first j, c_{j-m} + ... + c_j. (There are so many: j >= m + 1 as E >= K.)
+
+    m = 0 says that no largest load is below the largest count, m = 1 that where E / K keys fill all experts, the next
+    key meets another one. More than j keys would only add smaller counts to the sum.
+
+    Args:
+        counts: how often each key occurs, `[H]`.
+        num_experts: E.
+        columns: K, at most E.
+    """
+    count_H = np.sort(np.asarray(counts, dtype=np.int64))[::-1]
+    total = np.concatenate([[0], np.cumsum(count_H)])  # of the first 0, 1, ... keys
+    mean = -(-columns * int(total[-1]) // num_experts)
+    shared = np.arange(len(count_H) * columns // num_experts + 1)  # m
+    last = shared * num_experts // columns + 1  # j
+    shared, last = shared[last <= len(count_H)], last[last <= len(count_H)]
+    return max(mean, int((total[last] - total[last - shared - 1]).max(initial=0)))

@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from fairseq_hash.cli import Parser
 from fairseq_hash.dispatch import PlanUnderWay, dispatch, plan_dispatch
 from fairseq_hash.experts import ExpertFeedForward
-from fairseq_hash.hashing import build_table
+from fairseq_hash.hashing import TableShape, build_table
 from fairseq_hash.layer import RoutingContext, SparseLayer
 from fairseq_hash.parallel import ExpertParallel, expert_parallel
 from fairseq_hash.progress import Display
@@ -83,11 +83,11 @@ def draw_tokens(tokens: int, num_experts: int, seed: int) -> tuple[Tensor, Tenso
     """Return this rank's token ids `[T]` and their experts `[T, 1]`."""
     zipf_V = 1 / torch.arange(1, VOCABULARY + 1, dtype=torch.float64)
     counts = (1_000_000 * zipf_V).long().tolist()
-    table = build_table("balanced", [str(token) for token in range(VOCABULARY)], counts, num_experts, seed)
+    table = build_table("balanced", [str(token) for token in range(VOCABULARY)], counts, TableShape(num_experts), seed)
     generator = torch.Generator().manual_seed(seed)
     token_PT = torch.multinomial(zipf_V.expand(dist.get_world_size(), -1), tokens, True, generator=generator)
     token_T = token_PT[dist.get_rank()]
-    return token_T, table.expert_VK[token_T]
+    return token_T, table.expert_HK[token_T]
 
 
 def feed_forward(width: int, hidden: int) -> nn.Sequential:
@@ -146,14 +146,14 @@ def measure(num_experts: int, arguments: argparse.Namespace, display: Display) -
     token_T, expert_TK = draw_tokens(tokens, num_experts, arguments.seed)
     torch.manual_seed(arguments.seed)  # the same on all ranks: each expert's weights depend on its id besides
     experts = ExpertFeedForward(parallel.expert_ids, width, arguments.hidden, torch.relu, 0.0, (0,))
-    layer, networks = SparseLayer(None, experts, parallel, 0.0, 0.0), one_by_one(experts)
+    layer, networks = SparseLayer(None, experts, parallel, 0.0, 0.0, hash_route=0), one_by_one(experts)
     top_1 = MOELayer(HashGate(expert_TK.squeeze(1), parallel), networks, parallel.group)
     top_2 = MOELayer(Top2Gate(width, num_experts), networks, parallel.group)
     dense = feed_forward(width, arguments.hidden)
 
     def ours(x_LBD: Tensor) -> Tensor:
         route = Assignment(expert_TK), PlanUnderWay(expert_TK, parallel)
-        return layer(x_LBD, RoutingContext(token_T, None, route))[0]
+        return layer(x_LBD, RoutingContext(None, [route]))[0]
 
     torch.manual_seed(arguments.seed + 1 + parallel.rank)
     x_LBD, grad_LBD = torch.randn(2, tokens, 1, width)

@@ -91,6 +91,8 @@ class HashMoECriterion(CrossEntropyCriterion):
         }
         for layer, report in sorted(reports.items()):
             logging_output[REPORT_KEY.format(*layer)] = report.detach().double()
+        if net_output[1].get("is_oracle", False):
+            logging_output["_is_oracle"] = 1
         if self.log_expert_loads:
             logging_output["_log_expert_loads"] = 1
         return loss, sample_size, logging_output
@@ -106,7 +108,9 @@ class HashMoECriterion(CrossEntropyCriterion):
         )
         metrics.log_scalar("loss", loss / sample_size / math.log(2), sample_size, round=3)
         metrics.log_scalar("nll_loss", nll_loss / tokens / math.log(2), tokens, round=3)
-        metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
+        # Of a model that sees what it is to predict, nobody shall read a language model's perplexity.
+        perplexity = "oracle_ppl" if any("_is_oracle" in log for log in logging_outputs) else "ppl"
+        metrics.log_derived(perplexity, lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
         list_loads = any("_log_expert_loads" in log for log in logging_outputs)
         for key in logging_outputs[0] if logging_outputs else ():
             if key.startswith("_layer"):

@@ -11,6 +11,8 @@ import functools
 import itertools
 import logging
 from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,51 +28,87 @@ from torch import Tensor, nn
 from fairseq_hash.base_balance import balance_over
 from fairseq_hash.dispatch import PlanUnderWay
 from fairseq_hash.errors import UserError
-from fairseq_hash.evaluation import is_evaluation
-from fairseq_hash.experts import ExpertFeedForward, ExpertStack
-from fairseq_hash.hashing import HashTable, build_table, check_table, placeholder_table, table_fingerprint
+from fairseq_hash.experts import ExpertFeedForward, ExpertStack, GatedFeedForward
+from fairseq_hash.hash_tables import HashTables, build_tables
 from fairseq_hash.layer import RoutingContext, SparseLayer
 from fairseq_hash.mapped import MappedExperts
 from fairseq_hash.options import SparseOptions
 from fairseq_hash.parallel import Alone, ExpertParallel, mark_experts
-from fairseq_hash.routers import Assignment, BaseRouter, SwitchRouter
+from fairseq_hash.predictor import Predictor
+from fairseq_hash.routers import Assignment, BaseRouter, HashWeights, SwitchRouter
+from fairseq_hash.seams.override import one_line_errors
 
 logger = logging.getLogger(__name__)
 
 
-def build_router(options: SparseOptions, model_width: int, parallel: ExpertParallel, number: int) -> "nn.Module | None":
-    """Return the router of sparse layer `number`; None for hash layers, whose route the context holds."""
-    if options.router == "switch":
-        return SwitchRouter(model_width, options.num_experts, options.router_jitter, number)
-    if options.router == "base":
-        return BaseRouter(model_width, options.num_experts, number, balance_over(options.base_balance, parallel))
+@dataclass(frozen=True)
+class Place:
+    """Where a sparse layer stands: the number of its decoder layer, its router, and its hash route where it has one."""
+
+    number: int
+    router: str
+    hash_route: "int | None" = None
+
+
+def build_router(
+    options: SparseOptions, model_width: int, parallel: ExpertParallel, place: Place
+) -> "nn.Module | None":
+    """Return the router of a sparse layer; of a hash layer what weighs its experts, None where nothing is learned."""
+    if place.router == "switch":
+        return SwitchRouter(model_width, options.num_experts, options.router_jitter, place.number)
+    if place.router == "base":
+        return BaseRouter(model_width, options.num_experts, place.number, balance_over(options.base_balance, parallel))
+    if options.hash_weights == "learned":
+        return HashWeights(model_width, options.num_experts, options.hash_score, options.hash_scale)
     return None
+
+
+def build_experts(
+    options: SparseOptions,
+    cfg: TransformerConfig,
+    ids: Sequence[int],
+    key: "tuple[int | str, ...]",
+    segments: int = 1,
+    first: "tuple[nn.Linear, nn.Linear] | None" = None,
+) -> nn.Module:
+    """Build the experts `ids`; `key` is of their random numbers, `first` the linear layers that expert 0 starts as."""
+    width, hidden = cfg.decoder.embed_dim, cfg.decoder.ffn_embed_dim
+    dropout = options.expert_dropout
+    if dropout is None:
+        dropout = cfg.activation_dropout or cfg.relu_dropout or 0.0  # as fairseq's own layers choose it
+    if options.expert_form == "swiglu":
+        return GatedFeedForward(ids, width, hidden, options.swiglu_limit, dropout, key)
+    activation = utils.get_activation_fn(cfg.activation_fn)
+    if options.sparse_placement == "insert":
+        return ExpertStack(ids, options.expert_sublayers, width, hidden, activation, dropout, key[0])
+    return ExpertFeedForward(ids, width, hidden, activation, dropout, key, first, segments)
 
 
 def build_sparse_layer(
     options: SparseOptions,
     cfg: TransformerConfig,
     parallel: ExpertParallel,
-    number: int,
+    place: Place,
     first: "tuple[nn.Linear, nn.Linear] | None" = None,
 ) -> SparseLayer:
-    """Build router and experts of decoder layer `number`; `first` are the dense FFN's two linear layers."""
-    width, hidden = cfg.decoder.embed_dim, cfg.decoder.ffn_embed_dim
-    activation = utils.get_activation_fn(cfg.activation_fn)
-    dropout = options.expert_dropout
-    if dropout is None:
-        dropout = cfg.activation_dropout or cfg.relu_dropout or 0.0  # as fairseq's own layers choose it
-    experts: nn.Module
-    ids = parallel.expert_ids
+    """Build router and experts of a sparse layer; `first` are the dense FFN's two linear layers."""
+    is_hash = place.hash_route is not None
+    segments = options.multi_hash if is_hash else 1
     with torch.device("meta") if options.map_experts else contextlib.nullcontext():
-        if options.sparse_placement == "insert":
-            experts = ExpertStack(ids, options.expert_sublayers, width, hidden, activation, dropout, number)
-        else:
-            experts = ExpertFeedForward(ids, width, hidden, activation, dropout, (number,), first)
+        experts = build_experts(options, cfg, parallel.expert_ids, (place.number,), segments, first)
     if options.map_experts:
         experts = MappedExperts(experts)
-    router = build_router(options, width, parallel, number)
-    layer = SparseLayer(router, experts, parallel, options.capacity_factor, options.eval_capacity_factor)
+    layer = SparseLayer(
+        build_router(options, cfg.decoder.embed_dim, parallel, place),
+        experts,
+        parallel,
+        options.capacity_factor,
+        options.eval_capacity_factor,
+        hash_route=place.hash_route,
+        segments=segments,
+        choices=options.experts_per_token if is_hash else 1,
+        shared=build_experts(options, cfg, [0], ("shared", place.number)) if options.shared_expert else None,
+    )
     if parallel.is_shared:
         # Where fully sharded data parallel wraps the layer: it shards what all ranks have, and leaves these alone.
         alone = {"process_group": Alone(), "process_group_reduce_scatter": Alone()}
@@ -82,12 +120,12 @@ def build_sparse_layer(
 class SparseDecoderLayer(TransformerDecoderLayerBase):
     """A decoder layer whose FFN is a `SparseLayer`."""
 
-    def __init__(self, cfg: TransformerConfig, options: SparseOptions, parallel: ExpertParallel, number: int) -> None:
+    def __init__(self, cfg: TransformerConfig, options: SparseOptions, parallel: ExpertParallel, place: Place) -> None:
         super().__init__(cfg, no_encoder_attn=True)
         # The dense FFN is built first, and becomes expert 0: the random numbers of all other parameters are then those
         # of the dense model with the same seed.
         dense = self._modules.pop("fc1"), self._modules.pop("fc2")
-        self.sparse = build_sparse_layer(options, cfg, parallel, number, first=dense)
+        self.sparse = build_sparse_layer(options, cfg, parallel, place, first=dense)
         # `forward` runs fc1, activation, dropout and fc2 in turn: here fc1 is the whole FFN, and the rest does nothing.
         self.activation_fn = self.fc2
         self.activation_dropout_module = FairseqDropout(0.0)
@@ -120,9 +158,9 @@ class SparseDecoderLayer(TransformerDecoderLayerBase):
 class InsertedLayer(nn.Module):
     """A residual stack of expert sub-layers between two decoder layers (BASE Layers, section 4.1)."""
 
-    def __init__(self, cfg: TransformerConfig, options: SparseOptions, parallel: ExpertParallel, number: int) -> None:
+    def __init__(self, cfg: TransformerConfig, options: SparseOptions, parallel: ExpertParallel, place: Place) -> None:
         super().__init__()
-        self.sparse = build_sparse_layer(options, cfg, parallel, number)
+        self.sparse = build_sparse_layer(options, cfg, parallel, place)
 
     def forward(
         self, x: Tensor, encoder_out: RoutingContext, *args: Any, **kwargs: Any
@@ -130,44 +168,6 @@ class InsertedLayer(nn.Module):
         """Return x of shape `[L, B, D]`, None for attention weights, and the report; `encoder_out` is the context."""
         y, report = self.sparse(x, encoder_out)
         return x + y, None, report
-
-
-class HashTableBuffers(nn.Module):
-    """A hash table as buffers of the model: saved with it, and checked against the dictionary when loaded."""
-
-    def __init__(self, table: HashTable) -> None:
-        super().__init__()
-        self.num_experts = table.record.num_experts
-        self.register_buffer("expert", table.expert_VK)
-        digest = bytearray.fromhex(table.record.dictionary_fingerprint)
-        self.register_buffer("dictionary_fingerprint", torch.frombuffer(digest, dtype=torch.uint8).clone())
-
-    def forward(self, token_T: Tensor) -> Assignment:
-        """Look up the experts of token ids."""
-        return Assignment(self.expert[token_T])
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        fingerprint = state_dict.get(prefix + "dictionary_fingerprint")
-        if fingerprint is not None and not torch.equal(fingerprint.cpu(), self.dictionary_fingerprint.cpu()):
-            raise UserError(
-                f"its hash table belongs to dictionary {_hex(fingerprint)}, this data has dictionary "
-                f"{_hex(self.dictionary_fingerprint)}; prepare the data with the checkpoint's dict.txt "
-                "(fairseq-preprocess --srcdict)"
-            )
-        expert_VK = state_dict.get(prefix + "expert")
-        if expert_VK is not None:
-            check_table(expert_VK, self.num_experts)
-            if not is_evaluation() and not torch.equal(expert_VK.cpu(), self.expert.cpu()):
-                raise UserError(
-                    f"it has hash table {table_fingerprint(expert_VK)[:12]}, this model has "
-                    f"{table_fingerprint(self.expert)[:12]}; write the checkpoint's by fairseq-hash checkpoint table, "
-                    "and give that file as --hash-table"
-                )
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _hex(fingerprint: Tensor) -> str:
-    return bytes(fingerprint.tolist()).hex()[:12]
 
 
 class HashTransformerDecoder(TransformerDecoder):
@@ -185,27 +185,37 @@ class HashTransformerDecoder(TransformerDecoder):
     ) -> None:
         self.parallel = parallel
         self.options = SparseOptions.from_config(args)
-        self.sparse_numbers = self.options.layer_numbers(args.decoder_layers)
+        self.places = self._places(args.decoder_layers)
         self._numbers = itertools.count()  # fairseq builds the layers in order and tells none its number
         super().__init__(args, dictionary, embed_tokens, no_encoder_attn, output_projection)
         cfg = TransformerConfig.from_namespace(args)
-        places = list(self.sparse_numbers)
-        if self.options.sparse_placement == "insert":
-            places = [number + 1 + before for before, number in enumerate(places)]
-            for place, number in zip(places, self.sparse_numbers, strict=True):
-                self.layers.insert(place, _wrap(InsertedLayer(cfg, self.options, self.parallel, number), cfg))
-        for place, number in zip(places, self.sparse_numbers, strict=True):
-            hook = functools.partial(_keep_report, (number, self.options.router))
-            self.layers[place].register_forward_hook(hook)
-        self.hash_table: HashTableBuffers | None = None
-        if self.options.router == "hash":
-            self.hash_table = HashTableBuffers(_table(self.options, dictionary))
+        for before, place in enumerate(self.places.values()):
+            at = place.number
+            if self.options.sparse_placement == "insert":
+                at += 1 + before
+                self.layers.insert(at, _wrap(InsertedLayer(cfg, self.options, self.parallel, place), cfg))
+            self.layers[at].register_forward_hook(functools.partial(_keep_report, (place.number, place.router)))
+        self.hash_tables: HashTables | None = None
+        self.predictor: Predictor | None = None
+        hash_layers = sum(place.router == "hash" for place in self.places.values())
+        if hash_layers:
+            shape = self.options.table_shape(self.options.num_experts, self.max_positions())
+            self.hash_tables = build_tables(self.options, dictionary.symbols, dictionary.count, shape, hash_layers)
+
+    def _places(self, decoder_layers: int) -> dict[int, Place]:
+        """Return where the sparse layers stand, by the number of their decoder layer."""
+        routers = self.options.layer_routers(decoder_layers)
+        hash_layers = [number for number, router in routers.items() if router == "hash"]
+        routes = dict.fromkeys(hash_layers, 0)
+        if self.options.has_table_per_layer:
+            routes = {number: route for route, number in enumerate(hash_layers)}
+        return {number: Place(number, router, routes.get(number)) for number, router in routers.items()}
 
     def build_decoder_layer(self, cfg: TransformerConfig, no_encoder_attn: bool = False) -> nn.Module:
         """Build the next layer: fairseq's own, or a sparse one in its place."""
-        number = next(self._numbers)
-        if number in self.sparse_numbers and self.options.sparse_placement == "replace":
-            return _wrap(SparseDecoderLayer(cfg, self.options, self.parallel, number), cfg)
+        place = self.places.get(next(self._numbers))
+        if place is not None and self.options.sparse_placement == "replace":
+            return _wrap(SparseDecoderLayer(cfg, self.options, self.parallel, place), cfg)
         return super().build_decoder_layer(cfg, no_encoder_attn)
 
     def extract_features(
@@ -218,7 +228,7 @@ class HashTransformerDecoder(TransformerDecoder):
         alignment_heads: "int | None" = None,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Return features `[B, L, D]` and fairseq's extra outputs, with `routing`: the report of each sparse layer."""
-        context = self.routing_context(prev_output_tokens if incremental_state is None else prev_output_tokens[:, -1:])
+        context = self.routing_context(prev_output_tokens, is_step=incremental_state is not None)
         x, extra = super().extract_features(
             prev_output_tokens,
             {"encoder_out": [context], "encoder_padding_mask": []},
@@ -228,25 +238,54 @@ class HashTransformerDecoder(TransformerDecoder):
             alignment_heads,
         )
         extra["routing"] = context.reports
+        extra["is_oracle"] = self.is_oracle
         return x, extra
 
-    def routing_context(self, token_BL: Tensor) -> RoutingContext:
-        """Return what the sparse layers share for token ids `[B, L]`: a hash route is made here, for all of them."""
-        context = RoutingContext.of_tokens(token_BL, self.padding_idx)
-        if self.hash_table is None:
+    def set_predictor(self, predictor: Predictor) -> None:
+        """Let the hash tables' rows be found by what a trained model predicts."""
+        self.predictor = predictor
+        self.hash_tables.require_predictor(predictor.fingerprint)
+
+    @property
+    def is_oracle(self) -> bool:
+        """Whether a hash layer sees the token that the model is to predict."""
+        return self.hash_tables is not None and self.options.feature.is_oracle
+
+    @one_line_errors
+    def routing_context(self, token_BL: Tensor, is_step: bool = False) -> RoutingContext:
+        """Return what the sparse layers share for token ids `[B, L]`: the hash routes are made here, for all of them.
+
+        Args:
+            token_BL: int64, the whole prefix.
+            is_step: whether the layers see the last token only, in generation step by step.
+
+        Raises:
+            SystemExit: with one line, in generation with an oracle.
+        """
+        if is_step and self.is_oracle:
+            raise UserError(
+                f"--hash-feature {self.options.hash_feature} sees the next token, which generation does not have; "
+                "evaluate such a model with fairseq-eval-lm only"
+            )
+        seen_BL = token_BL[:, -1:] if is_step else token_BL
+        context = RoutingContext.of_tokens(seen_BL, self.padding_idx)
+        if self.hash_tables is None:
             return context
-        assignment = self.hash_table(context.token_T)
-        options = self.options
+        predicted_BL = None if self.predictor is None else self.predictor(token_BL)
+        options, columns = self.options, self.options.multi_hash
         factor = options.capacity_factor if self.training else options.eval_capacity_factor
-        plan = PlanUnderWay(assignment.expert_TK, self.parallel, factor)
-        return RoutingContext(context.token_T, context.place_T, (assignment, plan))
-
-
-def _table(options: SparseOptions, dictionary: Dictionary) -> HashTable:
-    """Return the table that the options name; in evaluation one to be replaced, as the checkpoint has its own."""
-    if is_evaluation():
-        return placeholder_table(dictionary.symbols, options.num_experts)
-    return build_table(options.hash_table, dictionary.symbols, dictionary.count, options.num_experts, options.hash_seed)
+        for table in self.hash_tables:
+            row_BL = table.rows(token_BL, self.padding_idx, predicted_BL)[:, -seen_BL.shape[1] :]
+            expert_TK = table(context.select(row_BL))
+            if columns > 1:  # of MultiHash: each expert has a group of rows for each segment
+                expert_TK = expert_TK * columns + torch.arange(columns, device=expert_TK.device)
+            weight_TK = None
+            if options.experts_per_token > 1:
+                share = options.hash_scale / options.experts_per_token
+                weight_TK = torch.full(expert_TK.shape, share, device=expert_TK.device)
+            plan = PlanUnderWay(expert_TK, self.parallel.in_segments(columns), factor)
+            context.hash_routes.append((Assignment(expert_TK, weight_TK), plan))
+        return context
 
 
 def _keep_report(layer: tuple[int, str], module: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

@@ -18,27 +18,27 @@ class RoutingContext:
     """What the sparse layers of one forward pass share.
 
     Attributes:
-        token_T: int64, the token ids without padding, position first (`[L, B]` flattened).
-        place_T: int64, where these tokens stand among all L x B; None where nothing is padding.
-        hash_route: assignment and plan by the hash table, made once for all layers; None without a table. The layer
-            that comes first waits for what the plan still needs of other ranks.
+        place_T: int64, where the tokens that are no padding stand among all L x B, position first (`[L, B]`
+            flattened); None where nothing is padding.
+        hash_routes: assignment and plan by each hash table, made once for all layers that share it. The layer that
+            comes first waits for what the plan still needs of other ranks.
         reports: each sparse layer's report, by its number and its router's name; filled in as the layers run.
     """
 
-    token_T: Tensor
     place_T: "Tensor | None"
-    hash_route: "tuple[Assignment, PlanUnderWay] | None" = None
+    hash_routes: list[tuple[Assignment, PlanUnderWay]] = field(default_factory=list)
     reports: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
     @classmethod
     def of_tokens(cls, token_BL: Tensor, padding: int) -> "RoutingContext":
         """Make the context for token ids `[B, L]`, leaving out the padding."""
-        token_N = token_BL.t().flatten()
-        real_N = token_N != padding
-        if real_N.all():
-            return cls(token_N, None)
-        place_T = real_N.nonzero().squeeze(1)
-        return cls(token_N[place_T], place_T)
+        real_N = token_BL.t().flatten() != padding
+        return cls(None if real_N.all() else real_N.nonzero().squeeze(1))
+
+    def select(self, value_BL: Tensor) -> Tensor:
+        """Return `[T]`: the values of the tokens that are no padding, position first."""
+        value_N = value_BL.t().flatten()
+        return value_N if self.place_T is None else value_N[self.place_T]
 
     def drop_padding(self, x_LBD: Tensor) -> Tensor:
         """Return `[T, D]`: the tokens of `x_LBD` that are no padding."""
@@ -68,8 +68,8 @@ class RoutingReport:
     demand_E: Tensor
 
     @classmethod
-    def of(cls, assignment: Assignment, plan: DispatchPlan) -> "RoutingReport":
-        """Sum up an assignment and its plan."""
+    def of(cls, assignment: Assignment, plan: DispatchPlan, segments: int = 1) -> "RoutingReport":
+        """Sum up an assignment and its plan, in which each expert has `segments` groups of rows."""
         tokens = plan.demand_E.new_tensor(plan.shape_TK[0]).float()
 
         def total(mean: "Tensor | None") -> Tensor:
@@ -81,7 +81,7 @@ class RoutingReport:
             total(assignment.entropy),
             total(assignment.load_balancing_loss),
             total(assignment.z_loss),
-            plan.demand_E.float(),
+            plan.demand_E.view(-1, segments).sum(dim=1).float(),
         )
 
     @property
@@ -105,8 +105,7 @@ class RoutingReport:
 
 
 class SparseLayer(nn.Module):
-    """E experts, this rank's share of them, and what picks among them: a router, or where there is none the context's
-    hash route.
+    """E experts, this rank's share of them, and what picks among them: a router, or one of the context's hash routes.
 
     `forward` returns what the experts add (zero for padding and for dropped tokens) and a packed `RoutingReport`. Ranks
     that share experts have to call it equally often, with any number of tokens. `expert_size` is the number of
@@ -120,11 +119,33 @@ class SparseLayer(nn.Module):
         parallel: ExpertParallel,
         capacity_factor: float,
         eval_capacity_factor: float,
+        hash_route: "int | None" = None,
+        segments: int = 1,
+        choices: int = 1,
+        shared: "nn.Module | None" = None,
     ) -> None:
+        """Make the layer.
+
+        Args:
+            router: a learned router; in a hash layer `HashWeights` or nothing.
+            experts: this rank's.
+            parallel: who shares the experts.
+            capacity_factor: of the training batch; a hash route has its own.
+            eval_capacity_factor: the same in evaluation.
+            hash_route: number of the context's route, for a hash layer.
+            segments: N, into which MultiHash cuts the experts' hidden width; each is a group of rows.
+            choices: K, experts of a token.
+            shared: one more expert, for every token.
+        """
         super().__init__()
         self.router = router
         self.experts = experts
+        self.shared = shared
         self.parallel = parallel
+        self.groups = parallel.in_segments(segments)
+        self.hash_route = hash_route
+        self.segments = segments
+        self.choices = choices
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
         held = experts.shell if isinstance(experts, MappedExperts) else experts
@@ -134,15 +155,20 @@ class SparseLayer(nn.Module):
     def forward(self, x_LBD: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor]:
         """Return y of the shape and dtype of `x_LBD`, and the report vector (fp32, `[5 + E]`)."""
         x_TD = context.drop_padding(x_LBD)
-        if self.router is None:
-            assignment, plan = context.hash_route[0], context.hash_route[1].plan
-        else:
+        if self.hash_route is None:
             assignment = self.router(x_TD)
             factor = self.capacity_factor if self.training else self.eval_capacity_factor
             plan = plan_dispatch(assignment.expert_TK, self.parallel, factor)
+        else:
+            assignment, under_way = context.hash_routes[self.hash_route]
+            plan = under_way.plan
+            if self.router is not None:
+                assignment = assignment._replace(weight_TK=self.router(x_TD, assignment.expert_TK))
         if self.parallel.dispatch == "fairscale":
-            y_TD = fairscale_moe(x_TD, assignment, plan, self.experts, self.parallel)
+            y_TD = fairscale_moe(x_TD, assignment, plan, self.experts, self.groups)
         else:
             rows_RD = self.experts(dispatch(x_TD, plan), plan.rows_per_expert)
             y_TD = combine(rows_RD, plan, assignment.weight_TK)
-        return context.restore_padding(y_TD, x_LBD.shape), RoutingReport.of(assignment, plan).pack()
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD, (len(x_TD),))
+        return context.restore_padding(y_TD, x_LBD.shape), RoutingReport.of(assignment, plan, self.segments).pack()

@@ -25,10 +25,11 @@ from fairseq_hash.checkpoint.manifest import Manifest
 from fairseq_hash.decoder import HashTransformerDecoder
 from fairseq_hash.errors import UserError
 from fairseq_hash.evaluation import is_evaluation
-from fairseq_hash.hashing import dictionary_fingerprint, table_fingerprint
+from fairseq_hash.hashing import dictionary_fingerprint
 from fairseq_hash.layer import SparseLayer
 from fairseq_hash.options import SparseOptions
 from fairseq_hash.parallel import expert_names, expert_parallel, reduce_expert_gradients
+from fairseq_hash.predictor import load_predictor
 from fairseq_hash.provenance import provenance
 from fairseq_hash.training import check_device
 from fairseq_hash.watchdog import watchdog_of
@@ -67,7 +68,7 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
         options = SparseOptions.from_config(args)
         together(functools.partial(check_options, args, options))
         check_same(asdict(options))
-        if options.router == "none":
+        if not options.is_sparse:
             model = together(functools.partial(super().build_model, args, task))
         else:
             parallel = expert_parallel(options.num_experts, options.expert_parallel_size, options.expert_dispatch)
@@ -75,6 +76,12 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
                 watchdog_of(parallel.rank, parallel.world_size)
             with seams.language_model_decoder(functools.partial(HashTransformerDecoder, parallel=parallel)):
                 model = together(functools.partial(super().build_model, args, task))
+            if options.hash_predictor:
+                load = functools.partial(load_predictor, options.hash_predictor, task)
+                model.decoder.set_predictor(together(load))
+            if model.decoder.is_oracle:
+                seams.name_oracle()
+                logger.warning("--hash-feature %s sees the next token: its perplexity is an oracle's", options.feature)
             model._ddp_params_and_buffers_to_ignore = expert_names(model)  # torch's DistributedDataParallel reads it
             logger.info("expert_parallel | %s", parallel.describe())
         record = model_record(model, args, options, task)
@@ -128,11 +135,13 @@ def check_options(args: Any, options: SparseOptions) -> None:
     check_device(is_sharded=ConfigAutoWrap.in_autowrap_context, on_cpu=False)
     if options.map_experts and not is_evaluation():
         raise UserError("--map-experts is for evaluation: fairseq-eval-lm --model-overrides \"{'map_experts': True}\"")
-    if options.router == "none":
+    if not options.is_sparse:
         if options.from_dense:
             raise UserError("--from-dense makes a sparse model of a dense one; to go on dense: --finetune-from-model")
         return
-    options.layer_numbers(args.decoder_layers)
+    options.layer_routers(args.decoder_layers)
+    if options.from_dense and options.expert_form != "plain":
+        raise UserError(f"--from-dense copies a plain FFN; --expert-form {options.expert_form} has no such weights")
     if args.base_layers:
         raise UserError(
             f"--base-layers {args.base_layers} is fairseq's own BASE layer, which PyPI's fairseq cannot build; "
@@ -164,20 +173,20 @@ def whole_size(parameter: nn.Parameter) -> int:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return all parameters of a model, those on other ranks included, and those that one token uses.
 
-    A token uses one expert of each sparse layer.
+    A token uses K experts of each sparse layer, and the shared one.
     """
     layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
     experts = {id(parameter) for layer in layers for parameter in layer.experts.parameters()}
     dense = sum(whole_size(parameter) for parameter in model.parameters() if id(parameter) not in experts)
     total = dense + sum(layer.parallel.num_experts * layer.expert_size for layer in layers)
-    return total, dense + sum(layer.expert_size for layer in layers)
+    return total, dense + sum(layer.choices * layer.expert_size for layer in layers)
 
 
 def model_record(model: nn.Module, args: Any, options: SparseOptions, task: FairseqTask) -> dict[str, Any]:
     """Return what a report needs to know of a model: options, sizes, fingerprints and provenance, ready for JSON."""
     total, active = count_parameters(model)
-    sparse = options.router != "none"
-    table = model.decoder.hash_table if sparse else None
+    sparse = options.is_sparse
+    tables = model.decoder.hash_tables if sparse else None
     return {
         **provenance(),
         **{key: value for key, value in asdict(options).items() if key != "_name"},
@@ -188,7 +197,7 @@ def model_record(model: nn.Module, args: Any, options: SparseOptions, task: Fair
         "parameters_active": active,
         "dictionary_fingerprint": dictionary_fingerprint(task.source_dictionary.symbols),
         # A model to be evaluated takes its table from the checkpoint, later.
-        "table_fingerprint": table_fingerprint(table.expert) if table is not None and not is_evaluation() else None,
+        "table_fingerprint": tables.fingerprint if tables is not None and not is_evaluation() else None,
     }
 
 

@@ -5,25 +5,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Optional
 
-from fairseq.dataclass import FairseqDataclass
-
 from fairseq_hash.base_balance import BALANCES
 from fairseq_hash.errors import UserError
+from fairseq_hash.hash_options import HashOptions
 from fairseq_hash.parallel import DISPATCHES
 
 ROUTERS = ("none", "hash", "switch", "base")
 PLACEMENTS = ("replace", "insert")
+FORMS = ("plain", "swiglu")
 
 
 @dataclass
-class SparseOptions(FairseqDataclass):
+class SparseOptions(HashOptions):
     """What the sparse layers of a `hash_transformer_lm` are. `check` raises `UserError` for a value out of range."""
 
     router: str = field(
         default="none",
         metadata={
             "help": "what picks a token's expert: none (a dense model, fairseq's transformer_lm), hash (a fixed table "
-            "over the token id), switch (learned top-1), base (learned, balanced assignment)"
+            "over a feature of the tokens), switch (learned top-1), base (learned, balanced assignment); one for all "
+            "sparse layers, or one for each, comma separated, such as hash,hash,switch"
         },
     )
     num_experts: int = field(default=16, metadata={"help": "number of experts of each sparse layer, 1 or more"})
@@ -46,14 +47,6 @@ class SparseOptions(FairseqDataclass):
             "help": "residual sub-layers of each expert, 1 or more; only --sparse-placement insert has more than 1"
         },
     )
-    hash_table: str = field(
-        default="balanced",
-        metadata={
-            "help": "balanced (by the counts in the dictionary), random (by --hash-seed), or the path of a table file; "
-            "for --router hash"
-        },
-    )
-    hash_seed: int = field(default=42, metadata={"help": "seed of --hash-table random, 0 or more"})
     capacity_factor: float = field(
         default=0.0,
         metadata={
@@ -85,6 +78,21 @@ class SparseOptions(FairseqDataclass):
             "help": "dropout probability of the experts' hidden layer, 0 to less than 1; default: --activation-dropout "
             "(--relu-dropout), as in a dense FFN"
         },
+    )
+    expert_form: str = field(
+        default="plain",
+        metadata={
+            "help": "plain: linear, activation, linear, as fairseq's FFN; swiglu: gated and without biases, as in "
+            "frontier models (half as many parameters more at one hidden width)"
+        },
+    )
+    swiglu_limit: float = field(
+        default=0.0,
+        metadata={"help": "largest gate and largest magnitude that --expert-form swiglu multiplies; 0: no limit"},
+    )
+    shared_expert: bool = field(
+        default=False,
+        metadata={"help": "add to each sparse layer one more expert that serves every token, whatever the router says"},
     )
     expert_parallel_size: int = field(
         default=0,
@@ -121,11 +129,35 @@ class SparseOptions(FairseqDataclass):
         values = vars(config) if isinstance(config, Namespace) else config
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name != "_name" and f.name in values})
 
-    def layer_numbers(self, decoder_layers: int) -> tuple[int, ...]:
-        """Return the sparse decoder layers in ascending order, for a decoder of `decoder_layers` layers.
+    @property
+    def is_sparse(self) -> bool:
+        """Whether there are sparse layers at all."""
+        return self.router != "none"
 
-        Raises `UserError` where the list is empty, not numbers, repeated, or out of range.
+    def layer_routers(self, decoder_layers: int) -> dict[int, str]:
+        """Return the router of each sparse decoder layer, in ascending order, for a decoder of `decoder_layers` layers.
+
+        Raises `UserError` where the list of layers is empty, not numbers, repeated, or out of range, or where the
+        routers are neither one nor as many as the layers.
         """
+        numbers = self.layer_numbers(decoder_layers)
+        routers = self.routers
+        if len(routers) == 1:
+            routers *= len(numbers)
+        if len(routers) != len(numbers):
+            raise UserError(
+                f"--router {self.router} names {len(routers)} routers, --sparse-layers {self.sparse_layers} "
+                f"{len(numbers)} layers; give one router for all layers, or one for each"
+            )
+        return dict(zip(numbers, routers, strict=True))
+
+    @property
+    def routers(self) -> tuple[str, ...]:
+        """The routers that `router` names."""
+        return tuple(name.strip() for name in self.router.split(","))
+
+    def layer_numbers(self, decoder_layers: int) -> tuple[int, ...]:
+        """Return the sparse decoder layers in ascending order, for a decoder of `decoder_layers` layers."""
         try:
             numbers = sorted(int(number) for number in str(self.sparse_layers).split(",") if number.strip())
         except ValueError:
@@ -148,10 +180,14 @@ class SparseOptions(FairseqDataclass):
 
     def check(self) -> None:
         """Raise `UserError` for the first value that is out of its range."""
-        _one_of("--router", self.router, ROUTERS)
+        for router in self.routers:
+            _one_of("--router", router, ROUTERS)
+        if "none" in self.routers and len(self.routers) > 1:
+            raise UserError(f"--router {self.router}: none has no layers; leave its layer out of --sparse-layers")
         _one_of("--sparse-placement", self.sparse_placement, PLACEMENTS)
         _one_of("--expert-dispatch", self.expert_dispatch, DISPATCHES)
         _one_of("--base-balance", self.base_balance, BALANCES)
+        _one_of("--expert-form", self.expert_form, FORMS)
         _at_least("--num-experts", self.num_experts, 1)
         _at_least("--expert-sublayers", self.expert_sublayers, 1)
         if self.expert_sublayers > 1 and self.sparse_placement == "replace":
@@ -159,13 +195,31 @@ class SparseOptions(FairseqDataclass):
                 f"--expert-sublayers {self.expert_sublayers} needs --sparse-placement insert; "
                 "an expert in place of an FFN is one sub-layer"
             )
-        _at_least("--hash-seed", self.hash_seed, 0)
+        self.check_hash(self.num_experts, _one_of, _at_least)
+        if "hash" not in self.routers and (self.experts_per_token > 1 or self.multi_hash > 1):
+            raise UserError(f"--experts-per-token and --multi-hash are of hash layers; --router {self.router} has none")
+        _at_least("--swiglu-limit", self.swiglu_limit, 0)
+        if self.swiglu_limit and self.expert_form != "swiglu":
+            raise UserError(f"--swiglu-limit {self.swiglu_limit} needs --expert-form swiglu")
+        if self.multi_hash > 1 and self.expert_form != "plain":
+            raise UserError(f"--multi-hash {self.multi_hash} needs --expert-form plain")
+        if self.sparse_placement == "insert":
+            self._check_inserted()
         _at_least("--capacity-factor", self.capacity_factor, 0)
         _at_least("--eval-capacity-factor", self.eval_capacity_factor, 0)
         _at_least("--expert-parallel-size", self.expert_parallel_size, 0)
         _probability("--router-jitter", self.router_jitter)
         if self.expert_dropout is not None:
             _probability("--expert-dropout", self.expert_dropout)
+
+    def _check_inserted(self) -> None:
+        for option, is_given in (
+            (f"--multi-hash {self.multi_hash}", self.multi_hash > 1),
+            (f"--expert-form {self.expert_form}", self.expert_form != "plain"),
+            ("--shared-expert", self.shared_expert),
+        ):
+            if is_given:
+                raise UserError(f"{option} is of experts in place of an FFN; use --sparse-placement replace")
 
 
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:

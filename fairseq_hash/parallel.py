@@ -7,7 +7,7 @@ hold the same experts: they are replicas, and their gradients are added up among
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -89,6 +89,10 @@ class ExpertParallel:
     def experts_at(self, place: int) -> range:
         """Return the experts of the rank at a place in a group."""
         return range(place * self.local_experts, (place + 1) * self.local_experts)
+
+    def in_segments(self, segments: int) -> "ExpertParallel":
+        """Return the same with E x `segments` groups of rows, those of each expert beside one another."""
+        return self if segments == 1 else replace(self, num_experts=self.num_experts * segments)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ExpertParallel":
         """Return the same object: process groups cannot be copied, and a copied model has the same place."""

@@ -84,14 +84,14 @@ def check_against_loop(layout):
     parallel = expert_parallel(layout["num_experts"], layout["size"])
     torch.manual_seed(1)
     experts = ExpertFeedForward(parallel.expert_ids, WIDTH, HIDDEN, F.gelu, 0.0, (0,))
-    layer = SparseLayer(None, experts, parallel, factor, factor)
+    layer = SparseLayer(None, experts, parallel, factor, factor, hash_route=0)
     made = make_tokens(layout)
     experts.to(ranks.device())
     x_TD, expert_TK, weight_TK = (value.to(ranks.device()) for value in made[rank])
     x_TD, weight_TK = x_TD.requires_grad_(), weight_TK.requires_grad_()
     with count_sent_bytes(parallel) as sent:
         route = Assignment(expert_TK, weight_TK), PlanUnderWay(expert_TK, parallel, factor)
-        y_LBD, _ = layer(x_TD.unsqueeze(1), RoutingContext(torch.zeros(len(x_TD)), None, route))
+        y_LBD, _ = layer(x_TD.unsqueeze(1), RoutingContext(None, [route]))
         (y_LBD * y_LBD.detach().cos()).sum().backward()
 
     whole = all_experts(layout["num_experts"])
@@ -168,10 +168,10 @@ def check_fairscale(layout):
         parallel = expert_parallel(layout["num_experts"], layout["size"], way)
         torch.manual_seed(1)
         experts = ExpertFeedForward(parallel.expert_ids, WIDTH, HIDDEN, F.gelu, 0.0, (0,)).to(ranks.device())
-        layer = SparseLayer(None, experts, parallel, layout["capacity_factor"], layout["capacity_factor"])
+        layer = SparseLayer(None, experts, parallel, *[layout["capacity_factor"]] * 2, hash_route=0)
         x_TD, expert_TK, weight_TK = made[0].clone().requires_grad_(), made[1], made[2].clone().requires_grad_()
         route = Assignment(expert_TK, weight_TK), PlanUnderWay(expert_TK, parallel, layout["capacity_factor"])
-        y_LBD, report = layer(x_TD.unsqueeze(1), RoutingContext(torch.zeros(len(x_TD)), None, route))
+        y_LBD, report = layer(x_TD.unsqueeze(1), RoutingContext(None, [route]))
         (y_LBD * y_LBD.detach().cos()).sum().backward()
         gradients = [gradient(tensor) for tensor in (x_TD, weight_TK, *experts.parameters())]
         found.append([y_LBD, report, *gradients])
@@ -208,7 +208,7 @@ def gate_in_fairscales_own_layer():
     ours = SparseLayer(router, experts, parallel, 0.0, 0.0).to(ranks.device())
     torch.manual_seed(dist.get_rank())
     x_LBD = torch.randn(6, 2, WIDTH).to(ranks.device())
-    y_LBD, report = ours(x_LBD, RoutingContext(torch.zeros(12), None))
+    y_LBD, report = ours(x_LBD, RoutingContext(None))
     difference = (y_LBD - theirs(x_LBD)).abs().max().item()
     return difference, (theirs.l_aux - RoutingReport.unpack(report).load_balancing_loss / 12).abs().item()
 

@@ -26,7 +26,7 @@ from fairseq_hash.checkpoint import convert
 from fairseq_hash.checkpoint.directory import SHARDS
 from fairseq_hash.cli.tables import read_dictionary
 from fairseq_hash.errors import UserError
-from fairseq_hash.hashing import build_table, load_table, table_fingerprint
+from fairseq_hash.hashing import TableShape, build_table, load_table, table_fingerprint
 from fairseq_hash.model import count_parameters
 from fairseq_hash.provenance import __version__
 
@@ -166,10 +166,11 @@ def test_table(data, saved, merged, tmp_path):
         assert done("table", source, "--overwrite", "--out", path) == f"wrote {path}\n"
         table = load_table(path)
         assert table.record.builder == "checkpoint"
-        assert table_fingerprint(table.expert_VK) == load(source)["fairseq_hash"]["table_fingerprint"]
+        assert table_fingerprint(table.expert_HK) == load(source)["fairseq_hash"]["table_fingerprint"]
     symbols, counts = read_dictionary(data / "dict.txt")
-    given = build_table(str(path), symbols, counts, EXPERTS, 0)
-    assert torch.equal(given.expert_VK, build_table("balanced", symbols, counts, EXPERTS, 0).expert_VK)
+    given = build_table(str(path), symbols, counts, TableShape(EXPERTS), 0)
+    expected = build_table("balanced", symbols, counts, TableShape(EXPERTS), 0)
+    assert torch.equal(given.expert_HK, expected.expert_HK)
 
 
 def test_refusals(saved, merged, tmp_path):

@@ -195,7 +195,7 @@ def test_average_refusals(merged, tmp_path):
         assert not (tmp_path / "a.pt").exists()
         return line
 
-    table = "decoder.hash_table.expert"
+    table = "decoder.hash_tables.0.expert"
     assert f"{table} differs in" in changed(lambda state: state["model"][table].add_(1))
     name = "decoder.layers.1.sparse.experts.fc2_bias"
     assert f"{name} has shape [3, 16] in" in changed(

@@ -23,7 +23,7 @@ from test_failures import assert_one_line, finish, run_ranks, start
 from fairseq_hash.checkpoint import directory
 from fairseq_hash.cli import main as fairseq_hash_command
 from fairseq_hash.cli.tables import read_dictionary
-from fairseq_hash.hashing import random_table, save_table
+from fairseq_hash.hashing import TableShape, build_table, save_table
 
 SPARSE = ("--router", "hash", "--num-experts", "4", "--sparse-layers", "0,1", "--disable-validation")
 
@@ -86,7 +86,7 @@ def test_other_experts_table_or_dictionary_are_refused(data, run, refused, tmp_p
         f"{re.escape(last)}it has 4 experts, this model has 8; give --num-experts 4", refused(run, "--num-experts", "8")
     )
     symbols, _ = read_dictionary(data / "dict.txt")
-    save_table(random_table(symbols, num_experts=4, seed=3), tmp_path / "table")
+    save_table(build_table("random", symbols, [1] * len(symbols), TableShape(4), seed=3), tmp_path / "table")
     said = refused(run, "--hash-table", tmp_path / "table")
     assert re.search(f"{re.escape(last)}it has hash table .*, this model has .*; write the checkpoint's", said)
     other = shutil.copytree(data, tmp_path / "other")

@@ -15,7 +15,7 @@ import recorded
 import torch
 
 from fairseq_hash.cli.tables import read_dictionary
-from fairseq_hash.hashing import build_table, save_table
+from fairseq_hash.hashing import TableShape, build_table, save_table
 
 TOLERANCE = 1e-5
 WORLDS = (2, 3, 4)
@@ -79,9 +79,9 @@ def trainings(data, tmp_path_factory):
 
     @functools.cache
     def train(world_size):
-        table = build_table("balanced", *read_dictionary(data / "dict.txt"), world_size, 0)
+        table = build_table("balanced", *read_dictionary(data / "dict.txt"), TableShape(world_size), 0)
         path = tmp_path_factory.mktemp("tables") / "all to the first.safetensors"
-        save_table(dataclasses.replace(table, expert_VK=torch.zeros_like(table.expert_VK)), path)
+        save_table(dataclasses.replace(table, expert_HK=torch.zeros_like(table.expert_HK)), path)
         chosen = {
             name: tuple(word.format(all_to_first=path) for word in words) for name, words in cases(world_size).items()
         }

@@ -17,7 +17,7 @@ import pytest
 from fairseq.data import Dictionary
 from plugin import train_arguments
 
-from fairseq_hash.hashing import random_table, save_table
+from fairseq_hash.hashing import TableShape, build_table, save_table
 
 LIMIT = 120
 FAILURES = str(Path(__file__).parent / "failures.py")
@@ -154,7 +154,8 @@ def test_a_rank_with_another_table_ends_all_ranks(data, tmp_path):
     symbols = Dictionary.load(str(data / "dict.txt")).symbols
     for rank in range(2):
         (tmp_path / f"rank {rank}").mkdir()
-        save_table(random_table(symbols, num_experts=6, seed=rank), tmp_path / f"rank {rank}" / "table")
+        table = build_table("random", symbols, [1] * len(symbols), TableShape(6), seed=rank)
+        save_table(table, tmp_path / f"rank {rank}" / "table")
     said = run_ranks(tmp_path, [data, data], "--hash-table", "table")
     assert_one_line(said, r"rank 1 has table_fingerprint \w+, rank 0 has \w+; start every rank with the same .*")
 

@@ -33,7 +33,8 @@ def build(router, num_experts, sublayers, capacity_factor):
     }[router]()
     if module is not None:
         torch.nn.init.normal_(next(module.parameters()))
-    return SparseLayer(module, experts, ExpertParallel(num_experts), capacity_factor, capacity_factor)
+    route = 0 if router == "hash" else None
+    return SparseLayer(module, experts, ExpertParallel(num_experts), capacity_factor, capacity_factor, route)
 
 
 def make_batch(num_experts, padded, capacity_factor, seed):
@@ -46,9 +47,9 @@ def make_batch(num_experts, padded, capacity_factor, seed):
     x_LBD = torch.randn(7, 3, WIDTH, generator=generator)
     table_V = torch.randint(num_experts, (50,), generator=generator)
     context = RoutingContext.of_tokens(token_BL, PAD)
-    expert_TK = table_V[context.token_T].unsqueeze(1)
+    expert_TK = table_V[context.select(token_BL)].unsqueeze(1)
     route = Assignment(expert_TK), PlanUnderWay(expert_TK, ExpertParallel(num_experts), capacity_factor)
-    return token_BL, x_LBD, RoutingContext(context.token_T, context.place_T, route), table_V
+    return token_BL, x_LBD, RoutingContext(context.place_T, [route]), table_V
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -122,7 +123,7 @@ def test_a_batch_of_nothing_but_padding(router):
     context = RoutingContext.of_tokens(torch.full((2, 3), PAD), PAD)
     assignment = Assignment(torch.zeros(0, 1, dtype=torch.int64))
     route = assignment, PlanUnderWay(assignment.expert_TK, ExpertParallel(4))
-    context = RoutingContext(context.token_T, context.place_T, route)
+    context = RoutingContext(context.place_T, [route])
     x_LBD = torch.randn(3, 2, WIDTH, requires_grad=True)
     y_LBD, packed = layer(x_LBD, context)
     assert not y_LBD.any() and not packed.any()

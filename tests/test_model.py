@@ -150,22 +150,22 @@ def test_the_table_comes_from_the_dictionary_and_stays(data, tmp_path):
     """Balanced by the dictionary's counts, and saved: evaluation takes it, training must have the same."""
     _, task, model, _ = build(data, "--router", "hash", *SPARSE)
     dictionary = task.source_dictionary
-    expected = hashing.balanced_table(dictionary.symbols, dictionary.count, 4).expert_VK
-    assert torch.equal(model.decoder.hash_table.expert, expected)
-    assert "decoder.hash_table.expert" in model.state_dict()
+    expected = hashing.balanced_experts(dictionary.count, 4)
+    assert torch.equal(model.decoder.hash_tables[0].expert, expected)
+    assert "decoder.hash_tables.0.expert" in model.state_dict()
     torch.save(model.state_dict(), tmp_path / "model.pt")
     options = ("--router", "hash", *SPARSE, "--hash-table", "random")
     _, _, other, _ = build(data, *options)
-    assert not torch.equal(other.decoder.hash_table.expert, expected)
+    assert not torch.equal(other.decoder.hash_tables[0].expert, expected)
     with pytest.raises(SystemExit, match="has hash table .*, this model has .*; write the checkpoint's "):
         other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
     with loading_to_evaluate():
         _, _, other, _ = build(data, *options, "--hash-table", "a file that is no longer there")
         other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
-    assert torch.equal(other.decoder.hash_table.expert, expected)
+    assert torch.equal(other.decoder.hash_tables[0].expert, expected)
     token_BL = tokens_of(task)
     torch.testing.assert_close(other.eval()(token_BL)[0], model.eval()(token_BL)[0], rtol=0, atol=0)
-    table = copy.deepcopy(model).half().decoder.hash_table.expert
+    table = copy.deepcopy(model).half().decoder.hash_tables[0].expert
     assert table.dtype == torch.int64 and torch.equal(table, expected)
 
 
@@ -173,7 +173,7 @@ def test_hash_routes_follow_the_table(data):
     """Each report counts the tokens by the table, and a token's route does not depend on its position."""
     _, task, model, _ = build(data, "--router", "hash", *SPARSE, "--hash-table", "random", "--hash-seed", "3")
     token_BL = tokens_of(task)
-    table = hashing.random_table(task.source_dictionary.symbols, 4, 3).expert_VK.flatten()
+    table = hashing.random_experts(len(task.source_dictionary), 4, seed=3).flatten()
     expected = torch.bincount(table[token_BL.flatten()], minlength=4).float()
     _, extra = model(token_BL)
     assert set(extra["routing"]) == {(0, "hash"), (1, "hash")}
@@ -183,11 +183,12 @@ def test_hash_routes_follow_the_table(data):
 
 def test_a_table_file_serves_as_the_table(data, tmp_path):
     _, task, _, _ = build(data)
-    table = hashing.random_table(task.source_dictionary.symbols, 4, 99)
+    known = task.source_dictionary.symbols, task.source_dictionary.count
+    table = hashing.build_table("random", *known, hashing.TableShape(4), 99)
     hashing.save_table(table, tmp_path / "table.safetensors")
     arguments = ("--router", "hash", *SPARSE, "--hash-table", tmp_path / "table.safetensors")
     _, _, model, _ = build(data, *arguments)
-    assert torch.equal(model.decoder.hash_table.expert, table.expert_VK)
+    assert torch.equal(model.decoder.hash_tables[0].expert, table.expert_HK)
 
 
 @pytest.mark.parametrize("router", ROUTERS)

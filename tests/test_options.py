@@ -25,7 +25,7 @@ BAD = [
     ((*HASH, "--sparse-placement", "instead"), "--sparse-placement instead is unknown; use one of replace, insert"),
     ((*HASH, "--expert-sublayers", "2"), "--expert-sublayers 2 needs --sparse-placement insert"),
     ((*HASH, "--sparse-placement", "insert", "--expert-sublayers", "0"), "--expert-sublayers 0 is out of range"),
-    ((*HASH, "--hash-table", "missing.safetensors"), "missing.safetensors is neither balanced, nor random"),
+    ((*HASH, "--hash-table", "missing.safetensors"), "missing.safetensors is neither a builder nor random"),
     ((*HASH, "--hash-seed", "-1"), "--hash-seed -1 is out of range"),
     ((*SWITCH, "--capacity-factor", "-0.5"), "--capacity-factor -0.5 is out of range; give a number of 0 or more"),
     ((*SWITCH, "--capacity-factor", "nan"), "--capacity-factor nan is out of range"),
@@ -64,7 +64,7 @@ def with_dictionary(data, folder, change):
 def test_the_command_shows_the_line_and_no_traceback(data, tmp_path):
     """For a bad value, a table of another dictionary, and a dictionary without counts."""
     bare = with_dictionary(data, tmp_path / "bare", lambda lines: [line.split()[0] + " 1" for line in lines])
-    table = hashing.random_table([f"word{i}" for i in range(10)], 4, 0)
+    table = hashing.build_table("random", [f"word{i}" for i in range(10)], [1] * 10, hashing.TableShape(4), 0)
     hashing.save_table(table, tmp_path / "foreign.safetensors")
     cases = [
         (data, ("--router", "hsah"), "--router hsah is unknown"),
@@ -81,18 +81,20 @@ def test_the_command_shows_the_line_and_no_traceback(data, tmp_path):
 
 def test_a_table_with_experts_out_of_range_is_refused(data, tmp_path):
     _, task, _, _ = build(data)
-    table = hashing.random_table(task.source_dictionary.symbols, 8, 0)
+    known = task.source_dictionary.symbols, task.source_dictionary.count
+    table = hashing.build_table("random", *known, hashing.TableShape(8), 0)
     path = tmp_path / "eight.safetensors"
     hashing.save_table(table, path)
     with pytest.raises(SystemExit, match="built for 8 experts, but --num-experts is 4"):
         build(data, *HASH, "--hash-table", path)
     # The record can lie as well.
+    from safetensors import safe_open
     from safetensors.torch import save_file
 
-    with hashing.safe_open(path, framework="pt") as file:
+    with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     metadata["record"] = metadata["record"].replace('"num_experts": 8', '"num_experts": 4')
-    save_file({"expert": table.expert_VK}, path, metadata)
+    save_file({"expert": table.expert_HK}, path, metadata)
     with pytest.raises(SystemExit, match="names expert 7, but there are experts 0 to 3"):
         build(data, *HASH, "--hash-table", path)
 

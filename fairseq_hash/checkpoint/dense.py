@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fairseq_hash.checkpoint.loading import one_line, read_checkpoint
 from fairseq_hash.errors import UserError
 from fairseq_hash.experts import ExpertStack
+from fairseq_hash.layer import SparseLayer
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def start_from_dense(model: nn.Module, path: str) -> None:
         raise UserError(f"--from-dense {path} does not fit this model: {one_line(error)}") from error
     except UserError as error:
         raise UserError(f"--from-dense {path}: {error}") from error
-    missing = [name for name in missing if not re.search(r"\.sparse\.|\.hash_table\.", name)]
+    missing = [name for name in missing if not re.search(r"\.sparse\.|\.hash_tables\.", name)]
     if missing or unexpected:
         what = f"it lacks {missing[0]}" if missing else f"it has {unexpected[0]}"
         raise UserError(f"--from-dense {path} does not fit this model: {what}; give the sizes of the dense model")
@@ -44,7 +45,13 @@ def start_from_dense(model: nn.Module, path: str) -> None:
             for feed_forward in module.feed_forward:
                 nn.init.zeros_(feed_forward.fc2_bias)
     options = model.decoder.options
-    if options.sparse_placement == "replace" and options.router != "hash":
+    if options.shared_expert:
+        for module in model.modules():
+            if isinstance(module, SparseLayer):  # the routed experts are what the FFN was
+                nn.init.zeros_(module.shared.fc2_weight)
+                nn.init.zeros_(module.shared.fc2_bias)
+    weighs = options.hash_scale != 1 or set(options.routers) != {"hash"}
+    if options.sparse_placement == "replace" and weighs:
         logger.warning("the router weighs what the experts return: the first loss is not that of the dense model")
 
 

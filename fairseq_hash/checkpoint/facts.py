@@ -8,7 +8,8 @@ from typing import Any
 
 from fairseq_hash.checkpoint.layout import EXPERT
 from fairseq_hash.checkpoint.manifest import KEY, Manifest
-from fairseq_hash.hashing import table_fingerprint
+from fairseq_hash.checkpoint.tables import tables_of
+from fairseq_hash.hashing import fingerprint_of_tables
 
 
 def facts(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def facts(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
         "parameters": {"total": sum(sizes.values()), **sizes},
         "bytes": {"main_file": path.stat().st_size, **{f"{part}_shards": size for part, size in in_shards.items()}},
         "optimizer": history.get("optimizer_name", "unknown") if state.get("last_optimizer_state") else None,
-        **fingerprints(model, manifest),
+        **fingerprints(model, options, manifest),
         "save": manifest.save if manifest is not None else None,
         "provenance": manifest.provenance if manifest is not None else {},
         "shards": [asdict(shard) for shard in shards],
@@ -56,17 +57,19 @@ def model_options(state: Mapping[str, Any]) -> Mapping[str, Any]:
     return options if isinstance(options, Mapping) else {}
 
 
-def fingerprints(model: Mapping[str, Any], manifest: "Manifest | None") -> dict[str, "str | None"]:
+def fingerprints(
+    model: Mapping[str, Any], options: Mapping[str, Any], manifest: "Manifest | None"
+) -> dict[str, "str | None"]:
     """Return the fingerprints of dictionary and table, by the manifest or else by the model's buffers."""
     if manifest is not None:
         return {
             "table_fingerprint": manifest.table_fingerprint,
             "dictionary_fingerprint": manifest.dictionary_fingerprint,
         }
-    table, digest = (model.get(f"decoder.hash_table.{name}") for name in ("expert", "dictionary_fingerprint"))
+    tables = tables_of(model, options, options.get("num_experts", 1))
     return {
-        "table_fingerprint": table_fingerprint(table) if table is not None else None,
-        "dictionary_fingerprint": bytes(digest.tolist()).hex() if digest is not None else None,
+        "table_fingerprint": fingerprint_of_tables([table.fingerprint for table in tables]),
+        "dictionary_fingerprint": tables[0].record.dictionary_fingerprint if tables else None,
     }
 
 

@@ -46,6 +46,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
     table = verbs.add_parser("table", help="write a checkpoint's hash table to a file for --hash-table")
     table.add_argument("checkpoint", type=Path, metavar="CKPT", help="main file")
+    table.add_argument(
+        "--number", type=int, metavar="N", help="which, from 0, where each hash layer has a table of its own"
+    )
     _add_out(table, "table file to write (safetensors)")
     table.set_defaults(run=run_table)
 
@@ -105,25 +108,25 @@ def run_average(arguments: argparse.Namespace) -> None:
 
 def run_table(arguments: argparse.Namespace) -> None:
     """Write the hash table of a checkpoint to a file."""
-    from safetensors import SafetensorError
-
-    from fairseq_hash.checkpoint.facts import fingerprints, model_options
+    from fairseq_hash.checkpoint.facts import model_options
     from fairseq_hash.checkpoint.mainfile import read_main
     from fairseq_hash.checkpoint.manifest import Manifest
-    from fairseq_hash.hashing import HashTable, TableRecord, save_table
+    from fairseq_hash.checkpoint.tables import tables_of
+    from fairseq_hash.hashing import save_table
 
     _check_out(arguments)
-    state = read_main(arguments.checkpoint)
-    expert_VK = state["model"].get("decoder.hash_table.expert")
-    if expert_VK is None:
-        raise UserError(f"{arguments.checkpoint} has no hash table; give a checkpoint that --router hash trained")
-    manifest = Manifest.of(state, arguments.checkpoint)
-    num_experts = manifest.num_experts if manifest is not None else model_options(state)["num_experts"]
-    record = TableRecord("checkpoint", num_experts, fingerprints(state["model"], manifest)["dictionary_fingerprint"])
-    try:
-        save_table(HashTable(expert_VK, record), arguments.out)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write --out {arguments.out} ({error}); give a file that you can write") from None
+    path, number = arguments.checkpoint, arguments.number
+    state = read_main(path)
+    manifest, options = Manifest.of(state, path), model_options(state)
+    num_experts = manifest.num_experts if manifest is not None else options.get("num_experts", 0)
+    tables = tables_of(state["model"], options, num_experts)
+    if not tables:
+        raise UserError(f"{path} has no hash table; give a checkpoint that --router hash trained")
+    if number is None and len(tables) > 1:
+        raise UserError(f"{path} has {len(tables)} hash tables; choose one by --number 0 to {len(tables) - 1}")
+    if number is not None and not 0 <= number < len(tables):
+        raise UserError(f"--number {number}: {path} has tables 0 to {len(tables) - 1}")
+    save_table(tables[number or 0], arguments.out)
     print(f"wrote {arguments.out}")
 
 

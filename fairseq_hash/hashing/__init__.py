@@ -13,6 +13,7 @@ from fairseq_hash.hashing.table import (
     check_table,
     counts_fingerprint,
     dictionary_fingerprint,
+    fingerprint_of_tables,
     table_fingerprint,
 )
 
@@ -29,6 +30,7 @@ __all__ = [
     "check_table",
     "counts_fingerprint",
     "dictionary_fingerprint",
+    "fingerprint_of_tables",
     "load_table",
     "modulo_experts",
     "placeholder_table",

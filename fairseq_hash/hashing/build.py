@@ -40,7 +40,9 @@ class TableShape:
     num_keys: int = 0
 
 
-def build_table(kind: str, symbols: Sequence[str], counts: Sequence[int], shape: TableShape, seed: int) -> HashTable:
+def build_table(
+    kind: str, symbols: Sequence[str], counts: Sequence[int], shape: TableShape, seed: int, is_first: bool = True
+) -> HashTable:
     """Build or load the table that `--hash-table` names: one of `BUILDERS`, or else the path of a table file.
 
     Args:
@@ -48,7 +50,8 @@ def build_table(kind: str, symbols: Sequence[str], counts: Sequence[int], shape:
         symbols: the dictionary's symbols, V of them.
         counts: how often each occurs in the training text.
         shape: what is asked of the table.
-        seed: of what is random.
+        seed: of what is random; a balanced table has a random part where it is not the first.
+        is_first: whether this is the only table of a model, or the first of several that shall differ.
 
     Raises:
         UserError: where the builder cannot build such a table, or the file has another one.
@@ -73,7 +76,8 @@ def build_table(kind: str, symbols: Sequence[str], counts: Sequence[int], shape:
 
     def build(columns: int, number: int) -> Tensor:
         if kind == "balanced":
-            return balanced_experts(counts, shape.num_experts, columns, None if number == 0 else seed + number)
+            plain = is_first and number == 0
+            return balanced_experts(counts, shape.num_experts, columns, None if plain else seed + number)
         if kind == "random":
             return random_experts(num_keys, shape.num_experts, columns, seed + number)
         build_fixed = modulo_experts if kind == "modulo" else round_robin_experts
@@ -87,7 +91,7 @@ def build_table(kind: str, symbols: Sequence[str], counts: Sequence[int], shape:
         kind,
         shape.num_experts,
         dictionary_fingerprint(symbols),
-        seed=seed if kind == "random" or (kind == "balanced" and shape.is_multi_hash) else None,
+        seed=seed if kind == "random" or (kind == "balanced" and (shape.is_multi_hash or not is_first)) else None,
         counts_fingerprint=counts_fingerprint(counts) if kind == "balanced" else None,
         feature=shape.feature.name,
         length=shape.feature.length,

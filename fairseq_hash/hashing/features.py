@@ -2,8 +2,8 @@
 
 Hash Layers (Roller et al. 2021), section 3.1. A feature sees a batch of token ids with padding. Beyond its ends, and
 where padding stands, there is "no token", whose id is that of padding: the first token of a sequence has the same row
-with and without padding before it. All but `future` look at the token and what is before it only, so that a prefix has the
-rows that it has in the whole sequence: generation step by step equals one pass.
+with and without padding before it. All but `future` look at the token and what is before it only: a prefix has the rows
+that it has in the whole sequence, so that generation step by step equals one pass.
 
 Shape suffixes: see `losses`; H is the number of keys, the rows of a table.
 """

@@ -1,7 +1,7 @@
 """Hash tables and what they were built from. Shape suffixes: see `losses`; H is the number of keys, a table's rows."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,11 @@ class HashTable:
         """The feature that finds a token's row."""
         return Feature(self.record.feature, self.record.length)
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of feature, entries and index: see `table_fingerprint`."""
+        return table_fingerprint(self.expert_HK, self.index, self.feature)
+
     def rows(self, token_BL: Tensor, padding: int, predicted_BL: "Tensor | None" = None) -> Tensor:
         """Return the row of each token: see `Feature.rows`."""
         return self.feature.rows(token_BL, padding, len(self.expert_HK), self.index, predicted_BL)
@@ -79,9 +84,23 @@ def counts_fingerprint(counts: Sequence[int]) -> str:
     return hashlib.sha256(np.asarray(counts, dtype="<i8").tobytes()).hexdigest()
 
 
-def table_fingerprint(expert_HK: Tensor) -> str:
-    """Return the SHA-256 of a table's entries."""
-    return hashlib.sha256(expert_HK.cpu().contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+def table_fingerprint(
+    expert_HK: Tensor, index: "Mapping[str, Tensor] | None" = None, feature: "Feature | None" = None
+) -> str:
+    """Return the SHA-256 of a table's entries, and of its index and feature where it has others than tokens."""
+    digest = hashlib.sha256(expert_HK.cpu().contiguous().numpy().astype("<i8").tobytes())
+    if feature not in (None, Feature()):
+        digest.update(str(feature).encode())
+    for name, tensor in sorted((index or {}).items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint_of_tables(fingerprints: Sequence[str]) -> "str | None":
+    """Return one fingerprint for the tables of a model: of one table its own, of none None."""
+    if len(fingerprints) < 2:
+        return fingerprints[0] if fingerprints else None
+    return hashlib.sha256("".join(fingerprints).encode()).hexdigest()
 
 
 def check_table(expert_HK: Tensor, num_experts: int, is_multi_hash: bool = False) -> None:

@@ -17,6 +17,8 @@ from fairseq_hash.errors import UserError
 LINE = re.compile(
     r".*(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?: \| [A-Z]+ \| ([\w.]+) \| |,\d+\]\[([\w.]+)\]\[[A-Z]+\] - )(.*)",
 )
+# An oracle's result says that it is one (`seams.name_oracle`).
+RESULT = r"Loss \(base 2\): (\S+), Perplexity(?: of an oracle, which sees the next token)?: (\S+)"
 MODEL_RECORD = "model_record | "
 
 
@@ -106,7 +108,10 @@ def statistics(line: Line) -> dict[str, Any]:
     Raises `ValueError` for a line that was cut off.
     """
     prefix = "" if line.source == "train_inner" else f"{line.source}_"
-    return {key.removeprefix(prefix): _number(value) for key, value in json.loads(line.message).items()}
+    values = {key.removeprefix(prefix): _number(value) for key, value in json.loads(line.message).items()}
+    if "oracle_ppl" in values:  # the model's record says that it is an oracle
+        values["ppl"] = values.pop("oracle_ppl")
+    return values
 
 
 def read_training(lines: Iterable[Line]) -> "TrainingLog | None":
@@ -169,7 +174,7 @@ def read_evaluations(lines: Iterable[Line]) -> list[Evaluation]:
             found[-1].model = record
         elif found and (tokens := re.match(r"Evaluated ([\d,]+) tokens", line.message)):
             found[-1].tokens = int(tokens[1].replace(",", ""))
-        elif found and (result := re.match(r"Loss \(base 2\): (\S+), Perplexity: (\S+)", line.message)):
+        elif found and (result := re.match(RESULT, line.message)):
             found[-1].loss_bits, found[-1].perplexity = float(result[1]), float(result[2])
     return found
 

@@ -38,8 +38,10 @@ def group_by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def _router_name(run: Run) -> str:
-    router = run.training.model["router"]
-    return ROUTER_NAMES.get(router, router)
+    record = run.training.model
+    name = ", ".join(ROUTER_NAMES.get(router, router) for router in record["router"].split(","))
+    is_oracle = "hash" in record["router"] and record.get("hash_feature") == "future"
+    return f"{name} (oracle: sees the next token)" if is_oracle else name
 
 
 def settled_intervals(run: Run) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from fairseq_hash.seams.building import (
     set_architecture,
 )
 from fairseq_hash.seams.distributed import let_gloo_finish
+from fairseq_hash.seams.evaluation import name_oracle
 from fairseq_hash.seams.override import one_line_errors
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "distributed",
     "language_model_decoder",
     "let_gloo_finish",
+    "name_oracle",
     "one_line_errors",
     "require_supported_fairseq",
     "set_architecture",

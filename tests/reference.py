@@ -123,3 +123,73 @@ def splitmix64(state):
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
     return z ^ (z >> 31)
+
+
+def multi_hash(x_D, experts, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation):
+    """Hash Layers, MultiHash: the n-th hash function picks whose n-th piece the hidden layer has as its n-th piece."""
+    size = fc1_weight.shape[1] // len(experts)
+    pieces = [(e, slice(n * size, (n + 1) * size)) for n, e in enumerate(experts)]
+    hidden = torch.cat([activation(fc1_weight[e][piece] @ x_D + fc1_bias[e][piece]) for e, piece in pieces])
+    whole = torch.cat([fc2_weight[e][:, piece] for e, piece in pieces], dim=1)
+    return whole @ hidden + torch.stack([fc2_bias[e] for e in experts]).mean(dim=0)
+
+
+def gated_feed_forward(x_D, gate_up_weight, down_weight, limit):
+    """SwiGLU as in DeepSeek-V4: silu(gate) * up, gate at most `limit`, up within it on both sides; 0 is no limit."""
+    hidden = []
+    half = len(gate_up_weight) // 2
+    for gate_D, up_D in zip(gate_up_weight[:half], gate_up_weight[half:], strict=True):
+        gate, up = gate_D @ x_D, up_D @ x_D
+        if limit and gate > limit:
+            gate = torch.full_like(gate, limit)
+        if limit and abs(up) > limit:
+            up = torch.full_like(up, limit if up > 0 else -limit)
+        hidden.append(gate / (1 + torch.exp(-gate)) * up)
+    return down_weight @ torch.stack(hidden)
+
+
+def hash_weights(x_D, experts, weight_ED, score, scale):
+    """DeepSeek-V4's hash layers: the scores of the experts that the table names, over their sum, times the scale."""
+    logits = weight_ED @ x_D
+    scores = {
+        "softmax": lambda: torch.exp(logits) / torch.exp(logits).sum(),
+        "sigmoid": lambda: 1 / (1 + torch.exp(-logits)),
+        "sqrt-softplus": lambda: torch.sqrt(torch.log(1 + torch.exp(logits))),
+    }[score]()
+    total = sum(scores[e] for e in experts)
+    return [scores[e] / total * scale for e in experts]
+
+
+def feature_rows(sequence, name, length, padding, num_keys):
+    """The row of each token of a sequence without padding, by the definitions of the features."""
+    rows = []
+    for place, token in enumerate(sequence):
+
+        def at(other, sequence=sequence):
+            return sequence[other] if 0 <= other < len(sequence) else padding
+
+        window = {"bigram": (1, 0), "ngram": (length - 1, 0), "history": (length, 1)}.get(name)
+        if window:
+            state = 0
+            for distance in range(window[0], window[1] - 1, -1):
+                state = splitmix64(state ^ at(place - distance))
+            rows.append((state & (2**63 - 1)) % num_keys)
+        else:
+            choices = {"token": token, "previous": at(place - 1), "future": at(place + 1), "position": place % num_keys}
+            rows.append(choices[name])
+    return rows
+
+
+def word_keys(sequence, symbols, words):
+    """For SentencePiece pieces: the text of the word that each piece completes, or the piece's id."""
+    mark, special = "\u2581", ("<s>", "<pad>", "</s>", "<unk>")
+    known = {word[1:] for word in words if word.startswith(mark)}
+    keys, text, after_special = [], "", True
+    for token in sequence:
+        piece = symbols[token]
+        if piece.startswith(mark) or piece in special or after_special:
+            text = ""
+        text += piece.removeprefix(mark)
+        after_special = piece in special
+        keys.append(text if text in known else token)
+    return keys

@@ -21,8 +21,8 @@ class Predictor:
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval().requires_grad_(False)
         digest = hashlib.sha256()
-        for name, tensor in sorted(model.state_dict().items()):
-            digest.update(name.encode() + tensor.float().contiguous().numpy().tobytes())
+        for name, parameter in sorted(model.named_parameters()):  # buffers of fairseq's are in part uninitialised
+            digest.update(name.encode() + parameter.float().contiguous().numpy().tobytes())
         self.fingerprint = digest.hexdigest()
 
     @torch.no_grad()

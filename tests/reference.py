@@ -193,3 +193,62 @@ def word_keys(sequence, symbols, words):
         after_special = piece in special
         keys.append(text if text in known else token)
     return keys
+
+
+def greedy_rows(counts, num_experts, columns, order=None, loads=None):
+    """Keys by descending count (or in an order), each to its K experts with the smallest load, then fewest keys."""
+    load, keys = list(loads or [0] * num_experts), [0] * num_experts
+    rows = [None] * len(counts)
+    for key in order or sorted(range(len(counts)), key=lambda h: -counts[h]):
+        rows[key] = sorted(range(num_experts), key=lambda e: (load[e], keys[e], e))[:columns]
+        for e in rows[key]:
+            load[e] += counts[key]
+            keys[e] += 1
+    return rows
+
+
+def dispersed_rows(clusters, counts, num_experts, columns):
+    """Hash Layers: keys by descending count to the experts with the fewest keys of their cluster, then least load."""
+    load, rows = [0] * num_experts, [None] * len(counts)
+    of_cluster = {cluster: [0] * num_experts for cluster in clusters}
+    for key in sorted(range(len(counts)), key=lambda h: -counts[h]):
+        keys = of_cluster[clusters[key]]
+        rows[key] = sorted(sorted(range(num_experts), key=lambda e: (keys[e], load[e], e))[:columns])
+        for e in rows[key]:
+            load[e] += counts[key]
+            keys[e] += 1
+    return rows
+
+
+def loads_of(rows, counts, num_experts):
+    """The load of each expert: the counts of the rows that name it."""
+    load = [0] * num_experts
+    for row, count in zip(rows, counts, strict=True):
+        for e in row:
+            load[e] += count
+    return load
+
+
+def smallest_largest_load(counts, num_experts, choices, loads=None):
+    """The best that any table can do, by trying each: `choices` are the rows that a key can have."""
+    from itertools import product
+
+    start = loads or [0] * num_experts
+    tables = product(choices, repeat=len(counts))
+    return min(max(map(sum, zip(start, loads_of(rows, counts, num_experts), strict=True))) for rows in tables)
+
+
+def spread_use(text, base_rows, heavy, num_experts, columns, padding):
+    """A spread table of a text, walking it token by token. Returns the pairs' rows and every expert's load."""
+    uses, fixed = {}, [0] * num_experts
+    for place, token in enumerate(text):
+        if token in heavy:
+            pair = token, text[place - 1] if place else padding
+            uses[pair] = uses.get(pair, 0) + 1
+        else:
+            for e in base_rows[token]:
+                fixed[e] += 1
+    pairs = sorted(uses)
+    rows = greedy_rows([uses[pair] for pair in pairs], num_experts, columns, loads=fixed)
+    added = loads_of(rows, [uses[pair] for pair in pairs], num_experts)
+    return dict(zip(pairs, rows, strict=True)), [a + b for a, b in zip(fixed, added, strict=True)]

@@ -136,3 +136,33 @@ def lower_bound(counts: Sequence[int], num_experts: int, columns: int = 1) -> in
     last = shared * num_experts // columns + 1  # j
     shared, last = shared[last <= len(count_H)], last[last <= len(count_H)]
     return max(mean, int((total[last] - total[last - shared - 1]).max(initial=0)))
+
+
+def filling_bound(counts: Sequence[int], load_E: np.ndarray, columns: int = 1) -> int:
+    """Return a load that some expert has at least where keys are added to experts that have loads already.
+
+    Proof. Take the first j keys by descending count c_1 >= c_2 >= ... Whatever K distinct experts they get, expert e
+    gets some number n_e <= j of them, these sum to K j, and its load grows by n_e c_j at least. If no load is above L,
+    n_e <= floor((L - load_e) / c_j): an L is too small at which all min(j, floor((L - load_e) / c_j)) sum to less than
+    K j. The result is the largest, over j, of the smallest L that this does not rule out. (Only j up to 2 E are tried:
+    later keys are small, and what they add comes near the mean load, which bounds as well.)
+
+    Args:
+        counts: of the keys that are added, `[H]`.
+        load_E: int64, the loads of all experts without them.
+        columns: K, at most E.
+    """
+    count_H = np.sort(np.asarray(counts, dtype=np.int64))[::-1]
+    bound = max(int(load_E.max()), -(-(int(load_E.sum()) + columns * int(count_H.sum())) // len(load_E)))
+    for keys, count in enumerate(count_H[: 2 * len(load_E)].tolist(), start=1):
+        if count == 0:
+            break
+        low, high = bound, int(load_E.max()) + keys * count  # with the latter there is room for all
+        while low < high:
+            middle = (low + high) // 2
+            if np.minimum(keys, (middle - load_E) // count).sum() < columns * keys:
+                low = middle + 1
+            else:
+                high = middle
+        bound = max(bound, low)
+    return bound

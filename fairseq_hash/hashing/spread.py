@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fairseq_hash.errors import UserError
-from fairseq_hash.hashing.balance import expert_loads, judge
+from fairseq_hash.hashing.balance import expert_loads, filling_bound, judge
 from fairseq_hash.hashing.builders import check_counts, greedy_experts
 
 if TYPE_CHECKING:
@@ -104,8 +104,9 @@ def spread_table(
     experts with the smallest loads so far. Of more than `most_pairs` the most frequent are kept; the others use the row
     of the token before them, which is part of the loads to begin with.
 
-    The record says how even the loads are on these counts (`largest_over_mean`) and the least that any table with these
-    rows has (`bound_over_mean`): where a single pair exceeds the mean load, this table is not balanced either.
+    The record says how even the loads are on these counts (`largest_over_mean`), and how even they could be with these
+    pairs on top of these loads (`bound_over_mean`, from `balance.filling_bound`). Where one pair exceeds the mean load,
+    or three pairs of more than half of it meet two empty experts, this table is not balanced either.
 
     Args:
         base: a table over tokens, `[V, K]`, best balanced on the same counts.
@@ -133,13 +134,14 @@ def spread_table(
     expert_PK = greedy_experts(count_R[vocabulary:], count_R[vocabulary:], load_E, columns)
     expert_RK = torch.cat([base.expert_HK, expert_PK])
     balance = judge(expert_RK, count_R, num_experts)
+    bound = filling_bound(count_R[vocabulary:], load_E, columns)
     settings = {
         "base": base.record.builder,
         "heavy_tokens": int(heavy_V.sum()),
         "pairs": int(kept_P.sum()),
         "pairs_left_out": int((~kept_P).sum()),
         "largest_over_mean": balance.largest_over_mean,
-        "bound_over_mean": balance.bound_over_mean,
+        "bound_over_mean": bound / balance.mean,
     }
     record = replace(base.record, builder="spread", counts_fingerprint=counts_fingerprint(counts), settings=settings)
     return replace(base, expert_HK=expert_RK, record=record, index=index)

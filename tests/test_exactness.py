@@ -54,6 +54,20 @@ def cases(world_size):
     made["inserted stacks of hash layers"] = arguments(
         "hash", world_size, "sgd", "--sparse-placement", "insert", "--expert-sublayers", "2"
     )
+    if world_size == 2:
+        learned = ("--experts-per-token", "2", "--hash-weights", "learned", "--shared-expert", "--hash-scale", "1.5")
+        bigrams = ("--hash-feature", "bigram", "--hash-table", "random")
+        made["learned weights of two experts, a shared one"] = arguments("hash", 4, "sgd", *learned, *bigrams)
+        made["two experts by fairscale"] = arguments(
+            "hash", 4, "sgd", "--experts-per-token", "2", "--expert-dispatch", "fairscale"
+        )
+        made["four segments, a table for each layer"] = arguments(
+            "hash", 4, "adam", "--multi-hash", "4", "--hash-per-layer"
+        )
+        made["segments by fairscale"] = arguments(
+            "hash", 2, "sgd", "--multi-hash", "2", "--expert-dispatch", "fairscale"
+        )
+        made["gated, hash then switch"] = arguments("hash,switch", 4, "sgd", "--expert-form", "swiglu")
     if world_size == 4:
         made["groups of two"] = arguments("hash", 8, "adam", "--expert-parallel-size", "2")
         made["no groups"] = arguments("hash", 8, "sgd", "--expert-parallel-size", "1")

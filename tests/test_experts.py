@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from fairseq_hash.dispatch import combine, dispatch, plan_dispatch
 from fairseq_hash.errors import UserError
 from fairseq_hash.experts import ExpertFeedForward, GatedFeedForward
+from fairseq_hash.mapped import MappedExperts
 from fairseq_hash.parallel import ExpertParallel
 
 WIDTH, HIDDEN = 6, 12
@@ -246,16 +247,36 @@ def test_gated_experts_start_as_linear_layers_do():
 def test_gated_dropout_scales_what_it_keeps():
     """As in the plain experts: a share 1 - p is kept, scaled by 1 / (1 - p); evaluation keeps all."""
     torch.manual_seed(1)
-    experts = GatedFeedForward(range(2), 1, 20_000, 0.0, 0.25, (0,))
+    experts = GatedFeedForward([0], 100, 100, 0.0, 0.25, (0,))
     with torch.no_grad():
-        experts.gate_up_weight.fill_(1.0)
-        experts.down_weight.fill_(1 / 20_000)
-    x = torch.ones(2, 1)
-    expected = F.silu(x)
-    # The mean of 20,000 kept-or-not values has a standard deviation of 0.004.
-    assert ((experts(x, (1, 1)) - expected).abs() < 0.02).all() and not torch.equal(experts(x, (1, 1)), expected)
-    # A sum of 20,000 terms in fp32: some hundred ulp.
-    torch.testing.assert_close(experts.eval()(x, (1, 1)), expected, rtol=1e-4, atol=0)
+        experts.gate_up_weight.fill_(1 / 100)
+        experts.down_weight.copy_(torch.eye(100))  # shows the hidden layer as it is
+    hidden = F.silu(torch.ones(()))
+    y_RD = experts(torch.ones(200, 100), (200,))
+    # The share of 20,000 draws has a standard deviation of 0.003.
+    assert abs((y_RD == 0).float().mean() - 0.25) < 0.015
+    kept = y_RD[y_RD != 0]
+    torch.testing.assert_close(kept, (hidden / 0.75).expand_as(kept))
+    torch.testing.assert_close(experts.eval()(torch.ones(200, 100), (200,)), hidden.expand(200, 100))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: ExpertFeedForward(range(4), WIDTH, HIDDEN, F.gelu, 0.1, (0,), segments=3),
+        lambda: GatedFeedForward(range(4), WIDTH, HIDDEN, 0.4, 0.1, (0,)),
+    ],
+)
+def test_experts_that_stay_in_a_file(build):
+    """Built without data, they compute with the weights that they are lent."""
+    experts = build().eval()
+    with torch.device("meta"):
+        mapped = MappedExperts(build())
+    for name, parameter in experts.named_parameters():
+        mapped.leave_in_file(name, parameter.detach())
+    groups = 4 * getattr(experts, "segments", 1)
+    x_TD = torch.randn(2 * groups, WIDTH)
+    assert torch.equal(mapped(x_TD, (2,) * groups), experts(x_TD, (2,) * groups))
 
 
 @pytest.mark.parametrize("limit", [-1.0, float("nan")])

@@ -54,6 +54,7 @@ def test_weights_equal_naive_loop(score, std, num_experts, choices, tokens):
 def test_all_experts_weigh_the_same_at_the_start(score):
     """The weight starts at zero, and learns from there."""
     module = HashWeights(WIDTH, 8, score, 2.0)
+    assert not module.weight.any()
     weight_TK = module(torch.randn(10, WIDTH), torch.arange(40).view(10, 4) % 8)
     assert torch.equal(weight_TK, torch.full((10, 4), 0.5))
     (weight_TK * torch.randn(10, 4)).sum().backward()

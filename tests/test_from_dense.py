@@ -32,11 +32,19 @@ def first_losses(data, *words):
 
 
 @pytest.mark.parametrize(
-    ("router", "placement"), [("hash", "replace"), ("hash", "insert"), ("switch", "insert"), ("base", "insert")]
+    ("router", "placement", "more"),
+    [
+        ("hash", "replace", ()),
+        ("hash", "replace", ("--multi-hash", "4")),
+        ("hash", "replace", ("--experts-per-token", "3", "--hash-weights", "learned", "--shared-expert")),
+        ("hash", "insert", ()),
+        ("switch", "insert", ()),
+        ("base", "insert", ()),
+    ],
 )
-def test_the_first_loss_is_that_of_the_dense_model(data, dense, router, placement):
+def test_the_first_loss_is_that_of_the_dense_model(data, dense, router, placement, more):
     path, expected = dense
-    words = ("--router", router, *SPARSE, "--sparse-placement", placement, "--from-dense", str(path))
+    words = ("--router", router, *SPARSE, *more, "--sparse-placement", placement, "--from-dense", str(path))
     words = ("--load-balance-weight", "0", *words)  # the cross-entropy alone
     assert first_losses(data, *words) == pytest.approx(expected, rel=1e-6)
     assert first_losses(data, *words[:-2]) != pytest.approx(expected, rel=1e-3)
@@ -82,6 +90,7 @@ def test_a_dense_start_is_for_new_trainings(data, dense, tmp_path):
             r"checkpoint_last.pt: the experts in .* have shape \(32, 16\), those of this model \(64, 16\)",
         ),
         (("--from-dense", str(path), "--decoder-layers", "3"), "does not fit this model: it lacks decoder.layers.2"),
+        (("--from-dense", str(path), "--expert-form", "swiglu"), "--from-dense copies a plain FFN"),
         (("--from-dense", str(path), "--router", "none"), "--from-dense makes a sparse model of a dense one"),
     ):
         with pytest.raises(SystemExit, match=message):

@@ -23,7 +23,8 @@ def facts(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     options = model_options(state)
     history = (state.get("optimizer_history") or [{}])[-1]
     experts = {name: value for name, value in model.items() if EXPERT in name}
-    first = next((value for name, value in experts.items() if name.endswith("fc1_weight")), None)
+    inwards = {name: value for name, value in experts.items() if name.endswith(("fc1_weight", "gate_up_weight"))}
+    first_name, first = next(iter(inwards.items()), ("", None))
     kind = "sharded" if manifest is not None and manifest.shards else "plain" if experts else "dense"
     if manifest is None and KEY in state:
         kind = "experts of one rank"  # fully sharded data parallel
@@ -39,7 +40,7 @@ def facts(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
         "experts": 0 if first is None else len(first),
         "sparse_layers": _sparse_layers(model),
         "model_width": first.shape[2] if first is not None else options.get("decoder_embed_dim"),
-        "expert_hidden_width": first.shape[1] if first is not None else None,
+        "expert_hidden_width": first.shape[1] // (1 + ("gate_up" in first_name)) if first is not None else None,
         "parameters": {"total": sum(sizes.values()), **sizes},
         "bytes": {"main_file": path.stat().st_size, **{f"{part}_shards": size for part, size in in_shards.items()}},
         "optimizer": history.get("optimizer_name", "unknown") if state.get("last_optimizer_state") else None,

@@ -100,8 +100,9 @@ def test_half_precision_trains(data, tmp_path, precision):
 
 
 def test_hydra_train_is_the_same_run(data, tmp_path):
-    """The same experiment by fairseq-train's flags and by fairseq-hydra-train's keys."""
-    flags = train(data, tmp_path / "flags", *ROUTERS["switch"], "--no-save")
+    """The same experiment by fairseq-train's flags and by fairseq-hydra-train's keys; a router for each layer."""
+    routers = ("--router", "hash,switch", "--sparse-layers", "0,1")
+    flags = train(data, tmp_path / "flags", *ROUTERS["switch"], *routers, "--no-save")
     keys = [
         "task=language_modeling",
         f"task.data={data}",
@@ -130,8 +131,8 @@ def test_hydra_train_is_the_same_run(data, tmp_path):
         "+model.decoder_normalize_before=true",
         "+model.share_decoder_input_output_embed=true",
         "+model.dropout=0",
-        "+model.router=switch",
-        "+model.sparse_layers='1'",
+        "+model.router='hash,switch'",
+        "+model.sparse_layers='0,1'",
         "+model.num_experts=4",
         "+model.capacity_factor=1.25",
         "+model.router_jitter=0.01",

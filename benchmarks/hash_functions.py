@@ -4,7 +4,8 @@
 
 DATA is a folder that `python -m data_prep` made. A dense model comes first: k-means clusters are of its embeddings, and
 it predicts the next token for the feature `predicted`. A second call goes on where the first was stopped. Every run
-has one thread; `--jobs` of them run at a time. At the end: `fairseq-hash report`, and RESULT.md with the paper's order.
+has one thread; `--jobs` of them run at a time. The table is printed, and written to RESULT.txt; the runs' folders are
+what `fairseq-hash report` takes.
 """
 
 import argparse

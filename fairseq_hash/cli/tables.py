@@ -1,97 +1,238 @@
-"""`fairseq-hash tables`: build hash tables from a dictionary, and show how evenly a table loads the experts."""
+"""`fairseq-hash tables`: build hash tables, judge and compare their balance, exchange them with other frameworks."""
 
 import argparse
 from pathlib import Path
 
 from fairseq_hash.errors import UserError
+from fairseq_hash.tables.dictionary import read_dictionary
+
+# Names only, so that the command's help needs no torch: those of `tables.building` and of `hashing.features`.
+BUILDERS = ("balanced", "random", "modulo", "round-robin", "clusters", "dispersed", "spread")
+FEATURES = ("token", "previous", "bigram", "ngram", "history", "position", "future", "predicted", "word")
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the verb `tables` with its own verbs `build` and `show`."""
-    tables = subparsers.add_parser("tables", help="build hash tables and judge their balance")
+    """Add the verb `tables` with its own verbs."""
+    tables = subparsers.add_parser("tables", help="build hash tables, judge their balance, exchange them")
     verbs = tables.add_subparsers(dest="tables_verb", required=True, metavar="VERB")
-    build = verbs.add_parser("build", help="build a table for a dictionary and write it to a file")
-    build.add_argument("dictionary", type=Path, metavar="DICT", help="dict.txt of the data, with token counts")
-    build.add_argument("--builder", choices=("balanced", "random"), default="balanced", help="how (default: balanced)")
-    build.add_argument("--num-experts", type=int, required=True, metavar="E", help="number of experts, 1 or more")
-    build.add_argument("--seed", type=int, default=42, help="seed of the random builder, 0 or more (default: 42)")
-    build.add_argument("--out", type=Path, required=True, metavar="FILE", help="table file to write (safetensors)")
-    build.set_defaults(run=run_build)
-    show = verbs.add_parser("show", help="show a table's load on the counts of a dictionary")
-    show.add_argument("table", type=Path, metavar="FILE", help="table file")
-    show.add_argument("dictionary", type=Path, metavar="DICT", help="dict.txt with the counts to judge it on")
+    _add_build(verbs.add_parser("build", help="build a table for a dictionary and write it to a file"))
+
+    show = verbs.add_parser(
+        "show",
+        help="show how evenly a table loads the experts",
+        description="Show how evenly a table loads the experts: on the dictionary's counts or others, on held-out "
+        "text, and beside the bound that no table can beat.",
+    )
+    show.add_argument("table", type=Path, metavar="TABLE", help="table file")
+    show.add_argument("dictionary", type=Path, metavar="DICT", help="dict.txt that the table was built for")
+    _add_judging(show)
     show.set_defaults(run=run_show)
+
+    compare = verbs.add_parser("compare", help="show several tables of one dictionary side by side")
+    compare.add_argument("tables", nargs="+", type=Path, metavar="TABLE", help="table files, and then the dict.txt")
+    compare.add_argument("--dictionary", type=Path, metavar="DICT", help="the dict.txt, instead of the last TABLE")
+    _add_judging(compare)
+    compare.set_defaults(run=run_compare)
+
+    export = verbs.add_parser("export", help="write a table of token ids as the tensor tid2eid of other frameworks")
+    export.add_argument("table", type=Path, metavar="TABLE", help="table file")
+    export.add_argument(
+        "dictionary", type=Path, nargs="?", metavar="DICT", help="dict.txt of the table; needed with --vocabulary"
+    )
+    _add_vocabulary(export, "of the rows to write", "that our dictionary lacks")
+    _add_out(export, "file to write: .npy, or else safetensors")
+    export.set_defaults(run=run_export)
+
+    imported = verbs.add_parser("import", help="make a table of another framework's tensor of token ids to expert ids")
+    imported.add_argument("file", type=Path, metavar="FILE", help="safetensors, or .npy")
+    imported.add_argument("dictionary", type=Path, metavar="DICT", help="dict.txt that the table shall serve")
+    imported.add_argument("--num-experts", type=int, required=True, metavar="E", help="number of experts, 1 or more")
+    imported.add_argument("--tensor", metavar="NAME", help="default: the only one whose name ends in tid2eid")
+    _add_vocabulary(imported, "of the tensor's rows", "that the vocabulary lacks")
+    _add_out(imported, "table file to write (safetensors)")
+    imported.set_defaults(run=run_import)
+
+
+def _add_build(build: argparse.ArgumentParser) -> None:
+    add = build.add_argument
+    add("dictionary", type=Path, metavar="DICT", help="dict.txt of the data, with token counts")
+    add("--builder", choices=BUILDERS, default="balanced", help="how (default: balanced)")
+    add("--num-experts", type=int, required=True, metavar="E", help="number of experts, 1 or more")
+    add("--experts-per-token", type=int, default=1, metavar="K", help="distinct experts of a token (default: 1)")
+    add("--multi-hash", type=int, default=1, metavar="N", help="hash functions, one a segment of the experts' width")
+    add("--seed", type=int, default=42, help="of what is random, 0 or more (default: 42)")
+    add("--restarts", type=int, default=1, metavar="R", help="build R tables and keep the best (default: 1)")
+    add("--feature", choices=FEATURES, default="token", help="what a token's key is (default: token)")
+    add("--length", type=int, default=0, metavar="N", help="tokens of ngram (2 or more) and history (1 or more)")
+    add("--keys", type=int, metavar="H", help="rows of a table of buckets (default: 262144) or positions")
+    add("--words", type=Path, metavar="DICT", help="for --feature word: dict.txt of the larger dictionary")
+    add("--counts", type=Path, metavar="FILE", help="lines `symbol count`, instead of the dictionary's counts")
+    add("--text", type=Path, metavar="PATH", help="count keys in a file of symbols, a binarized text or a data folder")
+    add("--subset", default="train", help="of a data folder (default: train)")
+    _add_samples(build)
+    add("--embeddings", type=Path, metavar="CKPT", help="for clusters and dispersed: a trained checkpoint")
+    add("--clusters", type=int, metavar="C", help="for dispersed (default: as many as experts)")
+    _add_out(build, "table file to write (safetensors)")
+    build.set_defaults(run=run_build)
+
+
+def _add_judging(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--counts", type=Path, metavar="FILE", help="lines `symbol count`, instead of the dictionary's counts")
+    add("--text", type=Path, metavar="PATH", help="count in this text instead (as tables build --text)")
+    add("--subset", default="train", help="of --text, where it is a data folder (default: train)")
+    add("--held-out", type=Path, metavar="PATH", help="judge on this text as well")
+    add("--held-out-subset", default="valid", metavar="SUBSET", help="of --held-out (default: valid)")
+    _add_samples(parser)
+    add("--out", type=Path, metavar="FOLDER", help="write a page, a figure, CSV and JSON to this folder")
+
+
+def _add_samples(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokens-per-sample",
+        type=int,
+        default=0,
+        metavar="N",
+        help="cut texts into samples of N tokens, as training does (default: do not); needed for positions",
+    )
+
+
+def _add_vocabulary(parser: argparse.ArgumentParser, whose: str, lacking: str) -> None:
+    text = f"symbols {whose}, one a line, or a SentencePiece .vocab (default: the dictionary's order)"
+    parser.add_argument("--vocabulary", type=Path, metavar="FILE", help=text)
+    text = f"of the random experts for symbols {lacking}, 0 or more (default: 42)"
+    parser.add_argument("--seed", type=int, default=42, help=text)
+
+
+def _add_out(parser: argparse.ArgumentParser, help_text: str) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=help_text)
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE")
 
 
 def run_build(arguments: argparse.Namespace) -> None:
     """Build and write a table, then show it."""
-    from safetensors import SafetensorError
+    from dataclasses import fields
 
-    from fairseq_hash.hashing import build_table, save_table
+    from fairseq_hash.hashing import save_table
+    from fairseq_hash.hashing.balance import judge
+    from fairseq_hash.tables.building import Options, build, check
+    from fairseq_hash.tables.files import check_out
+    from fairseq_hash.tables.judging import UNUSED, Judged, JudgedTable
+    from fairseq_hash.tables.report import show
 
-    if arguments.num_experts < 1:
-        raise UserError(f"--num-experts {arguments.num_experts} is out of range; give a number of 1 or more")
-    if arguments.seed < 0:
-        raise UserError(f"--seed {arguments.seed} is out of range; give a number of 0 or more")
-    if not arguments.out.parent.is_dir():
-        raise UserError(f"--out {arguments.out}: the folder {arguments.out.parent} does not exist; make it first")
-    symbols, counts = read_dictionary(arguments.dictionary)
-    table = build_table(arguments.builder, symbols, counts, arguments.num_experts, arguments.seed)
-    try:
-        save_table(table, arguments.out)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write --out {arguments.out} ({error}); give a file that you can write") from None
+    options = Options(**{field.name: getattr(arguments, field.name) for field in fields(Options)})
+    check(options)
+    check_out(arguments.out, arguments.overwrite)
+    built = build(options, print)
+    save_table(built.table, arguments.out)
     print(f"wrote {arguments.out}")
-    show_load(table, counts)
+    table, record, judged = built.table, built.table.record, []
+    if built.count_H is not None and built.count_H.any():
+        balance = judge(table.expert_HK, built.count_H, record.num_experts, record.is_multi_hash)
+        what = UNUSED if record.counts_fingerprint is None else "building counts"
+        judged = [Judged(what, built.source, built.count_H, balance)]
+    show([JudgedTable(arguments.out.name, table, judged)], read_dictionary(options.dictionary)[0])
 
 
 def run_show(arguments: argparse.Namespace) -> None:
-    """Show a table's record and its load."""
-    from fairseq_hash.hashing import dictionary_fingerprint, load_table
-
-    table = load_table(arguments.table)
-    symbols, counts = read_dictionary(arguments.dictionary)
-    if table.record.dictionary_fingerprint != dictionary_fingerprint(symbols):
-        raise UserError(f"{arguments.table} was built for another dictionary than {arguments.dictionary}")
-    show_load(table, counts)
+    """Show a table, and write a folder where one is asked for."""
+    _judge([arguments.table], arguments.dictionary, arguments)
 
 
-def read_dictionary(path: Path) -> tuple[list[str], list[int]]:
-    """Return a dictionary's symbols and counts, fairseq's special symbols included."""
-    from fairseq.data import Dictionary
-
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; give the dict.txt that fairseq-preprocess wrote")
-    try:
-        dictionary = Dictionary.load(str(path))
-    except Exception as error:  # fairseq raises a bare one for another encoding than UTF-8
-        raise UserError(f"{path} is no fairseq dictionary: {str(error).splitlines()[0]}") from error
-    return dictionary.symbols, dictionary.count
+def run_compare(arguments: argparse.Namespace) -> None:
+    """Show several tables, and write a folder where one is asked for."""
+    paths, dictionary = arguments.tables, arguments.dictionary
+    if dictionary is None:
+        *paths, dictionary = paths
+    if not paths:
+        raise UserError(f"{dictionary} alone is nothing to compare; give table files and then the dict.txt")
+    _judge(paths, dictionary, arguments)
 
 
-def show_load(table: "HashTable", counts: list[int]) -> None:  # noqa: F821
-    """Print the record of a table and the load of its experts on token counts."""
-    import numpy as np
-    from rich.console import Console
-    from rich.table import Table
+def _judge(paths: list[Path], dictionary: Path, arguments: argparse.Namespace) -> None:
+    from fairseq_hash.tables.dictionary import token_counts
+    from fairseq_hash.tables.files import check_folder
+    from fairseq_hash.tables.judging import Judge, open_table
+    from fairseq_hash.tables.report import show, write
+    from fairseq_hash.tables.text import open_text
 
-    record = table.record
-    load_E = np.zeros(record.num_experts)
-    tokens_E = np.zeros(record.num_experts, dtype=np.int64)
-    expert_V = table.expert_VK[:, 0].numpy()
-    np.add.at(load_E, expert_V, np.asarray(counts, dtype=np.float64))
-    np.add.at(tokens_E, expert_V, 1)
-    mean = load_E.mean()
-    rows = {
-        "builder": record.builder if record.seed is None else f"{record.builder}, seed {record.seed}",
-        "experts": f"{record.num_experts:,}",
-        "vocabulary": f"{len(expert_V):,}",
-        "tokens an expert serves": f"{tokens_E.min():,} to {tokens_E.max():,}",
-        "largest load / mean": f"{load_E.max() / mean:.4f}",
-        "smallest load / mean": f"{load_E.min() / mean:.4f}",
-        "coefficient of variation": f"{load_E.std() / mean:.4f}",
-    }
-    shown = Table(show_header=False)
-    for name, value in rows.items():
-        shown.add_row(name, value)
-    Console().print(shown)
+    if arguments.counts and arguments.text:
+        raise UserError("--counts and --text both say how often tokens occur; leave one out")
+    if arguments.tokens_per_sample < 0:
+        raise UserError(f"--tokens-per-sample {arguments.tokens_per_sample} is out of range; give 0 or more")
+    if arguments.out is not None:
+        check_folder(arguments.out)
+    symbols, listed = read_dictionary(dictionary)
+    tables = [open_table(path, symbols, dictionary) for path in paths]
+    counts = token_counts(arguments.counts, dictionary, symbols, listed, print)
+    texts = ((arguments.text, arguments.subset), (arguments.held_out, arguments.held_out_subset))
+    texts = [open_text(path, subset, symbols) if path is not None else None for path, subset in texts]
+    judge = Judge(symbols, counts, *texts, arguments.tokens_per_sample)
+    names = [path.name for path in paths]
+    names = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
+    for name, table in zip(names, tables, strict=True):
+        judge.check(name, table)
+    judged = [judge.judge(name, table) for name, table in zip(names, tables, strict=True)]
+    show(judged, symbols)
+    if arguments.out is not None:
+        for path in write(judged, symbols, arguments.out):
+            print(f"wrote {path}")
+
+
+def run_export(arguments: argparse.Namespace) -> None:
+    """Write a table's experts for another framework."""
+    from fairseq_hash.tables.dictionary import read_vocabulary
+    from fairseq_hash.tables.files import check_out
+    from fairseq_hash.tables.foreign import check_exportable, reorder, write_tensor
+    from fairseq_hash.tables.judging import open_table, read_table
+
+    _check_seed(arguments)
+    check_out(arguments.out, arguments.overwrite)
+    if arguments.vocabulary is not None and arguments.dictionary is None:
+        raise UserError(
+            "--vocabulary needs DICT, too, as a table has no symbols: fairseq-hash tables export TABLE DICT"
+        )
+    symbols = read_dictionary(arguments.dictionary)[0] if arguments.dictionary is not None else None
+    if symbols is None:
+        table = read_table(arguments.table)
+    else:
+        table = open_table(arguments.table, symbols, arguments.dictionary)
+    check_exportable(table, arguments.table)
+    expert_VK = table.expert_HK
+    if arguments.vocabulary is not None:
+        wanted = read_vocabulary(arguments.vocabulary)
+        expert_VK, missing = reorder(expert_VK, symbols, wanted, table.record.num_experts, arguments.seed)
+        _say_missing(missing, len(wanted), f"{arguments.vocabulary}", "the dictionary")
+    write_tensor(expert_VK, table.record, arguments.out)
+    print(f"wrote {arguments.out}")
+
+
+def run_import(arguments: argparse.Namespace) -> None:
+    """Make a table of another framework's, and write it."""
+    from fairseq_hash.hashing import save_table
+    from fairseq_hash.tables.dictionary import read_vocabulary
+    from fairseq_hash.tables.files import check_out
+    from fairseq_hash.tables.foreign import import_table, read_tensor
+
+    _check_seed(arguments)
+    if arguments.num_experts < 1:
+        raise UserError(f"--num-experts {arguments.num_experts} is out of range; give a number of 1 or more")
+    check_out(arguments.out, arguments.overwrite)
+    symbols = read_dictionary(arguments.dictionary)[0]
+    vocabulary = read_vocabulary(arguments.vocabulary) if arguments.vocabulary is not None else None
+    expert_WK, name = read_tensor(arguments.file, arguments.tensor)
+    table, missing = import_table(expert_WK, name, symbols, arguments.num_experts, vocabulary, arguments.seed)
+    if vocabulary is not None:
+        _say_missing(missing, len(symbols), f"{arguments.dictionary}", "the vocabulary")
+    save_table(table, arguments.out)
+    print(f"wrote {arguments.out}")
+
+
+def _check_seed(arguments: argparse.Namespace) -> None:
+    if arguments.seed < 0:
+        raise UserError(f"--seed {arguments.seed} is out of range; give a number of 0 or more")
+
+
+def _say_missing(missing: int, symbols: int, whose: str, where: str) -> None:
+    if missing:
+        print(f"note: {missing:,} of {symbols:,} symbols of {whose} are not in {where}; they have random experts")

@@ -1,0 +1,276 @@
+"""A table from what the command line names: dictionary, counts or text, embeddings. Shape suffixes: see `losses`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairseq_hash.errors import UserError
+from fairseq_hash.hashing import (
+    Feature,
+    HashTable,
+    TableRecord,
+    balanced_experts,
+    counts_fingerprint,
+    dictionary_fingerprint,
+    modulo_experts,
+    random_experts,
+    round_robin_experts,
+)
+from fairseq_hash.hashing.builders import best_of
+from fairseq_hash.hashing.clusters import cluster_keys, clustered_experts, dispersed_experts
+from fairseq_hash.hashing.features import OF_BUCKETS, OF_TOKENS
+from fairseq_hash.hashing.spread import heavy_tokens, spread_table
+from fairseq_hash.hashing.words import word_index
+from fairseq_hash.tables.counting import count_keys, count_pairs
+from fairseq_hash.tables.dictionary import SPECIAL, read_dictionary, token_counts
+from fairseq_hash.tables.embeddings import read_embeddings
+from fairseq_hash.tables.text import Text, open_text
+
+BUILDERS = ("balanced", "random", "modulo", "round-robin", "clusters", "dispersed", "spread")
+OF_COUNTS = ("balanced", "dispersed", "spread")
+OF_EMBEDDINGS = ("clusters", "dispersed")
+WITH_RESTARTS = ("balanced", "random", "spread")  # for spread, those of the table of single tokens
+BUCKETS = 262144
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `tables build` is given; the names are those of its options."""
+
+    dictionary: Path
+    num_experts: int
+    builder: str = "balanced"
+    experts_per_token: int = 1
+    multi_hash: int = 1
+    seed: int = 42
+    restarts: int = 1
+    feature: str = "token"
+    length: int = 0
+    keys: Optional[int] = None
+    words: Optional[Path] = None
+    counts: Optional[Path] = None
+    text: Optional[Path] = None
+    subset: str = "train"
+    tokens_per_sample: int = 0
+    embeddings: Optional[Path] = None
+    clusters: Optional[int] = None
+
+    @property
+    def columns(self) -> int:
+        """Columns of the table."""
+        return self.multi_hash if self.is_multi_hash else self.experts_per_token
+
+    @property
+    def is_multi_hash(self) -> bool:
+        """Whether they are hash functions."""
+        return self.multi_hash > 1
+
+
+def check(options: Options) -> None:
+    """Raise `UserError` where options do not go together, before anything is read."""
+    builder, feature = options.builder, options.feature
+    least = {
+        "num_experts": 1,
+        "experts_per_token": 1,
+        "seed": 0,
+        "restarts": 1,
+        "keys": 1,
+        "clusters": 1,
+        "multi_hash": 1,
+    }
+    for name, low in {**least, "tokens_per_sample": 0}.items():
+        value = getattr(options, name)
+        if value is not None and value < low:
+            raise UserError(f"--{name.replace('_', '-')} {value} is out of range; give a number of {low} or more")
+    Feature(feature, options.length)
+    refusals = {
+        f"--experts-per-token {options.experts_per_token} exceeds --num-experts {options.num_experts}; a token has "
+        "distinct experts: give fewer a token, or more experts": options.experts_per_token > options.num_experts,
+        "--multi-hash and --experts-per-token exclude each other; leave one out": (
+            options.is_multi_hash and options.experts_per_token > 1
+        ),
+        f"--multi-hash {options.multi_hash} needs tables that differ; use balanced or random, not {builder}": (
+            options.is_multi_hash and builder not in ("balanced", "random")
+        ),
+        f"--restarts {options.restarts}: the builder {builder} makes one table only; leave it out": (
+            options.restarts > 1 and builder not in WITH_RESTARTS
+        ),
+        "--counts and --text both say how often tokens occur; leave one out": options.counts and options.text,
+        f"--feature {feature} needs --words, the dict.txt of a larger dictionary": (
+            feature == "word" and options.words is None
+        ),
+        f"--words goes with --feature word; leave it out for {feature}": options.words and feature != "word",
+        f"--keys goes with features of buckets and positions; the rows for {feature} are given": (
+            options.keys is not None and feature not in (*OF_BUCKETS, "position")
+        ),
+        "--feature position needs --keys, or --tokens-per-sample for as many": (
+            feature == "position" and not options.keys and not options.tokens_per_sample
+        ),
+        "--feature position needs --tokens-per-sample to be counted in a text: where samples begin": (
+            feature == "position" and options.text and not options.tokens_per_sample
+        ),
+        "--feature predicted cannot be counted in a text, as only a model predicts; leave --text out: the counts of "
+        "tokens stand for those of predictions": feature == "predicted" and options.text,
+        f"--builder {builder} needs --text for --feature {feature}: the dictionary counts tokens only": (
+            builder in OF_COUNTS and feature not in OF_TOKENS and not options.text
+        ),
+        f"--counts goes with features of tokens; count --feature {feature} in a --text": (
+            options.counts and feature not in OF_TOKENS
+        ),
+        f"--builder {builder} is for features of tokens ({', '.join(OF_TOKENS)}), not {feature}": (
+            builder in OF_EMBEDDINGS and feature not in OF_TOKENS
+        ),
+        f"--builder spread is for --feature token, not {feature}": builder == "spread" and feature != "token",
+        "--builder spread needs --text to count pairs of tokens in": builder == "spread" and not options.text,
+        f"--builder {builder} needs --embeddings, a trained checkpoint": (
+            builder in OF_EMBEDDINGS and options.embeddings is None
+        ),
+        f"--embeddings goes with the builders {' and '.join(OF_EMBEDDINGS)}; leave it out for {builder}": (
+            options.embeddings and builder not in OF_EMBEDDINGS
+        ),
+        f"--clusters goes with --builder dispersed; leave it out for {builder}": (
+            options.clusters is not None and builder != "dispersed"
+        ),
+        f"--seed {options.seed} is out of range for k-means; give a number below 2^32": (
+            builder in OF_EMBEDDINGS and options.seed >= 2**32
+        ),
+    }
+    for message, is_wrong in refusals.items():
+        if is_wrong:
+            raise UserError(message)
+
+
+@dataclass(frozen=True, eq=False)
+class Built:
+    """A table, how often each of its rows occurs (int64 `[H]`; None where nothing says that), and what says that."""
+
+    table: HashTable
+    count_H: Optional[np.ndarray]
+    source: str
+
+
+def build(options: Options, say: Callable[[str], object] = print) -> Built:
+    """Build a table.
+
+    Args:
+        options: what is given.
+        say: gets lines on what else there is to know.
+
+    Raises:
+        UserError: for bad input, in one line.
+    """
+    check(options)
+    feature = Feature(options.feature, options.length)
+    symbols, listed = read_dictionary(options.dictionary)
+    index: dict[str, Tensor] = {}
+    num_keys = len(symbols)
+    if feature.name == "word":
+        index = word_index(symbols, read_dictionary(options.words)[0][len(SPECIAL) :])
+        num_keys += len(index["word_hash"])
+    elif feature.name not in OF_TOKENS:
+        num_keys = options.keys or (options.tokens_per_sample if feature.name == "position" else BUCKETS)
+    text = open_text(options.text, options.subset, symbols) if options.text else None
+    embedding_VD = _embeddings(options, symbols, say) if options.embeddings else None
+    if feature.is_oracle:
+        say("note: --feature future is an oracle: it sees the token that the model is to predict")
+    count_H, source = _counts(options, symbols, listed, feature, num_keys, index, text, say)
+    if options.builder in OF_COUNTS and (count_H is None or count_H.max() <= 1):
+        raise UserError(
+            f"{source} has no token counts (none is above 1), and --builder {options.builder} needs them; "
+            "use a dict.txt that fairseq-preprocess made from the training text, --counts, --text, or --builder random"
+        )
+    expert_HK, settings = _experts(options, num_keys, count_H, embedding_VD)
+    uses_counts = options.builder in OF_COUNTS or options.restarts > 1
+    is_drawn = options.builder in ("random", *OF_EMBEDDINGS) or options.is_multi_hash or options.restarts > 1
+    record = TableRecord(
+        "balanced" if options.builder == "spread" else options.builder,  # what a spread table starts from
+        options.num_experts,
+        dictionary_fingerprint(symbols),
+        seed=options.seed if is_drawn else None,
+        counts_fingerprint=counts_fingerprint(count_H) if uses_counts else None,
+        feature=feature.name,
+        length=feature.length,
+        is_multi_hash=options.is_multi_hash,
+        settings=settings | ({"counts": source} if uses_counts else {}),
+    )
+    table = HashTable(expert_HK, record, index)
+    if options.builder == "spread":
+        pairs = count_pairs(
+            text, heavy_tokens(count_H, options.num_experts, options.columns), options.tokens_per_sample
+        )
+        spread = spread_table(table, count_H, pairs)
+        table = replace(spread, record=replace(spread.record, settings=settings | spread.record.settings))
+        count_H = count_keys(feature, len(table.expert_HK), table.index, text, options.tokens_per_sample)
+    return Built(table, count_H, source)
+
+
+def _embeddings(options: Options, symbols: list[str], say: Callable[[str], object]) -> Tensor:
+    embedding_VD, is_known = read_embeddings(options.embeddings, symbols)
+    if not is_known:
+        say(
+            f"note: {options.embeddings} does not say of which dictionary it is; only the number of its symbols was "
+            "checked"
+        )
+    return embedding_VD
+
+
+def _counts(
+    options: Options,
+    symbols: list[str],
+    listed: list[int],
+    feature: Feature,
+    num_keys: int,
+    index: dict[str, Tensor],
+    text: "Text | None",
+    say: Callable[[str], object],
+) -> tuple["np.ndarray | None", str]:
+    """Return how often each key occurs, int64 `[H]`, None where nothing says that; and where that is from."""
+    if text is not None:
+        count_H = count_keys(feature, num_keys, index, text, options.tokens_per_sample)
+        text.say_unknown(say)
+        return count_H, f"text {options.text.name}"
+    if feature.name not in OF_TOKENS:
+        return None, "nothing"
+    return token_counts(options.counts, options.dictionary, symbols, listed, say)
+
+
+def _experts(
+    options: Options, num_keys: int, count_H: "np.ndarray | None", embedding_VD: "Tensor | None"
+) -> tuple[Tensor, dict[str, Any]]:
+    """Return experts, int64 `[H, K]`, and the settings to record; of a spread table those of its single tokens."""
+    E, builder = options.num_experts, options.builder
+
+    def draw(columns: int, number: int) -> Tensor:
+        if builder == "random":
+            return random_experts(num_keys, E, columns, options.seed + number)
+        return balanced_experts(count_H, E, columns, None if number == 0 else options.seed + number)
+
+    def draw_table(restart: int) -> Tensor:
+        # The first one is the table that a model builds for itself by these options.
+        if not options.is_multi_hash:
+            return draw(options.columns, restart)
+        return torch.cat([draw(1, restart * options.columns + column) for column in range(options.columns)], dim=1)
+
+    if builder in WITH_RESTARTS:
+        if options.restarts == 1:
+            return draw_table(0), {}
+        if count_H is None:
+            raise UserError(f"--restarts {options.restarts}: nothing says which table is best; give a --text")
+        expert_HK, best = best_of(options.restarts, draw_table, count_H, E)
+        return expert_HK, {"restarts": options.restarts, "best_restart": best}
+    if builder == "clusters":
+        return clustered_experts(embedding_VD, E, options.columns, options.seed), {
+            "embeddings": str(options.embeddings)
+        }
+    if builder == "dispersed":
+        clusters = options.clusters or min(E, num_keys)
+        cluster_V, _ = cluster_keys(embedding_VD, clusters, options.seed)
+        settings = {"embeddings": str(options.embeddings), "clusters": clusters}
+        return dispersed_experts(cluster_V, count_H, E, options.columns), settings
+    build_fixed = modulo_experts if builder == "modulo" else round_robin_experts
+    return build_fixed(num_keys, E, options.columns), {}

@@ -71,6 +71,13 @@ class JudgedTable:
     table: HashTable
     judged: list[Judged]
 
+    @property
+    def sets_of_experts(self) -> int:
+        """How many different sets of experts the rows have; of MultiHash, combinations of its hash functions."""
+        expert_HK = self.table.expert_HK
+        expert_HK = expert_HK if self.table.record.is_multi_hash else expert_HK.sort(dim=1).values
+        return len(expert_HK.unique(dim=0))
+
     def overloading(self, judged: Judged, symbols: list[str]) -> list[dict[str, Any]]:
         """Return the keys that overload an expert whatever the table, by descending count: key, count, shares."""
         balance, tokens = judged.balance, int(judged.count_H.sum())
@@ -92,6 +99,7 @@ class JudgedTable:
             **asdict(self.table.record),
             "rows": len(self.table.expert_HK),
             "columns": self.table.expert_HK.shape[1],
+            "sets_of_experts": self.sets_of_experts,
             "pairs": len(self.table.index.get("pair", ())),
         }
 

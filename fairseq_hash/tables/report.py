@@ -92,6 +92,7 @@ def describe(table: JudgedTable) -> dict[str, str]:
         "experts": f"{record.num_experts:,}",
         columns: f"{expert_HK.shape[1]:,}",
         "rows": f"{len(expert_HK):,}",
+        "different sets of experts": f"{table.sets_of_experts:,}",
         "rows that an expert serves": f"{int(keys_E.min()):,} to {int(keys_E.max()):,}",
         "fingerprint": table.table.fingerprint[:12],
     }

@@ -37,7 +37,8 @@ from fairseq_hash.watchdog import watchdog_of
 logger = logging.getLogger(__name__)
 
 # What would make ranks train different models, or wait for each other for ever.
-SAME_ON_ALL_RANKS = ("fairseq_hash", "torch", "dictionary_fingerprint", "table_fingerprint", "parameters_total")
+SAME_ON_ALL_RANKS = ("fairseq_hash", "torch", "dictionary_fingerprint", "table_fingerprint", "predictor_fingerprint")
+SAME_ON_ALL_RANKS += ("parameters_total",)
 
 # What a checkpoint's manifest says of a model.
 FACTS = ("num_experts", "router", "dictionary_fingerprint", "table_fingerprint")
@@ -186,7 +187,7 @@ def model_record(model: nn.Module, args: Any, options: SparseOptions, task: Fair
     """Return what a report needs to know of a model: options, sizes, fingerprints and provenance, ready for JSON."""
     total, active = count_parameters(model)
     sparse = options.is_sparse
-    tables = model.decoder.hash_tables if sparse else None
+    tables, predictor = (model.decoder.hash_tables, model.decoder.predictor) if sparse else (None, None)
     return {
         **provenance(),
         **{key: value for key, value in asdict(options).items() if key != "_name"},
@@ -198,6 +199,7 @@ def model_record(model: nn.Module, args: Any, options: SparseOptions, task: Fair
         "dictionary_fingerprint": dictionary_fingerprint(task.source_dictionary.symbols),
         # A model to be evaluated takes its table from the checkpoint, later.
         "table_fingerprint": tables.fingerprint if tables is not None and not is_evaluation() else None,
+        "predictor_fingerprint": predictor.fingerprint if predictor is not None else None,
     }
 
 

@@ -1,11 +1,14 @@
 """Hash layers in the model: features, K experts, MultiHash, tables and routers of their own, oracles."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from plugin import USER_DIR, build, command, records, train
 
 from fairseq_hash import hashing
 from fairseq_hash.evaluation import loading_to_evaluate
+from fairseq_hash.hashing.words import word_index
 from fairseq_hash.layer import RoutingReport, SparseLayer
 from fairseq_hash.model import count_parameters
 
@@ -29,6 +32,32 @@ VARIANTS = {
 }
 
 
+def words_of(variant, data, tmp_path):
+    """Return the options of a variant; `spread` and `word` need table files."""
+    if variant in VARIANTS:
+        return (*HASH, *VARIANTS[variant])
+    _, task, _, _ = build(data)
+    symbols, counts = task.source_dictionary.symbols, task.source_dictionary.count
+    base = hashing.build_table("balanced", symbols, counts, hashing.TableShape(4, 2), 0)
+    generator = torch.Generator().manual_seed(3)
+    if variant == "spread":
+        heavy = torch.arange(len(symbols)) % 3 == 0
+        pair = (heavy.nonzero() * len(symbols) + torch.arange(0, len(symbols), 2)).flatten()
+        index = {"heavy": heavy, "pair": pair}
+    else:
+        pieces = [f"{'▁' if place % 2 else ''}{'abc'[place % 3]}" for place in range(len(symbols))]
+        index = word_index(pieces, ["▁ab", "▁abc", "▁ca", "▁b", "▁cbac"])
+    more = len(index["pair"] if variant == "spread" else index["word_hash"])
+    expert_HK = torch.cat([base.expert_HK, torch.rand(more, 4, generator=generator).argsort(dim=1)[:, :2]])
+    record = replace(base.record, feature="word" if variant == "word" else "token")
+    hashing.save_table(hashing.HashTable(expert_HK, record, index), tmp_path / "table")
+    feature = ("--hash-feature", "word") if variant == "word" else ()
+    return (*HASH, "--experts-per-token", "2", "--hash-table", tmp_path / "table", *feature)
+
+
+ALL = [*VARIANTS, "spread", "word"]
+
+
 def tokens_of(task, rows=3, length=12, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(4, len(task.source_dictionary), (rows, length), generator=generator)
@@ -48,9 +77,9 @@ def randomise(model):
             torch.nn.init.normal_(layer.router.weight, std=0.5)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_step_by_step_gives_the_logits_of_the_full_pass(data, variant):
-    _, task, model, _ = build(data, *HASH, *VARIANTS[variant])
+@pytest.mark.parametrize("variant", ALL)
+def test_step_by_step_gives_the_logits_of_the_full_pass(data, tmp_path, variant):
+    _, task, model, _ = build(data, *words_of(variant, data, tmp_path))
     randomise(model)
     model.eval()
     token_BL = tokens_of(task)
@@ -61,10 +90,10 @@ def test_step_by_step_gives_the_logits_of_the_full_pass(data, variant):
     torch.testing.assert_close(torch.cat(steps, dim=1), full, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_padding_is_never_routed_or_counted(data, variant):
+@pytest.mark.parametrize("variant", ALL)
+def test_padding_is_never_routed_or_counted(data, tmp_path, variant):
     """Behind a sequence, and before it: logits and reports are those of the sequences alone."""
-    _, task, model, _ = build(data, *HASH, *VARIANTS[variant])
+    _, task, model, _ = build(data, *words_of(variant, data, tmp_path))
     randomise(model)
     model.eval()
     token_BL = tokens_of(task)
@@ -82,10 +111,10 @@ def test_padding_is_never_routed_or_counted(data, variant):
             assert report.tokens == 5 + 12 and torch.equal(report.demand_E, parts[0].demand_E + parts[1].demand_E)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_trains_is_saved_and_is_evaluated_alike(data, variant):
-    """One step; then the state alone, in a model built for evaluation, gives the same logits."""
-    arguments = (*HASH, *VARIANTS[variant])
+@pytest.mark.parametrize("variant", ALL)
+def test_every_variant_trains_is_saved_and_is_evaluated_alike(data, tmp_path, variant):
+    """One step; then the state alone, in a model built for evaluation without the table's file, gives the same."""
+    arguments = words_of(variant, data, tmp_path)
     torch.manual_seed(1)
     _, task, model, criterion = build(data, *arguments)
     token_BL = tokens_of(task)
@@ -99,10 +128,32 @@ def test_every_variant_trains_is_saved_and_is_evaluated_alike(data, variant):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in learned)
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     model.eval()
+    (tmp_path / "table").unlink(missing_ok=True)
     with loading_to_evaluate():
         _, _, other, _ = build(data, *arguments)
         other.load_state_dict(model.state_dict())
     assert torch.equal(other.eval()(token_BL)[0], model(token_BL)[0])
+
+
+@pytest.mark.parametrize("variant", ["learned", "swiglu", "multi-hash", "spread"])
+def test_activation_checkpointing_and_half_precision(data, tmp_path, variant):
+    """The same gradients with recomputation; in bf16 the same up to some of its rounding steps."""
+    found = []
+    for extra in ((), ("--checkpoint-activations",)):
+        torch.manual_seed(1)
+        _, task, model, _ = build(data, *words_of(variant, data, tmp_path), *extra)
+        torch.manual_seed(2)
+        randomise(model)
+        logits, _ = model(tokens_of(task))
+        logits.square().sum().backward()
+        found.append((logits, {name: p.grad for name, p in model.named_parameters()}))
+    assert torch.equal(found[0][0], found[1][0])
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-6, atol=1e-6)
+    low, _ = model.bfloat16()(tokens_of(task))
+    assert low.dtype == torch.bfloat16
+    error = (low.float() - found[0][0]).abs().amax() / found[0][0].abs().amax()
+    assert error < 16 * torch.finfo(torch.bfloat16).eps
 
 
 def test_k_experts_are_the_weighted_sum_of_single_ones(data):

@@ -1,7 +1,7 @@
 """Auxiliary losses of learned routers: pure functions of the router's logits.
 
 Shape suffixes, here and in the whole package: B batch, L length, T tokens (B x L), D model width, F width of the FFN's
-hidden layer, E experts, K experts a token, R routed rows, V vocabulary.
+hidden layer, E experts, K experts a token, R routed rows, V vocabulary, H keys (the rows of a hash table).
 """
 
 from torch import Tensor

@@ -1,6 +1,7 @@
 """A table from what the command line names: dictionary, counts or text, embeddings. Shape suffixes: see `losses`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
@@ -87,7 +88,8 @@ def check(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and value < low:
             raise UserError(f"--{name.replace('_', '-')} {value} is out of range; give a number of {low} or more")
-    Feature(feature, options.length)
+    with _own_names():
+        Feature(feature, options.length)
     refusals = {
         f"--experts-per-token {options.experts_per_token} exceeds --num-experts {options.num_experts}; a token has "
         "distinct experts: give fewer a token, or more experts": options.experts_per_token > options.num_experts,
@@ -145,6 +147,15 @@ def check(options: Options) -> None:
             raise UserError(message)
 
 
+@contextmanager
+def _own_names() -> Iterator[None]:
+    """Name options in errors as they are called here: --hash-feature of a model is --feature."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("--hash-", "--")) from None
+
+
 @dataclass(frozen=True, eq=False)
 class Built:
     """A table, how often each of its rows occurs (int64 `[H]`; None where nothing says that), and what says that."""
@@ -170,7 +181,9 @@ def build(options: Options, say: Callable[[str], object] = print) -> Built:
     index: dict[str, Tensor] = {}
     num_keys = len(symbols)
     if feature.name == "word":
-        index = word_index(symbols, read_dictionary(options.words)[0][len(SPECIAL) :])
+        words = read_dictionary(options.words)[0][len(SPECIAL) :]
+        with _own_names():
+            index = word_index(symbols, words)
         num_keys += len(index["word_hash"])
     elif feature.name not in OF_TOKENS:
         num_keys = options.keys or (options.tokens_per_sample if feature.name == "position" else BUCKETS)

@@ -1,5 +1,6 @@
 """A table from what the command line names: dictionary, counts or text, embeddings. Shape suffixes: see `losses`."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -198,6 +199,8 @@ def build(options: Options, say: Callable[[str], object] = print) -> Built:
             "use a dict.txt that fairseq-preprocess made from the training text, --counts, --text, or --builder random"
         )
     expert_HK, settings = _experts(options, num_keys, count_H, embedding_VD)
+    if text is not None and options.tokens_per_sample:
+        settings["tokens_per_sample"] = options.tokens_per_sample
     uses_counts = options.builder in OF_COUNTS or options.restarts > 1
     is_drawn = options.builder in ("random", *OF_EMBEDDINGS) or options.is_multi_hash or options.restarts > 1
     record = TableRecord(
@@ -217,7 +220,7 @@ def build(options: Options, say: Callable[[str], object] = print) -> Built:
             text, heavy_tokens(count_H, options.num_experts, options.columns), options.tokens_per_sample
         )
         spread = spread_table(table, count_H, pairs)
-        table = replace(spread, record=replace(spread.record, settings=settings | spread.record.settings))
+        table = replace(spread, record=replace(spread.record, settings=record.settings | spread.record.settings))
         count_H = count_keys(feature, len(table.expert_HK), table.index, text, options.tokens_per_sample)
     return Built(table, count_H, source)
 
@@ -276,14 +279,13 @@ def _experts(
             raise UserError(f"--restarts {options.restarts}: nothing says which table is best; give a --text")
         expert_HK, best = best_of(options.restarts, draw_table, count_H, E)
         return expert_HK, {"restarts": options.restarts, "best_restart": best}
-    if builder == "clusters":
-        return clustered_experts(embedding_VD, E, options.columns, options.seed), {
-            "embeddings": str(options.embeddings)
-        }
-    if builder == "dispersed":
+    if builder in OF_EMBEDDINGS:
+        digest = hashlib.sha256(embedding_VD.contiguous().numpy().tobytes()).hexdigest()
+        settings = {"embeddings": options.embeddings.name, "embeddings_fingerprint": digest}
+        if builder == "clusters":
+            return clustered_experts(embedding_VD, E, options.columns, options.seed), settings
         clusters = options.clusters or min(E, num_keys)
         cluster_V, _ = cluster_keys(embedding_VD, clusters, options.seed)
-        settings = {"embeddings": str(options.embeddings), "clusters": clusters}
-        return dispersed_experts(cluster_V, count_H, E, options.columns), settings
+        return dispersed_experts(cluster_V, count_H, E, options.columns), settings | {"clusters": clusters}
     build_fixed = modulo_experts if builder == "modulo" else round_robin_experts
     return build_fixed(num_keys, E, options.columns), {}

@@ -42,7 +42,7 @@ def read_embeddings(path: Path, symbols: list[str]) -> tuple[Tensor, bool]:
             f"{path} belongs to dictionary {fingerprint[:12]}, this one is {dictionary_fingerprint(symbols)[:12]}; "
             "give a checkpoint that was trained with this dictionary"
         )
-    return embedding_VD.float(), fingerprint is not None
+    return embedding_VD.detach().float(), fingerprint is not None
 
 
 def _fingerprint(state: dict, path: Path) -> "str | None":

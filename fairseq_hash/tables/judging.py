@@ -112,7 +112,10 @@ def key_name(table: HashTable, row: int, symbols: list[str]) -> str:
         return f"{'(begin)' if previous == PADDING else symbols[previous]} {symbols[token]}"
     if feature in OF_TOKENS or (feature == "word" and row < vocabulary):
         return symbols[row]
-    return f"word {row - vocabulary}" if feature == "word" else f"{feature} {row}"
+    if feature == "word":  # of words, a table has hashes only; those of one piece are known by it
+        same_V = table.index["piece_hash"].eq(table.index["word_hash"][row - vocabulary]) & table.index["begins"]
+        return f"word {symbols[int(same_V.nonzero()[0])]}" if same_V.any() else f"word {row - vocabulary}"
+    return f"{feature} {row}"
 
 
 def open_table(path: Path, symbols: list[str], dictionary: Path) -> HashTable:

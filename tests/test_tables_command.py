@@ -19,8 +19,12 @@ from made_tables import FILES, assert_figures, done, embeddings, judged, naive_l
 from test_cli import call, dictionary, shown, write_dictionary  # noqa: F401 (a fixture among them)
 
 from fairseq_hash.checkpoint.manifest import KEY, Manifest
-from fairseq_hash.hashing import TableShape, build_table, dictionary_fingerprint, load_table
+from fairseq_hash.hashing import Feature, TableShape, build_table, dictionary_fingerprint, load_table
+from fairseq_hash.reporting import plots
 from fairseq_hash.tables.dictionary import PADDING, read_dictionary
+from fairseq_hash.tables.figures import loads_of_one, loads_of_several
+from fairseq_hash.tables.judging import Judge
+from fairseq_hash.tables.text import open_text
 
 
 def test_a_table_by_hand(dictionary, tmp_path):  # noqa: F811
@@ -189,3 +193,38 @@ def test_it_needs_no_fairseq(data, tmp_path):
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert len(np.load(tmp_path / "t.npy")) == len(symbols)
+
+
+def panels(monkeypatch, draw, *arguments):
+    """The axes of a figure instead of a PNG."""
+    monkeypatch.setattr(plots, "_png", lambda figure: figure)
+    return draw(*arguments, plots.DARK).axes
+
+
+def test_figures_are_the_loads(dictionary, tmp_path, monkeypatch):  # noqa: F811
+    """Bars and dots of the same experts, by descending load; lines at mean and bounds. Of several, a panel for the
+    counts and one for held-out text, where a table of words or buckets has the latter only."""
+    symbols, listed = read_dictionary(dictionary)
+    (tmp_path / "text").write_text("the of the and table table table\n")
+    text = open_text(tmp_path / "text", "", symbols)
+    judge = Judge(symbols, (np.array(listed), "dict.txt"), None, text)
+    tables = {
+        "balanced": build_table("balanced", symbols, listed, TableShape(3), 1),
+        "bigrams": build_table("random", symbols, listed, TableShape(3, feature=Feature("bigram"), num_keys=5), 1),
+    }
+    judged = [judge.judge(name, table) for name, table in tables.items()]
+    on_counts, on_text = judged[0].judged
+    order = sorted(range(3), key=lambda expert: -on_counts.balance.load_E[expert])
+    (axes,) = panels(monkeypatch, loads_of_one, judged[0])
+    heights = [[one.balance.load_E[expert] / one.balance.mean for expert in order] for one in (on_counts, on_text)]
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx(heights[0])
+    lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert lines[f"held-out text: largest {max(heights[1]):.3f}"] == pytest.approx(heights[1])
+    assert lines["mean: every expert the same"] == [1, 1] and len(lines) == 4
+    first, second = panels(monkeypatch, loads_of_several, judged)
+    assert first.get_title(loc="left") == "Building counts" and second.get_title(loc="left") == "Held-out text"
+    assert list(first.lines[0].get_ydata()) == pytest.approx(sorted(heights[0], reverse=True))
+    assert len(first.lines) == 2 and len(second.lines) == 3
+    assert list(second.lines[1].get_ydata()) == pytest.approx(
+        sorted(judged[1].judged[0].balance.load_E / judged[1].judged[0].balance.mean, reverse=True)
+    )

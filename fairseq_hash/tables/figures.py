@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fairseq_hash.reporting import plots
 from fairseq_hash.reporting.plots import COLOURS, Theme
-from fairseq_hash.tables.judging import Judged, JudgedTable
+from fairseq_hash.tables.judging import HELD_OUT, Judged, JudgedTable
 
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 1.5, 1, 1.5)))
 
@@ -47,27 +47,28 @@ def loads_of_one(table: JudgedTable, theme: Theme) -> bytes:
 
 def loads_of_several(tables: Sequence[JudgedTable], theme: Theme) -> bytes:
     """Draw the sorted loads of several tables, a panel for the counts and one for held-out text; return a PNG."""
-    panels = max(len(table.judged) for table in tables)
+    every = [(number, table.name, judged) for number, table in enumerate(tables) for judged in table.judged]
+    groups = [[one for one in every if (one[2].what == HELD_OUT) == is_held_out] for is_held_out in (False, True)]
+    groups = [group for group in groups if group]
     with plots._style(theme):
-        figure = Figure(figsize=(5.8 * panels + 0.4, 4.6), layout="constrained")
-        grid = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
-        for panel, axes in enumerate(grid):
-            shown = [(number, table) for number, table in enumerate(tables) if panel < len(table.judged)]
-            for number, table in shown:
-                judged = table.judged[panel]
+        figure = Figure(figsize=(5.8 * len(groups) + 0.4, 4.6), layout="constrained")
+        grid = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+        handles: dict[str, Any] = {}
+        for axes, group in zip(grid, groups, strict=True):
+            for number, name, judged in group:
                 load_E = np.sort(_over_mean(judged))[::-1]
                 place_E = (np.arange(len(load_E)) + 0.5) / len(load_E) * 100
                 style: dict[str, Any] = {"linestyle": DASHES[number // len(COLOURS) % len(DASHES)], "linewidth": 1.8}
                 style |= {"marker": plots.MARKERS[number % len(plots.MARKERS)], "markersize": 4}
                 style["markevery"] = max(len(load_E) // 16, 1)
-                axes.plot(place_E, load_E, color=_colour(number, theme), label=table.name, **style)
+                (handles[name],) = axes.plot(place_E, load_E, color=_colour(number, theme), **style)
             axes.axhline(1, color=theme.ink, linewidth=1)
-            what = dict.fromkeys(table.judged[panel].what for _, table in shown)
-            _frame(axes, "Experts, by descending load, %", ", ".join(what).capitalize())
+            title = ", ".join(dict.fromkeys(judged.what for _, _, judged in group)).capitalize()
+            _frame(axes, "Experts, by descending load, %", title)
             axes.set_xlim(0, 100)
-            axes.set_ylabel("Load / mean load" if panel == 0 else "")
-        handles, labels = grid[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower left", ncols=min(len(labels), 4), frameon=False, fontsize=9)
+            axes.set_ylabel("Load / mean load" if axes is grid[0] else "")
+        place: dict[str, Any] = {"loc": "outside lower left", "ncols": min(len(handles), 4)}
+        figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=9, **place)
         return plots._png(figure)
 
 

@@ -99,6 +99,8 @@ def describe(table: JudgedTable) -> dict[str, str]:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 

@@ -52,7 +52,7 @@ def test_no_multi_hash_table_is_below_its_bound(counts, num_experts, columns):
 def test_bounds_by_hand():
     assert lower_bound([10, 1, 1], 3) == 10  # the largest count
     assert lower_bound([4, 4, 3], 2) == 7  # three keys, two experts: two of them meet
-    assert lower_bound([1] * 9, 2) == 5  # the mean load, rounded up
+    assert lower_bound([4, 2, 2, 1], 2) == 5  # the mean load, rounded up
     assert lower_bound([5, 5, 5, 5], 3, 2) == 15  # eight places, three experts: one has three keys
     assert lower_bound([5, 1], 2, 2) == 6
     assert lower_bound([9, 5], 3, 2) == 14  # two keys with two of three experts each: they share one
@@ -61,6 +61,7 @@ def test_bounds_by_hand():
     assert filling_bound([5, 5, 5], torch.tensor([0, 0, 9]).numpy()) == 10
     assert filling_bound([5, 5, 5], torch.tensor([0, 0, 0]).numpy()) == 5
     assert filling_bound([1, 1], torch.tensor([0, 7]).numpy()) == 7
+    assert filling_bound([5], torch.tensor([0, 8, 9]).numpy(), 2) == 13  # not twice on the empty one
     assert filling_bound([], torch.tensor([3, 7]).numpy()) == 7
 
 

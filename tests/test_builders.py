@@ -125,9 +125,9 @@ def test_best_of_is_the_first_of_the_best(counts, shape, restarts):
 
 
 def test_best_of_does_not_overflow():
-    counts = [2**40, 2**40, 2]
-    tables = [torch.tensor([[0], [0], [1]]), torch.tensor([[0], [1], [1]])]
-    assert best_of(2, tables.__getitem__, counts, 2)[1] == 1
+    """In 64 bits the squares of the first table's loads, 2^32 twice, sum to 0."""
+    tables = [torch.tensor([[0], [1], [1], [1]]), torch.tensor([[0], [1], [2], [3]])]
+    assert best_of(2, tables.__getitem__, [2**32, 2**31, 2**30, 2**30], 4)[1] == 1
 
 
 @given(st.integers(0, 2**40), st.integers(1, 200), st.integers(1, 70))

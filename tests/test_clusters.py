@@ -10,7 +10,9 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.cluster import KMeans
 from test_builders import experts_and_columns, zipf
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from fairseq_hash.errors import UserError
 from fairseq_hash.hashing import (
@@ -22,6 +24,7 @@ from fairseq_hash.hashing import (
     random_experts,
     table_fingerprint,
 )
+from fairseq_hash.hashing import clusters as clusters_module
 
 counts_and_clusters = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 5)), min_size=1, max_size=60)
 
@@ -53,6 +56,27 @@ def test_clustered_rows_are_the_nearest_means(columns):
     for embedding_D, row in zip(embedding_HD.tolist(), expert_HK.tolist(), strict=True):
         distance = [sum((a - b) ** 2 for a, b in zip(embedding_D, mean_D, strict=True)) for mean_D in mean_ED.tolist()]
         assert row[1:] == [e for e in sorted(range(9), key=distance.__getitem__) if e != row[0]][: columns - 1]
+
+
+def test_the_own_cluster_comes_first_even_where_another_is_as_near(monkeypatch):
+    clusters = torch.tensor([1, 0]), torch.tensor([[0.0], [10.0]])
+    monkeypatch.setattr(clusters_module, "cluster_keys", lambda *_: clusters)
+    assert clustered_experts(torch.tensor([[5.0], [5.0]]), 2, 2).tolist() == [[1, 0], [0, 1]]
+
+
+def test_k_means_has_one_thread(monkeypatch):
+    """Few points show what the order of threads does to sums, so this looks at the threads themselves."""
+    seen = []
+    fit_predict = KMeans.fit_predict
+
+    def watched(self, points):
+        seen.extend(library["num_threads"] for library in threadpool_info())
+        return fit_predict(self, points)
+
+    monkeypatch.setattr(KMeans, "fit_predict", watched)
+    with threadpool_limits(2):
+        cluster_keys(blobs(20)[0], 2)
+    assert set(seen) == {1}
 
 
 def test_clusters_do_not_depend_on_threads_or_process():

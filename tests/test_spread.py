@@ -83,8 +83,16 @@ def test_counts_of_rows_are_those_of_the_lookup(text, other, shape, most_pairs):
     """For the text that the table is built from, and for another one, some of whose pairs it does not have."""
     _, _, _, table = build(text, 30, *shape, most_pairs)
     assert len(table.index["pair"]) <= most_pairs and table.index["pair"].dtype == torch.int64
+    kept = table.index["pair"].tolist()
     for tokens in (text, other):
-        expected = torch.bincount(table.rows(torch.tensor([tokens]), PADDING)[0], minlength=len(table.expert_HK))
+        rows = table.rows(torch.tensor([tokens]), PADDING)[0]
+        for token, previous, row in zip(tokens, [PADDING, *tokens], rows.tolist(), strict=False):
+            pair = token * 30 + previous
+            if not table.index["heavy"][token]:
+                assert row == token
+            else:
+                assert row == (30 + kept.index(pair) if pair in kept else previous)
+        expected = torch.bincount(rows, minlength=len(table.expert_HK))
         pairs = count_pairs(torch.tensor(tokens), table.index["heavy"], PADDING)
         assert spread_counts(table.index, counts_of(tokens, 30), pairs).tolist() == expected.tolist()
 

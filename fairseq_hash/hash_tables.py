@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairseq_hash.errors import UserError
@@ -52,7 +51,7 @@ class TableBuffers(nn.Module):
 
     def forward(self, row_T: Tensor) -> Tensor:
         """Return the experts `[T, K]` in rows of the table."""
-        return F.embedding(row_T, self.expert)
+        return self.expert.index_select(0, row_T)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         fingerprint = state_dict.get(prefix + "dictionary_fingerprint")

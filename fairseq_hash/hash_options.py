@@ -7,6 +7,7 @@ from fairseq.dataclass import FairseqDataclass
 
 from fairseq_hash.errors import UserError
 from fairseq_hash.hashing import BUILDERS, FEATURES, Feature, TableShape
+from fairseq_hash.hashing.build import DRAWN
 from fairseq_hash.hashing.features import OF_BUCKETS
 from fairseq_hash.routers import SCORES
 
@@ -20,14 +21,17 @@ class HashOptions(FairseqDataclass):
     hash_table: str = field(
         default="balanced",
         metadata={
-            "help": f"{', '.join(BUILDERS[:1])} (by the counts in the dictionary), {', '.join(BUILDERS[1:])}, or the "
-            "path of a table file; one for all layers with --router hash, or one for each, comma separated"
+            "help": "balanced or scattered (by the counts in the dictionary; scattered for several experts a token), "
+            f"{', '.join(BUILDERS[2:])}, or the path of a table file; one for all layers with --router hash, or one "
+            "for each, comma separated"
         },
     )
     hash_seed: int = field(default=42, metadata={"help": "seed of the tables that are random, 0 or more"})
     hash_per_layer: bool = field(
         default=False,
-        metadata={"help": "give each hash layer a table of its own: --hash-table balanced or random, with other seeds"},
+        metadata={
+            "help": "give each hash layer a table of its own: --hash-table balanced, scattered or random, other seeds"
+        },
     )
     hash_feature: str = field(
         default="token",
@@ -128,8 +132,8 @@ class HashOptions(FairseqDataclass):
             )
         if (self.hash_feature == "predicted") != bool(self.hash_predictor):
             raise UserError("--hash-feature predicted and --hash-predictor go together; give both or none")
-        if self.hash_per_layer and self.hash_table not in ("balanced", "random"):
+        if self.hash_per_layer and self.hash_table not in ("balanced", *DRAWN):
             raise UserError(
-                f"--hash-per-layer draws tables for --hash-table balanced or random, not {self.hash_table}; give a "
-                "table file for each hash layer, comma separated, in its place"
+                f"--hash-per-layer draws tables for --hash-table balanced, {' or '.join(DRAWN)}, not "
+                f"{self.hash_table}; give a table file for each hash layer, comma separated, in its place"
             )

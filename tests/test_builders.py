@@ -1,5 +1,6 @@
 """Builders of hash tables: against naive loops, properties, the same tables in every process."""
 
+import math
 import subprocess
 import sys
 
@@ -11,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fairseq_hash.errors import UserError
-from fairseq_hash.hashing import balanced_experts, best_of, judge, modulo_experts, random_experts, round_robin_experts
+from fairseq_hash.hashing import (
+    balanced_experts,
+    best_of,
+    judge,
+    modulo_experts,
+    random_experts,
+    round_robin_experts,
+    scattered_experts,
+)
 from fairseq_hash.hashing.balance import expert_loads
 from fairseq_hash.hashing.builders import greedy_experts
 from fairseq_hash.hashing.clusters import dispersed_experts
@@ -33,6 +42,7 @@ def every_builder(counts, num_experts, columns, seed):
     clusters = [key * key % 5 for key in range(size)]
     yield "balanced", balanced_experts(counts, num_experts, columns)
     yield "balanced with a seed", balanced_experts(counts, num_experts, columns, seed)
+    yield "scattered", scattered_experts(counts, num_experts, columns, seed)
     yield "random", random_experts(size, num_experts, columns, seed)
     yield "modulo", modulo_experts(size, num_experts, columns)
     yield "round-robin", round_robin_experts(size, num_experts, columns)
@@ -54,6 +64,31 @@ def test_rows_are_distinct_experts_and_no_token_is_lost(counts, shape, seed):
 def test_balanced_equals_naive_loop(counts, shape):
     assert balanced_experts(counts, *shape).tolist() == reference.greedy_rows(counts, *shape)
     assert reference.balanced_hash(counts, shape[0]) == balanced_experts(counts, shape[0]).flatten().tolist()
+
+
+@given(counts_of_keys, experts_and_columns, st.integers(0, 2**40))
+def test_scattered_equals_naive_loop(counts, shape, seed):
+    """The K least loaded of 2 K drawn experts, in the order in which they were drawn where loads are equal."""
+    num_experts, columns = shape
+    drawn = random_experts(len(counts), num_experts, min(num_experts, 2 * columns), seed).tolist()
+    load, rows = [0] * num_experts, [None] * len(counts)
+    for key in sorted(range(len(counts)), key=lambda h: -counts[h]):
+        rows[key] = sorted(drawn[key], key=lambda expert: load[expert])[:columns]
+        for expert in rows[key]:
+            load[expert] += counts[key]
+    assert scattered_experts(counts, *shape, seed).tolist() == rows
+
+
+@pytest.mark.parametrize(("num_experts", "columns"), [(16, 2), (16, 4), (64, 4), (128, 4), (128, 8)])
+def test_scattered_is_as_even_as_balanced_and_has_many_sets_of_experts(num_experts, columns):
+    """Within a hundredth of the bound; nearly as many sets as keys, or as there are, in place of balanced's E / K."""
+    counts = zipf(8000)
+    table = scattered_experts(counts, num_experts, columns, 1)
+    balance = judge(table, counts, num_experts)
+    assert balance.largest_over_mean <= 1.01 * balance.bound_over_mean
+    balanced_sets = len(balanced_experts(counts, num_experts, columns).sort(dim=1).values.unique(dim=0))
+    assert balanced_sets == num_experts // columns
+    assert len(table.sort(dim=1).values.unique(dim=0)) > 0.9 * min(8000, math.comb(num_experts, columns))
 
 
 @given(counts_of_keys, experts_and_columns, st.integers(0, 2**40))
@@ -93,8 +128,8 @@ def test_balanced_is_never_worse_than_random_tables_are_on_average(columns, coun
     counts = [*counts, 2]
     tables = [random_experts(len(counts), num_experts, columns, seed) for seed in range(5)]
     largest = [expert_loads(table, counts, num_experts).max() for table in tables]
-    for seed in (None, 1):
-        table = balanced_experts(counts, num_experts, columns, seed)
+    tables = [balanced_experts(counts, num_experts, columns, seed) for seed in (None, 1)]
+    for table in tables:
         assert expert_loads(table, counts, num_experts).max() <= sum(largest) / len(largest)
 
 
@@ -198,6 +233,8 @@ def test_tables_do_not_depend_on_the_process():
 def test_counts_without_information_are_refused(counts):
     with pytest.raises(UserError, match="no token counts"):
         balanced_experts(counts, 2)
+    with pytest.raises(UserError, match="no token counts"):
+        scattered_experts(counts, 2)
     with pytest.raises(UserError, match="no token counts"):
         dispersed_experts([0] * len(counts), counts, 2)
 

@@ -11,6 +11,7 @@ from fairseq_hash.hashing.builders import (
     modulo_experts,
     random_experts,
     round_robin_experts,
+    scattered_experts,
 )
 from fairseq_hash.hashing.clusters import check_embedding, cluster_keys, clustered_experts, dispersed_experts
 from fairseq_hash.hashing.features import FEATURES, Feature
@@ -55,6 +56,7 @@ __all__ = [
     "placeholder_table",
     "random_experts",
     "round_robin_experts",
+    "scattered_experts",
     "save_table",
     "spread_counts",
     "spread_table",

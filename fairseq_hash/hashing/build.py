@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from fairseq_hash.errors import UserError
-from fairseq_hash.hashing.builders import balanced_experts, modulo_experts, random_experts, round_robin_experts
+from fairseq_hash.hashing.builders import (
+    balanced_experts,
+    modulo_experts,
+    random_experts,
+    round_robin_experts,
+    scattered_experts,
+)
 from fairseq_hash.hashing.features import OF_TOKENS, Feature
 from fairseq_hash.hashing.files import load_table
 from fairseq_hash.hashing.table import (
@@ -18,7 +24,9 @@ from fairseq_hash.hashing.table import (
     dictionary_fingerprint,
 )
 
-BUILDERS = ("balanced", "random", "modulo", "round-robin")
+BUILDERS = ("balanced", "scattered", "random", "modulo", "round-robin")
+OF_COUNTS = ("balanced", "scattered")
+DRAWN = ("scattered", "random")
 
 
 @dataclass(frozen=True)
@@ -65,19 +73,23 @@ def build_table(
     if len(counts) != len(symbols):
         raise UserError(f"{len(counts)} counts for {len(symbols)} symbols; a count is needed for each")
     of_tokens = shape.feature.name in OF_TOKENS
-    if kind == "balanced" and not of_tokens:
+    if kind in OF_COUNTS and not of_tokens:
         raise UserError(
-            f"--hash-table balanced has no counts for --hash-feature {shape.feature.name}: the dictionary counts "
+            f"--hash-table {kind} has no counts for --hash-feature {shape.feature.name}: the dictionary counts "
             "tokens; use random, or build a table from text with fairseq-hash tables build"
         )
-    if shape.is_multi_hash and shape.columns > 1 and kind not in ("balanced", "random"):
-        raise UserError(f"--multi-hash {shape.columns} needs tables that differ; use balanced or random, not {kind}")
+    if shape.is_multi_hash and shape.columns > 1 and kind not in ("balanced", *DRAWN):
+        raise UserError(
+            f"--multi-hash {shape.columns} needs tables that differ; use balanced, {' or '.join(DRAWN)}, not {kind}"
+        )
     num_keys = len(symbols) if of_tokens else shape.num_keys
 
     def build(columns: int, number: int) -> Tensor:
         if kind == "balanced":
             plain = is_first and number == 0
             return balanced_experts(counts, shape.num_experts, columns, None if plain else seed + number)
+        if kind == "scattered":
+            return scattered_experts(counts, shape.num_experts, columns, seed + number)
         if kind == "random":
             return random_experts(num_keys, shape.num_experts, columns, seed + number)
         build_fixed = modulo_experts if kind == "modulo" else round_robin_experts
@@ -91,8 +103,8 @@ def build_table(
         kind,
         shape.num_experts,
         dictionary_fingerprint(symbols),
-        seed=seed if kind == "random" or (kind == "balanced" and (shape.is_multi_hash or not is_first)) else None,
-        counts_fingerprint=counts_fingerprint(counts) if kind == "balanced" else None,
+        seed=seed if kind in DRAWN or (kind == "balanced" and (shape.is_multi_hash or not is_first)) else None,
+        counts_fingerprint=counts_fingerprint(counts) if kind in OF_COUNTS else None,
         feature=shape.feature.name,
         length=shape.feature.length,
         is_multi_hash=shape.is_multi_hash,

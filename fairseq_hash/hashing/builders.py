@@ -96,6 +96,39 @@ def greedy_experts(count_H: np.ndarray, weight_H: np.ndarray, load_E: np.ndarray
     return torch.from_numpy(expert_HK)
 
 
+def scattered_experts(counts: Sequence[int], num_experts: int, columns: int = 1, seed: int = 42) -> Tensor:
+    """Draw 2 K distinct experts for every key, and give it, by descending count, the K of them with the smallest loads.
+
+    Ours. Where K divides E, the K emptiest experts of `balanced_experts` stay together: they end up in E / K fixed
+    sets, each as good as one expert K times as wide. Here nearly every key has a set of its own, and the loads are as
+    even: two random choices are nearly as good as all (Mitzenmacher 2001, The power of two choices), and rare keys
+    come last. Of equal loads the expert that was drawn first wins.
+
+    Args:
+        counts: how often each key occurs in the training text, `[H]`.
+        num_experts: E.
+        columns: K.
+        seed: 0 or more.
+
+    Returns:
+        int64 `[H, K]`.
+
+    Raises:
+        UserError: where the counts carry no information, or K is not from 1 to E.
+    """
+    check_columns(num_experts, columns)
+    count_H = check_counts(counts)
+    drawn_HC = random_experts(len(count_H), num_experts, min(num_experts, 2 * columns), seed).numpy()
+    load_E = np.zeros(num_experts, dtype=np.int64)
+    expert_HK = np.empty((len(count_H), columns), dtype=np.int64)
+    for key in np.argsort(-count_H, kind="stable").tolist():
+        drawn_C = drawn_HC[key]
+        chosen = drawn_C[np.argsort(load_E[drawn_C], kind="stable")[:columns]]
+        expert_HK[key] = chosen
+        load_E[chosen] += count_H[key]
+    return torch.from_numpy(expert_HK)
+
+
 def best_of(
     restarts: int, build: Callable[[int], Tensor], counts: Sequence[int], num_experts: int
 ) -> tuple[Tensor, int]:

@@ -16,9 +16,10 @@ from pathlib import Path
 
 from fairseq_hash.progress import Display
 from fairseq_hash.provenance import provenance
-from fairseq_hash.tables.building import Options, build
+from fairseq_hash.tables.building import build
 from fairseq_hash.tables.dictionary import read_dictionary
 from fairseq_hash.tables.judging import Judge, JudgedTable
+from fairseq_hash.tables.options import Options
 from fairseq_hash.tables.text import open_text
 
 RESTARTS = 16
@@ -38,7 +39,9 @@ def recipes(base: Options) -> Iterator[tuple[str, Options]]:
     yield "balanced on the dictionary's counts", listed
     yield "balanced", base
     yield f"balanced, best of {RESTARTS}", replace(base, restarts=RESTARTS)
+    yield "scattered", replace(base, builder="scattered")
     yield "spread", replace(base, builder="spread")
+    yield "spread, scattered", replace(base, builder="spread", base="scattered")
 
 
 def measure(data: Path, experts: list[int], columns: list[int], embeddings: "Path | None") -> list[list[str]]:

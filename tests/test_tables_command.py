@@ -19,7 +19,7 @@ from made_tables import FILES, assert_figures, done, embeddings, judged, naive_l
 from test_cli import call, dictionary, shown, write_dictionary  # noqa: F401 (a fixture among them)
 
 from fairseq_hash.checkpoint.manifest import KEY, Manifest
-from fairseq_hash.hashing import Feature, TableShape, build_table, dictionary_fingerprint, load_table
+from fairseq_hash.hashing import BUILDERS, Feature, TableShape, build_table, dictionary_fingerprint, load_table
 from fairseq_hash.reporting import plots
 from fairseq_hash.tables.dictionary import PADDING, read_dictionary
 from fairseq_hash.tables.figures import loads_of_one, loads_of_several
@@ -44,9 +44,9 @@ def test_a_table_by_hand(dictionary, tmp_path):  # noqa: F811
 
 
 def test_it_is_the_table_that_a_model_builds(dictionary, tmp_path):  # noqa: F811
-    """Without a table file, --hash-table balanced and random give the same ones, with several columns, too."""
+    """Without a table file, --hash-table BUILDER gives the same ones, with several columns, too."""
     symbols, counts = read_dictionary(dictionary)
-    for builder in ("balanced", "random", "modulo", "round-robin"):
+    for builder in BUILDERS:
         for option, many in (("--experts-per-token", False), ("--multi-hash", True)):
             if many and builder in ("modulo", "round-robin"):
                 continue
@@ -100,6 +100,7 @@ def test_every_builder_on_held_out_text(data, tmp_path, columns):
     text, k = ["--text", data], ["--experts-per-token", columns]
     of_builder = {
         "balanced": text,
+        "scattered": text,
         "random": [],
         "modulo": [],
         "round-robin": [],
@@ -126,7 +127,7 @@ def test_every_builder_on_held_out_text(data, tmp_path, columns):
     assert all(out.count(builder) >= 2 for builder in of_builder)
     for builder, on in zip(of_builder, judged(tmp_path / "out"), strict=True):
         table = load_table(tmp_path / builder)
-        built_on = "building counts" if builder in ("balanced", "dispersed", "spread") else "counts"
+        built_on = "building counts" if builder in ("balanced", "scattered", "dispersed", "spread") else "counts"
         for what, stream in ((built_on, train), ("held-out text", valid)):
             if builder == "spread":
                 rows = table.rows(torch.tensor([stream]), PADDING)[0].tolist()
@@ -139,6 +140,18 @@ def test_every_builder_on_held_out_text(data, tmp_path, columns):
             assert_figures(on[what], naive_loads(table.expert_HK.tolist(), counts, 24), counts)
     again = done("compare", *files, "--dictionary", data / "dict.txt", *text, "--held-out", data)
     assert again == out[: out.index("wrote")]
+
+
+def test_a_spread_table_can_start_from_a_scattered_one(data, tmp_path):
+    """All rows but those of pairs are the scattered table's, and the record says so."""
+    options = ("--num-experts", 24, "--experts-per-token", 2, "--text", data, "--seed", 3)
+    done("build", data / "dict.txt", "--builder", "scattered", *options, "--out", tmp_path / "base")
+    done(
+        "build", data / "dict.txt", "--builder", "spread", "--base", "scattered", *options, "--out", tmp_path / "spread"
+    )
+    base, spread = load_table(tmp_path / "base"), load_table(tmp_path / "spread")
+    assert torch.equal(spread.expert_HK[: len(base.expert_HK)], base.expert_HK) and len(spread.index["pair"])
+    assert (spread.record.builder, spread.record.seed, spread.record.settings["base"]) == ("spread", 3, "scattered")
 
 
 def test_the_folder(data, tmp_path):

@@ -18,6 +18,7 @@ OPTIONS = [
     (["--tokens-per-sample", -1], "--tokens-per-sample -1 is out of range"),
     (["--experts-per-token", 3], "--experts-per-token 3 exceeds --num-experts 2"),
     (["--experts-per-token", 2, "--multi-hash", 2], "--multi-hash and --experts-per-token exclude each other"),
+    (["--base", "scattered"], "--base goes with --builder spread; leave it out for balanced"),
     (["--multi-hash", 2, "--builder", "modulo"], "--multi-hash 2 needs tables that differ"),
     (["--restarts", 3, "--builder", "round-robin"], "--restarts 3: the builder round-robin makes one table only"),
     (["--counts", "a", "--text", "b"], "--counts and --text both say how often tokens occur"),

@@ -6,8 +6,8 @@ from pathlib import Path
 from fairseq_hash.errors import UserError
 from fairseq_hash.tables.dictionary import read_dictionary
 
-# Names only, so that the command's help needs no torch: those of `tables.building` and of `hashing.features`.
-BUILDERS = ("balanced", "random", "modulo", "round-robin", "clusters", "dispersed", "spread")
+# Names only, so that the command's help needs no torch: those of `tables.options` and of `hashing.features`.
+BUILDERS = ("balanced", "scattered", "random", "modulo", "round-robin", "clusters", "dispersed", "spread")
 FEATURES = ("token", "previous", "bigram", "ngram", "history", "position", "future", "predicted", "word")
 
 
@@ -71,6 +71,7 @@ def _add_build(build: argparse.ArgumentParser) -> None:
     add("--subset", default="train", help="of a data folder (default: train)")
     _add_samples(build)
     add("--embeddings", type=Path, metavar="CKPT", help="for clusters and dispersed: a trained checkpoint")
+    add("--base", choices=("balanced", "scattered"), help="of spread: the table of single tokens (default: balanced)")
     add("--clusters", type=int, metavar="C", help="for dispersed (default: as many as experts)")
     _add_out(build, "table file to write (safetensors)")
     build.set_defaults(run=run_build)
@@ -115,9 +116,10 @@ def run_build(arguments: argparse.Namespace) -> None:
 
     from fairseq_hash.hashing import save_table
     from fairseq_hash.hashing.balance import judge
-    from fairseq_hash.tables.building import Options, build, check
+    from fairseq_hash.tables.building import build
     from fairseq_hash.tables.files import check_out
     from fairseq_hash.tables.judging import UNUSED, Judged, JudgedTable
+    from fairseq_hash.tables.options import Options, check
     from fairseq_hash.tables.report import show
 
     options = Options(**{field.name: getattr(arguments, field.name) for field in fields(Options)})

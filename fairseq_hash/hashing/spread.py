@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fairseq_hash.hashing.table import HashTable
 
 BLOCK = 2**24  # tokens at a time, which bounds memory
+NO_PAIRS = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
 
 
 def spread_rows(index: Mapping[str, Tensor], token_BL: Tensor, previous_BL: Tensor) -> Tensor:
@@ -65,15 +66,24 @@ def count_pairs(token_S: "Sequence[int] | Tensor", heavy_V: Tensor, padding: int
     Returns:
         The pairs, token x V + previous token, ascending, and how often each occurs; both int64 `[P]`.
     """
-    token_S, is_heavy_V = np.asarray(token_S, dtype=np.int64), heavy_V.numpy()
-    pair_P, count_P = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    token_S = np.asarray(token_S, dtype=np.int64)
+    pairs = NO_PAIRS
     for start in range(0, len(token_S), BLOCK):
-        places = start + np.flatnonzero(is_heavy_V[token_S[start : start + BLOCK]])
-        previous = np.where(places == 0, padding, token_S[places - 1])
-        new_P, new_count_P = np.unique(token_S[places] * len(is_heavy_V) + previous, return_counts=True)
-        pair_P, place = np.unique(np.concatenate([pair_P, new_P]), return_inverse=True)
-        both_P = np.concatenate([count_P, new_count_P])
-        count_P = np.bincount(place, weights=both_P, minlength=len(pair_P)).astype(np.int64)
+        block_S = token_S[start : start + BLOCK]
+        before = token_S[start - 1] if start else padding
+        pairs = add_pairs(pairs, block_S, np.concatenate([[before], block_S[:-1]]), heavy_V)
+    return pairs
+
+
+def add_pairs(
+    pairs: tuple[Tensor, Tensor], token_S: np.ndarray, previous_S: np.ndarray, heavy_V: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return counted pairs with those of some more text: of its heavy tokens, each with the token before it."""
+    places = np.flatnonzero(heavy_V.numpy()[token_S])
+    new_P, new_count_P = np.unique(token_S[places] * len(heavy_V) + previous_S[places], return_counts=True)
+    pair_P, place = np.unique(np.concatenate([pairs[0].numpy(), new_P]), return_inverse=True)
+    both_P = np.concatenate([pairs[1].numpy(), new_count_P])
+    count_P = np.bincount(place, weights=both_P, minlength=len(pair_P)).astype(np.int64)
     return torch.from_numpy(pair_P), torch.from_numpy(count_P)
 
 

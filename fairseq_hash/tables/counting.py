@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fairseq_hash.hashing import Feature, HashTable
 from fairseq_hash.hashing.features import MOST_TOKENS, shifted
+from fairseq_hash.hashing.spread import NO_PAIRS, add_pairs
 from fairseq_hash.tables.dictionary import PADDING
 from fairseq_hash.tables.text import Text
 
@@ -91,15 +92,9 @@ def count_pairs(text: Text, heavy_V: Tensor, tokens_per_sample: int = 0) -> tupl
     Returns:
         The pairs, token x V + previous token, ascending, and how often each occurs; both int64 `[P]`.
     """
-    is_heavy_V = heavy_V.numpy()
-    pair_P = count_P = np.empty(0, dtype=np.int64)
+    pairs = NO_PAIRS
     with reading(text) as blocks:
         for token_BL, kept in samples(blocks, tokens_per_sample):
             previous_BL = shifted(torch.from_numpy(token_BL), 1, PADDING).numpy()
-            token_S, previous_S = token_BL[:, kept].reshape(-1), previous_BL[:, kept].reshape(-1)
-            places = np.flatnonzero(is_heavy_V[token_S])
-            new = np.unique(token_S[places] * len(is_heavy_V) + previous_S[places], return_counts=True)
-            pair_P, place = np.unique(np.concatenate([pair_P, new[0]]), return_inverse=True)
-            both_P = np.concatenate([count_P, new[1]])
-            count_P = np.bincount(place, weights=both_P, minlength=len(pair_P)).astype(np.int64)
-    return torch.from_numpy(pair_P), torch.from_numpy(count_P)
+            pairs = add_pairs(pairs, token_BL[:, kept].reshape(-1), previous_BL[:, kept].reshape(-1), heavy_V)
+    return pairs

@@ -24,7 +24,7 @@ def models_of(folder, names=NAMES):
 @pytest.fixture
 def drawn(monkeypatch):
     """Figures instead of PNGs."""
-    monkeypatch.setattr(plots, "_png", lambda figure: figure)
+    monkeypatch.setattr(plots, "png", lambda figure: figure)
 
 
 @pytest.fixture(autouse=True)

@@ -98,9 +98,9 @@ class Feature:
         if self.name == "predicted":
             return predicted_BL
         if self.name == "position":
-            return (token_BL.ne(padding).cumsum(dim=1) - 1).clamp(min=0) % num_keys
+            return (token_BL.ne(padding).cumsum(dim=1) - 1) % num_keys
         if self.name == "word":
-            return word_rows(index, token_BL, padding)
+            return word_rows(index, token_BL)
         newest, oldest = {"bigram": (0, 1), "ngram": (0, self.length - 1), "history": (1, self.length)}[self.name]
         state_BL = torch.zeros_like(token_BL)
         for distance in range(oldest, newest - 1, -1):

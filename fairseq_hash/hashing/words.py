@@ -78,12 +78,11 @@ def polynomial_hash(text: str) -> tuple[int, int]:
     return int(signed[0]), int(signed[1])
 
 
-def word_rows(index: Mapping[str, Tensor], token_BL: Tensor, padding: int) -> Tensor:
+def word_rows(index: Mapping[str, Tensor], token_BL: Tensor) -> Tensor:
     """Return the row of each piece (int64 `[B, L]`); `index` is what `word_index` returned."""
     place_L = torch.arange(token_BL.shape[1], device=token_BL.device)
-    begins_BL = index["begins"][token_BL] | token_BL.eq(padding)
-    begins_BL[:, :1] = True
-    begins_BL[:, 1:] |= index["ends"][token_BL[:, :-1]] | token_BL[:, :-1].eq(padding)
+    begins_BL = index["begins"][token_BL]  # padding is a special symbol: it begins and ends a word
+    begins_BL[:, 1:] |= index["ends"][token_BL[:, :-1]]
     start_BL = torch.where(begins_BL, place_L, 0).cummax(dim=1).values
     pieces_BL = place_L - start_BL + 1
     hash_BL, power_BL = index["piece_hash"][token_BL], index["piece_power"][token_BL]

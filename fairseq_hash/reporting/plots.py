@@ -37,7 +37,8 @@ DARK = Theme(paper="#15181c", ink="#e4e7eb", faint="#3a4149", neutral="#a4adb8",
 
 
 @contextmanager
-def _style(theme: Theme) -> Iterator[None]:
+def styled(theme: Theme) -> Iterator[None]:
+    """Draw in the colours of a theme in this context."""
     settings = {
         **{key: theme.ink for key in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")},
         **{key: theme.paper for key in ("figure.facecolor", "axes.facecolor", "savefig.facecolor")},
@@ -69,7 +70,7 @@ def colours_of(models: dict[str, list[Run]], theme: Theme) -> dict[str, Any]:
 
 def learning_curves(models: dict[str, list[Run]], theme: Theme) -> bytes:
     """Draw perplexity by updates and by wall-clock time, training faint and validation strong; return a PNG."""
-    with _style(theme):
+    with styled(theme):
         figure = Figure(figsize=(11, 4.8), layout="constrained")
         by_updates, by_time = figure.subplots(1, 2, sharey=True)
         colours = colours_of(models, theme)
@@ -102,7 +103,7 @@ def learning_curves(models: dict[str, list[Run]], theme: Theme) -> bytes:
         figure.text(
             0.005, -0.005, "Strong lines with markers: validation, with its last value. Faint: training.", va="top"
         )
-        return _png(figure)
+        return png(figure)
 
 
 def _curves(run: Run) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -183,7 +184,7 @@ def expert_loads(models: dict[str, list[Run]], theme: Theme) -> "bytes | None":
     if not shown:
         return None
     rows = sorted({layer for layers in shown.values() for layer in layers})
-    with _style(theme):
+    with styled(theme):
         figure = Figure(figsize=(max(5.5, 3.6 * len(shown)), 0.9 + 2.5 * len(rows)), layout="constrained")
         grid = figure.subplots(len(rows), len(shown), squeeze=False, sharey=True)
         colours = colours_of(models, theme)
@@ -199,7 +200,7 @@ def expert_loads(models: dict[str, list[Run]], theme: Theme) -> "bytes | None":
         grid[0, 0].set_ylim(0, 1.18 * max(axes.dataLim.y1 for axes in grid.flat))
         key = "Bars: training (mean over the run). Dots: validation at its end. Line: every expert the same."
         figure.text(0.005, -0.005, key, va="top")
-        return _png(figure)
+        return png(figure)
 
 
 def _sorted_loads(runs: Sequence[Run]) -> dict[int, tuple[np.ndarray, "np.ndarray | None"]]:
@@ -238,7 +239,7 @@ def _draw_loads(axes: Axes, train: np.ndarray, valid: "np.ndarray | None", colou
     axes.set_xlim(0.3, len(train) + 0.7)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.12)
     return buffer.getvalue()

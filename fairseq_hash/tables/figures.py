@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from fairseq_hash.reporting import plots
-from fairseq_hash.reporting.plots import COLOURS, Theme
+from fairseq_hash.reporting.plots import COLOURS, MARKERS, Theme, png, styled
 from fairseq_hash.tables.judging import HELD_OUT, Judged, JudgedTable
 
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 1.5, 1, 1.5)))
@@ -23,7 +22,7 @@ def loads_of_one(table: JudgedTable, theme: Theme) -> bytes:
     Bars are the first counts, dots the second ones of the same experts; lines are the mean, and the bound that no table
     for these keys beats.
     """
-    with plots._style(theme):
+    with styled(theme):
         figure = Figure(figsize=(8.5, 4.2), layout="constrained")
         axes = figure.subplots()
         first, *others = table.judged
@@ -42,7 +41,7 @@ def loads_of_one(table: JudgedTable, theme: Theme) -> bytes:
         axes.set_xlim(0.3, len(order_E) + 0.7)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=1, frameon=False, fontsize=9)
-        return plots._png(figure)
+        return png(figure)
 
 
 def loads_of_several(tables: Sequence[JudgedTable], theme: Theme) -> bytes:
@@ -50,7 +49,7 @@ def loads_of_several(tables: Sequence[JudgedTable], theme: Theme) -> bytes:
     every = [(number, table.name, judged) for number, table in enumerate(tables) for judged in table.judged]
     groups = [[one for one in every if (one[2].what == HELD_OUT) == is_held_out] for is_held_out in (False, True)]
     groups = [group for group in groups if group]
-    with plots._style(theme):
+    with styled(theme):
         figure = Figure(figsize=(5.8 * len(groups) + 0.4, 4.6), layout="constrained")
         grid = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
         handles: dict[str, Any] = {}
@@ -59,7 +58,7 @@ def loads_of_several(tables: Sequence[JudgedTable], theme: Theme) -> bytes:
                 load_E = np.sort(_over_mean(judged))[::-1]
                 place_E = (np.arange(len(load_E)) + 0.5) / len(load_E) * 100
                 style: dict[str, Any] = {"linestyle": DASHES[number // len(COLOURS) % len(DASHES)], "linewidth": 1.8}
-                style |= {"marker": plots.MARKERS[number % len(plots.MARKERS)], "markersize": 4}
+                style |= {"marker": MARKERS[number % len(MARKERS)], "markersize": 4}
                 style["markevery"] = max(len(load_E) // 16, 1)
                 (handles[name],) = axes.plot(place_E, load_E, color=_colour(number, theme), **style)
             axes.axhline(1, color=theme.ink, linewidth=1)
@@ -69,7 +68,7 @@ def loads_of_several(tables: Sequence[JudgedTable], theme: Theme) -> bytes:
             axes.set_ylabel("Load / mean load" if axes is grid[0] else "")
         place: dict[str, Any] = {"loc": "outside lower left", "ncols": min(len(handles), 4)}
         figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=9, **place)
-        return plots._png(figure)
+        return png(figure)
 
 
 def _frame(axes: Axes, x_label: str, title: str) -> None:

@@ -20,6 +20,7 @@ from test_cli import call, dictionary, shown, write_dictionary  # noqa: F401 (a 
 
 from fairseq_hash.checkpoint.manifest import KEY, Manifest
 from fairseq_hash.hashing import BUILDERS, Feature, TableShape, build_table, dictionary_fingerprint, load_table
+from fairseq_hash.reporting.plots import DARK
 from fairseq_hash.tables import figures
 from fairseq_hash.tables.dictionary import PADDING, read_dictionary
 from fairseq_hash.tables.figures import loads_of_one, loads_of_several
@@ -211,7 +212,7 @@ def test_it_needs_no_fairseq(data, tmp_path):
 def panels(monkeypatch, draw, *arguments):
     """The axes of a figure instead of a PNG."""
     monkeypatch.setattr(figures, "png", lambda figure: figure)
-    return draw(*arguments, plots.DARK).axes
+    return draw(*arguments, DARK).axes
 
 
 def test_figures_are_the_loads(dictionary, tmp_path, monkeypatch):  # noqa: F811

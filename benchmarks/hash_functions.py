@@ -24,6 +24,8 @@ from fairseq_hash.provenance import provenance
 SPARSE = ("--num-experts", "16", "--sparse-layers", "1,3", "--router", "hash")
 RANDOM = ("--hash-table", "random")
 K2 = ("--experts-per-token", "2", "--hash-weights")
+SCATTERED = ("--hash-table", "scattered")
+E64 = ("--num-experts", "64")
 
 # By name: options of the model. {dense} is the dense model's checkpoint, {table} a table file built by BUILT.
 MODELS: dict[str, tuple[str, ...]] = {
@@ -43,16 +45,20 @@ MODELS: dict[str, tuple[str, ...]] = {
     "predicted token": (*SPARSE, "--hash-feature", "predicted", "--hash-predictor", "{dense}"),
     "clusters": (*SPARSE, "--hash-table", "{table}"),
     "dispersed": (*SPARSE, "--hash-table", "{table}"),
-    "spread": (*SPARSE, "--hash-table", "{table}"),
     "word": (*SPARSE, "--hash-table", "{table}", "--hash-feature", "word"),
-    "2 experts, uniform": (*SPARSE, *K2, "uniform"),
-    "2 experts, learned": (*SPARSE, *K2, "learned"),
+    # More experts, so that there are tokens that overload one.
+    "64 experts, balanced": (*SPARSE, *E64),
+    "64 experts, spread": (*SPARSE, *E64, "--hash-table", "{table}"),
+    # Twice the products of the others in two of the four FFNs.
+    "2 experts, balanced, learned": (*SPARSE, *K2, "learned"),
+    "2 experts, scattered, learned": (*SPARSE, *K2, "learned", *SCATTERED),
+    "2 experts, scattered, uniform": (*SPARSE, *K2, "uniform", *SCATTERED),
     "switch": ("--router", "switch", *SPARSE[:4], "--capacity-factor", "1.25", "--router-jitter", "0.01"),
 }
 BUILT: dict[str, tuple[str, ...]] = {
     "clusters": ("--builder", "clusters", "--embeddings", "{dense}"),
     "dispersed": ("--builder", "dispersed", "--embeddings", "{dense}", "--clusters", "16"),
-    "spread": ("--builder", "spread", "--text", "{train}"),
+    "64 experts, spread": ("--builder", "spread", "--text", "{train}", *E64),
     "word": ("--builder", "balanced", "--feature", "word", "--words", "{words}", "--text", "{train}"),
 }
 # Hash Layers (Roller et al. 2021), 1 x 64 experts, pushshift.io Reddit, valid perplexity: the paper's, not ours.
@@ -121,8 +127,8 @@ class Comparison:
         print(f"{datetime.now(timezone.utc):%H:%M:%S}  {name}", flush=True)
         if name in BUILT and not (folder / "table.safetensors").exists():
             command = [sys.executable, "-c", "from fairseq_hash.cli import main; raise SystemExit(main())", "tables"]
-            command += ["build", str(self.data / "dict.txt"), "--num-experts", "16"]
-            command += [*self.filled(BUILT[name], name), "--out", str(folder / "table.safetensors")]
+            command += ["build", str(self.data / "dict.txt"), *SPARSE[:2], *self.filled(BUILT[name], name)]
+            command += ["--out", str(folder / "table.safetensors")]
             run(command, folder / "table.txt")
         train = [sys.executable, "-m", "fairseq_cli.train", str(self.data), *train_options(self.updates)]
         run([*train, *self.filled(MODELS[name], name), "--save-dir", str(folder)], folder / "train.log")

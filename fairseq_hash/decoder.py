@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from fairseq_hash.base_balance import balance_over
 from fairseq_hash.dispatch import PlanUnderWay
-from fairseq_hash.errors import UserError
 from fairseq_hash.experts import ExpertFeedForward, ExpertStack, GatedFeedForward
 from fairseq_hash.hash_tables import HashTables, build_tables
 from fairseq_hash.layer import RoutingContext, SparseLayer
@@ -36,7 +35,6 @@ from fairseq_hash.options import SparseOptions
 from fairseq_hash.parallel import Alone, ExpertParallel, mark_experts
 from fairseq_hash.predictor import Predictor
 from fairseq_hash.routers import Assignment, BaseRouter, HashWeights, SwitchRouter
-from fairseq_hash.seams.override import one_line_errors
 
 logger = logging.getLogger(__name__)
 
@@ -251,7 +249,6 @@ class HashTransformerDecoder(TransformerDecoder):
         """Whether a hash layer sees the token that the model is to predict."""
         return self.hash_tables is not None and self.options.feature.is_oracle
 
-    @one_line_errors
     def routing_context(self, token_BL: Tensor, is_step: bool = False) -> RoutingContext:
         """Return what the sparse layers share for token ids `[B, L]`: the hash routes are made here, for all of them.
 
@@ -263,8 +260,9 @@ class HashTransformerDecoder(TransformerDecoder):
             SystemExit: with one line, in generation with an oracle.
         """
         if is_step and self.is_oracle:
-            raise UserError(
-                f"--hash-feature {self.options.hash_feature} sees the next token, which generation does not have; "
+            # Not an error that ranks wait for each other with: in generation some may have no sentence.
+            raise SystemExit(
+                f"fairseq_hash: --hash-feature {self.options.hash_feature} sees the next token, which generation does not have; "
                 "evaluate such a model with fairseq-eval-lm only"
             )
         seen_BL = token_BL[:, -1:] if is_step else token_BL

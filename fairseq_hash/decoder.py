@@ -262,8 +262,8 @@ class HashTransformerDecoder(TransformerDecoder):
         if is_step and self.is_oracle:
             # Not an error that ranks wait for each other with: in generation some may have no sentence.
             raise SystemExit(
-                f"fairseq_hash: --hash-feature {self.options.hash_feature} sees the next token, which generation does not have; "
-                "evaluate such a model with fairseq-eval-lm only"
+                f"fairseq_hash: --hash-feature {self.options.hash_feature} sees the next token, which generation does "
+                "not have; evaluate such a model with fairseq-eval-lm only"
             )
         seen_BL = token_BL[:, -1:] if is_step else token_BL
         context = RoutingContext.of_tokens(seen_BL, self.padding_idx)

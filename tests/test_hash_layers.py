@@ -206,11 +206,13 @@ def test_multi_hash_takes_each_segment_from_its_own_table(data):
         layer.experts.fc2_weight[:, 1, 16:] = 1.0 / 16
         layer.experts.fc2_bias[:, 2] = torch.arange(1.0, 5)  # output 2 is the mean of both
     token_BL = tokens_of(task)
-    y_LBD, _ = layer(torch.randn(12, 3, 16), model.decoder.routing_context(token_BL))
+    y_LBD, packed = layer(torch.randn(12, 3, 16), model.decoder.routing_context(token_BL))
     table = torch.cat([hashing.random_experts(len(task.source_dictionary), 4, seed=42 + n) for n in range(2)], dim=1)
     expert_LBN = table[token_BL.t()].float() + 1
     torch.testing.assert_close(y_LBD[..., :2], expert_LBN)
     torch.testing.assert_close(y_LBD[..., 2], expert_LBN.mean(dim=-1))
+    demand = torch.bincount(table[token_BL].flatten(), minlength=4)
+    assert RoutingReport.unpack(packed).demand_E.tolist() == demand.tolist()
 
 
 def test_layers_have_tables_and_routers_of_their_own(data, tmp_path):

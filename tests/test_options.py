@@ -25,7 +25,7 @@ BAD = [
     ((*HASH, "--sparse-placement", "instead"), "--sparse-placement instead is unknown; use one of replace, insert"),
     ((*HASH, "--expert-sublayers", "2"), "--expert-sublayers 2 needs --sparse-placement insert"),
     ((*HASH, "--sparse-placement", "insert", "--expert-sublayers", "0"), "--expert-sublayers 0 is out of range"),
-    ((*HASH, "--hash-table", "missing.safetensors"), "missing.safetensors is neither a builder nor random"),
+    ((*HASH, "--hash-table", "missing.safetensors"), "missing.safetensors is neither a builder's name nor an existing"),
     ((*HASH, "--hash-seed", "-1"), "--hash-seed -1 is out of range"),
     ((*SWITCH, "--capacity-factor", "-0.5"), "--capacity-factor -0.5 is out of range; give a number of 0 or more"),
     ((*SWITCH, "--capacity-factor", "nan"), "--capacity-factor nan is out of range"),

@@ -12,8 +12,9 @@ each other; the clusters are drawn evenly, E of them. Each builder runs in a pro
 - `largest / mean`: the largest load over the mean. `bound`: what it is at least with these rows (`lower_bound`); of
   `spread` with these pairs on top of the other tokens' loads (`filling_bound`).
 
-The lookups are of 8 x 1024 tokens, on one thread; ratios to `torch.nn.functional.embedding` of float32 `[V, K]`, half
-the bytes of a table's int64; the calls in turn, medians of 200.
+The lookups are of 8 x 1024 tokens, on one thread, by a model's modules: rows to experts, and for a spread table the
+rows, too; ratios to `torch.nn.Embedding` of float32 `[V, K]`, which has half the bytes of a table's int64; one of float64 has as
+many. The calls in turn, medians of 200.
 """
 
 import argparse
@@ -29,13 +30,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from fairseq_hash import hashing
 from fairseq_hash.provenance import provenance
 
 PADDING = 1
-BUILDERS = ("nothing", "random", "modulo", "round-robin", "balanced", "balanced with a seed", "best of 4", "dispersed")
+BUILDERS = ("nothing", "random", "modulo", "round-robin", "balanced", "balanced with a seed", "best of 4")
+BUILDERS += ("scattered", "dispersed")
 OF_PAIRS = ("count_pairs", "spread")
 
 
@@ -79,6 +80,7 @@ def in_this_process(
         "balanced": lambda: balanced(0),
         "balanced with a seed": lambda: balanced(1),
         "best of 4": lambda: hashing.best_of(4, balanced, counts, experts)[0],
+        "scattered": lambda: hashing.scattered_experts(counts, experts, columns),
         "dispersed": lambda: hashing.dispersed_experts(clusters, counts, experts, columns),
         "count_pairs": lambda: hashing.count_pairs(text, heavy, PADDING),
         "spread": lambda: hashing.spread_table(base, counts, pairs),
@@ -108,16 +110,23 @@ def lookups(experts: int, columns: int, folder: Path) -> dict[str, float]:
     """Return the milliseconds of each lookup."""
     torch.set_num_threads(1)
     counts, text = np.load(folder / "counts.npy"), np.load(folder / "text.npy", mmap_mode="r")
-    record = hashing.TableRecord("balanced", experts, "")
+    record = hashing.TableRecord("balanced", experts, "00" * 32)
     base = hashing.HashTable(hashing.balanced_experts(counts, experts, columns), record)
     pairs = tuple(torch.from_numpy(np.load(folder / f"{part}.npy")) for part in ("pair", "pair_count"))
     spread = hashing.spread_table(base, counts, pairs)
-    weight = torch.randn(len(counts), columns)
+    # Here, as it imports fairseq, and builders are measured without.
+    from fairseq_hash.hash_tables import TableBuffers
+
+    embedding = torch.nn.Embedding(len(counts), columns).requires_grad_(False)
+    wide = torch.nn.Embedding(len(counts), columns, dtype=torch.float64).requires_grad_(False)
+    table, spread = TableBuffers(base), TableBuffers(spread)
     token_BL = torch.from_numpy(text[: 8 * 1024].astype(np.int64)).view(8, 1024)
+    token_T = token_BL.flatten()
     calls = {
-        "embedding": lambda: F.embedding(token_BL, weight),
-        "table": lambda: base.expert_HK.index_select(0, base.rows(token_BL, PADDING).flatten()),
-        "spread table": lambda: spread.expert_HK.index_select(0, spread.rows(token_BL, PADDING).flatten()),
+        "embedding": lambda: embedding(token_T),
+        "embedding of float64": lambda: wide(token_T),
+        "table": lambda: table(token_T),
+        "spread table": lambda: spread(spread.rows(token_BL, PADDING, None).flatten()),
     }
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(220):

@@ -13,8 +13,8 @@ each other; the clusters are drawn evenly, E of them. Each builder runs in a pro
   `spread` with these pairs on top of the other tokens' loads (`filling_bound`).
 
 The lookups are of 8 x 1024 tokens, on one thread, by a model's modules: rows to experts, and for a spread table the
-rows, too; ratios to `torch.nn.Embedding` of float32 `[V, K]`, which has half the bytes of a table's int64; one of float64 has as
-many. The calls in turn, medians of 200.
+rows, too; ratios to `torch.nn.Embedding` of float32 `[V, K]`, which has half the bytes of a table's int64; one of
+float64 has as many. The calls in turn, medians of 200.
 """
 
 import argparse

@@ -1,6 +1,5 @@
 """Options of hash layers: features, tables, several experts a token. The other half of `options`."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fairseq.dataclass import FairseqDataclass
@@ -9,6 +8,7 @@ from fairseq_hash.errors import UserError
 from fairseq_hash.hashing import BUILDERS, FEATURES, Feature, TableShape
 from fairseq_hash.hashing.build import DRAWN
 from fairseq_hash.hashing.features import OF_BUCKETS
+from fairseq_hash.ranges import check_at_least, check_one_of
 from fairseq_hash.routers import SCORES
 
 WEIGHTS = ("uniform", "learned")
@@ -107,14 +107,14 @@ class HashOptions(FairseqDataclass):
             self.hash_buckets if self.hash_feature in OF_BUCKETS else positions,
         )
 
-    def check_hash(self, num_experts: int, one_of: Callable[..., None], at_least: Callable[..., None]) -> None:
+    def check_hash(self, num_experts: int) -> None:
         """Raise `UserError` for the first value that is out of its range, or does not go with another."""
         _ = self.feature
-        one_of("--hash-weights", self.hash_weights, WEIGHTS)
-        one_of("--hash-score", self.hash_score, SCORES)
-        at_least("--hash-seed", self.hash_seed, 0)
-        at_least("--hash-buckets", self.hash_buckets, 1)
-        at_least("--multi-hash", self.multi_hash, 1)
+        check_one_of("--hash-weights", self.hash_weights, WEIGHTS)
+        check_one_of("--hash-score", self.hash_score, SCORES)
+        check_at_least("--hash-seed", self.hash_seed, 0)
+        check_at_least("--hash-buckets", self.hash_buckets, 1)
+        check_at_least("--multi-hash", self.multi_hash, 1)
         if not 1 <= self.experts_per_token <= num_experts:
             raise UserError(
                 f"--experts-per-token {self.experts_per_token} is out of range; "

@@ -9,6 +9,7 @@ from fairseq_hash.base_balance import BALANCES
 from fairseq_hash.errors import UserError
 from fairseq_hash.hash_options import HashOptions
 from fairseq_hash.parallel import DISPATCHES
+from fairseq_hash.ranges import check_at_least, check_one_of, check_probability
 
 ROUTERS = ("none", "hash", "switch", "base")
 PLACEMENTS = ("replace", "insert")
@@ -181,36 +182,36 @@ class SparseOptions(HashOptions):
     def check(self) -> None:
         """Raise `UserError` for the first value that is out of its range."""
         for router in self.routers:
-            _one_of("--router", router, ROUTERS)
+            check_one_of("--router", router, ROUTERS)
         if "none" in self.routers and len(self.routers) > 1:
             raise UserError(f"--router {self.router}: none has no layers; leave its layer out of --sparse-layers")
-        _one_of("--sparse-placement", self.sparse_placement, PLACEMENTS)
-        _one_of("--expert-dispatch", self.expert_dispatch, DISPATCHES)
-        _one_of("--base-balance", self.base_balance, BALANCES)
-        _one_of("--expert-form", self.expert_form, FORMS)
-        _at_least("--num-experts", self.num_experts, 1)
-        _at_least("--expert-sublayers", self.expert_sublayers, 1)
+        check_one_of("--sparse-placement", self.sparse_placement, PLACEMENTS)
+        check_one_of("--expert-dispatch", self.expert_dispatch, DISPATCHES)
+        check_one_of("--base-balance", self.base_balance, BALANCES)
+        check_one_of("--expert-form", self.expert_form, FORMS)
+        check_at_least("--num-experts", self.num_experts, 1)
+        check_at_least("--expert-sublayers", self.expert_sublayers, 1)
         if self.expert_sublayers > 1 and self.sparse_placement == "replace":
             raise UserError(
                 f"--expert-sublayers {self.expert_sublayers} needs --sparse-placement insert; "
                 "an expert in place of an FFN is one sub-layer"
             )
-        self.check_hash(self.num_experts, _one_of, _at_least)
+        self.check_hash(self.num_experts)
         if "hash" not in self.routers and (self.experts_per_token > 1 or self.multi_hash > 1):
             raise UserError(f"--experts-per-token and --multi-hash are of hash layers; --router {self.router} has none")
-        _at_least("--swiglu-limit", self.swiglu_limit, 0)
+        check_at_least("--swiglu-limit", self.swiglu_limit, 0)
         if self.swiglu_limit and self.expert_form != "swiglu":
             raise UserError(f"--swiglu-limit {self.swiglu_limit} needs --expert-form swiglu")
         if self.multi_hash > 1 and self.expert_form != "plain":
             raise UserError(f"--multi-hash {self.multi_hash} needs --expert-form plain")
         if self.sparse_placement == "insert":
             self._check_inserted()
-        _at_least("--capacity-factor", self.capacity_factor, 0)
-        _at_least("--eval-capacity-factor", self.eval_capacity_factor, 0)
-        _at_least("--expert-parallel-size", self.expert_parallel_size, 0)
-        _probability("--router-jitter", self.router_jitter)
+        check_at_least("--capacity-factor", self.capacity_factor, 0)
+        check_at_least("--eval-capacity-factor", self.eval_capacity_factor, 0)
+        check_at_least("--expert-parallel-size", self.expert_parallel_size, 0)
+        check_probability("--router-jitter", self.router_jitter)
         if self.expert_dropout is not None:
-            _probability("--expert-dropout", self.expert_dropout)
+            check_probability("--expert-dropout", self.expert_dropout)
 
     def _check_inserted(self) -> None:
         for option, is_given in (
@@ -220,19 +221,3 @@ class SparseOptions(HashOptions):
         ):
             if is_given:
                 raise UserError(f"{option} is of experts in place of an FFN; use --sparse-placement replace")
-
-
-def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"{option} {value} is unknown; use one of {', '.join(allowed)}")
-
-
-def _at_least(option: str, value: float, least: float) -> None:
-    # Written so that NaN fails too; infinity is no count and no factor.
-    if not least <= value < float("inf"):
-        raise UserError(f"{option} {value} is out of range; give a number of {least} or more")
-
-
-def _probability(option: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise UserError(f"{option} {value} is out of range; give a number from 0 to less than 1")

@@ -19,9 +19,18 @@ from made_tables import FILES, assert_figures, done, embeddings, judged, naive_l
 from test_cli import call, dictionary, shown, write_dictionary  # noqa: F401 (a fixture among them)
 
 from fairseq_hash.checkpoint.manifest import KEY, Manifest
-from fairseq_hash.hashing import BUILDERS, Feature, TableShape, build_table, dictionary_fingerprint, load_table
+from fairseq_hash.cli import tables as command
+from fairseq_hash.hashing import (
+    BUILDERS,
+    FEATURES,
+    Feature,
+    TableShape,
+    build_table,
+    dictionary_fingerprint,
+    load_table,
+)
 from fairseq_hash.reporting.plots import DARK
-from fairseq_hash.tables import figures
+from fairseq_hash.tables import figures, options
 from fairseq_hash.tables.dictionary import PADDING, read_dictionary
 from fairseq_hash.tables.figures import loads_of_one, loads_of_several
 from fairseq_hash.tables.judging import Judge
@@ -141,6 +150,12 @@ def test_every_builder_on_held_out_text(data, tmp_path, columns):
             assert_figures(on[what], naive_loads(table.expert_HK.tolist(), counts, 24), counts)
     again = done("compare", *files, "--dictionary", data / "dict.txt", *text, "--held-out", data)
     assert again == out[: out.index("wrote")]
+
+
+def test_the_command_knows_every_builder_and_feature():
+    """It names them itself, so that its help needs no torch."""
+    assert command.BUILDERS == options.BUILDERS and set(BUILDERS) < set(options.BUILDERS)
+    assert command.FEATURES == FEATURES
 
 
 def test_a_spread_table_can_start_from_a_scattered_one(data, tmp_path):

@@ -88,6 +88,7 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
         record = model_record(model, args, options, task)
         check_same({key: record[key] for key in SAME_ON_ALL_RANKS})
         model.from_dense = options.from_dense
+        model.is_oracle = options.is_sparse and model.decoder.is_oracle
         model.facts = {key: record[key] for key in FACTS}
         logger.info("model_record | %s", json.dumps(record))
         return model

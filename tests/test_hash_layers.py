@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import recorded
 import torch
 from plugin import USER_DIR, build, command, records, train
 
@@ -263,6 +264,8 @@ def test_an_oracle_is_named_as_one_and_generates_nothing(data, tmp_path):
     done = evaluate(data, tmp_path / "checkpoint_best.pt")
     said = done.stdout + done.stderr
     assert "Perplexity of an oracle, which sees the next token: " in said and "Perplexity: " not in said
+    with pytest.raises(SystemExit, match="an oracle has no such perplexity; use loss, or oracle_ppl"):
+        recorded.make_trainer(data, (*options, "--best-checkpoint-metric", "ppl"))
     _, task, model, _ = build(data, *HASH, "--hash-feature", "future")
     with pytest.raises(SystemExit, match="future sees the next token, which generation does not have"):
         model.decoder(tokens_of(task)[:, :1], incremental_state={})

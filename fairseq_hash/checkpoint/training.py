@@ -52,6 +52,9 @@ class TrainingCheckpoints:
         together(lambda: self._begin(cfg))
 
     def _begin(self, cfg: Any) -> None:
+        is_oracle = getattr(self.trainer.get_model(), "is_oracle", False)  # no model of fairseq's says so
+        if is_oracle and cfg.best_checkpoint_metric == "ppl":
+            raise UserError("--best-checkpoint-metric ppl: an oracle has no such perplexity; use loss, or oracle_ppl")
         folder = Path(cfg.save_dir)
         if self.trainer.data_parallel_rank == 0 and not cfg.no_save:
             folder.mkdir(parents=True, exist_ok=True)

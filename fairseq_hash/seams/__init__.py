@@ -1,7 +1,7 @@
 """Every place where fairseq's own behaviour is changed, and why. Everything else uses fairseq's public hooks."""
 
 # Importing them makes the changes.
-from fairseq_hash.seams import checkpoints, distributed, training
+from fairseq_hash.seams import checkpoints, distributed, stopping, training
 from fairseq_hash.seams.building import (
     allow_bf16_without_tpu,
     language_model_decoder,
@@ -22,5 +22,6 @@ __all__ = [
     "one_line_errors",
     "require_supported_fairseq",
     "set_architecture",
+    "stopping",
     "training",
 ]

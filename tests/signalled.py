@@ -6,6 +6,7 @@ The rank (or `group`: the process group, data loader workers included) gets the 
 import os
 import runpy
 import signal
+import subprocess
 import sys
 
 from fairseq.tasks.fairseq_task import FairseqTask
@@ -18,7 +19,11 @@ def main(name, whom, update, *arguments):
     def train_step(task, sample, model, criterion, optimizer, update_num, *others, **more):
         if update_num == int(update) - 1:
             if whom == "group":
-                os.killpg(0, signal.Signals[name])
+                # By another process, as SLURM does.
+                group = str(-os.getpgid(0))
+                subprocess.run(
+                    ["kill", "-s", name.removeprefix("SIG"), "--", group], check=True, start_new_session=True
+                )
             elif whom == os.environ.get("RANK", "0"):
                 os.kill(os.getpid(), signal.Signals[name])
         return original(task, sample, model, criterion, optimizer, update_num, *others, **more)

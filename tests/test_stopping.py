@@ -1,5 +1,6 @@
 """A training that is stopped by a signal and goes on later has the losses of one that was never stopped."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from plugin import losses, train, train_arguments
+from torch.utils.data import DataLoader
 
 from fairseq_hash import stopping
 from fairseq_hash.seams.stopping import _what_was_saved
@@ -112,6 +114,18 @@ def test_forked_workers_end_for_their_parent_only(handlers):
     assert os.read(ready, 1) == b"0"
     os.kill(worker, signal.SIGTERM)
     assert wait_for_end(worker) == 0
+
+
+def test_data_loader_workers_live_through_a_sigterm_of_the_job(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    items = iter(DataLoader(range(50), batch_size=None, num_workers=1))
+    got = [next(items)]
+    [loader] = multiprocessing.active_children()
+    subprocess.run(["kill", str(loader.pid)], check=True)
+    assert got + list(items) == list(range(50))
+    loader.terminate()
+    loader.join()
+    assert loader.exitcode == 0
 
 
 @pytest.mark.parametrize(

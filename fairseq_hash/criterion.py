@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from fairseq_hash import seams
 from fairseq_hash.errors import UserError
 from fairseq_hash.layer import RoutingReport
+from fairseq_hash.provenance import peak_gigabytes
+from fairseq_hash.ranges import check_at_least
 
 # A meter's name says of which layer and router it is; fairseq shows no meter whose name starts with an underscore.
 REPORT_KEY = "_layer{}_{}"
@@ -41,6 +43,13 @@ class HashMoECriterionConfig(CrossEntropyCriterionConfig):
             "help": "also log each expert's share of the tokens as a list, for every sparse layer (JSON log only)"
         },
     )
+    update_freq_ranks: int = field(
+        default=0,
+        metadata={
+            "help": "number of ranks N that --update-freq F is meant for: W ranks accumulate F * N / W batches each, "
+            "so that an update has as many tokens on any number of ranks; 0: F on any number"
+        },
+    )
 
 
 @register_criterion("hash_moe", dataclass=HashMoECriterionConfig)
@@ -60,14 +69,17 @@ class HashMoECriterion(CrossEntropyCriterion):
         load_balance_weight: float,
         z_loss_weight: float,
         log_expert_loads: bool,
+        update_freq_ranks: int = 0,
     ) -> None:
         super().__init__(task, sentence_avg)
+        check_at_least("--update-freq-ranks", update_freq_ranks, 0)
         for option, weight in (("--load-balance-weight", load_balance_weight), ("--z-loss-weight", z_loss_weight)):
             if not 0 <= weight < math.inf:
                 raise UserError(f"{option} {weight} is out of range; give a number of 0 or more")
         self.load_balance_weight = load_balance_weight
         self.z_loss_weight = z_loss_weight
         self.log_expert_loads = log_expert_loads
+        self.update_freq_ranks = update_freq_ranks  # read by the trainer (`seams.training`)
 
     def forward(
         self, model: nn.Module, sample: dict[str, Any], reduce: bool = True
@@ -111,6 +123,7 @@ class HashMoECriterion(CrossEntropyCriterion):
         # Of a model that sees what it is to predict, nobody shall read a language model's perplexity.
         perplexity = "oracle_ppl" if any("_is_oracle" in log for log in logging_outputs) else "ppl"
         metrics.log_derived(perplexity, lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
+        metrics.log_derived("peak_gb", lambda meters: round(peak_gigabytes(), 3), priority=650)
         list_loads = any("_log_expert_loads" in log for log in logging_outputs)
         for key in logging_outputs[0] if logging_outputs else ():
             if key.startswith("_layer"):

@@ -3,7 +3,9 @@
 import hashlib
 import os
 import platform
+import resource
 import subprocess
+import sys
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -54,6 +56,16 @@ def commit() -> str | None:
 def usable_cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_gigabytes() -> float:
+    """Return the most memory this process has had, in GB (10^9 bytes): of its GPU where it uses one, else resident."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
+        return torch.cuda.max_memory_allocated() / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes on Linux, bytes on macOS
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
 
 
 def sha256_of_file(path: str | os.PathLike[str]) -> str:

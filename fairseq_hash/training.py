@@ -1,6 +1,6 @@
 """What fairseq's trainer needs while ranks share experts. `seams` puts it in place."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,6 +65,24 @@ def check_training(cfg: Any, dispatch: str) -> None:
     ):
         if is_set:
             raise UserError(f"{option} does not go with shared experts; leave it out")
+
+
+def scaled_update_freq(update_freq: Sequence[int], meant_for: int, ranks: int) -> list[int]:
+    """Return how many batches each of `ranks` ranks accumulates, where `update_freq` is meant for `meant_for` ranks.
+
+    Raises:
+        UserError: where that is no whole number.
+    """
+    for freq in update_freq:
+        if freq * meant_for % ranks:
+            batches = [freq * meant_for for freq in update_freq]
+            fitting = [count for count in range(1, min(batches) + 1) if all(n % count == 0 for n in batches)]
+            raise UserError(
+                f"an update is of {freq * meant_for} batches (--update-freq {freq} on --update-freq-ranks {meant_for} "
+                f"ranks), which {ranks} ranks cannot share; use {', '.join(map(str, fitting))} ranks, or another "
+                "--max-tokens and --update-freq"
+            )
+    return [freq * meant_for // ranks for freq in update_freq]
 
 
 class SharedTraining:

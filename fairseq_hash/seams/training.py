@@ -1,6 +1,7 @@
 """The trainer's updates."""
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -8,13 +9,22 @@ from fairseq.trainer import Trainer
 from torch import Tensor, nn
 
 from fairseq_hash.seams.override import one_line_errors, override
-from fairseq_hash.training import SharedTraining
+from fairseq_hash.training import SharedTraining, scaled_update_freq
+
+logger = logging.getLogger(__name__)
 
 
 @override(Trainer, "__init__")
 @one_line_errors
 def _train_with_shared_experts(
-    original: Callable[..., None], trainer: Trainer, cfg: Any, task: Any, model: nn.Module, *args: Any, **kwargs: Any
+    original: Callable[..., None],
+    trainer: Trainer,
+    cfg: Any,
+    task: Any,
+    model: nn.Module,
+    criterion: nn.Module,
+    *args: Any,
+    **kwargs: Any,
 ) -> None:
     """Refuse what does not go with shared experts, and end the job as soon as one rank fails.
 
@@ -27,7 +37,21 @@ def _train_with_shared_experts(
     if trainer.shared is not None:
         task.train_step = trainer.shared.watch_step(task.train_step)
         task.valid_step = trainer.shared.watch_step(task.valid_step)
-    original(trainer, cfg, task, model, *args, **kwargs)
+    _keep_batch_size(cfg, getattr(criterion, "update_freq_ranks", 0))  # no criterion of fairseq's has it
+    original(trainer, cfg, task, model, criterion, *args, **kwargs)
+
+
+def _keep_batch_size(cfg: Any, meant_for: int) -> None:
+    """Let an update have as many batches on any number of ranks.
+
+    Upstream: `train` in fairseq_cli/train.py takes `--update-freq` as it is, so that the batch grows with the number of
+    ranks, and a training that goes on with another number of ranks is another training.
+    """
+    ranks, update_freq = cfg.distributed_training.distributed_world_size, list(cfg.optimization.update_freq)
+    if meant_for not in (0, ranks):
+        scaled = scaled_update_freq(update_freq, meant_for, ranks)
+        logger.info("--update-freq %s on %d ranks is %s on %d", update_freq, meant_for, scaled, ranks)
+        cfg.optimization.update_freq = scaled
 
 
 @override(Trainer, "train_step")

@@ -1,0 +1,126 @@
+"""Compose an experiment's configuration, as `fairseq-hydra-train` does, without training."""
+
+import difflib
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from fairseq.dataclass.configs import FairseqConfig
+from fairseq.dataclass.initialize import add_defaults, hydra_init
+from fairseq.dataclass.utils import omegaconf_no_object_check
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+# They register themselves: their defaults belong to the configuration.
+from fairseq_hash.criterion import HashMoECriterionConfig
+from fairseq_hash.errors import UserError
+from fairseq_hash.model import HashTransformerLMConfig
+
+# Folders of parts. Every file in another folder is an experiment, but for those that start with an underscore.
+GROUPS = ("data", "size", "router", "training", "cluster")
+FAIRSEQ_KEYS = tuple(FairseqConfig.__dataclass_fields__)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A composed configuration.
+
+    Attributes:
+        name: such as `reddit/hash_1x64`.
+        config: fairseq's whole configuration, resolved, with all defaults.
+        about: its node `experiment`.
+        folder: the run's folder, relative to where the command is given.
+    """
+
+    name: str
+    config: DictConfig
+    about: dict[str, Any]
+    folder: Path
+
+
+def experiment_names(config_dir: Path) -> list[str]:
+    """Return the names of all experiments under a folder of configurations, sorted."""
+    return sorted(_names(config_dir))
+
+
+def _names(config_dir: Path) -> Iterator[str]:
+    for path in config_dir.glob("*/*.yaml"):
+        if path.parent.name not in GROUPS and not path.stem.startswith("_"):
+            yield f"{path.parent.name}/{path.stem}"
+
+
+def compose(config_dir: Path, name: str, overrides: Sequence[str] = ()) -> Experiment:
+    """Compose an experiment with overrides in Hydra's grammar (`model.num_experts=8`).
+
+    Raises:
+        UserError: with one line, where there is no such experiment, key, option or value.
+    """
+    if not config_dir.is_dir():
+        raise UserError(f"{config_dir} is no folder; give the folder of the configurations (--config-dir configs)")
+    if not (config_dir / f"{name}.yaml").is_file():
+        near = difflib.get_close_matches(name, experiment_names(config_dir), n=3, cutoff=0.3)
+        hint = f"; near: {', '.join(near)}" if near else ""
+        raise UserError(f"{config_dir} has no experiment {name}{hint} (fairseq-hash plan --list names all)")
+    hydra_init(name)
+    before = HydraConfig.instance().cfg
+    try:
+        with warnings.catch_warnings():  # fairseq asks for Hydra 1.1's behaviour, and Hydra warns of it
+            warnings.simplefilter("ignore")
+            with hydra.initialize_config_dir(str(config_dir.resolve()), version_base="1.1"):
+                config = hydra.compose(name, list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(config)
+        return _finished(name, config)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"{name}: {_one_line(error)}") from error
+    finally:
+        HydraConfig.instance().cfg = before
+
+
+def _finished(name: str, config: DictConfig) -> Experiment:
+    """Do what `_hydra_main` in fairseq_cli/hydra_train.py does between Hydra and the training."""
+    folder = Path(config.hydra.run.dir)
+    OmegaConf.set_readonly(config.hydra, False)
+    config.hydra.runtime.output_dir = str(folder)
+    HydraConfig.instance().set_config(config)
+    OmegaConf.set_struct(config, False)
+    del config["hydra"]
+    if unknown := sorted(set(config) - {*FAIRSEQ_KEYS, "experiment"}):
+        raise UserError(f"{name}: {unknown[0]} is no group of options; known are {', '.join(FAIRSEQ_KEYS)}")
+    add_defaults(config)
+    for group in FAIRSEQ_KEYS:
+        known = getattr(OmegaConf.get_type(config, group), "__dataclass_fields__", None)
+        if known and (unknown := [key for key in config[group] if key not in known]):
+            raise UserError(f"{name}: {unknown_key(group, unknown[0], known)}")
+    with omegaconf_no_object_check():
+        config = OmegaConf.create(OmegaConf.to_container(config, resolve=True, enum_to_str=True))
+    about = OmegaConf.to_container(config.pop("experiment")) if "experiment" in config else {}
+    OmegaConf.set_struct(config, True)
+    return Experiment(name, config, about, folder)
+
+
+def unknown_key(group: str, key: str, known: Iterable[str]) -> str:
+    """Return one line about an option that a group, which has those `known`, does not have."""
+    near = difflib.get_close_matches(key, known, n=3)
+    hint = f"near: {', '.join(near)}" if near else f"{group} has {', '.join(known)}"
+    return f"there is no option {group}.{key}; {hint}"
+
+
+def _one_line(error: Exception) -> str:
+    """Return what Hydra or OmegaConf says in one line, and better where it is of an option that no file names."""
+    unnamed = re.search(r"Could not override '(\w+)\.(\w+)'", str(error))
+    if unnamed:
+        group, key = unnamed.groups()
+        node = {"model": HashTransformerLMConfig, "criterion": HashMoECriterionConfig}.get(group)
+        known = getattr(node or getattr(FairseqConfig, group, None), "__dataclass_fields__", ())
+        if key in known:
+            return f"no file of this experiment names {group}.{key}; give it with a plus: +{group}.{key}=..."
+        return unknown_key(group, key, known)
+    lines = [line.strip().rstrip(".") for line in f"{error}\n{error.__cause__ or ''}".splitlines()]
+    kept = dict.fromkeys(line for line in lines if line and not line.startswith(("reference_type", "object_type")))
+    return ", ".join(kept).replace(":,", ":")

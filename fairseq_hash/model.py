@@ -25,6 +25,7 @@ from fairseq_hash.checkpoint.manifest import Manifest
 from fairseq_hash.decoder import HashTransformerDecoder
 from fairseq_hash.errors import UserError
 from fairseq_hash.evaluation import is_evaluation
+from fairseq_hash.freezing import freeze
 from fairseq_hash.hashing import dictionary_fingerprint
 from fairseq_hash.layer import SparseLayer
 from fairseq_hash.options import SparseOptions
@@ -83,11 +84,13 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
             if model.decoder.is_oracle:
                 seams.name_oracle()
                 logger.warning("--hash-feature %s sees the next token: its perplexity is an oracle's", options.feature)
+            if not is_evaluation():
+                freeze(model, options.freeze)
             model._ddp_params_and_buffers_to_ignore = expert_names(model)  # torch's DistributedDataParallel reads it
             logger.info("expert_parallel | %s", parallel.describe())
         record = model_record(model, args, options, task)
         check_same({key: record[key] for key in SAME_ON_ALL_RANKS})
-        model.from_dense = options.from_dense
+        model.from_dense, model.freeze = options.from_dense, options.freeze
         model.is_oracle = options.is_sparse and model.decoder.is_oracle
         model.facts = {key: record[key] for key in FACTS}
         logger.info("model_record | %s", json.dumps(record))
@@ -140,7 +143,14 @@ def check_options(args: Any, options: SparseOptions) -> None:
     if not options.is_sparse:
         if options.from_dense:
             raise UserError("--from-dense makes a sparse model of a dense one; to go on dense: --finetune-from-model")
+        if options.freeze != "none":
+            raise UserError(f"--freeze {options.freeze} is for a model with experts, this one is dense; leave it out")
         return
+    if options.freeze != "none" and ConfigAutoWrap.in_autowrap_context:
+        raise UserError(
+            f"--freeze {options.freeze} does not go with --ddp-backend fully_sharded, which makes one tensor "
+            "of weights that train and others; use legacy_ddp or pytorch_ddp"
+        )
     options.layer_routers(args.decoder_layers)
     if options.from_dense and options.expert_form != "plain":
         raise UserError(f"--from-dense copies a plain FFN; --expert-form {options.expert_form} has no such weights")
@@ -172,16 +182,30 @@ def whole_size(parameter: nn.Parameter) -> int:
     return parameter._orig_size.numel() if hasattr(parameter, "_orig_size") else parameter.numel()
 
 
+def layers_and_dense(model: nn.Module) -> tuple[list[SparseLayer], list[nn.Parameter]]:
+    """Return the sparse layers of a model, and its parameters that are not of the experts they choose among."""
+    layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
+    experts = {id(parameter) for layer in layers for parameter in layer.experts.parameters()}
+    return layers, [parameter for parameter in model.parameters() if id(parameter) not in experts]
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return all parameters of a model, those on other ranks included, and those that one token uses.
 
     A token uses K experts of each sparse layer, and the shared one.
     """
-    layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
-    experts = {id(parameter) for layer in layers for parameter in layer.experts.parameters()}
-    dense = sum(whole_size(parameter) for parameter in model.parameters() if id(parameter) not in experts)
+    layers, others = layers_and_dense(model)
+    dense = sum(map(whole_size, others))
     total = dense + sum(layer.parallel.num_experts * layer.expert_size for layer in layers)
     return total, dense + sum(layer.choices * layer.expert_size for layer in layers)
+
+
+def count_trained(model: nn.Module) -> int:
+    """Return the parameters of a model that are not frozen, those on other ranks included."""
+    layers, others = layers_and_dense(model)
+    trained = [layer for layer in layers if all(p.requires_grad for p in layer.experts.parameters())]
+    dense = sum(whole_size(parameter) for parameter in others if parameter.requires_grad)
+    return dense + sum(layer.parallel.num_experts * layer.expert_size for layer in trained)
 
 
 def model_record(model: nn.Module, args: Any, options: SparseOptions, task: FairseqTask) -> dict[str, Any]:
@@ -197,6 +221,7 @@ def model_record(model: nn.Module, args: Any, options: SparseOptions, task: Fair
         "sparse_layers": list(options.layer_numbers(args.decoder_layers)) if sparse else [],
         "parameters_total": total,
         "parameters_active": active,
+        "parameters_trained": count_trained(model),
         "dictionary_fingerprint": dictionary_fingerprint(task.source_dictionary.symbols),
         # A model to be evaluated takes its table from the checkpoint, later.
         "table_fingerprint": tables.fingerprint if tables is not None and not is_evaluation() else None,

@@ -7,6 +7,7 @@ from typing import Any, Optional
 
 from fairseq_hash.base_balance import BALANCES
 from fairseq_hash.errors import UserError
+from fairseq_hash.freezing import FREEZES
 from fairseq_hash.hash_options import HashOptions
 from fairseq_hash.parallel import DISPATCHES
 from fairseq_hash.ranges import check_at_least, check_one_of, check_probability
@@ -116,6 +117,14 @@ class SparseOptions(HashOptions):
             "whose weights a new training starts: every expert as the FFN of its layer"
         },
     )
+    freeze: str = field(
+        default="none",
+        metadata={
+            "help": "what keeps its weights in training, such as fine-tuning with --finetune-from-model: none, experts "
+            "(those of the sparse layers, the shared one included) or all-but-experts (all else, routers included); "
+            "evaluation is the same"
+        },
+    )
     map_experts: bool = field(
         default=False,
         metadata={
@@ -189,6 +198,7 @@ class SparseOptions(HashOptions):
         check_one_of("--expert-dispatch", self.expert_dispatch, DISPATCHES)
         check_one_of("--base-balance", self.base_balance, BALANCES)
         check_one_of("--expert-form", self.expert_form, FORMS)
+        check_one_of("--freeze", self.freeze, FREEZES)
         check_at_least("--num-experts", self.num_experts, 1)
         check_at_least("--expert-sublayers", self.expert_sublayers, 1)
         if self.expert_sublayers > 1 and self.sparse_placement == "replace":

@@ -10,6 +10,7 @@ from fairseq.optim import FairseqOptimizer
 from fairseq_hash.agreement import together
 from fairseq_hash.checkpoint.dense import start_from_dense
 from fairseq_hash.checkpoint.directory import check_start, clean, lock
+from fairseq_hash.checkpoint.facts import model_options
 from fairseq_hash.checkpoint.loading import loading_own_state, place_in_epoch
 from fairseq_hash.checkpoint.mainfile import read_main
 from fairseq_hash.checkpoint.manifest import KEY
@@ -83,6 +84,22 @@ class TrainingCheckpoints:
                     f"{path} has experts {held}, and rank {self.parallel.rank} holds {list(self.parallel.expert_ids)}; "
                     "resume with the number of ranks that saved the checkpoint"
                 )
+
+    def check_freeze(self, path: str) -> None:
+        """Raise `UserError` on every rank where the optimizer's state in a checkpoint is one of other parameters."""
+        together(lambda: self._check_freeze(path))
+
+    def _check_freeze(self, path: str) -> None:
+        if not Path(path).is_file():
+            return
+        state = read_main(path, is_checked=False)
+        saved = model_options(state).get("freeze", "none")
+        freeze = getattr(self.trainer.get_model(), "freeze", "none")  # no model of fairseq's has it
+        if state.get("last_optimizer_state") is not None and saved != freeze:
+            raise UserError(
+                f"{path} was saved with --freeze {saved}, this training has --freeze {freeze}; resume with --freeze "
+                f"{saved}, or add --reset-optimizer (--finetune-from-model in a new --save-dir starts a new training)"
+            )
 
     def loaded(self, path: str, extra_state: "dict[str, Any] | None") -> "dict[str, Any] | None":
         """Finish what the trainer has loaded (None: there was no file): the place in the epoch, and a dense start."""

@@ -49,6 +49,8 @@ def _load_on_every_rank(
     another number stops with "dataloader mismatch" or skips text.
     """
     _checkpoints(trainer).check_own_file(filename)
+    if not reset_optimizer:
+        _checkpoints(trainer).check_freeze(filename)
     with (
         replaced(trainer.cfg.checkpoint, "load_checkpoint_on_all_dp_ranks", True),
         loading_weights_only(is_needed=reset_optimizer),

@@ -2,15 +2,16 @@
 
 import atexit
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from fairseq import utils
 from fairseq.distributed import LegacyDistributedDataParallel
 from fairseq.distributed import utils as distributed_utils
 from fairseq.models import distributed_fairseq_model
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fairseq_hash.seams.override import override
@@ -43,6 +44,22 @@ def _broadcast_any_object(
     return values[0]
 
 
+@override(utils, "clip_grad_norm_")
+def _clip_experts_alone(
+    original: Callable[..., Tensor], params: "Tensor | Iterable[nn.Parameter]", *args: Any, **kwargs: Any
+) -> Tensor:
+    """Clip where nothing but shared experts is trained (`--freeze all-but-experts`).
+
+    Upstream: without a gradient of a parameter that is no expert's, the norm is 0, and nothing is scaled.
+    """
+    params = [params] if isinstance(params, Tensor) else list(params)
+    if params and all(hasattr(parameter, "expert") for parameter in params):
+        no_expert = nn.Parameter(torch.zeros_like(params[0][:1]))
+        no_expert.grad = torch.zeros_like(no_expert)
+        params.append(no_expert)
+    return original(params, *args, **kwargs)
+
+
 @override(LegacyDistributedDataParallel, "all_reduce_grads")
 def _reduce_experts_under_legacy_ddp(original: Callable[..., None], wrapper: LegacyDistributedDataParallel) -> None:
     """Reduce the experts' gradients after the dense ones.
@@ -55,12 +72,26 @@ def _reduce_experts_under_legacy_ddp(original: Callable[..., None], wrapper: Leg
         wrapper.module.all_reduce_grads()
 
 
+class _NothingToReduce(nn.Module):
+    """What stands for a wrapper that would reduce nothing."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
 def _data_parallel_on_any_device(module: nn.Module, device_ids: Any, output_device: Any, **kwargs: Any) -> nn.Module:
-    """Make torch's DistributedDataParallel work on a CPU.
+    """Make torch's DistributedDataParallel work on a CPU, and where nothing but shared experts is trained.
 
     Upstream: fairseq/models/distributed_fairseq_model.py always passes device ids, which torch refuses for a model on
-    the CPU.
+    the CPU; torch also refuses a model without a parameter to reduce.
     """
+    ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", ())
+    if not any(p.requires_grad for name, p in module.named_parameters() if name not in ignored):
+        return _NothingToReduce(module)
     if next(module.parameters()).device.type == "cpu":
         device_ids = output_device = None
     return DistributedDataParallel(module, device_ids, output_device, **kwargs)

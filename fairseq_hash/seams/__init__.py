@@ -1,7 +1,7 @@
 """Every place where fairseq's own behaviour is changed, and why. Everything else uses fairseq's public hooks."""
 
 # Importing them makes the changes.
-from fairseq_hash.seams import checkpoints, distributed, stopping, training
+from fairseq_hash.seams import checkpoints, configuration, distributed, stopping, training
 from fairseq_hash.seams.building import (
     allow_bf16_without_tpu,
     language_model_decoder,
@@ -15,6 +15,7 @@ from fairseq_hash.seams.override import one_line_errors
 __all__ = [
     "allow_bf16_without_tpu",
     "checkpoints",
+    "configuration",
     "distributed",
     "language_model_decoder",
     "let_gloo_finish",

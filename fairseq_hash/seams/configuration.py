@@ -1,0 +1,61 @@
+"""What a user got wrong before anything is built: options that do not exist, data that is not there."""
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from fairseq.dataclass import utils as dataclass_utils
+from fairseq.tasks.language_modeling import LanguageModelingTask
+from omegaconf.errors import ConfigKeyError, ValidationError
+
+from fairseq_hash.errors import UserError
+from fairseq_hash.seams.override import one_line_errors, override
+
+
+@override(dataclass_utils, "merge_with_parent")
+@one_line_errors
+def _name_unknown_options(original: Callable[..., Any], known: Any, given: Any, *args: Any, **kwargs: Any) -> Any:
+    """Say in one line which option of a Hydra configuration does not exist, or has a value of another type.
+
+    Upstream: `add_defaults` in fairseq/dataclass/initialize.py merges what is given with a dataclass, whose error
+    (`ConfigKeyError`) shows as a traceback.
+    """
+    try:
+        return original(known, given, *args, **kwargs)
+    except ConfigKeyError as error:
+        names = list(known.__dataclass_fields__)
+        near = difflib.get_close_matches(str(error.key), names, n=3)
+        hint = f"near: {', '.join(near)}" if near else f"known are {', '.join(names)}"
+        raise UserError(f"{given._get_full_key(error.key)} is no option; {hint}") from error
+    except ValidationError as error:
+        line = str(error).splitlines()[0]
+        raise UserError(f"{given._get_full_key(error.key)}={given.get(error.key)}: {line}") from error
+
+
+@override(LanguageModelingTask, "setup_dictionary")
+@one_line_errors
+def _name_missing_data(original: Callable[..., Any], cfg: Any, **kwargs: Any) -> Any:
+    """Say in one line that a folder holds no binarized data.
+
+    Upstream: `Dictionary.load` raises `FileNotFoundError`, which shows as a traceback.
+    """
+    try:
+        return original(cfg, **kwargs)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{cfg.data} holds no binarized data (no {error.filename}); give a folder that python -m data_prep or "
+            "fairseq-preprocess made"
+        ) from error
+
+
+@override(LanguageModelingTask, "load_dataset")
+@one_line_errors
+def _name_missing_subset(original: Callable[..., Any], task: Any, split: str, *args: Any, **kwargs: Any) -> Any:
+    """Say in one line that a folder lacks a subset; upstream it is a traceback."""
+    try:
+        return original(task, split, *args, **kwargs)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{task.args.data} has no subset {split} (no {split}.bin and {split}.idx); prepare the data with it, or name "
+            "another one (--train-subset, --valid-subset, --gen-subset)"
+        ) from error

@@ -16,7 +16,8 @@ from plugin import USER_DIR, command, train
 from fairseq_hash.reporting.report import write_report
 
 NAMES = ("dense5", "dense6", "hash5", "switch5")  # those that may be compared
-FILES = ["expert_loads.png", "index.html", "learning_curves.png", "results.csv", "results.json", "results.md"]
+FILES = ["expert_loads.png", "index.html", "learning_curves.png"]
+FILES += ["results.csv", "results.json", "results.md", "runs.csv"]
 SPARSE = ("--sparse-layers", "1", "--num-experts", "4")
 ROUTERS = {
     "dense": (),

@@ -12,9 +12,11 @@ from made_runs import NAMES, raw
 from matplotlib.colors import to_hex, to_rgb
 
 from fairseq_hash.reporting import plots
-from fairseq_hash.reporting.plots import DARK, LIGHT, expert_loads, learning_curves
+from fairseq_hash.reporting.curves import learning_curves
+from fairseq_hash.reporting.loads import expert_loads
+from fairseq_hash.reporting.naming import group_by_model
+from fairseq_hash.reporting.plots import DARK, LIGHT
 from fairseq_hash.reporting.runs import load_runs
-from fairseq_hash.reporting.table import group_by_model
 
 
 def models_of(folder, names=NAMES):
@@ -127,11 +129,12 @@ def test_dense_models_are_neutral_and_colours_go_round():
         def __init__(self, router):
             self.training = type("Training", (), {"model": {"router": router}})
 
-    names = ["none", *["hash"] * 8]
+    count = len(plots.COLOURS)
+    names = ["none", *["hash"] * (count + 2)]
     colours = list(plots.colours_of({i: [Named(name)] for i, name in enumerate(names)}, LIGHT).values())
     assert to_hex(colours[0]) == LIGHT.neutral
-    assert [to_hex(colour).upper() for colour in colours[1:7]] == list(plots.COLOURS)
-    assert colours[7:] == colours[1:3]
+    assert [to_hex(colour).upper() for colour in colours[1 : count + 1]] == list(plots.COLOURS)
+    assert colours[count + 1 :] == colours[1:3]
 
 
 @pytest.mark.parametrize("bad", ["inf", "nan"])

@@ -83,15 +83,16 @@ def test_speed_and_loads_by_plain_python(made, results):
 
 
 def test_all_files_say_the_same(reported, results):
-    """The CSV has the JSON's runs; the Markdown shows the JSON's models, rounded."""
-    with (reported / "results.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == len(results["runs"])
-    for row, run in zip(rows, results["runs"], strict=True):
-        assert row.keys() == run.keys()
-        for key, value in run.items():
-            same = row[key] == "" if value is None else row[key] == value or float(row[key]) == pytest.approx(value)
-            assert same, (key, row[key], value)
+    """The CSVs have the JSON's models and runs; the Markdown shows the JSON's models, rounded."""
+    for name, records in (("results.csv", results["models"]), ("runs.csv", results["runs"])):
+        with (reported / name).open() as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == len(records)
+        for row, record in zip(rows, records, strict=True):
+            assert row.keys() == record.keys()
+            for key, value in record.items():
+                same = row[key] == "" if value is None else row[key] == value or float(row[key]) == pytest.approx(value)
+                assert same, (key, row[key], value)
     shown = markdown_table((reported / "results.md").read_text())
     for name, row in by_model(results).items():
         cells = shown[name]

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_runs import edit
 
-from fairseq_hash.reporting import table
+from fairseq_hash.reporting import naming, table
 from fairseq_hash.reporting.logs import TrainingLog
-from fairseq_hash.reporting.report import words_on_noise
+from fairseq_hash.reporting.noise import words_on_noise
 from fairseq_hash.reporting.runs import Run, load_runs
 
 PERPLEXITIES = st.floats(1, 1e4)
@@ -91,7 +91,7 @@ def test_models_are_named_by_what_differs(copies):
     ):
         edit(copies / "hash8" / "train.log", old, new)
     runs = load_runs([copies / name for name in ("hash8", "dense5", "hash5", "dense6", "switch5")])
-    assert {name: [run.folder.name for run in group] for name, group in table.group_by_model(runs).items()} == {
+    assert {name: [run.folder.name for run in group] for name, group in naming.group_by_model(runs).items()} == {
         "Hash hash_table=random num_experts=8": ["hash8"],
         "Dense": ["dense5", "dense6"],
         "Hash hash_table=balanced num_experts=4": ["hash5"],

@@ -8,7 +8,8 @@ import pytest
 from made_runs import NAMES, edit, perplexity
 
 from fairseq_hash.errors import UserError
-from fairseq_hash.reporting.runs import load_run, load_runs, sort_out
+from fairseq_hash.reporting.compare import sort_out
+from fairseq_hash.reporting.runs import load_run, load_runs
 
 
 def reasons(folder, names=NAMES):
@@ -212,9 +213,9 @@ def test_refusals(copies, tmp_path):
     assert refused(tmp_path / "none").startswith(f"{tmp_path / 'none'} is not a folder; ")
     assert refused(run / "train.log").startswith(f"{run / 'train.log'} is not a folder; ")
     (tmp_path / "empty").mkdir()
-    assert refused(tmp_path / "empty").startswith(f"{tmp_path / 'empty'} holds no log; ")
+    assert refused(tmp_path / "empty").startswith(f"{tmp_path / 'empty'} holds no log, and no folder ")
     (tmp_path / "empty" / "train.log").touch()
-    assert refused(tmp_path / "empty").startswith(f"{tmp_path / 'empty'} holds no training log (train.log); ")
+    assert refused(tmp_path / "empty").startswith(f"{tmp_path / 'empty'} holds no training log (train.log), nor ")
     (run / "run.json").write_text('{"data": ')
     assert refused(run).startswith(f"cannot read {run / 'run.json'} (")
 

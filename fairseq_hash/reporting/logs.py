@@ -42,6 +42,8 @@ class TrainingLog:
         validations: statistics of every validation by its update, without their prefix `valid_`.
         wall_seconds: time over all sessions, as fairseq counts it.
         finished: when the training was done, None while it is not.
+        stopped_by: the signal that ended the last session (`SIGTERM`), None where none did.
+        dictionary_types: the number of the dictionary's symbols, fairseq's own included; None where the log has none.
     """
 
     configs: list[dict[str, Any]] = field(default_factory=list)
@@ -50,6 +52,8 @@ class TrainingLog:
     validations: dict[int, dict[str, Any]] = field(default_factory=dict)
     wall_seconds: float = 0.0
     finished: "datetime | None" = None
+    stopped_by: "str | None" = None
+    dictionary_types: "int | None" = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -121,7 +125,7 @@ def read_training(lines: Iterable[Line]) -> "TrainingLog | None":
     for line in lines:
         if line.source == "fairseq_cli.train" and line.message.startswith("{"):
             log.configs.append(parse_config(line.message))
-            log.finished, evaluating = None, False
+            log.finished, log.stopped_by, evaluating = None, None, False
         elif line.source == "fairseq_cli.eval_lm":
             evaluating = True
         elif not log.configs:
@@ -134,6 +138,10 @@ def read_training(lines: Iterable[Line]) -> "TrainingLog | None":
             loaded := re.match(r"Loaded checkpoint .* @ (\d+) updates", line.message)
         ):
             log.rewind(int(loaded[1]))
+        elif not evaluating and (types := re.match(r"dictionary: (\d+) types", line.message)):
+            log.dictionary_types = int(types[1])
+        elif stopped := re.match(r"stopped by (SIG\w+) at update", line.message):
+            log.stopped_by = stopped[1]
         elif line.source in ("train_inner", "valid", "train"):
             _add_statistics(log, line)
         elif line.message.startswith("done training"):

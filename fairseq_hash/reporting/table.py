@@ -1,6 +1,5 @@
 """Results of runs as tables: one row a run, and one row a model with mean and spread over its seeds."""
 
-import json
 import math
 import re
 import statistics
@@ -11,37 +10,8 @@ import pandas as pd
 
 from fairseq_hash.reporting.runs import Run
 
-ROUTER_NAMES = {"none": "Dense", "hash": "Hash", "switch": "Switch", "base": "BASE"}
 # Start-up, first allocations and empty caches are not the model's speed or balance.
 SETTLING_SHARE = 0.1
-
-
-def group_by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Return the runs of each model: those that differ in their seed only, under a name that tells models apart.
-
-    A name is the router's; where models share it, the options that differ between them are added.
-    """
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(json.dumps(run.options, sort_keys=True, default=str), []).append(run)
-    members = list(groups.values())
-    routers = [_router_name(group[0]) for group in members]
-    names = []
-    for group, router in zip(members, routers, strict=True):
-        rivals = [other[0].options for other, name in zip(members, routers, strict=True) if name == router]
-        own = group[0].options
-        differing = sorted(
-            key for key in {*own}.union(*rivals) if any(rival.get(key) != own.get(key) for rival in rivals)
-        )
-        names.append(" ".join([router, *(f"{key.rpartition('.')[2]}={own.get(key)}" for key in differing)]))
-    return dict(zip(names, members, strict=True))
-
-
-def _router_name(run: Run) -> str:
-    record = run.training.model
-    name = ", ".join(ROUTER_NAMES.get(router, router) for router in record["router"].split(","))
-    is_oracle = "hash" in record["router"] and record.get("hash_feature") == "future"
-    return f"{name} (oracle: sees the next token)" if is_oracle else name
 
 
 def settled_intervals(run: Run) -> list[dict[str, Any]]:
@@ -64,11 +34,12 @@ def sparse_layers(run: Run) -> list[int]:
 def measure(model: str, run: Run) -> dict[str, Any]:
     """Return one row: what a run's logs say of it. Perplexities are per token of the dictionary, times in seconds.
 
-    `load_max` is the largest demand for an expert over the mean demand: the mean over the training's log intervals, and
-    of the last validation; `dropped` is the mean share of the training's tokens that found their expert full. Without a
-    layer's number they are those of the worst layer.
+    `peak_gb` is the largest of the log, NaN for logs without it. `load_max` is the largest demand for an expert over
+    the mean demand: the mean over the training's log intervals, and of the last validation; `dropped` is the mean share
+    of the training's tokens that found their expert full. Without a layer's number they are those of the worst layer.
     """
     record, intervals, validation = run.training.model, settled_intervals(run), last_validation(run)
+    peaks = [values["peak_gb"] for values in run.training.intervals.values() if "peak_gb" in values]
     row: dict[str, Any] = {"model": model, "router": record["router"], "seed": run.seed, "folder": str(run.folder)}
     row |= {f"{subset}_perplexity": run.evaluations[subset].perplexity for subset in ordered(run.evaluations)}
     if not run.evaluations and "ppl" in validation:
@@ -78,8 +49,10 @@ def measure(model: str, run: Run) -> dict[str, Any]:
         "parameters_active": record["parameters_active"],
         "experts": record["num_experts"],
         "updates": run.training.updates,
+        "updates_per_second": statistics.median(values["ups"] for values in intervals),
         "tokens_per_second": statistics.median(values["wps"] for values in intervals),
         "wall_seconds": run.training.wall_seconds,
+        "peak_gb": max(peaks, default=math.nan),
     }
     layers = sparse_layers(run)
     of_layer: dict[str, Any] = {}
@@ -111,13 +84,15 @@ def table_of_runs(models: dict[str, list[Run]]) -> pd.DataFrame:
 def table_of_models(runs: pd.DataFrame) -> pd.DataFrame:
     """Return one row a model: the number of its runs, means, and for perplexities the sample standard deviation.
 
-    The deviation (`..._sd`) is NaN for a single run.
+    The deviation (`..._sd`) is NaN for a single run. Of the memory it is the largest, not the mean.
     """
     groups = runs.groupby("model", sort=False)
     table = groups.mean(numeric_only=True).drop(columns="seed")
     table.insert(0, "runs", groups.size())
     for column in [column for column in table if column.endswith("_perplexity")]:
         table.insert(table.columns.get_loc(column) + 1, f"{column}_sd", groups[column].std(ddof=1))
+    if "peak_gb" in table:
+        table["peak_gb"] = groups["peak_gb"].max()
     return table.reset_index()
 
 
@@ -132,12 +107,17 @@ def for_readers(models: pd.DataFrame) -> pd.DataFrame:
         spread = ["" if pd.isna(value) else f" ± {value:.2f}" for value in models[f"{name}_sd"]]
         heading = f"{name.removesuffix('_perplexity').capitalize()} perplexity"
         shown[heading] = [value + sd for value, sd in zip(column(name, "{:.2f}"), spread, strict=True)]
+    for name in [name for name in models if name.startswith("published_") and f"{name}_mark" in models]:
+        values = zip(column(name, "{:.2f}"), models[f"{name}_mark"], strict=True)
+        shown[f"Published {name.removeprefix('published_')}"] = [f"{v} ({mark})" if mark else v for v, mark in values]
     shown["Seeds"] = column("runs", "{:d}")
     shown["Parameters"] = [count_text(value) for value in models["parameters_total"]]
     shown["Active"] = [count_text(value) for value in models["parameters_active"]]
     shown["Updates"] = column("updates", "{:,.0f}")
+    shown["Updates/s"] = column("updates_per_second", "{:,.3g}")
     shown["Tokens/s"] = column("tokens_per_second", "{:,.0f}")
     shown["Time"] = [duration_text(value) for value in models["wall_seconds"]]
+    shown["Peak memory"] = column("peak_gb", "{:.2f} GB")
     if models["load_max_train"].notna().any():
         shown["Max load, training"] = column("load_max_train", "{:.2f}")
         shown["Max load, validation"] = column("load_max_valid", "{:.2f}")

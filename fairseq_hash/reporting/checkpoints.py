@@ -1,0 +1,46 @@
+"""Whether a run's checkpoint is of the model that its log tells of; no tensor is read for that."""
+
+from pathlib import Path
+
+from fairseq_hash.checkpoint.mainfile import read_main
+from fairseq_hash.checkpoint.manifest import Manifest
+from fairseq_hash.errors import UserError
+from fairseq_hash.reporting.runs import Run
+
+# What both the manifest of a checkpoint and the model's record say, by their name in words.
+SAID_BY_BOTH = {
+    "num_experts": "number of experts",
+    "router": "router",
+    "dictionary_fingerprint": "dictionary fingerprint",
+    "table_fingerprint": "hash table fingerprint",
+}
+USUAL = ("checkpoint_best.pt", "checkpoint_last.pt")
+
+
+def contradiction(run: Run) -> "str | None":
+    """Return in what the evaluated checkpoint (else the best or the last one) in the run's folder contradicts its log.
+
+    None where it does not, or where there is no such checkpoint, or one without a manifest.
+    """
+    names = [*(evaluation.checkpoint for evaluation in run.evaluations.values()), *USUAL]
+    path = next((run.folder / name for name in names if name and (run.folder / name).is_file()), None)
+    manifest = _manifest(path) if path else None
+    if path is None or manifest is None:
+        return None
+    record = run.training.model or {}
+    for key, words in SAID_BY_BOTH.items():
+        saved, logged = getattr(manifest, key), record.get(key)
+        if None not in (saved, logged) and saved != logged:
+            return f"the {words} is {_short(logged)} in its log, but {_short(saved)} in {path.name}"
+    return None
+
+
+def _manifest(path: Path) -> "Manifest | None":
+    try:
+        return Manifest.of(read_main(path, is_checked=False), path)
+    except UserError:
+        return None  # what the logs say stands without it
+
+
+def _short(value: object) -> object:
+    return value[:12] if isinstance(value, str) and len(value) == 64 else value

@@ -1,0 +1,47 @@
+"""Models among runs, and names that tell them apart."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fairseq_hash.reporting.runs import Run
+
+ROUTER_NAMES = {"none": "Dense", "hash": "Hash", "switch": "Switch", "base": "BASE"}
+
+
+def group_by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Return the runs of each model: those that differ in their seed only, under a name that tells models apart.
+
+    A name is that of the experiment, else the router's; where models share it, the options that differ are added.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.model, []).append(run)
+    members = list(groups.values())
+    names = told_apart([_name(group) for group in members], [group[0].options for group in members])
+    return dict(zip(names, members, strict=True))
+
+
+def told_apart(names: Sequence[str], options: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the names, those that occur more than once with the options in which their bearers differ."""
+    told = []
+    for name, own in zip(names, options, strict=True):
+        rivals = [others for other, others in zip(names, options, strict=True) if other == name]
+        keys = sorted({*own}.union(*rivals))
+        differing = [key for key in keys if any(rival.get(key) != own.get(key) for rival in rivals)]
+        # fairseq repeats some options in other nodes: a learning rate is the optimizer's and the schedule's, too.
+        values = dict.fromkeys(f"{key.rpartition('.')[2]}={own.get(key)}" for key in differing)
+        told.append(" ".join([name, *values]))
+    return told
+
+
+def router_name(run: Run) -> str:
+    """Return the name of a run's router."""
+    return ", ".join(ROUTER_NAMES.get(router, router) for router in run.training.model["router"].split(","))
+
+
+def _name(runs: Sequence[Run]) -> str:
+    given = (run.training.config.get("experiment.name") for run in runs)
+    name = next((str(name) for name in given if name), router_name(runs[0]))
+    record = runs[0].training.model
+    is_oracle = "hash" in record["router"] and record.get("hash_feature") == "future"
+    return f"{name} (oracle: sees the next token)" if is_oracle else name

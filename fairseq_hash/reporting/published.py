@@ -1,0 +1,106 @@
+"""Published figures that a run's experiment names: never measured here, so always apart and with their mark."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fairseq_hash.errors import UserError
+from fairseq_hash.reporting.runs import Run
+
+PUBLISHED = "experiment.published."
+BY_UPDATE = "valid_by_update"
+FIGURE = re.compile(r"(\d+(?:\.\d+)?) ([A-Z])")
+# Other marks, such as M for memory and C for arithmetic, are no figures to stand beside a result.
+MARKS = {
+    "A": "the authors' own figure, table or README",
+    "S": "secondary notes, which agree with the authors' own wherever both have a figure",
+}
+# Dictionaries of one kind: special symbols and padding make a small difference.
+SPECIAL_SYMBOLS, NEAR = 4, 0.05
+
+
+@dataclass(frozen=True)
+class PublishedFigure:
+    """A published perplexity and its mark."""
+
+    perplexity: float
+    mark: str
+
+
+def figures_of(runs: Sequence[Run]) -> dict[str, PublishedFigure]:
+    """Return the published perplexity of each subset that the runs of a model name (the first run that names any).
+
+    Raises `UserError` for an entry that is no figure with its mark.
+    """
+    return {name: figure for name, figure in _named(runs).items() if "." not in name}
+
+
+def curve_of(runs: Sequence[Run]) -> dict[int, PublishedFigure]:
+    """Return the published validation perplexities of a model by update."""
+    by_update = {name.partition(".")[2]: figure for name, figure in _named(runs).items() if name.startswith(BY_UPDATE)}
+    return {int(update): figure for update, figure in by_update.items() if update.isdecimal()}
+
+
+def _named(runs: Sequence[Run]) -> dict[str, PublishedFigure]:
+    for run in runs:
+        texts = {key: text for key, text in run.training.config.items() if key.startswith(PUBLISHED) and text}
+        read = {key.removeprefix(PUBLISHED): _figure(run.folder, key, str(text)) for key, text in texts.items()}
+        if found := {name: figure for name, figure in read.items() if figure is not None}:
+            return found
+    return {}
+
+
+def _figure(folder: Path, key: str, text: str) -> "PublishedFigure | None":
+    if not (found := FIGURE.fullmatch(text.strip())):
+        raise UserError(f"{folder}: {key} is {text!r}; a published figure is written with its mark, such as '23.16 A'")
+    return PublishedFigure(float(found[1]), found[2]) if found[2] in MARKS else None
+
+
+def is_comparable(run: Run) -> bool:
+    """Return whether the run's dictionary is as large as that of the published figures: else the axes differ."""
+    vocabulary, types = run.training.config.get("experiment.vocabulary"), run.training.dictionary_types
+    if not isinstance(vocabulary, int) or types is None:
+        return False
+    return abs(types - SPECIAL_SYMBOLS - vocabulary) <= NEAR * vocabulary
+
+
+def with_published(table: pd.DataFrame, models: dict[str, list[Run]]) -> pd.DataFrame:
+    """Return the table of models with `published_SUBSET` and `published_SUBSET_mark`, where any model has one."""
+    found = {model: figures_of(runs) for model, runs in models.items()}
+    table = table.copy()
+    for subset in dict.fromkeys(subset for figures in found.values() for subset in figures):
+        figures = [found[model].get(subset) for model in table["model"]]
+        table[f"published_{subset}"] = [figure.perplexity if figure else math.nan for figure in figures]
+        table[f"published_{subset}_mark"] = [figure.mark if figure else None for figure in figures]
+    return table
+
+
+def legend(models: dict[str, list[Run]]) -> str:
+    """Return what the marks mean and how far the figures compare, "" where no model has one."""
+    named = {model: runs for model, runs in models.items() if figures_of(runs) or curve_of(runs)}
+    if not named:
+        return ""
+    used = {
+        one.mark for runs in named.values() for found in (figures_of(runs), curve_of(runs)) for one in found.values()
+    }
+    marks = "; ".join(f"{mark}: {text}" for mark, text in MARKS.items() if mark in used)
+    words = f"Published perplexities were not measured by this project. Their marks: {marks}."
+    apart = {
+        (run.training.dictionary_types, run.training.config.get("experiment.vocabulary"))
+        for runs in named.values()
+        for run in runs[:1]
+        if not is_comparable(run)
+    }
+    for types, vocabulary in sorted(apart, key=str):
+        words += f" They do not compare with these runs, whose dictionary has {_count(types)} symbols and not "
+        words += f"{_count(vocabulary)}, and are left out of the figures."
+    return words
+
+
+def _count(number: Any) -> str:
+    return f"{number:,}" if isinstance(number, int) else "an unknown number of"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from data_prep.binarize import SPLITS
 from data_prep.corpora import CORPORA
+from data_prep.dialogue import DialogueText
 from data_prep.prepare import Options, prepare
 from data_prep.sources import EmbeddedText, GivenText, PublicText, Source
 from fairseq_hash.cli import Parser
@@ -20,9 +21,20 @@ def build_parser() -> Parser:
     parser = Parser(prog="python -m data_prep", description="From text to data for fairseq-train, in one folder.")
     corpora = parser.add_subparsers(dest="corpus", required=True, metavar="CORPUS")
     text = corpora.add_parser("text", help="text files of your own: a line of text is a line of data")
-    text.add_argument("--train", type=Path, nargs="+", required=True, metavar="FILE", help="plain, .xz, .gz or .bz2")
-    text.add_argument("--valid", type=Path, nargs="+", required=True, metavar="FILE", help="the same, for validation")
-    text.add_argument("--test", type=Path, nargs="+", required=True, metavar="FILE", help="the same, for testing")
+    dialogue = corpora.add_parser(
+        "dialogue",
+        help="the same, of dialogues: lines of 'user: ...' and 'system: ...', a blank line between dialogues",
+    )
+    for given in (text, dialogue):
+        for split, use in (("train", "to train on"), ("valid", "for validation"), ("test", "for testing")):
+            given.add_argument(
+                f"--{split}",
+                type=Path,
+                nargs="+",
+                required=True,
+                metavar="FILE",
+                help=f"{use}: plain, .xz, .gz or .bz2",
+            )
     corpora.add_parser("embedded", help="the documentation that every Python brings: no download, 400,000 words")
     for corpus in CORPORA.values():
         public = corpora.add_parser(corpus.name, help=f"{corpus.note} ({corpus.file.url})")
@@ -61,8 +73,9 @@ def build_parser() -> Parser:
 
 def source_of(arguments: argparse.Namespace) -> Source:
     """Return the corpus that the command line names."""
-    if arguments.corpus == "text":
-        return GivenText({split: getattr(arguments, split) for split in SPLITS})
+    if arguments.corpus in ("text", "dialogue"):
+        given = GivenText if arguments.corpus == "text" else DialogueText
+        return given({split: getattr(arguments, split) for split in SPLITS})
     if arguments.corpus == "embedded":
         return EmbeddedText()
     corpus = CORPORA[arguments.corpus]

@@ -3,6 +3,8 @@
 `dense5`, `hash5` and `switch5` are trained in one go, `dense6` in two sessions, of which the second starts again from
 update 4 of 6; `hydra` by fairseq-hydra-train, without an evaluation. What a test expects of a log it takes from the
 text by a regular expression, not by the code under test.
+
+`write_run` writes the logs of a run that never was, as fairseq-hydra-train and fairseq-eval-lm write them.
 """
 
 import json
@@ -124,3 +126,80 @@ def markdown_table(text):
     lines = text.split("\n\n")[1].splitlines()
     headings, _, *rows = [line.strip("| ").split(" | ") for line in lines]
     return {row[0]: dict(zip(headings, row, strict=True)) for row in rows}
+
+
+def write_run(folder, experiment=None, options=None, perplexities=None, intervals=(), sessions=1, ranks=1, **record):
+    """Write the logs of a finished training of 4 updates and of its evaluations; return its folder.
+
+    Args:
+        folder: where to, made where missing.
+        experiment: the node of that name in the configuration, None for none.
+        options: flat options to add to the configuration or to change in it, such as `common.seed`.
+        perplexities: what the evaluations print by subset, by default 20 on valid and 21 on test.
+        intervals: what each log interval of one update says, by default a perplexity that falls.
+        sessions: how often the configuration is logged: each later session starts at update 2.
+        ranks: the number of them, of which the first one's log tells all.
+        record: what the model's record says; `router` and `num_experts` are options as well.
+    """
+    record = {"router": "hash", "num_experts": 4, **{"parameters_total": 500, "parameters_active": 200}, **record}
+    record |= {"dictionary_fingerprint": "d" * 64, "date": "2026-01-02T03:04:05+00:00", "gpus": [], "processor": "P"}
+    record |= {"cores": 2}
+    config = {
+        "common.seed": 1,
+        "optimization.max_update": 4,
+        "optimization.max_epoch": 0,
+        "optimization.update_freq": [1],
+    }
+    config |= {"distributed_training.distributed_world_size": ranks, "model._name": "hash_transformer_lm"}
+    config |= (
+        {f"model.{key}": record[key] for key in ("router", "num_experts")} | {"task.data": "data"} | (options or {})
+    )
+    config = _nested(config) | ({"experiment": experiment} if experiment else {})
+    config["job_logging_cfg"] = {"handlers": {"file": {"filename": str(folder / "rank0.log")}}}
+    intervals = intervals or [{"ppl": 60 - 10 * update} for update in range(4)]
+    lines = []
+    for session in range(sessions):
+        start = 2 if session else 0
+        loaded = f"Loaded checkpoint checkpoint_last.pt (epoch 1 @ {start} updates)"
+        lines += [("fairseq_cli.train", config), ("fairseq.tasks.language_modeling", "dictionary: 104 types")]
+        lines += [("fairseq_hash.model", f"model_record | {json.dumps(record)}")]
+        lines += [("fairseq.trainer", loaded if session else "No existing checkpoint found checkpoint_last.pt")]
+        for update, values in enumerate(intervals[start:], start + 1):
+            values = {"ups": 2, "wps": 100, "wall": 30 * update, **values, "num_updates": update}
+            lines.append(("train_inner", json.dumps({key: _as_logged(value) for key, value in values.items()})))
+            checked = {"valid_ppl": values["ppl"], "valid_num_updates": update}
+            lines.append(("valid", json.dumps({key: str(value) for key, value in checked.items()})))
+    lines.append(("fairseq_cli.train", "done training in 120.0 seconds"))
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_log(folder / "rank0.log", 3, lines)
+    for rank in range(1, ranks):
+        _write_log(folder / f"rank{rank}.log", 3, [("fairseq.distributed.utils", f"initialized host h as rank {rank}")])
+    for subset, value in (perplexities or {"valid": 20, "test": 21}).items():
+        evaluated = {"common_eval.path": "checkpoint_best.pt", "dataset.gen_subset": subset}
+        lines = [("fairseq_cli.eval_lm", _nested(evaluated)), ("fairseq_cli.eval_lm", "Evaluated 900 tokens in 0.1s")]
+        lines.append(("fairseq_cli.eval_lm", f"Loss (base 2): 4.0, Perplexity: {value}"))
+        _write_log(folder / f"eval-{subset}.log", 4, lines)
+    return folder
+
+
+def _as_logged(value):
+    return value if isinstance(value, list) else str(value)
+
+
+def _nested(flat):
+    nested = {}
+    for key, value in flat.items():
+        *nodes, name = key.split(".")
+        place = nested
+        for node in nodes:
+            place = place.setdefault(node, {})
+        place[name] = value
+    return nested
+
+
+def _write_log(path, hour, lines):
+    text = [
+        f"[2026-01-02 {hour:02}:{n // 60:02}:{n % 60:02},123][{name}][INFO] - {line}"
+        for n, (name, line) in enumerate(lines)
+    ]
+    path.write_text("\n".join(text) + "\n")

@@ -1,11 +1,13 @@
 """Whether a run's checkpoint is of the model that its log tells of; no tensor is read for that."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fairseq_hash.checkpoint.mainfile import read_main
-from fairseq_hash.checkpoint.manifest import Manifest
 from fairseq_hash.errors import UserError
 from fairseq_hash.reporting.runs import Run
+
+if TYPE_CHECKING:
+    from fairseq_hash.checkpoint.manifest import Manifest
 
 # What both the manifest of a checkpoint and the model's record say, by their name in words.
 SAID_BY_BOTH = {
@@ -36,6 +38,11 @@ def contradiction(run: Run) -> "str | None":
 
 
 def _manifest(path: Path) -> "Manifest | None":
+    try:
+        from fairseq_hash.checkpoint.mainfile import read_main
+        from fairseq_hash.checkpoint.manifest import Manifest
+    except ModuleNotFoundError:
+        return None  # reports are made without torch, too
     try:
         return Manifest.of(read_main(path, is_checked=False), path)
     except UserError:

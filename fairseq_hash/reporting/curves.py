@@ -41,7 +41,7 @@ def learning_curves(models: dict[str, list[Run]], theme: Theme) -> bytes:
         for index, (model, points) in enumerate(shown.items()):
             if points:
                 style = {"marker": MARKERS[index % len(MARKERS)], "markersize": 8, "markerfacecolor": "none"}
-                by_updates.plot(*zip(*points, strict=True), linestyle="none", color=colours[model], **style)
+                by_updates.plot(*zip(*points, strict=True), linestyle="none", color=colours[model], zorder=4, **style)
         low, high = _perplexity_range([_end_curve(run) for runs in models.values() for run in runs])
         values = [perplexity for points in shown.values() for _, perplexity in points]
         by_updates.set_yscale("log")
@@ -75,9 +75,9 @@ def _draw(axes: Axes, scale: str, runs: Sequence[Run], colour: object, marker: s
     for train, valid in map(_curves, runs):
         if with_training or not len(valid["ppl"]):
             axes.plot(train[scale], train["ppl"], color=colour, alpha=0.35, linewidth=0.9)
-        if len(valid["ppl"]):  # an unclipped line without points would upset the layout
+        if len(valid["ppl"]):
             style = {"marker": marker, "markersize": 4, "markevery": -(-len(valid["ppl"]) // MOST_MARKERS)}
-            axes.plot(valid[scale], valid["ppl"], color=colour, linewidth=1.8, clip_on=False, **style)
+            axes.plot(valid[scale], valid["ppl"], color=colour, linewidth=1.8, **style)
 
 
 def _published(runs: Sequence[Run], models: dict[str, list[Run]]) -> list[tuple[int, float]]:
@@ -138,7 +138,7 @@ def _plain_log_ticks(axes: Axes) -> None:
     low, high = axes.get_ylim()
     steps = (
         range(1, 10)
-        if high / low < 3
+        if high / low < 5
         else (1, 2, 3, 5, 7)
         if high / low < 30
         else (1, 2, 5)

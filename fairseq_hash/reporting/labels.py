@@ -45,27 +45,22 @@ def label_ends(axes: Axes, labels: Sequence[Label]) -> None:
             fontweight="bold",
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": label.colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 2},
+            arrowprops={"arrowstyle": "-", "color": label.colour, "linewidth": 0.7, "relpos": (0, 0.5)},
         )
 
 
 def spread(wanted: Sequence[float], heights: Sequence[float]) -> list[float]:
     """Return places for labels, in ascending order as they are wanted: none overlaps, from 0 up and as far as 1.
 
-    Where there is no room for all, they go on above 1.
+    Of all such places they are those with the least squares of the distances from where the labels are wanted: counted
+    from the place that a label would have if all stood one on another, places may only rise, and where they would fall,
+    labels share their mean. Where there is no room for all, they go on above 1.
     """
-    places: list[float] = []
-    for index, place in enumerate(wanted):
-        least = places[-1] + _apart(heights, index) if places else 0.0
-        places.append(max(place, least))
-    above = 1.0
-    for index in reversed(range(len(places))):
-        lowest = sum(_apart(heights, below) for below in range(1, index + 1))
-        places[index] = max(min(places[index], above), lowest)
-        above = places[index] - (_apart(heights, index) if index else 0.0)
-    return places
-
-
-def _apart(heights: Sequence[float], index: int) -> float:
-    """Return the least distance of a label from the one below it."""
-    return (heights[index - 1] + heights[index]) / 2
+    stacked = np.concatenate([[0.0], np.cumsum((np.array(heights[:-1]) + np.array(heights[1:])) / 2)])
+    groups: list[list[float]] = []
+    for place in np.array(wanted) - stacked[: len(wanted)]:
+        groups.append([place])
+        while len(groups) > 1 and np.mean(groups[-2]) > np.mean(groups[-1]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    risen = np.repeat([np.mean(group) for group in groups], [len(group) for group in groups])
+    return list(np.clip(risen, 0, max(0.0, 1 - stacked[-1])) + stacked[: len(wanted)])

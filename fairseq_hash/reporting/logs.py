@@ -103,7 +103,10 @@ def parse_line(text: str) -> "Line | None":
     if not found:
         return None
     time, source, hydra_source, message = found.groups()
-    return Line(datetime.fromisoformat(time), source or hydra_source, message)
+    try:
+        return Line(datetime.fromisoformat(time), source or hydra_source, message)
+    except ValueError:  # no time, such as a second 61
+        return None
 
 
 def statistics(line: Line) -> dict[str, Any]:

@@ -107,9 +107,10 @@ def for_readers(models: pd.DataFrame) -> pd.DataFrame:
         spread = ["" if pd.isna(value) else f" ± {value:.2f}" for value in models[f"{name}_sd"]]
         heading = f"{name.removesuffix('_perplexity').capitalize()} perplexity"
         shown[heading] = [value + sd for value, sd in zip(column(name, "{:.2f}"), spread, strict=True)]
-    for name in [name for name in models if name.startswith("published_") and f"{name}_mark" in models]:
-        values = zip(column(name, "{:.2f}"), models[f"{name}_mark"], strict=True)
-        shown[f"Published {name.removeprefix('published_')}"] = [f"{v} ({mark})" if mark else v for v, mark in values]
+    for name in [name for name in models if f"{name}_mark" in models]:
+        marks = ["" if pd.isna(mark) else f" ({mark})" for mark in models[f"{name}_mark"]]
+        values = [text + mark for text, mark in zip(column(name, "{:.2f}"), marks, strict=True)]
+        shown[name.replace("_", " ").capitalize()] = values
     shown["Seeds"] = column("runs", "{:d}")
     shown["Parameters"] = [count_text(value) for value in models["parameters_total"]]
     shown["Active"] = [count_text(value) for value in models["parameters_active"]]

@@ -141,7 +141,8 @@ def build_tables(
         seeds = [options.hash_seed + layer * shape.columns for layer in range(hash_layers)]
     if is_evaluation():
         return HashTables(placeholder_table(symbols, shape) for _ in names)
-    return HashTables(
-        build_table(name, symbols, counts, shape, seed, is_first=number == 0 or not options.hash_per_layer)
-        for number, (name, seed) in enumerate(zip(names, seeds, strict=True))
-    )
+    with torch.device("cpu"):  # also where the model is built on another device, or on none
+        return HashTables(
+            build_table(name, symbols, counts, shape, seed, is_first=number == 0 or not options.hash_per_layer)
+            for number, (name, seed) in enumerate(zip(names, seeds, strict=True))
+        )

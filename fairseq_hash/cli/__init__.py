@@ -5,11 +5,11 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from fairseq_hash.cli import checkpoint, report, tables
+from fairseq_hash.cli import checkpoint, evaluate, plan, report, tables
 from fairseq_hash.errors import UserError
 from fairseq_hash.provenance import __version__
 
-VERBS = (tables, checkpoint, report)
+VERBS = (tables, plan, evaluate, checkpoint, report)
 
 
 class Parser(argparse.ArgumentParser):

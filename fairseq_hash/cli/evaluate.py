@@ -1,0 +1,29 @@
+"""`fairseq-hash evaluate`: trained runs on their validation and test data."""
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the verb `evaluate`."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="evaluate trained runs by fairseq-eval-lm, each with its own data, context and device",
+        description="Evaluate the checkpoint of each run by fairseq-eval-lm as the run was trained, into "
+        "eval-SUBSET.log in its folder, where fairseq-hash report finds it. What is done stays done.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished training")
+    parser.add_argument("--subsets", default="valid,test", metavar="LIST", help="comma separated; default valid,test")
+    parser.add_argument("--checkpoint", default="best", choices=("best", "last"), help="which; default best")
+    parser.add_argument("--again", action="store_true", help="also what is done already")
+    parser.add_argument("--data", metavar="DIR", help="binarized data; default: what the run was trained on")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Evaluate one run after another."""
+    from fairseq_hash.experiments.evaluate import evaluate_run
+
+    subsets = [name.strip() for name in arguments.subsets.split(",") if name.strip()]
+    for folder in arguments.runs:
+        evaluate_run(folder, subsets, arguments.checkpoint, arguments.again, print, arguments.data)

@@ -1,0 +1,130 @@
+"""`fairseq-hash plan`: what an experiment's configuration means, before anything runs."""
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import Any
+
+from fairseq_hash.errors import UserError
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the verb `plan`."""
+    parser = subparsers.add_parser(
+        "plan",
+        help="sizes, cost and checks of an experiment's configuration, and the same experiment as flags",
+        description="Compose a configuration as fairseq-hydra-train does, and say what it means: parameters, work, "
+        "memory. Without a choice below, the table of one experiment.",
+    )
+    parser.add_argument("--config-dir", type=Path, default=Path("configs"), metavar="DIR", help="default: configs")
+    parser.add_argument("--config-name", metavar="NAME", help="experiment, such as reddit/hash_1x64")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as fairseq-hydra-train takes them")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks (GPUs) that are to train, default 1")
+    parser.add_argument(
+        "--tflops", type=float, default=300.0, help="what one GPU really does, in 10^12 FLOPs/s; default 300"
+    )
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--list", action="store_true", help="names of all experiments")
+    choice.add_argument("--all", action="store_true", help="sizes of all experiments, as Markdown")
+    choice.add_argument("--check", action="store_true", help="only check data, files and ranks: one line on an error")
+    choice.add_argument("--flags", action="store_true", help="the same experiment as arguments of fairseq-train")
+    choice.add_argument("--run-dir", action="store_true", help="only the run's folder")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print what was asked for."""
+    from fairseq_hash.experiments.checks import check_experiment
+    from fairseq_hash.experiments.compose import compose, experiment_names
+    from fairseq_hash.experiments.flags import flags
+
+    if arguments.ranks < 1 or not arguments.tflops > 0:
+        raise UserError("--ranks takes a number of 1 or more, --tflops one of more than 0")
+    if arguments.list:
+        print("\n".join(experiment_names(arguments.config_dir)))
+        return
+    if arguments.all:
+        print_all(arguments.config_dir, arguments.tflops)
+        return
+    if not arguments.config_name:
+        raise UserError("--config-name is missing; fairseq-hash plan --list names all experiments")
+    experiment = compose(arguments.config_dir, arguments.config_name, arguments.overrides)
+    if arguments.run_dir:
+        print(experiment.folder)
+    elif arguments.flags:
+        print(shlex.join(flags(experiment.config)))
+    elif arguments.check:
+        check_experiment(experiment, arguments.ranks)
+    else:
+        print_one(experiment, arguments.ranks, arguments.tflops)
+
+
+def print_one(experiment: Any, ranks: int, tflops: float) -> None:
+    """Print one experiment's sizes and cost, and whether it could start."""
+    from fairseq_hash.experiments.checks import check_experiment
+    from fairseq_hash.experiments.sizes import sizes
+
+    of = sizes(experiment)
+    precision = "bf16" if experiment.config.common.bf16 else "fp32"
+    try:
+        check_experiment(experiment, ranks)
+        state = f"all is there for {ranks} rank{'s' if ranks > 1 else ''}"
+    except UserError as error:
+        state = f"not yet: {error}"
+    rows = {
+        "Parameters": f"{of.total:,}, of which experts {of.expert_parameters:,}",
+        "Parameters that a token uses": f"{of.active:,}",
+        "Work for a token, forward": f"{of.flops_per_token / 1e9:.4g} GFLOPs, "
+        f"and {of.attention_flops_per_token / 1e9:.4g} of attention over a full context",
+        "Batch": f"{of.tokens_per_update:,} tokens, {of.updates:,} updates, "
+        f"{of.tokens_per_update * of.updates / 1e9:.3g} billion tokens",
+        "Training": f"{of.training_flops:.3g} FLOPs: {gpu_hours(of.training_flops, tflops)} at {tflops:g} TFLOPs/s",
+        "Weights, gradients and Adam": f"{of.state_bytes(ranks, precision) / 1e9:.3g} GB a rank, {precision}, with the "
+        f"experts shared by {ranks}; activations come on top",
+        "Published": ", ".join(f"{key} {value}" for key, value in experiment.about["published"].items()) or "–",
+        "Folder": str(experiment.folder),
+        "To start": state,
+    }
+    print(experiment.name)
+    for heading, text in rows.items():
+        print(f"  {heading:<30}{text}")
+
+
+def print_all(config_dir: Path, tflops: float) -> None:
+    """Print the sizes of all experiments as a Markdown table, those of a folder beside its dense one."""
+    import pandas as pd
+    from rich.progress import track
+
+    from fairseq_hash.experiments.compose import compose, experiment_names
+    from fairseq_hash.experiments.sizes import sizes
+    from fairseq_hash.reporting.table import count_text, markdown
+
+    rows, dense = [], {}
+    for name in track(experiment_names(config_dir), "composing", transient=True):
+        missing = ["checkpoint.finetune_from_model=checkpoint_best.pt"] if name.endswith("finetune") else []
+        experiment = compose(config_dir, name, missing)
+        of = sizes(experiment)
+        dense[name] = of.total
+        base = dense.get(f"{name.partition('/')[0]}/dense")
+        published = experiment.about["published"]
+        rows.append(
+            {
+                "Experiment": f"`{name}`",
+                "Parameters": count_text(of.total),
+                "More than dense": "–" if base is None else count_text(of.total - base),
+                "Active": count_text(of.active),
+                "GFLOPs a token": f"{of.flops_per_token / 1e9:.4g}",
+                "Tokens an update": f"{of.tokens_per_update:,}",
+                "Updates": f"{of.updates:,}",
+                "Cost": gpu_hours(of.training_flops, tflops),
+                "Published valid": published.get("valid", "–"),
+                "Published test": published.get("test", "–"),
+            }
+        )
+    print(markdown(pd.DataFrame(rows)))
+
+
+def gpu_hours(flops: float, tflops: float) -> str:
+    """Return the time that one GPU of `tflops` x 10^12 FLOPs/s needs, as text."""
+    hours = flops / (tflops * 1e12) / 3600
+    return f"{hours:,.0f} GPU hours" if hours >= 10 else f"{hours * 60:.2g} GPU minutes"

@@ -1,0 +1,58 @@
+"""Whether an experiment can run here: its data, its files, and the ranks that are to train it."""
+
+import os
+from pathlib import Path
+
+from fairseq_hash.errors import UserError
+from fairseq_hash.experiments.compose import Experiment
+from fairseq_hash.hashing.build import BUILDERS
+from fairseq_hash.options import SparseOptions
+from fairseq_hash.parallel import choose_size
+from fairseq_hash.training import scaled_update_freq
+
+
+def check_experiment(experiment: Experiment, ranks: int) -> None:
+    """Raise `UserError` for the first thing for which a training on `ranks` ranks would not start."""
+    config = experiment.config
+    options = SparseOptions.from_config(config.model)
+    options.check()
+    if config.dataset.max_tokens < config.task.tokens_per_sample:
+        raise UserError(
+            f"dataset.max_tokens={config.dataset.max_tokens} holds no sample of task.tokens_per_sample="
+            f"{config.task.tokens_per_sample}; make it larger"
+        )
+    meant_for = config.criterion.get("update_freq_ranks", 0)
+    if meant_for:
+        scaled_update_freq(list(config.optimization.update_freq), meant_for, ranks)
+    if options.is_sparse:
+        options.layer_routers(config.model.decoder_layers)
+        choose_size(options.num_experts, ranks, options.expert_parallel_size)
+    check_data(config.task.data, (config.dataset.train_subset, *config.dataset.valid_subset.split(",")))
+    check_files(experiment, options)
+
+
+def check_data(folders: "str | None", subsets: tuple[str, ...]) -> None:
+    """Raise `UserError` where a folder of binarized data, or one of several, lacks a dictionary or a subset."""
+    for place, folder in enumerate((folders or "").split(os.pathsep)):
+        wanted = subsets if place == 0 else subsets[:1]  # fairseq reads other folders for training only
+        names = ["dict.txt", *(f"{subset}.{kind}" for subset in wanted for kind in ("bin", "idx"))]
+        missing = [name for name in names if not (Path(folder) / name).is_file()]
+        if not folder or missing:
+            raise UserError(
+                f"task.data={folder} holds no {missing[0]}; prepare the data (python -m data_prep, docs/experiments.md "
+                "has the command), or give their folder as task.data=DIR"
+            )
+
+
+def check_files(experiment: Experiment, options: SparseOptions) -> None:
+    """Raise `UserError` where a table or a checkpoint that the experiment starts from is missing."""
+    config = experiment.config
+    files = [("checkpoint.finetune_from_model", config.checkpoint.finetune_from_model)]
+    files.append(("model.from_dense", options.from_dense))
+    if "hash" in options.routers:
+        files.append(("model.hash_predictor", options.hash_predictor))
+        tables = [name.strip() for name in options.hash_table.split(",")]
+        files += [("model.hash_table", name) for name in tables if name not in BUILDERS]
+    for key, path in files:
+        if path and not Path(path).is_file():
+            raise UserError(f"{key}={path} does not exist; make it first (docs/experiments.md), or give another")

@@ -1,0 +1,144 @@
+"""How large an experiment's model is and what it costs, counted on the model itself, built without memory for weights.
+
+Work is counted in multiply-adds of matrix products, as PyTorch's FlopCounterMode counts them (2 FLOPs each): embedding
+lookups, biases, norms and activations are left out.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.tasks.language_modeling import LanguageModelingTask
+from omegaconf import OmegaConf
+from torch import nn
+
+from fairseq_hash.errors import UserError
+from fairseq_hash.experiments.compose import Experiment
+from fairseq_hash.hashing.build import BUILDERS
+from fairseq_hash.layer import SparseLayer
+from fairseq_hash.model import HashTransformerLanguageModel, count_parameters
+
+# Bytes a parameter while training with Adam. fp32: weight, gradient, two moments. bf16: those, and weight and gradient
+# in half precision besides (fairseq keeps a copy of both in fp32).
+BYTES = {"fp32": 16, "bf16": 20}
+BACKWARD = 2  # a backward pass is two products for each of the forward pass
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of one model and one training.
+
+    Attributes:
+        total: parameters.
+        active: parameters that one token uses.
+        expert_parameters: parameters of all experts, of `total`.
+        flops_per_token: of a forward pass, without attention over the context.
+        attention_flops_per_token: of the products of attention over a full context.
+        tokens_per_update: the batch of all ranks, as the configuration means it.
+        updates: of the whole training.
+    """
+
+    total: int
+    active: int
+    expert_parameters: int
+    flops_per_token: int
+    attention_flops_per_token: int
+    tokens_per_update: int
+    updates: int
+
+    @property
+    def training_flops(self) -> float:
+        """FLOPs of the whole training, forward and backward."""
+        per_token = (1 + BACKWARD) * (self.flops_per_token + self.attention_flops_per_token)
+        return float(per_token) * self.tokens_per_update * self.updates
+
+    def state_bytes(self, ranks: int, precision: str) -> float:
+        """Return the bytes of weights, gradients and Adam's state on one of `ranks` ranks that share the experts."""
+        return BYTES[precision] * (self.total - self.expert_parameters + self.expert_parameters / ranks)
+
+
+def sizes(experiment: Experiment) -> Sizes:
+    """Return the sizes of an experiment, for the vocabulary that it states.
+
+    Raises:
+        UserError: for what the model refuses, and where the experiment states no vocabulary.
+    """
+    model = build_on_meta(experiment)
+    config, layers = experiment.config, config_layers(model)
+    total, active = count_parameters(model)
+    attention = 4 * config.model.decoder_embed_dim * config.task.tokens_per_sample * config.model.decoder_layers
+    batches = config.optimization.update_freq[0] * max(1, config.criterion.update_freq_ranks)
+    return Sizes(
+        total,
+        active,
+        sum(layer.parallel.num_experts * layer.expert_size for layer in layers),
+        2 * _multiplications(model),
+        attention,
+        config.dataset.max_tokens * batches,
+        config.optimization.max_update,
+    )
+
+
+def config_layers(model: nn.Module) -> list[SparseLayer]:
+    """Return the sparse layers of a model."""
+    return [module for module in model.modules() if isinstance(module, SparseLayer)]
+
+
+def _multiplications(model: nn.Module) -> int:
+    """Return the elements of all weights that one token is multiplied with.
+
+    Every weight matrix is one, but for embeddings that no product uses: the output projection may share its weight with
+    the embedding. A stack of experts counts with those that serve a token.
+    """
+    layers = config_layers(model)
+    stacked = {id(parameter) for layer in layers for parameter in layer.experts.parameters()}
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    count = model.decoder.output_projection.weight.numel()
+    counted = stacked | embeddings | {id(model.decoder.output_projection.weight)}
+    count += sum(p.numel() for p in model.parameters() if p.dim() == 2 and id(p) not in counted)
+    for layer in layers:
+        matrices = sum(p[0].numel() for p in layer.experts.parameters() if p.dim() == 3)
+        shared = 0 if layer.shared is None else sum(p[0].numel() for p in layer.shared.parameters() if p.dim() == 3)
+        # The shared expert is a stack of one: its matrices have three dimensions, and were not counted above.
+        count += layer.choices * matrices + shared
+    return count
+
+
+def build_on_meta(experiment: Experiment) -> nn.Module:
+    """Build an experiment's model on PyTorch's meta device: all shapes, no memory.
+
+    A table file, and a model that predicts, need not be there: neither changes a size.
+    """
+    config = OmegaConf.create(OmegaConf.to_container(experiment.config))
+    model = config.model
+    vocabulary = experiment.about.get("vocabulary")
+    if not vocabulary:
+        raise UserError(f"{experiment.name} states no experiment.vocabulary, so its size is not known")
+    if any(table.strip() not in BUILDERS for table in model.hash_table.split(",")):
+        model.hash_table, model.hash_feature = "random", "token"
+    if model.hash_predictor:
+        model.hash_predictor, model.hash_feature = "", "token"
+    with torch.device("meta"), _quiet():
+        return HashTransformerLanguageModel.build_model(model, _task(config, vocabulary))
+
+
+def _task(config: OmegaConf, vocabulary: int) -> LanguageModelingTask:
+    dictionary = Dictionary()
+    dictionary.symbols += [str(number) for number in range(vocabulary)]
+    dictionary.count += range(vocabulary, 0, -1)
+    dictionary.indices.update({symbol: place for place, symbol in enumerate(dictionary.symbols)})
+    return LanguageModelingTask(config.task, dictionary)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the model's own record: this model is not trained."""
+    logger = logging.getLogger("fairseq_hash.model")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before

@@ -21,6 +21,8 @@ VOLATILE = {
 ASIDE = {"experiment", "job_logging_cfg", "scoring"}
 # Hydra has the model's own name, flags have an architecture's; the sizes that it stands for are options themselves.
 MODEL_NAME = "model._name"
+# How ranks add up their gradients changes no result, unless each goes its own way for some updates.
+BACKEND, OWN_WAY = "ddp_backend", "slowmo"
 STOPS = ("optimization.max_update", "optimization.max_epoch")
 # What stands for `update_freq` and the number of ranks.
 BATCHES = "update_freq x ranks"
@@ -32,15 +34,17 @@ def stable(config: dict[str, Any]) -> dict[str, Any]:
     `update_freq` becomes the number of batches of an update over all ranks: on other ranks it may be another number and
     still the same training (`--update-freq-ranks`), or the same number and another training.
     """
-    options = {key: _resolved(config, value) for key, value in config.items() if not _is_aside(key)}
+    options = {key: _resolved(config, value) for key, value in config.items() if not _is_aside(key, value)}
     ranks = options.pop("criterion.update_freq_ranks", 0) or config.get("distributed_training.distributed_world_size")
     if "optimization.update_freq" in options:
         options[BATCHES] = [number * (ranks or 1) for number in options.pop("optimization.update_freq")]
     return options
 
 
-def _is_aside(key: str) -> bool:
-    return key == MODEL_NAME or key.partition(".")[0] in ASIDE or key.rpartition(".")[2] in VOLATILE
+def _is_aside(key: str, value: Any) -> bool:
+    name = key.rpartition(".")[2]
+    is_place = name in VOLATILE or (name == BACKEND and value != OWN_WAY)
+    return is_place or key == MODEL_NAME or key.partition(".")[0] in ASIDE
 
 
 def _resolved(config: dict[str, Any], value: Any) -> Any:

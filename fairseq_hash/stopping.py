@@ -55,6 +55,9 @@ class StopSignals:
         handler = self.handlers_before.get(number)
         if callable(handler):
             handler(number, None)
+        # Launchers signal the ranks that are left when the first one goes: they are to end with this status, too.
+        for own in self.handlers_before:
+            signal.signal(own, signal.SIG_IGN)
         raise SystemExit(EXIT_STATUS)
 
 

@@ -24,5 +24,6 @@ __all__ = [
     "require_supported_fairseq",
     "set_architecture",
     "stopping",
+    "sweeps",
     "training",
 ]

@@ -1,0 +1,27 @@
+# What the SLURM scripts share. A script sources it as its first step, after it has found the checkout:
+# it leaves CHECKOUT as the current folder, and `python` and `fairseq-hash` of its environment on PATH.
+
+say() { echo "$(basename "$SCRIPT"): $*"; }
+fail() { say "$*" >&2; exit 2; }
+
+[[ -n ${SLURM_JOB_ID:-} ]] || fail "this is a job, not a program: sbatch [options of SLURM] $SCRIPT ..."
+cd "$CHECKOUT"
+if [[ -x .venv/bin/python ]]; then
+    PATH=$CHECKOUT/.venv/bin:$PATH
+fi
+command -v python >/dev/null || fail "no .venv in $CHECKOUT and no python on PATH; run bash scripts/test.sh there once"
+export PYTHONPATH=$CHECKOUT${PYTHONPATH:+:$PYTHONPATH} # without .venv the plugin is not installed
+
+# The log of a batch job is a file: nothing may wait in a buffer when the job is killed.
+export PYTHONUNBUFFERED=1
+
+# finish PID: wait for a child, and return its status. A trapped signal interrupts `wait`, not the child.
+finish() {
+    local status
+    while :; do
+        interrupted=
+        status=0
+        wait "$1" || status=$?
+        [[ -n $interrupted ]] || return "$status"
+    done
+}

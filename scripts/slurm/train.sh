@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=train
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# Train on the nodes of the allocation, one task a GPU; go on where the last start of this run was stopped (docs/slurm.md):
+#     sbatch --nodes 4 --gpus-per-node 8 scripts/slurm/train.sh --config-name reddit/hash_1x64 [hydra overrides]
+# Without GPUs one task for each that is asked for, on the CPU:
+#     sbatch --nodes 2 --ntasks-per-node 1 --cpus-per-task 8 scripts/slurm/train.sh --config-name laptop/hash
+set -euo pipefail
+SCRIPT=scripts/slurm/train.sh
+CHECKOUT=${SLURM_SUBMIT_DIR:-$PWD}
+if [[ ! -f $CHECKOUT/scripts/slurm/common.sh ]]; then
+    echo "train.sh: $CHECKOUT is no checkout of fairseq_hash; submit in one: cd CHECKOUT && sbatch $SCRIPT ..." >&2
+    exit 2
+fi
+. "$CHECKOUT/scripts/slurm/common.sh"
+
+readonly STOPPED=75 # fairseq_hash.stopping.EXIT_STATUS: saved, the same command goes on
+
+# The signals come to this shell; the tasks get them through their srun.
+stop='' step='' interrupted=''
+note() {
+    interrupted=yes
+    stop=${stop:-$1}
+    say "SIG$1: the tasks save and stop"
+    [[ -z $step ]] || kill -s "$1" "$step" 2>/dev/null || true
+}
+trap 'note USR1' USR1
+trap 'note TERM' TERM
+
+# Whether SLURM wants the nodes back, and the job is to go on later; a user who cancels it wants neither.
+is_to_go_on() {
+    # Preempted, with a GraceTime: the tasks get SIGTERM, this shell gets nothing.
+    [[ $stop == USR1 ]] || scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'
+}
+
+requeue() {
+    say "back into the queue: $1"
+    scontrol requeue "$SLURM_JOB_ID" || fail "SLURM does not requeue job $SLURM_JOB_ID; submit it again, it goes on where it was"
+    trap - TERM USR1
+    sleep 60 # SLURM ends this shell
+    exit "$STOPPED"
+}
+
+# Tasks and what they compute on.
+arguments=("$@")
+[[ " $*" == *" --config-dir"* || " $*" == *" -cd"* ]] || arguments=(--config-dir configs "$@")
+gpus=${SLURM_GPUS_ON_NODE:-0}
+if ((gpus > 0)); then
+    tasks=$((gpus * SLURM_JOB_NUM_NODES))
+    layout=(--ntasks "$tasks" --ntasks-per-node "$gpus" --gpu-bind none)
+else
+    tasks=${SLURM_NTASKS:-$SLURM_JOB_NUM_NODES}
+    layout=(--ntasks "$tasks")
+    [[ " $*" == *" cluster="* ]] || arguments+=(cluster=cpu)
+fi
+[[ -z ${SLURM_CPUS_PER_TASK:-} ]] || layout+=(--cpus-per-task "$SLURM_CPUS_PER_TASK")
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+
+# Pre-flight: what would fail on all nodes fails here, in one line.
+fairseq-hash plan "${arguments[@]}" --ranks "$tasks" --check &
+finish $! || exit 1
+folder=$(fairseq-hash plan "${arguments[@]}" --ranks "$tasks" --run-dir)
+mkdir -p "$folder/slurm"
+this=$folder/slurm/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+python scripts/slurm/record.py "$tasks" "${arguments[@]}" >"$this.json"
+if [[ -n $stop ]]; then
+    is_to_go_on && requeue "the signal came before the tasks were started"
+    exit "$STOPPED"
+fi
+
+# Rendezvous: env://, which fairseq prefers where it finds these variables.
+read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MASTER_ADDR MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) WORLD_SIZE=$tasks
+say "$tasks tasks on $SLURM_JOB_NODELIST; run folder $folder; start $((${SLURM_RESTART_COUNT:-0} + 1)) of job $SLURM_JOB_ID"
+srun "${layout[@]}" --kill-on-bad-exit=1 --output "$this-%t.out" \
+    bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec python -m fairseq_cli.hydra_train "$@"' \
+    task "${arguments[@]}" &
+step=$!
+[[ -z $stop ]] || kill -s "$stop" "$step" 2>/dev/null || true
+
+status=0
+finish "$step" || status=$?
+case $status in
+0) say "done" ;;
+"$STOPPED")
+    say "$(grep -h -o 'stopped by .*' "$this-0.out" | tail -n 1)"
+    if is_to_go_on; then requeue "it goes on from there"; fi
+    ;;
+*)
+    # Above 128 a signal ended a task: it came before training had begun, or it was SLURM's last one.
+    if ((status > 128)) && is_to_go_on; then requeue "a signal ended a task before it could save (status $status)"; fi
+    say "failed with status $status; see $this-*.out" >&2
+    ;;
+esac
+exit "$status"

@@ -1,7 +1,7 @@
 """Every place where fairseq's own behaviour is changed, and why. Everything else uses fairseq's public hooks."""
 
 # Importing them makes the changes.
-from fairseq_hash.seams import checkpoints, configuration, distributed, stopping, training
+from fairseq_hash.seams import checkpoints, configuration, distributed, stopping, sweeps, training
 from fairseq_hash.seams.building import (
     allow_bf16_without_tpu,
     language_model_decoder,

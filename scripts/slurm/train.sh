@@ -51,8 +51,10 @@ if ((gpus > 0)); then
     tasks=$((gpus * SLURM_JOB_NUM_NODES))
     layout=(--ntasks "$tasks" --ntasks-per-node "$gpus" --gpu-bind none)
 else
-    tasks=${SLURM_NTASKS:-$SLURM_JOB_NUM_NODES}
-    layout=(--ntasks "$tasks")
+    # By node where that was asked for: SLURM_NTASKS stays as it was when a waiting job gets another number of nodes.
+    each=${SLURM_NTASKS_PER_NODE:-}
+    tasks=$((each ? each * SLURM_JOB_NUM_NODES : ${SLURM_NTASKS:-$SLURM_JOB_NUM_NODES}))
+    layout=(--ntasks "$tasks" ${each:+--ntasks-per-node "$each"})
     [[ " $*" == *" cluster="* ]] || arguments+=(cluster=cpu)
 fi
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || layout+=(--cpus-per-task "$SLURM_CPUS_PER_TASK")

@@ -8,7 +8,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add the verb `report`."""
     parser = subparsers.add_parser(
         "report",
-        help="compare runs: table, learning curves, expert loads, and a page with all of it",
+        help="compare runs: tables, learning curves, perplexity by experts, expert loads, and a page with all of it",
         description="Compare runs by their own logs. Runs that differ in their seed only are averaged; runs that are "
         "incomplete or were evaluated otherwise than the others are listed with the reason and left out.",
     )
@@ -17,7 +17,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         nargs="+",
         type=Path,
         metavar="RUN",
-        help="folder of a run: fairseq-train's output (with --log-format json) and fairseq-eval-lm's outputs, each in "
+        help="folder of a run, or a folder with run folders at any depth below it; a run folder holds the output of "
+        "fairseq-train (with --log-format json) or of fairseq-hydra-train, and the outputs of fairseq-eval-lm, each in "
         "a file that ends in .log or .out",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to, made where missing")

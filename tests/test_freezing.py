@@ -9,7 +9,7 @@ import ranks
 import recorded
 import torch
 from fairscale.nn.wrap.auto_wrap import ConfigAutoWrap
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, utils
 from freezing_ranks import END, STOP, copy_of, parameters_of, stop_and_go_on
 from plugin import build
 from test_exactness import TOLERANCE, relative, whole
@@ -203,6 +203,14 @@ def test_half_precision(data, tmp_path, freeze):
         *(t.optimizer.optimizer.state_dict()["state"].values() for t in (trainer, again)), strict=True
     ):
         assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(other[key])) for key, value in one.items())
+
+
+def test_gradients_of_nothing_but_shared_experts_are_clipped():
+    """fairseq alone says 0, and scales nothing."""
+    expert = torch.nn.Parameter(torch.ones(4))
+    expert.expert, expert.grad = True, torch.full((4,), 3.0)
+    norm = utils.clip_grad_norm_([expert], 1.5, lambda others: (others.square() + expert.grad.square().sum()).sqrt())
+    assert float(norm) == 6 and expert.grad.tolist() == pytest.approx([0.75] * 4)
 
 
 def test_refusals(data, monkeypatch):

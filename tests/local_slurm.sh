@@ -64,10 +64,10 @@ start() {
     for number in $(seq "$nodes"); do
         grep -q "[[:space:]]n$number\$" /etc/hosts || echo "127.0.0.1 n$number" >>/etc/hosts
     done
-    if [[ ! -S /run/munge/munge.socket.2 ]]; then
+    if ! munge --no-input >/dev/null 2>&1; then
         mkdir -p /run/munge
         chown munge: /run/munge
-        runuser -u munge -- munged --pid-file /run/munge/munged.pid
+        runuser -u munge -- munged --force --pid-file /run/munge/munged.pid # also where a socket was left behind
         cp /run/munge/munged.pid "$dir/munged.pid"
     fi
     slurmctld

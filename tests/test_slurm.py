@@ -19,6 +19,8 @@ pytestmark = pytest.mark.slurm
 
 UPDATES = 150
 LIMIT = 300
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+START_SOON = "StartTime=now+3"  # within the second in which it was stopped, SLURM's nodes refuse it
 LOCAL = str(Path(__file__).parent / "local_slurm.sh")
 ONE_TASK = ("--nodes", "1", "--ntasks", "1")
 TWO_NODES = ("--nodes", "2", "--ntasks-per-node", "1", "--exclusive")
@@ -83,24 +85,37 @@ class Job:
         """Return the batch shell's output."""
         return self.out.read_text() if self.out.is_file() else ""
 
-    def wait(self, *states):
-        """Wait until the job is in one of these states, and return it."""
-        wait_until(lambda: self.facts()["JobState"] in states, lambda: f"{self.facts()}\n{self.said()}")
+    def state(self):
+        """Return the job's state."""
         return self.facts()["JobState"]
+
+    def about(self):
+        """Return what is known, for a test that fails."""
+        return f"{self.facts()}\n{self.said()}"
 
     def wait_for_end(self):
         """Wait until the job has ended for good, and return its state."""
-        return self.wait("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+        wait_until(lambda: self.state() in ENDED, self.about)
+        return self.state()
+
+    def wait_for(self, is_there):
+        """Wait for something that the job is to do before it ends."""
+
+        def is_there_before_the_end():
+            assert self.state() not in ENDED or is_there(), self.about()
+            return is_there()
+
+        wait_until(is_there_before_the_end, self.about)
 
     def wait_for_update(self, log, update):
         """Wait until a run's log has an update."""
         record = f'"num_updates": "{update}"'
-        wait_until(lambda: log.is_file() and record in log.read_text(), lambda: f"{self.facts()}\n{self.said()}")
+        self.wait_for(lambda: log.is_file() and record in log.read_text())
 
     def start_again(self, *changes):
-        """Wait until the job is back in the queue, change it, and start it now: SLURM itself waits two minutes."""
-        self.wait("PENDING")
-        slurm("scontrol", "update", f"JobId={self.id}", "StartTime=now", *changes)
+        """Wait until the job is back in the queue, change it, and start it soon: SLURM itself waits two minutes."""
+        self.wait_for(lambda: self.state() == "PENDING")
+        slurm("scontrol", "update", f"JobId={self.id}", START_SOON, *changes)
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +236,7 @@ def test_a_job_of_a_sweep_goes_on_after_its_signal(tiny, uninterrupted):
         slurm("scancel", "--signal=USR2", job)
         waiting = ("squeue", "--noheader", "--format=%A", "--states=PENDING", "--name=hydra_train")
         wait_until(lambda: slurm(*waiting), said)
-        slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+        slurm("scontrol", "update", f"JobId={job}", START_SOON)
         assert process.wait(LIMIT) == 0, said()
     finally:
         process.kill()

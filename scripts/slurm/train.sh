@@ -37,9 +37,10 @@ is_to_go_on() {
 
 requeue() {
     say "back into the queue: $1"
+    trap '' USR1
+    trap - TERM # with which SLURM ends this shell
     scontrol requeue "$SLURM_JOB_ID" || fail "SLURM does not requeue job $SLURM_JOB_ID; submit it again, it goes on where it was"
-    trap - TERM USR1
-    sleep 60 # SLURM ends this shell
+    sleep 60
     exit "$STOPPED"
 }
 

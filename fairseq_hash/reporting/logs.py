@@ -40,7 +40,7 @@ class TrainingLog:
         model: the model's record (fairseq_hash.model), None where the log has none.
         intervals: statistics of every log interval by its last update, numbers as int or float.
         validations: statistics of every validation by its update, without their prefix `valid_`.
-        wall_seconds: time over all sessions, as fairseq counts it.
+        wall_seconds: time over all sessions: of a resumed one from its checkpoint on, without what was done again.
         finished: when the training was done, None while it is not.
         stopped_by: the signal that ended the last session (`SIGTERM`), None where none did.
         dictionary_types: the number of the dictionary's symbols, fairseq's own included; None where the log has none.
@@ -54,6 +54,7 @@ class TrainingLog:
     finished: "datetime | None" = None
     stopped_by: "str | None" = None
     dictionary_types: "int | None" = None
+    _resumed: "tuple[datetime, float] | None" = field(default=None, repr=False, compare=False)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -64,6 +65,19 @@ class TrainingLog:
     def updates(self) -> int:
         """The last update that the log tells of."""
         return max([0, *self.intervals, *self.validations])
+
+    def resume(self, update: int, time: datetime) -> None:
+        """Forget what came after a checkpoint's update, and count time from there: fairseq's clock then stays at 0."""
+        self.rewind(update)
+        walls = [values["wall"] for values in self.intervals.values() if "wall" in values]
+        self._resumed = time, max(walls, default=0.0)
+
+    def wall_at(self, time: datetime, logged: float) -> float:
+        """Return the seconds of training at a time: those that fairseq logged, unless the session was resumed."""
+        if self._resumed is None:
+            return logged
+        start, before = self._resumed
+        return before + (time - start).total_seconds()
 
     def rewind(self, update: int) -> None:
         """Forget what came after an update: a session starts from there."""
@@ -128,7 +142,7 @@ def read_training(lines: Iterable[Line]) -> "TrainingLog | None":
     for line in lines:
         if line.source == "fairseq_cli.train" and line.message.startswith("{"):
             log.configs.append(parse_config(line.message))
-            log.finished, log.stopped_by, evaluating = None, None, False
+            log.finished, log.stopped_by, log._resumed, evaluating = None, None, None, False
         elif line.source == "fairseq_cli.eval_lm":
             evaluating = True
         elif not log.configs:
@@ -140,7 +154,7 @@ def read_training(lines: Iterable[Line]) -> "TrainingLog | None":
         elif line.source == "fairseq.trainer" and (
             loaded := re.match(r"Loaded checkpoint .* @ (\d+) updates", line.message)
         ):
-            log.rewind(int(loaded[1]))
+            log.resume(int(loaded[1]), line.time)
         elif not evaluating and (types := re.match(r"dictionary: (\d+) types", line.message)):
             log.dictionary_types = int(types[1])
         elif stopped := re.match(r"stopped by (SIG\w+) at update", line.message):
@@ -167,6 +181,8 @@ def _add_statistics(log: TrainingLog, line: Line) -> None:
         values = statistics(line)
     except ValueError:
         return  # the process was killed while it wrote
+    if "wall" in values:
+        values["wall"] = log.wall_at(line.time, values["wall"])
     update = values.get("num_updates")
     if isinstance(update, int) and line.source != "train":
         (log.intervals if line.source == "train_inner" else log.validations)[update] = values

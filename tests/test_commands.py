@@ -4,10 +4,14 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from plugin import USER_DIR, command, losses, records, train, train_arguments
+
+from fairseq_hash.experiments.compose import compose
+from fairseq_hash.experiments.flags import flags
 
 SPARSE = ("--sparse-layers", "1", "--num-experts", "4")
 ROUTERS = {
@@ -100,57 +104,33 @@ def test_half_precision_trains(data, tmp_path, precision):
 
 
 def test_hydra_train_is_the_same_run(data, tmp_path):
-    """The same experiment by fairseq-train's flags and by fairseq-hydra-train's keys; a router for each layer."""
-    routers = ("--router", "hash,switch", "--sparse-layers", "0,1")
-    flags = train(data, tmp_path / "flags", *ROUTERS["switch"], *routers, "--no-save")
-    keys = [
-        "task=language_modeling",
-        f"task.data={data}",
-        "task.tokens_per_sample=16",
-        f"common.user_dir={USER_DIR}",
-        "common.cpu=true",
-        "common.seed=5",
-        "common.log_format=json",
-        "common.log_interval=1",
-        "dataset.max_tokens=256",
-        "dataset.max_tokens_valid=256",
-        "optimization.lr=[3e-3]",
-        "optimization.clip_norm=0.5",
-        "optimization.max_update=8",
-        "checkpoint.no_save=true",
-        "optimizer=adam",
-        "lr_scheduler=fixed",
-        "criterion._name=hash_moe",
-        "+model._name=hash_transformer_lm",
-        "+model.decoder_layers=2",
-        "+model.decoder_embed_dim=16",
-        "+model.decoder_input_dim=16",
-        "+model.decoder_output_dim=16",
-        "+model.decoder_ffn_embed_dim=32",
-        "+model.decoder_attention_heads=2",
-        "+model.decoder_normalize_before=true",
-        "+model.share_decoder_input_output_embed=true",
-        "+model.dropout=0",
-        "+model.router='hash,switch'",
-        "+model.sparse_layers='0,1'",
-        "+model.num_experts=4",
-        "+model.capacity_factor=1.25",
-        "+model.router_jitter=0.01",
-        f"hydra.run.dir={tmp_path / 'hydra'}",
-    ]
-    done = command("hydra_train", *(key.replace(str(data), f"'{data}'") for key in keys))
-    assert losses(done) == losses(flags) and len(losses(done)) == 8
+    """An experiment of `configs/` by fairseq-hydra-train, and by the flags that `fairseq-hash plan` makes of it."""
+    small = [f"task.data='{data}'", "task.tokens_per_sample=16", "dataset.max_tokens=256", "optimization.max_update=8"]
+    small += ["model.decoder_layers=2", "model.decoder_embed_dim=16", "model.decoder_ffn_embed_dim=32"]
+    small += ["model.router='hash,switch'", "model.sparse_layers='0,1'", "model.num_experts=4", "common.log_interval=1"]
+    small += ["common.seed=5", f"common.user_dir='{USER_DIR}'", "checkpoint.no_save=true"]
+    configs = Path(__file__).parent.parent / "configs"
+    words = flags(compose(configs, "laptop/switch", small).config)
+    by_flags = command("train", *words)
+    folder = f"hydra.run.dir='{tmp_path / 'a run'}'"
+    by_hydra = command("hydra_train", "--config-dir", configs, "--config-name", "laptop/switch", folder, *small)
+    assert losses(by_hydra) == losses(by_flags) and len(losses(by_hydra)) == 8
+    log = (tmp_path / "a run" / "rank0.log").read_text()
+    assert "train_inner" in log and "'name': 'Switch'" in log
+    assert (tmp_path / "a run" / ".hydra" / "overrides.yaml").is_file()
 
 
 def test_two_processes_train_as_one_and_one_evaluates(data, tmp_path):
     """Shared experts under a launcher, with fairseq's default data parallel: the losses of one process with
-    --update-freq 2, and a checkpoint that one process evaluates as the two did.
+    the same options (--update-freq-ranks makes two batches an update on one process, and one on each of two), and a
+    checkpoint that one process evaluates as the two did.
 
     The hash router decides token by token, so nothing depends on how the batch is cut. Losses are printed with three
     decimals; the gradients are summed in another order.
     """
-    one = train(data, tmp_path / "one", *ROUTERS["hash"], "--update-freq", "2", "--no-save")
-    arguments = train_arguments(data, tmp_path / "two", *ROUTERS["hash"], "--distributed-backend", "gloo")
+    batch = ("--update-freq", "2", "--update-freq-ranks", "1")
+    one = train(data, tmp_path / "one", *ROUTERS["hash"], *batch, "--no-save")
+    arguments = train_arguments(data, tmp_path / "two", *ROUTERS["hash"], *batch, "--distributed-backend", "gloo")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fairseq_cli.train"]
     done = subprocess.run(
         [sys.executable, *launcher, *map(str, arguments)], capture_output=True, text=True, timeout=600

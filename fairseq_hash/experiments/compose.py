@@ -67,7 +67,7 @@ def compose(config_dir: Path, name: str, overrides: Sequence[str] = ()) -> Exper
         near = difflib.get_close_matches(name, experiment_names(config_dir), n=3, cutoff=0.3)
         hint = f"; near: {', '.join(near)}" if near else ""
         raise UserError(f"{config_dir} has no experiment {name}{hint} (fairseq-hash plan --list names all)")
-    hydra_init(name)
+    hydra_init()
     before = HydraConfig.instance().cfg
     try:
         with warnings.catch_warnings():  # fairseq asks for Hydra 1.1's behaviour, and Hydra warns of it
@@ -78,6 +78,8 @@ def compose(config_dir: Path, name: str, overrides: Sequence[str] = ()) -> Exper
         return _finished(name, config)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"{name}: {_one_line(error)}") from error
+    except SystemExit as error:  # of `seams.configuration`, where fairseq merges in the defaults
+        raise UserError(f"{name}: {str(error).removeprefix('fairseq_hash: ')}") from error
     finally:
         HydraConfig.instance().cfg = before
 

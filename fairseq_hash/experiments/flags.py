@@ -24,6 +24,8 @@ def flags(config: DictConfig) -> list[str]:
     wanted = OmegaConf.to_container(config)
     words = [wanted["task"]["data"]]
     words += [word for group, flag in CHOSEN.items() for word in (flag, wanted[group]["_name"])]
+    if "total_num_update" in wanted["lr_scheduler"]:  # as flags it has no default, and fairseq stops without one
+        words += ["--total-num-update", str(wanted["lr_scheduler"]["total_num_update"])]
     parser = options.get_training_parser()  # fairseq adds the options of what is chosen to it while it parses
     given = OmegaConf.to_container(convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, words)))
     actions = {action.dest: action for action in parser._actions if action.option_strings}

@@ -56,6 +56,6 @@ def _name_missing_subset(original: Callable[..., Any], task: Any, split: str, *a
         return original(task, split, *args, **kwargs)
     except FileNotFoundError as error:
         raise UserError(
-            f"{task.args.data} has no subset {split} (no {split}.bin and {split}.idx); prepare the data with it, or name "
-            "another one (--train-subset, --valid-subset, --gen-subset)"
+            f"{task.args.data} has no subset {split} (no {split}.bin and {split}.idx); prepare the data with it, or "
+            "name another one (--train-subset, --valid-subset, --gen-subset)"
         ) from error

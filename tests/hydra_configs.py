@@ -25,7 +25,7 @@ checkpoint: {{save_interval_updates: 0}}
 common: {{log_interval: 1, tensorboard_logdir: "${{hydra:runtime.output_dir}}/board"}}
 hydra:
   run: {{dir: "{runs}/${{hydra:job.override_dirname}}/seed${{common.seed}}"}}
-  sweep: {{dir: "{runs}", subdir: "${{hydra:job.override_dirname}}/seed${{common.seed}}"}}
+  sweep: {{dir: "{runs}"}}
 """
 
 

@@ -10,8 +10,11 @@ import pytest
 import torch
 from plugin import USER_DIR, command, losses, records, train, train_arguments
 
+from fairseq_hash.errors import UserError
 from fairseq_hash.experiments.compose import compose
+from fairseq_hash.experiments.evaluate import evaluate_run
 from fairseq_hash.experiments.flags import flags
+from fairseq_hash.reporting.runs import load_run
 
 SPARSE = ("--sparse-layers", "1", "--num-experts", "4")
 ROUTERS = {
@@ -108,9 +111,9 @@ def test_hydra_train_is_the_same_run(data, tmp_path):
     small = [f"task.data='{data}'", "task.tokens_per_sample=16", "dataset.max_tokens=256", "optimization.max_update=8"]
     small += ["model.decoder_layers=2", "model.decoder_embed_dim=16", "model.decoder_ffn_embed_dim=32"]
     small += ["model.router='hash,switch'", "model.sparse_layers='0,1'", "model.num_experts=4", "common.log_interval=1"]
-    small += ["common.seed=5", f"common.user_dir='{USER_DIR}'", "checkpoint.no_save=true"]
+    small += ["common.seed=5", f"common.user_dir='{USER_DIR}'"]
     configs = Path(__file__).parent.parent / "configs"
-    words = flags(compose(configs, "laptop/switch", small).config)
+    words = flags(compose(configs, "laptop/switch", [*small, "checkpoint.no_save=true"]).config)
     by_flags = command("train", *words)
     folder = f"hydra.run.dir='{tmp_path / 'a run'}'"
     by_hydra = command("hydra_train", "--config-dir", configs, "--config-name", "laptop/switch", folder, *small)
@@ -118,6 +121,19 @@ def test_hydra_train_is_the_same_run(data, tmp_path):
     log = (tmp_path / "a run" / "rank0.log").read_text()
     assert "train_inner" in log and "'name': 'Switch'" in log
     assert (tmp_path / "a run" / ".hydra" / "overrides.yaml").is_file()
+
+    # Evaluated as it was trained, into the file where reports look for it; a second call has nothing to do.
+    told = []
+    for _ in range(2):
+        evaluate_run(tmp_path / "a run", ["valid"], "best", again=False, tell=told.append)
+    validated = float(records(by_hydra, "valid")[-1]["valid_ppl"])
+    assert load_run(tmp_path / "a run").evaluations["valid"].perplexity == pytest.approx(validated, abs=0.02)
+    assert told[1].endswith("as evaluated before") and not list((tmp_path / "a run").glob("*.partial"))
+    with pytest.raises(UserError, match="has no checkpoint_other.pt"):
+        evaluate_run(tmp_path / "a run", ["valid"], "other", again=False, tell=told.append)
+    with pytest.raises(UserError, match="fairseq-eval-lm failed with status 1: fairseq_hash: .* has no subset none"):
+        evaluate_run(tmp_path / "a run", ["none"], "best", again=False, tell=told.append)
+    assert not (tmp_path / "a run" / "eval-none.log").exists()
 
 
 def test_two_processes_train_as_one_and_one_evaluates(data, tmp_path):

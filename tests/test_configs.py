@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fairseq_hash.experiments.compose import compose, experiment_names
 from fairseq_hash.experiments.flags import flags
-from fairseq_hash.experiments.sizes import sizes
+from fairseq_hash.experiments.sizes import dense_twin, sizes
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NAMES = experiment_names(CONFIGS)
@@ -88,6 +88,12 @@ def test_the_model_has_the_parameters_that_its_numbers_make(name, composed):
 def test_published_differences_to_dense(sparse, dense, published, composed):
     """In millions, as published; a router's own weights are at most 0.1."""
     assert (composed(sparse)[1].total - composed(dense)[1].total) / 1e6 == pytest.approx(published, abs=0.51)
+
+
+def test_without_its_experts_a_model_is_the_dense_one(composed):
+    """What `plan --all` subtracts."""
+    assert sizes(dense_twin(composed("reddit/hash_5x16")[0])).total == composed("reddit/dense")[1].total
+    assert sizes(dense_twin(composed("stablemoe/base")[0])).total == composed("stablemoe/dense")[1].total
 
 
 @pytest.mark.parametrize("name", ["base_4.5b", "hash_4.5b", "hash_3x_4.5b"])

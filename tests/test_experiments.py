@@ -144,6 +144,13 @@ def test_plan_for_launchers(capsys, data):
     assert error.count("\n") == 1 and "task.data=data/laptop holds no dict.txt" in error
     assert main([*plan, "common.seed=7", "--run-dir"]) == 0
     assert capsys.readouterr().out == "runs/laptop/hash/seed7\n"
+    split = [*plan[:3], "model.num_experts=8", *plan[3:], "--run-dir", "common.seed=3"]
+    assert main(split) == 0
+    assert capsys.readouterr().out == "runs/laptop/hash/model.num_experts=8/seed3\n"
+    with pytest.raises(SystemExit) as stop:
+        main([*plan, "--no-such-option"])
+    assert stop.value.code == 2
+    assert "unrecognized arguments: --no-such-option" in capsys.readouterr().err
     assert main([*plan, "--flags"]) == 0
     assert "--router hash --sparse-layers 1,3" in capsys.readouterr().out
     assert main(["plan", "--config-dir", str(CONFIGS), "--list"]) == 0

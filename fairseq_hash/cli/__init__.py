@@ -27,7 +27,11 @@ def main(argv: "Sequence[str] | None" = None) -> int:
     subparsers = parser.add_subparsers(required=True, metavar="VERB")
     for verb in VERBS:
         verb.add_parser(subparsers)
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse takes those between two options, but not those after a third
+        arguments.overrides += rest
     try:
         arguments.run(arguments)
     except UserError as error:

@@ -91,27 +91,26 @@ def print_one(experiment: Any, ranks: int, tflops: float) -> None:
 
 
 def print_all(config_dir: Path, tflops: float) -> None:
-    """Print the sizes of all experiments as a Markdown table, those of a folder beside its dense one."""
+    """Print the sizes of all experiments as a Markdown table, beside the same model without experts."""
     import pandas as pd
     from rich.progress import track
 
     from fairseq_hash.experiments.compose import compose, experiment_names
-    from fairseq_hash.experiments.sizes import sizes
+    from fairseq_hash.experiments.sizes import dense_twin, sizes
     from fairseq_hash.reporting.table import count_text, markdown
 
-    rows, dense = [], {}
+    rows = []
     for name in track(experiment_names(config_dir), "composing", transient=True):
         missing = ["checkpoint.finetune_from_model=checkpoint_best.pt"] if name.endswith("finetune") else []
         experiment = compose(config_dir, name, missing)
         of = sizes(experiment)
-        dense[name] = of.total
-        base = dense.get(f"{name.partition('/')[0]}/dense")
+        is_dense = experiment.config.model.router == "none"
         published = experiment.about["published"]
         rows.append(
             {
                 "Experiment": f"`{name}`",
                 "Parameters": count_text(of.total),
-                "More than dense": "–" if base is None else count_text(of.total - base),
+                "More than dense": "–" if is_dense else count_text(of.total - sizes(dense_twin(experiment)).total),
                 "Active": count_text(of.active),
                 "GFLOPs a token": f"{of.flops_per_token / 1e9:.4g}",
                 "Tokens an update": f"{of.tokens_per_update:,}",
@@ -126,5 +125,8 @@ def print_all(config_dir: Path, tflops: float) -> None:
 
 def gpu_hours(flops: float, tflops: float) -> str:
     """Return the time that one GPU of `tflops` x 10^12 FLOPs/s needs, as text."""
-    hours = flops / (tflops * 1e12) / 3600
-    return f"{hours:,.0f} GPU hours" if hours >= 10 else f"{hours * 60:.2g} GPU minutes"
+    seconds = flops / (tflops * 1e12)
+    for unit, length in (("hours", 3600), ("minutes", 60)):
+        if seconds >= length:
+            return f"{seconds / length:,.{0 if seconds >= 10 * length else 1}f} GPU {unit}"
+    return "less than a GPU minute"

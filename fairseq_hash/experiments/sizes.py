@@ -7,7 +7,7 @@ lookups, biases, norms and activations are left out.
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from fairseq.data import Dictionary
@@ -67,7 +67,7 @@ def sizes(experiment: Experiment) -> Sizes:
         UserError: for what the model refuses, and where the experiment states no vocabulary.
     """
     model = build_on_meta(experiment)
-    config, layers = experiment.config, config_layers(model)
+    config, layers = experiment.config, sparse_layers(model)
     total, active = count_parameters(model)
     attention = 4 * config.model.decoder_embed_dim * config.task.tokens_per_sample * config.model.decoder_layers
     batches = config.optimization.update_freq[0] * max(1, config.criterion.update_freq_ranks)
@@ -82,7 +82,14 @@ def sizes(experiment: Experiment) -> Sizes:
     )
 
 
-def config_layers(model: nn.Module) -> list[SparseLayer]:
+def dense_twin(experiment: Experiment) -> Experiment:
+    """Return the experiment without its experts: all else is the same."""
+    config = OmegaConf.create(OmegaConf.to_container(experiment.config))
+    config.model.router = "none"
+    return replace(experiment, config=config)
+
+
+def sparse_layers(model: nn.Module) -> list[SparseLayer]:
     """Return the sparse layers of a model."""
     return [module for module in model.modules() if isinstance(module, SparseLayer)]
 
@@ -93,7 +100,7 @@ def _multiplications(model: nn.Module) -> int:
     Every weight matrix is one, but for embeddings that no product uses: the output projection may share its weight with
     the embedding. A stack of experts counts with those that serve a token.
     """
-    layers = config_layers(model)
+    layers = sparse_layers(model)
     stacked = {id(parameter) for layer in layers for parameter in layer.experts.parameters()}
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     count = model.decoder.output_projection.weight.numel()

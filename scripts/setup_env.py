@@ -215,7 +215,7 @@ def make(torch: str) -> None:
     pins = ["-c", PINS.relative_to(ROOT)] if sys.version_info[:2] == PINNED_PYTHON and not torch else []
     with step(3, f"installing torch {torch or TORCH} and the packages" + (f" pinned in {PINS.name}" if pins else "")):
         # Relative paths: pip reads brackets, '#' and '%' in an argument as more than a path.
-        packages = [f"torch=={torch or TORCH}", f"./{fairseq_wheel().relative_to(ROOT)}", "-e", ".[test]"]
+        packages = [f"torch=={torch or TORCH}", f"./{fairseq_wheel().relative_to(ROOT)}", "-e", ".[test,sweeps]"]
         run(venv_python, "-m", "pip", "install", "--no-input", "--disable-pip-version-check", *pins, *packages)
     write_state({**state, "complete": True, "packages": installed()})
 

@@ -5,6 +5,10 @@ import re
 import shutil
 from pathlib import Path
 
+import hydra
+import pytest
+
+needs_current_hydra = pytest.mark.skipif(hydra.__version__ < "1.3", reason="Hydra 1.0, of the fairseq release")
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "tiny/hash"
 EXPERIMENT = """

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra_configs import needs_current_hydra
 from plugin import USER_DIR, command, losses, records, train, train_arguments
 
 from fairseq_hash.errors import UserError
@@ -106,6 +107,7 @@ def test_half_precision_trains(data, tmp_path, precision):
     assert [float(x) for x in losses(done)] == pytest.approx([float(x) for x in losses(exact)], abs=0.1)
 
 
+@needs_current_hydra
 def test_hydra_train_is_the_same_run(data, tmp_path):
     """An experiment of `configs/` by fairseq-hydra-train, and by the flags that `fairseq-hash plan` makes of it."""
     small = [f"task.data='{data}'", "task.tokens_per_sample=16", "dataset.max_tokens=256", "optimization.max_update=8"]

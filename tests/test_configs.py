@@ -11,6 +11,7 @@ from fairseq import options
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.tasks.language_modeling import LanguageModelingTask
+from hydra_configs import needs_current_hydra
 from omegaconf import OmegaConf
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,6 +21,7 @@ from fairseq_hash.experiments.flags import flags
 from fairseq_hash.experiments.sizes import dense_twin, sizes
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+pytestmark = needs_current_hydra
 NAMES = experiment_names(CONFIGS)
 SPECIAL_SYMBOLS = 4  # of fairseq's dictionaries
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from hydra_configs import needs_current_hydra
 
 from fairseq_hash.cli import main
 from fairseq_hash.errors import UserError
@@ -11,6 +12,7 @@ from fairseq_hash.experiments.compose import compose, experiment_names
 from fairseq_hash.training import scaled_update_freq
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+pytestmark = needs_current_hydra
 
 
 @pytest.mark.parametrize(

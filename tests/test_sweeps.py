@@ -1,13 +1,17 @@
 """The runs of a sweep are what each of them is alone, also where one process does several."""
 
-from hydra_configs import logged, write_configs
+import pytest
+from hydra_configs import logged, needs_current_hydra, write_configs
 from plugin import command
+
+pytestmark = needs_current_hydra
 
 UPDATES = 6
 VALIDATED = ("dataset.disable_validation=false", "dataset.validate_interval_updates=3")
 
 
 def test_runs_that_share_a_process_are_as_runs_alone(data, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="pip install '.[sweeps]'")
     chosen = (*write_configs(tmp_path, data, UPDATES), *VALIDATED)
     # Two processes for three runs, and the last one is the worst: it is not better than any before.
     rates = "optimization.lr=[0.01],[0.02],[0.0001]"

@@ -61,6 +61,10 @@ def compose(config_dir: Path, name: str, overrides: Sequence[str] = ()) -> Exper
     Raises:
         UserError: with one line, where there is no such experiment, key, option or value.
     """
+    if tuple(map(int, hydra.__version__.split(".")[:2])) < (1, 3):  # that of the fairseq release is 1.0
+        raise UserError(
+            f"the configurations need Hydra 1.3, this is {hydra.__version__}; use the project's set-up, or flags"
+        )
     if not config_dir.is_dir():
         raise UserError(f"{config_dir} is no folder; give the folder of the configurations (--config-dir configs)")
     if not (config_dir / f"{name}.yaml").is_file():

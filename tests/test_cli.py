@@ -68,7 +68,9 @@ def test_report_refusals(made, tmp_path):
     run = made / "dense5"
     assert "was given twice; name each run once" in refused("report", run, run, "--out", tmp_path / "out")
     assert "is not a folder; " in refused("report", tmp_path / "none", "--out", tmp_path / "out")
-    assert "holds no log; " in refused("report", tmp_path, "--out", tmp_path / "out")
+    assert "holds no log, and no folder below it a training log; " in refused(
+        "report", tmp_path, "--out", tmp_path / "out"
+    )
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("*.pt"))
     text = (run / "train.log").read_text()
     (tmp_path / "run" / "train.log").write_text(text[: text.index("done training")])

@@ -8,7 +8,8 @@ from pathlib import Path
 import hydra
 import pytest
 
-needs_current_hydra = pytest.mark.skipif(hydra.__version__ < "1.3", reason="Hydra 1.0, of the fairseq release")
+IS_CURRENT = tuple(map(int, hydra.__version__.split(".")[:2])) >= (1, 3)
+needs_current_hydra = pytest.mark.skipif(not IS_CURRENT, reason="Hydra 1.0, of the fairseq release")
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "tiny/hash"
 EXPERIMENT = """

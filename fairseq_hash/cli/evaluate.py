@@ -16,7 +16,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--subsets", default="valid,test", metavar="LIST", help="comma separated; default valid,test")
     parser.add_argument("--checkpoint", default="best", choices=("best", "last"), help="which; default best")
     parser.add_argument("--again", action="store_true", help="also what is done already")
-    parser.add_argument("--data", metavar="DIR", help="binarized data; default: what the run was trained on")
     parser.set_defaults(run=run)
 
 
@@ -26,4 +25,4 @@ def run(arguments: argparse.Namespace) -> None:
 
     subsets = [name.strip() for name in arguments.subsets.split(",") if name.strip()]
     for folder in arguments.runs:
-        evaluate_run(folder, subsets, arguments.checkpoint, arguments.again, print, arguments.data)
+        evaluate_run(folder, subsets, arguments.checkpoint, arguments.again, print)

@@ -13,10 +13,10 @@ from fairseq_hash.reporting.runs import Run, load_run
 SUBSETS = ("valid", "test")
 
 
-def evaluation_command(run: Run, checkpoint: Path, subset: str, data: "str | None" = None) -> list[str]:
-    """Return the command that evaluates a run's checkpoint with the run's own context, batch and device."""
+def evaluation_command(run: Run, checkpoint: Path, subset: str) -> list[str]:
+    """Return the command that evaluates a run's checkpoint with the run's own data, context, batch and device."""
     config = run.training.config
-    command = [sys.executable, "-m", "fairseq_cli.eval_lm", data or config["task.data"]]
+    command = [sys.executable, "-m", "fairseq_cli.eval_lm", config["task.data"]]
     command += ["--user-dir", str(Path(fairseq_hash.__file__).parent), "--path", str(checkpoint)]
     command += ["--gen-subset", subset, "--tokens-per-sample", str(config["task.tokens_per_sample"])]
     command += ["--sample-break-mode", str(config["task.sample_break_mode"])]
@@ -30,7 +30,6 @@ def evaluate_run(
     which: str,
     again: bool,
     tell: Callable[[str], None],
-    data: "str | None" = None,
 ) -> None:
     """Evaluate one run on each subset; the output goes to `eval-SUBSET.log` in its folder.
 
@@ -54,11 +53,11 @@ def evaluate_run(
     for subset in subsets:
         known = run.evaluations.get(subset)
         is_done = known is not None and known.perplexity is not None and known.time >= run.training.finished
-        if is_done and Path(known.checkpoint).name == checkpoint.name and not again and data is None:
+        if is_done and Path(known.checkpoint).name == checkpoint.name and not again:
             tell(f"{folder} {subset}: perplexity {known.perplexity:.2f}, as evaluated before")
             continue
         log = folder / f"eval-{subset}.log"
-        _run(evaluation_command(run, checkpoint, subset, data), log)
+        _run(evaluation_command(run, checkpoint, subset), log)
         done = load_run(folder).evaluations.get(subset)
         tell(f"{folder} {subset}: perplexity {done.perplexity:.2f}")
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Shared experts: our sparse layer beside fairscale's `MOELayer`, on the CPU, one process of one thread a rank.
+"""Shared experts: where the time of our sparse layer goes, beside fairscale's `MOELayer`, on the CPU over gloo.
 
-    python benchmarks/expert_parallel.py [--processes P] [--experts E ...] [--out FILE]
+    python benchmarks/communication.py [--processes P] [--experts E ...] [--json FILE] [--out FILE]
 
-Every rank has T tokens, whose Zipf-distributed ids a balanced hash table gives to E experts: D to F, ReLU, F to D. All
-candidates run forward and backward (gradients of input and parameters), in turn, in one run. A call takes as long as
-its slowest rank, after a barrier. Ratios are taken within a round: the median (smallest to largest) of all rounds.
+One process of one thread a rank. Every rank has T tokens, whose Zipf-distributed ids a balanced hash table gives to E
+experts: D to F, ReLU, F to D. All candidates run forward and backward (gradients of input and parameters), in turn, in
+one run. A call takes as long as its slowest rank, after a barrier. Ratios are taken within a round: the median
+(quartiles) of all rounds.
 
 - ours: `SparseLayer` with a hash route. The plan is made within the call, with its exchange of split sizes.
 - top-1: `MOELayer` with a gate of the same hash route, nothing dropped: its buffers have C rows, the largest load that
@@ -13,7 +14,6 @@ its slowest rank, after a barrier. Ratios are taken within a round: the median (
 - top-2: `MOELayer` with its own `Top2Gate`, what its users get: two experts a token, so twice the rows, in buffers of
   2 T / E rows, beyond which it drops. Without the gradient of its auxiliary loss.
 - dense: T rows through one network of the same width on each rank.
-- experts: our experts alone, on rows that were dispatched before.
 
 `outside` is 1 - experts / ours: the share of our time outside the experts, that is plan, dispatch, exchange, combine,
 report, and waits for another rank in between. The experts' time is all that `ExpertFeedForward` does (matrix products,
@@ -24,29 +24,43 @@ rows that the experts of a rank get, over T: about the least that ours / dense c
 `MOELayer` these are full buffers, E x C x D x 4 bytes in each of four exchanges, less what stays on its rank.
 `MOELayer` dispatches and combines by products with T x E x C masks, which cost 2 T / 3 F of what its experts cost on
 E x C rows, so that the ratios rise with T / F and with C.
+
+The split of one call: each part alone, after a barrier of its own, forward and backward as far as it has both.
+`route` makes the plan, `split sizes` exchanges how many rows come (forward only), `gather` takes the rows out of the
+tokens, `rows` is their exchange there and back and that of their gradients, and `combine` puts them back.
+`parts / ours` is the sum over the whole.
+
+Chunks (forward only, the plan made before): `whole` is dispatch, experts and combine as the layer does them, all rows
+at once; in N chunks (`chunked_exchange.py`) the next chunk's rows travel while the experts work. Below 1 it pays.
+
+The JSON file holds the same: of every row the median, quartiles, ratio to dense (of those forward only: to dense
+forward only), and for ours the parts in seconds, in which `exchange` is rows and split sizes together.
 """
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from chunked_exchange import ChunkedExchange
 from fairscale.nn import MOELayer, Top2Gate
 from rich.console import Console
 from torch import Tensor, nn
 
 from fairseq_hash.cli import Parser
-from fairseq_hash.dispatch import PlanUnderWay, dispatch, plan_dispatch
+from fairseq_hash.dispatch import PlanUnderWay, combine, dispatch, plan_dispatch
+from fairseq_hash.exchange import SplitSizes
 from fairseq_hash.experts import ExpertFeedForward
 from fairseq_hash.hashing import TableShape, build_table
-from fairseq_hash.layer import RoutingContext, SparseLayer
+from fairseq_hash.layer import HashRoute, RoutingContext, SparseLayer
 from fairseq_hash.parallel import ExpertParallel, expert_parallel
 from fairseq_hash.progress import Display
 from fairseq_hash.provenance import provenance
@@ -55,6 +69,8 @@ from fairseq_hash.routers import Assignment
 VOCABULARY = 8000
 # What is called, what to clear gradients of, input and the gradient of the output.
 Candidate = tuple[Callable[[Tensor], Tensor], nn.Module, Tensor, Tensor]
+# Of one call of ours, in their order.
+PARTS = ("route", "split sizes", "gather", "rows", "experts", "combine")
 # fp32 rounding, relative to a tensor's largest entry: both add up some hundreds of products, in different orders.
 TOLERANCE = 1e-5
 
@@ -115,6 +131,15 @@ def call(forward: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, grad
     return time.perf_counter() - start, y.detach()
 
 
+@torch.no_grad()
+def call_forward(forward: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the seconds of one call without a backward pass, and its output; all ranks begin together."""
+    dist.barrier()
+    start = time.perf_counter()
+    y = forward()
+    return time.perf_counter() - start, y
+
+
 def over_ranks(tensor: Tensor, how: dist.ReduceOp) -> Tensor:
     """Return the sum or maximum over all ranks."""
     tensor = tensor.clone()
@@ -134,13 +159,18 @@ def largest_difference(candidates: dict[str, Candidate], experts: nn.Module, net
 
 
 def spread(values: Tensor, digits: str = ".2f") -> str:
-    """Return the median (smallest to largest) of all rounds."""
-    ordered = sorted(values.tolist())
-    return f"{statistics.median(ordered):{digits}} ({ordered[0]:{digits}} to {ordered[-1]:{digits}})"
+    """Return the median (quartiles) of all rounds."""
+    low, median, high = quartiles(values)
+    return f"{median:{digits}} ({low:{digits}} to {high:{digits}})"
 
 
-def measure(num_experts: int, arguments: argparse.Namespace, display: Display) -> dict[str, str]:
-    """Return one row of the table by columns, or `error`, the same on every rank."""
+def quartiles(values: Tensor) -> list[float]:
+    """Return the first quartile, the median and the third."""
+    return torch.quantile(values.double(), torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+
+
+def measure(num_experts: int, arguments: argparse.Namespace, display: Display) -> dict[str, Any]:
+    """Return the rows of one number of experts by table, and those for JSON, or `error`; the same on every rank."""
     tokens, width = arguments.tokens, arguments.width
     parallel = expert_parallel(num_experts, arguments.processes)
     token_T, expert_TK = draw_tokens(tokens, num_experts, arguments.seed)
@@ -152,21 +182,41 @@ def measure(num_experts: int, arguments: argparse.Namespace, display: Display) -
     dense = feed_forward(width, arguments.hidden)
 
     def ours(x_LBD: Tensor) -> Tensor:
-        route = Assignment(expert_TK), PlanUnderWay(expert_TK, parallel)
+        route = HashRoute(Assignment(expert_TK), PlanUnderWay(expert_TK, parallel))
         return layer(x_LBD, RoutingContext(None, [route]))[0]
 
     torch.manual_seed(arguments.seed + 1 + parallel.rank)
     x_LBD, grad_LBD = torch.randn(2, tokens, 1, width)
     plan = plan_dispatch(expert_TK, parallel)
-    rows_RD, grad_RD = (dispatch(tensor.squeeze(1), plan) for tensor in (x_LBD, grad_LBD))
-    x_LBD.requires_grad_()
-    rows_RD.requires_grad_()
+    on_this_rank = replace(plan, exchange=None)  # what dispatch and combine do without the exchange
+    x_TD, grad_TD = x_LBD.squeeze(1).clone(), grad_LBD.squeeze(1).clone()
+    leaving_RD, grad_leaving_RD = (dispatch(tensor, on_this_rank) for tensor in (x_TD, grad_TD))
+    rows_RD, grad_RD = (dispatch(tensor, plan) for tensor in (x_TD, grad_TD))
+    for tensor in (x_LBD, x_TD, leaving_RD, rows_RD):
+        tensor.requires_grad_()
+    nothing = nn.Module()
     candidates = {
         "ours": (ours, layer, x_LBD, grad_LBD),
         "top-1": (top_1, top_1, x_LBD, grad_LBD),
         "top-2": (top_2, top_2, x_LBD, grad_LBD),
         "dense": (dense, dense, x_LBD, grad_LBD),
         "experts": (lambda x_RD: experts(x_RD, plan.rows_per_expert), experts, rows_RD, grad_RD),
+        "gather": (lambda x_TD: dispatch(x_TD, on_this_rank), nothing, x_TD, grad_leaving_RD),
+        "rows": (lambda x_RD: plan.exchange.back(plan.exchange.there(x_RD)), nothing, leaving_RD, grad_leaving_RD),
+        "combine": (lambda x_RD: combine(x_RD, on_this_rank, None), nothing, leaving_RD, grad_TD),
+    }
+    alone = ExpertParallel(num_experts)
+    of_chunks = [chunks for chunks in arguments.chunks if chunks <= parallel.local_experts]
+    chunked = {
+        f"{chunks} chunks": ChunkedExchange(plan, expert_TK.squeeze(1), experts, parallel, chunks)
+        for chunks in of_chunks
+    }
+    forward_only = {
+        "route": lambda: plan_dispatch(expert_TK, alone),
+        "split sizes": lambda: SplitSizes(plan.demand_E, parallel).wait(),
+        "dense, forward": lambda: dense(x_TD),
+        "whole": lambda: combine(experts(dispatch(x_TD, plan), plan.rows_per_expert), plan, None),
+        **{name: lambda way=way: way(x_TD) for name, way in chunked.items()},
     }
 
     sent = parallel.traffic.bytes
@@ -174,39 +224,91 @@ def measure(num_experts: int, arguments: argparse.Namespace, display: Display) -
     sent = parallel.traffic.bytes - sent  # by the one call of ours in there
     if not difference <= TOLERANCE:  # NaN is no agreement either
         return {"error": f"{num_experts} experts: ours and top-1 differ by {difference:.0e}; rounding is {TOLERANCE}"}
+    whole_TD = call_forward(forward_only["whole"])[1]
+    for name in chunked:
+        apart = (call_forward(forward_only[name])[1] - whole_TD).abs().max() / whole_TD.abs().max()
+        apart = over_ranks(apart, dist.ReduceOp.MAX).item()
+        if not apart <= TOLERANCE:
+            return {"error": f"{num_experts} experts: {name} and whole differ by {apart:.0e}; rounding is {TOLERANCE}"}
 
     rounds = []
     for number in range(arguments.rounds + 1):  # the first warms up
         rounds.append([call(*candidate)[0] for candidate in candidates.values()])
+        rounds[-1] += [call_forward(forward)[0] for forward in forward_only.values()]
         display.advance(number / arguments.rounds, f"{number} of {arguments.rounds} rounds")
-    seconds = dict(zip(candidates, over_ranks(torch.tensor(rounds[1:]), dist.ReduceOp.MAX).t(), strict=True))
+    slowest = over_ranks(torch.tensor(rounds[1:]), dist.ReduceOp.MAX).t()
+    seconds = dict(zip([*candidates, *forward_only], slowest, strict=True))
     megabytes = {"ours": over_ranks(torch.tensor(sent), dist.ReduceOp.SUM).item() / 1e6}
     for name, capacity in (("top-1", top_1.gate.capacity), ("top-2", 2 * tokens // num_experts)):
         leaving = (num_experts - parallel.local_experts) * capacity * arguments.processes
         megabytes[name] = 4 * leaving * width * x_LBD.element_size() / 1e6
+    busiest = over_ranks(torch.tensor(len(rows_RD)), dist.ReduceOp.MAX).item() / tokens
+    return {
+        "layers": layers_row(num_experts, seconds, megabytes, busiest),
+        "parts": parts_row(num_experts, seconds),
+        "chunks": {
+            "experts": str(num_experts),
+            "whole ms": spread(1000 * seconds["whole"], ".1f"),
+            **{f"{name} / whole": spread(seconds[name] / seconds["whole"]) for name in chunked},
+        },
+        "json": json_rows(num_experts, tokens, seconds, megabytes, list(chunked)),
+    }
+
+
+def layers_row(
+    num_experts: int, seconds: dict[str, Tensor], megabytes: dict[str, float], busiest: float
+) -> dict[str, str]:
+    """Return a row of the table of layers by columns."""
     return {
         "experts": str(num_experts),
         **{f"{name} / ours": spread(seconds[name] / seconds["ours"]) for name in ("top-1", "top-2")},
         "ours / dense": spread(seconds["ours"] / seconds["dense"]),
-        "busiest": f"{over_ranks(torch.tensor(len(rows_RD)), dist.ReduceOp.MAX).item() / tokens:.2f}",
+        "busiest": f"{busiest:.2f}",
         "outside": spread(1 - seconds["experts"] / seconds["ours"], ".0%"),
         "ours ms": spread(1000 * seconds["ours"], ".1f"),
         **{f"{name} MB": f"{value:.1f}" for name, value in megabytes.items()},
     }
 
 
+def parts_row(num_experts: int, seconds: dict[str, Tensor]) -> dict[str, str]:
+    """Return a row of the table of parts by columns."""
+    whole = sum(seconds[name] for name in PARTS) / seconds["ours"]
+    parts = {f"{name} ms": spread(1000 * seconds[name]) for name in PARTS}
+    return {"experts": str(num_experts), **parts, "parts / ours": spread(whole)}
+
+
+def json_rows(
+    num_experts: int, tokens: int, seconds: dict[str, Tensor], megabytes: dict[str, float], chunked: list[str]
+) -> list[dict[str, Any]]:
+    """Return the rows of the JSON file."""
+    shown = {"dense": "dense", "ours": "dense", "top-1": "dense", "top-2": "dense"}
+    shown |= dict.fromkeys(("dense, forward", "whole", *chunked), "dense, forward")
+    rows = []
+    for name, dense in shown.items():
+        low, median, high = quartiles(seconds[name])
+        forward = ", forward" if dense != "dense" and name != dense else ""
+        row = {"experts": num_experts, "tokens": tokens, "candidate": name + forward, "seconds": median}
+        row |= {"low": low, "high": high, "ratio": quartiles(seconds[name] / seconds[dense])[1], "peak_bytes": None}
+        rows.append(row | ({"megabytes": megabytes[name]} if name in megabytes else {}))
+    medians = {name: quartiles(seconds[name])[1] for name in PARTS}
+    medians["exchange"] = quartiles(seconds["rows"] + seconds["split sizes"])[1]
+    parts = {name: medians[name] for name in ("route", "gather", "exchange", "experts", "combine")}
+    rows[1] |= {"parts": parts, "rows_seconds": medians["rows"], "split_sizes_seconds": medians["split sizes"]}
+    return rows
+
+
 def be_rank(rank: int, arguments: argparse.Namespace, folder: str) -> None:
     """Be one rank; the first one shows the progress and leaves the rows in the folder."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=arguments.processes)
-    rows: list[dict[str, str]] = []
+    rows: list[dict[str, Any]] = []
     with Display(len(arguments.experts), Console(stderr=True, highlight=False, quiet=rank > 0)) as display:
         for num_experts in arguments.experts:
             display.begin(f"{num_experts} experts", 1)
             rows.append(measure(num_experts, arguments, display))
             if "error" in rows[-1]:
                 break
-            display.end(f"top-1 / ours {rows[-1]['top-1 / ours']}")
+            display.end(f"ours / dense {rows[-1]['layers']['ours / dense']}")
     if rank == 0:
         Path(folder, "rows.json").write_text(json.dumps(rows))
     dist.destroy_process_group()
@@ -223,7 +325,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=256, metavar="D", help="of a token (default: 256)")
     parser.add_argument("--hidden", type=int, default=1024, metavar="F", help="width within an expert (default: 1024)")
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="calls of each that count (default: 9)")
+    parser.add_argument("--chunks", type=int, nargs="+", default=[2, 4], metavar="N", help="default: 2 4")
     parser.add_argument("--seed", type=int, default=0, help="of tokens, weights and gradients (default: 0)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers: fairseq-hash report draws them")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write what is printed to a file")
     arguments = parser.parse_args()
     for name, least in (("processes", 2), ("tokens", 1), ("width", 1), ("hidden", 1), ("rounds", 1), ("seed", 0)):
@@ -233,28 +337,46 @@ def parse() -> argparse.Namespace:
         if experts < 1 or experts % arguments.processes or arguments.tokens % experts:
             need = f"a multiple of --processes {arguments.processes} that divides --tokens {arguments.tokens}"
             parser.error(f"--experts {experts} cannot be shared by equal capacity; give {need}")
-    if arguments.out and not arguments.out.parent.is_dir():
-        parser.error(f"--out {arguments.out}: the folder {arguments.out.parent} does not exist; make it first")
+    for chunks in arguments.chunks:
+        if chunks < 2:
+            parser.error(f"--chunks {chunks} is out of range; give a number of 2 or more")
+    for name in ("json", "out"):
+        path = getattr(arguments, name)
+        if path and not path.parent.is_dir():
+            parser.error(f"--{name} {path}: the folder {path.parent} does not exist; make it first")
     return arguments
 
 
 def main() -> None:
     """Measure, print provenance and table, and write them to a file where it is asked for."""
     arguments = parse()
-    given = {name: str(value).strip("[]").replace(",", "") for name, value in vars(arguments).items() if name != "out"}
-    command = " ".join(f"--{name} {value}" for name, value in given.items())
-    lines = ["# Shared experts", "", f"`python benchmarks/expert_parallel.py {command}`, which defines the columns"]
-    lines += ["", *(f"- {name}: {value}" for name, value in provenance().items() if value)]
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "out")}
+    facts = provenance()
+    command = " ".join(f"--{name} {str(value).strip('[]').replace(',', '')}" for name, value in settings.items())
+    lines = ["# Shared experts", "", f"`python benchmarks/communication.py {command}`, which defines the columns"]
+    lines += ["", *(f"- {name}: {value}" for name, value in facts.items() if value)]
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(be_rank, (arguments, folder), nprocs=arguments.processes)
-        rows = json.loads(Path(folder, "rows.json").read_text())
-    if "error" in rows[-1]:
-        sys.exit(f"{sys.argv[0]}: {rows[-1]['error']}")
-    lines += ["", f"| {' | '.join(rows[0])} |", "|" + "---|" * len(rows[0])]
-    lines += [f"| {' | '.join(row.values())} |" for row in rows]
+        measured = json.loads(Path(folder, "rows.json").read_text())
+    if "error" in measured[-1]:
+        sys.exit(f"{sys.argv[0]}: {measured[-1]['error']}")
+    lines += table([one["layers"] for one in measured])
+    lines += ["", "## The split of one call", *table([one["parts"] for one in measured])]
+    lines += ["", "## In chunks", *table([one["chunks"] for one in measured])]
     print("\n".join(lines))
+    if arguments.json:
+        rows = [row for one in measured for row in one["json"]]
+        content = {"benchmark": "communication", "provenance": facts, "settings": settings, "rows": rows}
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
     if arguments.out:
         arguments.out.write_text("\n".join(lines) + "\n")
+
+
+def table(rows: list[dict[str, str]]) -> list[str]:
+    """Return a Markdown table as lines; a column that a row does not have stays empty."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    lines = ["", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    return lines + [f"| {' | '.join(row.get(name, '') for name in columns)} |" for row in rows]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,148 @@
+"""The report on benchmarks: what the JSON files of the programs in benchmarks/ say, as tables, figures and a page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fairseq_hash.reporting import page, table
+from fairseq_hash.reporting.benchmarks_files import PARTS, Benchmark, Row, load_benchmarks
+from fairseq_hash.reporting.benchmarks_plots import split_of_time, time_by_experts, time_by_tokens
+from fairseq_hash.reporting.plots import DARK, LIGHT
+from fairseq_hash.reporting.report import _read_note, _write
+
+COLUMNS = """
+Every file is of one run of one program, whose own text defines its candidates, its peak memory and its parts. Times are
+medians with the first and the third quartile of all rounds. / dense is the time over that of the dense model or layer
+in the same round: the median of the rounds. Tokens are those of one call; in decoding these are the sentences, each of
+which gets one more token a step. The parts of a call were measured one by one, so their sum is not exactly the call;
+shares are of the sum.
+"""
+PROVENANCE = {
+    **{"fairseq_hash": "fairseq_hash", "commit": "Commit", "python": "Python", "torch": "torch", "fairseq": "fairseq"},
+    **{"processor": "Processor", "cores": "Usable cores", "gpus": "GPUs", "platform": "Platform", "date": "Date (UTC)"},
+}
+# The figures by their files, in the order of the page.
+FIGURES = {
+    "time_by_experts.png": (time_by_experts, "Time by the number of experts", "Time over that of dense."),
+    "time_by_tokens.png": (time_by_tokens, "Time by the number of tokens", "Time over that of dense."),
+    "split_of_time.png": (split_of_time, "Where the time goes", "The parts of a call, each as a share of their sum."),
+}
+NOTHING = "–"
+
+
+def write_benchmarks(files: Sequence[Path], out: Path, title: str, note: "Path | None" = None) -> list[Path]:
+    """Write results.csv, results.md, the figures and index.html; return their paths.
+
+    Raises `UserError` with one line for a file that is no benchmark's, before anything is written.
+    """
+    benchmarks, words = load_benchmarks(files), _read_note(note)
+    drawn = {name: [draw(benchmarks, theme) for theme in (LIGHT, DARK)] for name, (draw, *_) in FIGURES.items()}
+    figures = {name: pictures for name, pictures in drawn.items() if pictures[0] is not None}
+    written: dict[str, bytes] = {name: light for name, (light, _) in figures.items()}
+    written["results.csv"] = _flat(benchmarks).to_csv(index=False).encode()
+    written["results.md"] = _markdown(benchmarks, title, words).encode()
+    written["index.html"] = _page(benchmarks, title, words, figures).encode()
+    return _write(out, written)
+
+
+def times(benchmark: Benchmark) -> pd.DataFrame:
+    """Return the times of one file as text with headings and units; columns that no row has are left out."""
+    rows = [_times_of(row) for row in benchmark.rows]
+    headings = dict.fromkeys(heading for row in rows for heading in row)
+    return pd.DataFrame([[row.get(heading, NOTHING) for heading in headings] for row in rows], columns=list(headings))
+
+
+def _times_of(row: Row) -> dict[str, str]:
+    spread = f"{1000 * row.seconds:,.2f} ({1000 * row.low:,.2f} to {1000 * row.high:,.2f})"
+    shown = {"Candidate": row.candidate, "Experts": f"{row.experts:,}", "Tokens": f"{row.tokens:,}"}
+    shown |= {"ms (quartiles)": spread, "/ dense": f"{row.ratio:.2f}"}
+    if row.peak_bytes is not None:
+        shown["Peak memory"] = f"{row.peak_bytes / 1e6:,.1f} MB"
+    for key, heading, form in (
+        ("updates_per_second", "Updates/s", "{:.3g}"),
+        ("tokens_per_second", "Tokens/s", "{:,.0f}"),
+        ("over_base", "Updates/s over BASE's", "{:.2f}"),
+    ):
+        if isinstance(row.further.get(key), (int, float)):
+            shown[heading] = form.format(row.further[key])
+    return shown
+
+
+def split(benchmark: Benchmark) -> pd.DataFrame:
+    """Return the parts of one file's calls as text: milliseconds, and shares of their sum; empty without any."""
+    rows = [row for row in benchmark.rows if row.parts]
+    further = dict.fromkeys(part for row in rows for part in row.parts if part not in PARTS)
+    names = [part for part in (*PARTS, *further) if any(part in row.parts for row in rows)]
+    content = []
+    for row in rows:
+        whole = sum(row.parts.values())
+        cells = [
+            f"{1000 * row.parts[name]:,.2f} ({row.parts[name] / whole:.0%})" if name in row.parts else NOTHING
+            for name in names
+        ]
+        content.append([row.candidate, f"{row.experts:,}", f"{row.tokens:,}", *cells, f"{1000 * whole:,.2f}"])
+    headings = [f"{name.capitalize()}, ms" for name in (*names, "sum")]
+    return pd.DataFrame(content, columns=["Candidate", "Experts", "Tokens", *headings])
+
+
+def _flat(benchmarks: Sequence[Benchmark]) -> pd.DataFrame:
+    """Return every number of all files, one row each."""
+    rows = []
+    for benchmark in benchmarks:
+        for row in benchmark.rows:
+            plain = {"file": str(benchmark.path), "benchmark": benchmark.kind, "candidate": row.candidate}
+            plain |= {key: getattr(row, key) for key in ("experts", "tokens", "seconds", "low", "high", "ratio")}
+            plain |= {"peak_bytes": row.peak_bytes, **{f"part_{name}": value for name, value in row.parts.items()}}
+            plain |= {key: value for key, value in row.further.items() if isinstance(value, (int, float, str))}
+            rows.append(plain)
+    return pd.DataFrame(rows)
+
+
+def _settings(benchmark: Benchmark) -> str:
+    def text(value: Any) -> str:
+        return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    return "; ".join(f"{name.replace('_', ' ')} {text(value)}" for name, value in benchmark.settings.items())
+
+
+def _provenance(benchmarks: Sequence[Benchmark]) -> pd.DataFrame:
+    content = []
+    for key, heading in PROVENANCE.items():
+        values = [benchmark.provenance.get(key) for benchmark in benchmarks]
+        shown = [", ".join(map(str, value)) if isinstance(value, list) else value for value in values]
+        if any(shown):
+            content.append([heading, *(str(value) if value else NOTHING for value in shown)])
+    return pd.DataFrame(content, columns=["What", *(benchmark.name for benchmark in benchmarks)])
+
+
+def _markdown(benchmarks: Sequence[Benchmark], title: str, note: str) -> str:
+    parts = [f"# {title}", " ".join(COLUMNS.split())]
+    for benchmark in benchmarks:
+        parts += [f"## {benchmark.name}", _settings(benchmark), table.markdown(times(benchmark))]
+        parts += [f"- {text}" for text in benchmark.left_out]
+        if len(parted := split(benchmark)):
+            parts += [f"### {benchmark.name}: where the time goes", table.markdown(parted)]
+    if note.strip():
+        parts += ["## What this shows and what not", note.strip()]
+    parts += ["## Where this comes from", table.markdown(_provenance(benchmarks), words=True)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _page(benchmarks: Sequence[Benchmark], title: str, note: str, figures: dict[str, list[bytes]]) -> str:
+    parts = []
+    for name, (_, heading, caption) in FIGURES.items():
+        if name in figures:
+            parts.append(page.section(heading, page.figure(caption, caption, *figures[name])))
+    for benchmark in benchmarks:
+        shown = [page.paragraphs(_settings(benchmark)), page.table(times(benchmark))]
+        shown += [page.paragraphs(text) for text in benchmark.left_out]
+        if len(parted := split(benchmark)):
+            shown.append(page.table(parted))
+        parts.append(page.section(benchmark.name, *shown))
+    if note.strip():
+        parts.append(page.section("What this shows and what not", page.paragraphs(note)))
+    parts.append(page.section("How the columns are measured", page.paragraphs(COLUMNS)))
+    parts.append(page.section("Where this comes from", page.table(_provenance(benchmarks), words=True)))
+    return page.render(title, f"{len(benchmarks)} file{'s' if len(benchmarks) > 1 else ''}", parts)

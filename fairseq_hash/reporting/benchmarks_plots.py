@@ -1,0 +1,186 @@
+"""The figures of benchmarks: time over dense's by the number of experts and of tokens, and the parts of a call."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+from fairseq_hash.reporting import plots
+from fairseq_hash.reporting.benchmarks_files import PARTS, Benchmark, Row
+from fairseq_hash.reporting.labels import Label, label_ends
+from fairseq_hash.reporting.plots import COLOURS, MARKERS, Theme, lightened, styled
+
+DENSE = "dense"
+# A longer figure could not be read.
+COLUMNS, MOST_PANELS, MOST_BARS = 2, 12, 40
+# Of ratios, in each power of ten, by what the largest is below.
+TICKS = {1.4: (1, 1.05, 1.1, 1.2, 1.3, 9), 10: (1, 1.25, 1.5, 2, 3, 5), float("inf"): (1, 2, 5)}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes: rows that differ in their candidate and in one size."""
+
+    title: str
+    rows: list[Row]
+
+    def lines(self, size: Callable[[Row], int]) -> dict[str, list[Row]]:
+        """Return each candidate's rows by ascending size."""
+        lines: dict[str, list[Row]] = {}
+        for row in sorted(self.rows, key=size):
+            lines.setdefault(row.plain_candidate, []).append(row)
+        return lines
+
+
+def time_by_experts(benchmarks: Sequence[Benchmark], theme: Theme) -> "bytes | None":
+    """Draw time over dense's by the number of experts, a panel for each number of tokens; return a PNG.
+
+    Of a file with one number of experts the panels have one point a candidate.
+    """
+    panels = []
+    for benchmark in benchmarks:
+        varies = len({row.experts for row in benchmark.rows}) > 1
+        for (tokens, variant), rows in _grouped(benchmark, lambda row: (row.tokens, row.variant)).items():
+            if not varies or len({row.experts for row in rows}) > 1:
+                panels.append(Panel(_title(benchmark, _tokens(tokens, variant), variant), rows))
+    return _time(benchmarks, panels, lambda row: row.experts, "Experts in a layer", theme)
+
+
+def time_by_tokens(benchmarks: Sequence[Benchmark], theme: Theme) -> "bytes | None":
+    """Draw time over dense's by the number of tokens, a panel for each number of experts; return a PNG.
+
+    Returns None where no file has several numbers of tokens.
+    """
+    panels = []
+    for benchmark in benchmarks:
+        for (experts, variant), rows in _grouped(benchmark, lambda row: (row.experts, row.variant)).items():
+            if len({row.tokens for row in rows}) > 1:
+                panels.append(Panel(_title(benchmark, f"{experts:,} experts", variant), rows))
+    return _time(benchmarks, panels, lambda row: row.tokens, "Tokens of a call", theme)
+
+
+def split_of_time(benchmarks: Sequence[Benchmark], theme: Theme) -> "bytes | None":
+    """Draw the parts of each call that was split as stacked bars, shares of their sum; return a PNG.
+
+    A part below zero (a rest, where parts took longer alone) is not drawn. Returns None where no call was split.
+    """
+    bars = [(benchmark, row) for benchmark in benchmarks for row in benchmark.rows if row.parts]
+    if not bars:
+        return None
+    count, bars = len(bars), _some(bars, MOST_BARS)
+    further = dict.fromkeys(part for _, row in bars for part in row.parts if part not in PARTS)
+    with styled(theme):
+        figure = Figure(figsize=(9, 1.5 + 0.34 * len(bars)), layout="constrained")
+        axes = figure.subplots()
+        axes.grid(False)
+        ends = np.zeros(len(bars))
+        for index, part in enumerate((*PARTS, *further)):
+            shares = np.array([100 * max(row.parts.get(part, 0), 0) / _drawn(row) for _, row in bars])
+            known = lightened(COLOURS[index % len(COLOURS)], theme)
+            colour = known if part in PARTS else matplotlib.colors.to_rgb(theme.neutral)
+            if shares.any():
+                axes.barh(range(len(bars)), shares, left=ends, color=colour, label=part, height=0.78)
+            ends += shares
+        for place, (_, row) in enumerate(bars):
+            axes.text(101, place, f"{1000 * sum(row.parts.values()):,.1f} ms", va="center", fontsize=9)
+        names = [f"{b.name}: {row.candidate}, {row.experts:,} experts, {row.tokens:,} tokens" for b, row in bars]
+        axes.set_yticks(range(len(bars)), names, fontsize=9)
+        axes.set_ylim(len(bars) - 0.5, -0.5)
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("Share of the parts' sum, %")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6, frameon=False)
+        if len(bars) < count:
+            figure.text(0.005, -0.005, f"Shown: {len(bars)} of {count}.", va="top")
+        return plots.png(figure)
+
+
+def _time(
+    benchmarks: Sequence[Benchmark], panels: list[Panel], size: Callable[[Row], int], label: str, theme: Theme
+) -> "bytes | None":
+    if not panels:
+        return None
+    count, panels = len(panels), _some(panels, MOST_PANELS)
+    styles = _styles(benchmarks, theme)
+    columns = min(COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    with styled(theme):
+        figure = Figure(figsize=(6.4 * columns, 0.4 + 4.3 * rows), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False).flatten()
+        for axes, panel in zip(grid, panels, strict=False):
+            _draw(axes, panel.lines(size), size, styles)
+            axes.set_title(panel.title)
+            axes.set_xlabel(label)
+            axes.set_ylabel("Time / dense (log scale)")
+        for axes in grid[len(panels) :]:
+            figure.delaxes(axes)
+        key = "Medians of the ratios within a round; below 1 is faster than dense."
+        key += f" Shown: {len(panels)} of {count}." if len(panels) < count else ""
+        figure.text(0.005, -0.005, key, va="top")
+        return plots.png(figure)
+
+
+def _draw(
+    axes: Axes, lines: dict[str, list[Row]], size: Callable[[Row], int], styles: dict[str, tuple[Any, str]]
+) -> None:
+    sizes = sorted({size(row) for rows in lines.values() for row in rows})
+    ratios = [row.ratio for rows in lines.values() for row in rows]
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(sizes[0] / 1.25, sizes[-1] * 1.25)
+    axes.xaxis.set_major_locator(FixedLocator(sizes))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_yscale("log")
+    axes.set_ylim(0.9 * min(ratios), 1.1 * max(ratios))
+    ticks = next(ticks for most, ticks in TICKS.items() if max(ratios) < most)
+    axes.yaxis.set_major_locator(LogLocator(subs=ticks))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    labels = []
+    for candidate, rows in lines.items():
+        colour, marker = styles[candidate]
+        places, heights = [size(row) for row in rows], [row.ratio for row in rows]
+        axes.plot(places, heights, color=colour, marker=marker, markersize=5, linewidth=1.8)
+        labels.append(Label(places[-1], heights[-1], f"{candidate} {heights[-1]:.2f}", colour))
+    label_ends(axes, labels)
+
+
+def _styles(benchmarks: Sequence[Benchmark], theme: Theme) -> dict[str, tuple[Any, str]]:
+    """Return colour and marker of each candidate, the same in every panel; dense is drawn in a neutral colour."""
+    names = dict.fromkeys(row.plain_candidate for benchmark in benchmarks for row in benchmark.rows)
+    names.pop(DENSE, None)
+    styles: dict[str, tuple[Any, str]] = {DENSE: (matplotlib.colors.to_rgb(theme.neutral), MARKERS[0])}
+    for index, name in enumerate(names):
+        styles[name] = lightened(COLOURS[index % len(COLOURS)], theme), MARKERS[(index + 1) % len(MARKERS)]
+    return styles
+
+
+def _grouped(benchmark: Benchmark, key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+    groups: dict[Any, list[Row]] = {}
+    for row in benchmark.rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def _tokens(tokens: int, variant: str) -> str:
+    unit = "sentence" if variant == "decoding" else "token"
+    return f"{tokens:,} {unit}{'' if tokens == 1 else 's'}"
+
+
+def _title(benchmark: Benchmark, size: str, variant: str) -> str:
+    return ", ".join([f"{benchmark.name}: {size}", *([variant] if variant else [])])
+
+
+def _drawn(row: Row) -> float:
+    return sum(max(value, 0) for value in row.parts.values())
+
+
+def _some(items: list[Any], count: int) -> list[Any]:
+    """Return so many of the items, evenly from the first to the last."""
+    if len(items) <= count:
+        return items
+    return [items[round(place)] for place in np.linspace(0, len(items) - 1, count)]

@@ -29,7 +29,7 @@ from fairseq_hash.base_balance import balance_over
 from fairseq_hash.dispatch import PlanUnderWay
 from fairseq_hash.experts import ExpertFeedForward, ExpertStack, GatedFeedForward
 from fairseq_hash.hash_tables import HashTables, build_tables
-from fairseq_hash.layer import RoutingContext, SparseLayer
+from fairseq_hash.layer import HashRoute, RoutingContext, SparseLayer
 from fairseq_hash.mapped import MappedExperts
 from fairseq_hash.options import SparseOptions
 from fairseq_hash.parallel import Alone, ExpertParallel, mark_experts
@@ -75,11 +75,13 @@ def build_experts(
     if dropout is None:
         dropout = cfg.activation_dropout or cfg.relu_dropout or 0.0  # as fairseq's own layers choose it
     if options.expert_form == "swiglu":
-        return GatedFeedForward(ids, width, hidden, options.swiglu_limit, dropout, key)
+        return GatedFeedForward(ids, width, hidden, options.swiglu_limit, dropout, key, options.recompute_hidden)
     activation = utils.get_activation_fn(cfg.activation_fn)
     if options.sparse_placement == "insert":
-        return ExpertStack(ids, options.expert_sublayers, width, hidden, activation, dropout, key[0])
-    return ExpertFeedForward(ids, width, hidden, activation, dropout, key, first, segments)
+        return ExpertStack(
+            ids, options.expert_sublayers, width, hidden, activation, dropout, key[0], options.recompute_hidden
+        )
+    return ExpertFeedForward(ids, width, hidden, activation, dropout, key, first, segments, options.recompute_hidden)
 
 
 def build_sparse_layer(
@@ -282,7 +284,7 @@ class HashTransformerDecoder(TransformerDecoder):
                 share = options.hash_scale / options.experts_per_token
                 weight_TK = torch.full(expert_TK.shape, share, device=expert_TK.device)
             plan = PlanUnderWay(expert_TK, self.parallel.in_segments(columns), factor)
-            context.hash_routes.append((Assignment(expert_TK, weight_TK), plan))
+            context.hash_routes.append(HashRoute(Assignment(expert_TK, weight_TK), plan, columns))
         return context
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from fairseq_hash.group_sizes import GroupSizes
 from fairseq_hash.parallel import ExpertParallel
 
 
@@ -99,7 +100,7 @@ class SplitSizes:
             self.copied = torch.cuda.Event()
             self.copied.record()
 
-    def wait(self) -> tuple[Exchange, tuple[int, ...]]:
+    def wait(self) -> tuple[Exchange, GroupSizes]:
         """Return the exchange, and how many rows each of this rank's experts gets. The one wait for the device."""
         if self.copied is None:
             self.work.wait()
@@ -113,7 +114,7 @@ class SplitSizes:
         if local > 1:
             arrival_R = _arrival(self.sizes_2E[1].view(size, local), sum(rows_per_expert))
         sent_P, received_P = (tuple(count_Pe.sum(dim=1).tolist()) for count_Pe in (sent_Pe, received_Pe))
-        return Exchange(self.parallel, sent_P, received_P, arrival_R), rows_per_expert
+        return Exchange(self.parallel, sent_P, received_P, arrival_R), GroupSizes(rows_per_expert)
 
 
 def _arrival(count_Pe: Tensor, rows: int) -> Tensor:

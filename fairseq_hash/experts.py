@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairseq_hash.errors import UserError
-from fairseq_hash.grouped_linear import grouped_linear
+from fairseq_hash.feed_forward import HiddenLayer, Weights, feed_forward
+from fairseq_hash.group_sizes import GroupSizes
+from fairseq_hash.large_tensors import empty_in_huge_pages
 from fairseq_hash.routers import seeded_generator
 
 
@@ -25,6 +27,8 @@ class ExpertFeedForward(nn.Module):
     MultiHash (Hash Layers, Roller et al. 2021) cuts the hidden layer into N `segments`, and N hash functions each pick
     the expert that gives one of them: W1 and W2 then consist of pieces of several experts, at the parameters and FLOPs
     of N = 1. To `forward`, segment n of expert e is the group e * N + n, and y is the sum of a token's N rows.
+
+    With `recompute` the backward pass makes the hidden rows anew, in place of keeping them.
 
     Raises:
         UserError: where the hidden width cannot be cut into that many equal segments.
@@ -40,6 +44,7 @@ class ExpertFeedForward(nn.Module):
         key: "tuple[int, ...]",
         first: "tuple[nn.Linear, nn.Linear] | None" = None,
         segments: int = 1,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if segments < 1 or hidden_width % segments:
@@ -52,9 +57,10 @@ class ExpertFeedForward(nn.Module):
         self.segments = segments
         self.activation = activation
         self.dropout = dropout
-        self.fc1_weight = nn.Parameter(torch.empty(experts, hidden_width, model_width))
+        self.recompute = recompute
+        self.fc1_weight = nn.Parameter(empty_in_huge_pages((experts, hidden_width, model_width)))
         self.fc1_bias = nn.Parameter(torch.empty(experts, hidden_width))
-        self.fc2_weight = nn.Parameter(torch.empty(experts, model_width, hidden_width))
+        self.fc2_weight = nn.Parameter(empty_in_huge_pages((experts, model_width, hidden_width)))
         self.fc2_bias = nn.Parameter(torch.empty(experts, model_width))
         if not self.fc1_weight.is_meta:  # without data, for experts that stay in a file
             self._initialise(expert_ids, key, first)
@@ -76,18 +82,19 @@ class ExpertFeedForward(nn.Module):
                 weight[place] = linear.weight
                 bias[place] = linear.bias
 
-    def forward(self, rows_RD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
-        """Apply each expert to its share of `rows_RD`: `rows_per_expert[e]` rows for the e-th of `expert_ids`.
+    def forward(self, rows_RD: Tensor, sizes: "GroupSizes | Sequence[int]") -> Tensor:
+        """Apply each expert to its share of `rows_RD`: `sizes[e]` rows for the e-th of `expert_ids`.
 
-        With N segments, `rows_per_expert[e * N + n]` rows for segment n of the e-th expert.
+        With N segments, `sizes[e * N + n]` rows for segment n of the e-th expert.
         """
         shape_GFD = (len(self.fc1_weight) * self.segments, -1, rows_RD.shape[1])
-        fc1_weight, fc1_bias = self.fc1_weight.view(shape_GFD), self.fc1_bias.view(shape_GFD[:2])
-        # Each of a token's N rows brings its share of the bias, so that their sum holds one bias: the mean of N.
-        fc2_bias = (self.fc2_bias / self.segments).repeat_interleave(self.segments, dim=0)
-        hidden_RF = self.activation(grouped_linear(rows_RD, fc1_weight, fc1_bias, rows_per_expert))
-        hidden_RF = F.dropout(hidden_RF, self.dropout, self.training)
-        return grouped_linear(hidden_RF, self.fc2_weight, fc2_bias, rows_per_expert)
+        fc2_bias = self.fc2_bias
+        if self.segments > 1:
+            # Each of a token's N rows brings its share of the bias, so that their sum holds one bias: the mean of N.
+            fc2_bias = (fc2_bias / self.segments).repeat_interleave(self.segments, dim=0)
+        weights = Weights(self.fc1_weight.view(shape_GFD), self.fc1_bias.view(shape_GFD[:2]), self.fc2_weight, fc2_bias)
+        hidden = HiddenLayer(self.activation, self.dropout if self.training else 0.0, self.recompute)
+        return feed_forward(rows_RD, weights, hidden, GroupSizes.of(sizes))
 
 
 class GatedFeedForward(nn.Module):
@@ -110,27 +117,33 @@ class GatedFeedForward(nn.Module):
         limit: float,
         dropout: float,
         key: "tuple[int, ...]",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if not limit >= 0:
             raise UserError(f"gated experts cannot be cut at a limit of {limit}; use a positive one, or 0 for none")
         self.limit = limit
         self.dropout = dropout
-        self.gate_up_weight = nn.Parameter(torch.empty(len(expert_ids), 2 * hidden_width, model_width))
-        self.down_weight = nn.Parameter(torch.empty(len(expert_ids), model_width, hidden_width))
+        self.recompute = recompute
+        self.gate_up_weight = nn.Parameter(empty_in_huge_pages((len(expert_ids), 2 * hidden_width, model_width)))
+        self.down_weight = nn.Parameter(empty_in_huge_pages((len(expert_ids), model_width, hidden_width)))
         if not self.gate_up_weight.is_meta:  # without data, for experts that stay in a file
             for place, expert in enumerate(expert_ids):
                 generator = seeded_generator("expert", *key, expert)
                 for weight in (self.gate_up_weight, self.down_weight):
                     _uniform(weight[place], weight.shape[2], generator)
 
-    def forward(self, rows_RD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
-        """Apply each expert to its share of `rows_RD`: `rows_per_expert[e]` rows for the e-th of `expert_ids`."""
-        gate_RF, up_RF = grouped_linear(rows_RD, self.gate_up_weight, None, rows_per_expert).chunk(2, dim=1)
+    def forward(self, rows_RD: Tensor, sizes: "GroupSizes | Sequence[int]") -> Tensor:
+        """Apply each expert to its share of `rows_RD`: `sizes[e]` rows for the e-th of `expert_ids`."""
+        weights = Weights(self.gate_up_weight, None, self.down_weight, None)
+        hidden = HiddenLayer(self._gate, self.dropout if self.training else 0.0, self.recompute)
+        return feed_forward(rows_RD, weights, hidden, GroupSizes.of(sizes))
+
+    def _gate(self, gate_up_MH: Tensor) -> Tensor:
+        gate_MF, up_MF = gate_up_MH.chunk(2, dim=1)
         if self.limit:
-            gate_RF, up_RF = gate_RF.clamp(max=self.limit), up_RF.clamp(-self.limit, self.limit)
-        hidden_RF = F.dropout(F.silu(gate_RF) * up_RF, self.dropout, self.training)
-        return grouped_linear(hidden_RF, self.down_weight, None, rows_per_expert)
+            gate_MF, up_MF = gate_MF.clamp(max=self.limit), up_MF.clamp(-self.limit, self.limit)
+        return F.silu(gate_MF) * up_MF
 
 
 @torch.no_grad()
@@ -156,25 +169,29 @@ class ExpertStack(nn.Module):
         activation: Callable[[Tensor], Tensor],
         dropout: float,
         key: int,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.norm_weight = nn.ParameterList(torch.ones(len(expert_ids), model_width) for _ in range(num_sublayers))
         self.norm_bias = nn.ParameterList(torch.zeros(len(expert_ids), model_width) for _ in range(num_sublayers))
         self.feed_forward = nn.ModuleList(
-            ExpertFeedForward(expert_ids, model_width, hidden_width, activation, dropout, (key, sublayer))
+            ExpertFeedForward(
+                expert_ids, model_width, hidden_width, activation, dropout, (key, sublayer), recompute=recompute
+            )
             for sublayer in range(num_sublayers)
         )
-        for feed_forward in self.feed_forward:
-            nn.init.zeros_(feed_forward.fc2_weight)
+        for sublayer in self.feed_forward:
+            nn.init.zeros_(sublayer.fc2_weight)
 
-    def forward(self, rows_RD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
-        """Apply each expert's stack to its share of `rows_RD`: `rows_per_expert[e]` rows for the e-th expert."""
-        counts_E = torch.tensor(rows_per_expert, pin_memory=rows_RD.is_cuda).to(rows_RD.device, non_blocking=True)
+    def forward(self, rows_RD: Tensor, sizes: "GroupSizes | Sequence[int]") -> Tensor:
+        """Apply each expert's stack to its share of `rows_RD`: `sizes[e]` rows for the e-th expert."""
+        sizes = GroupSizes.of(sizes)
+        size_E = sizes.on(rows_RD.device)
         added_RD = torch.zeros_like(rows_RD)
-        for weight_ED, bias_ED, feed_forward in zip(self.norm_weight, self.norm_bias, self.feed_forward, strict=True):
+        for weight_ED, bias_ED, sublayer in zip(self.norm_weight, self.norm_bias, self.feed_forward, strict=True):
             normed_RD = F.layer_norm(rows_RD + added_RD, rows_RD.shape[-1:])
             weight_RD, bias_RD = (
-                p.repeat_interleave(counts_E, dim=0, output_size=len(rows_RD)) for p in (weight_ED, bias_ED)
+                p.repeat_interleave(size_E, dim=0, output_size=len(rows_RD)) for p in (weight_ED, bias_ED)
             )
-            added_RD = added_RD + feed_forward(normed_RD * weight_RD + bias_RD, rows_per_expert)
+            added_RD = added_RD + sublayer(normed_RD * weight_RD + bias_RD, sizes)
         return added_RD

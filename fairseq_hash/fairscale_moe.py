@@ -36,7 +36,7 @@ class Gate(nn.Module):
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the load-balancing loss (or zero), combine weights `[T, E, C]` and dispatch mask (bool, the same)."""
         assignment, plan = self.route(x_TD)
-        rows_E = torch.tensor(plan.rows_per_expert, device=x_TD.device)
+        rows_E = plan.sizes.on(x_TD.device)
         # The largest load of all ranks; at least one row, because `MOELayer` cannot handle empty buffers.
         most = rows_E.max().clamp(min=1)
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.group)

@@ -1,97 +1,100 @@
-"""One linear map a group of rows, with autograd that writes each gradient once. Shape suffixes: see `losses`.
+"""One linear map a group of rows as one grouped matrix product: the experts' path on a GPU.
 
-Here G is the number of groups, I and O are the widths of a row before and after, and N is the number of segments.
+`torch.nn.functional.grouped_mm` takes the groups' ends from the device, so the host waits for nothing. On a GPU it has
+a kernel of its own for bfloat16; for other types it is a loop with a wait in it, and `fused_feed_forward` is the better
+loop. Shape suffixes: see `losses`; here G groups, rows of width I before and O after.
 """
 
-from collections.abc import Sequence
+import functools
+import logging
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from fairseq_hash.group_sizes import GroupSizes
+
+logger = logging.getLogger(__name__)
+
+ALIGNMENT = 16
+"""Bytes, of which the length of each row has to be a multiple."""
 
 
-class GroupedLinear(torch.autograd.Function):
-    """One linear map a group: a row of group g becomes `weight[g] @ row + bias[g]`.
-
-    A weight of N times as many columns as a row has holds the maps of N groups side by side: group e * N + n has the
-    n-th segment of the columns of `weight[e]`.
-
-    Autograd would give each slice of the weight a gradient of the whole stack, filled with zeros; here the backward
-    pass writes each group's gradient once, into its place.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        rows_RI: Tensor,
-        weight_EOI: Tensor,
-        bias_GO: "Tensor | None",
-        rows_per_group: Sequence[int],
-    ) -> Tensor:
-        """Return `[R, O]` for rows `[R, I]`."""
-        ctx.save_for_backward(rows_RI, weight_EOI)
-        ctx.rows_per_group = rows_per_group
-        out_RO = rows_RI.new_empty(len(rows_RI), weight_EOI.shape[1])
-        weights = _of_groups(weight_EOI, rows_RI.shape[1])
-        biases = [None] * len(weights) if bias_GO is None else bias_GO
-        groups = zip(rows_RI.split(rows_per_group), out_RO.split(rows_per_group), weights, biases, strict=True)
-        for rows, out, weight, bias in groups:
-            if len(rows) and bias is None:
-                torch.mm(rows, weight.t(), out=out)
-            elif len(rows):
-                torch.addmm(bias, rows, weight.t(), out=out)
-        return out_RO
+class _GroupBias(torch.autograd.Function):
+    """Rows plus the bias of their group, in place."""
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_RO: Tensor) -> "tuple[Tensor | None, ...]":
-        """Return the gradients of rows, weight and bias, each where it is asked for."""
-        rows_RI, weight_EOI = ctx.saved_tensors
-        split = ctx.rows_per_group
-        grad_RO = grad_RO.contiguous()
-        of_rows, of_weight, of_bias, _ = ctx.needs_input_grad
-        grad_rows = torch.empty_like(rows_RI) if of_rows else None
-        grad_weight = torch.empty_like(weight_EOI) if of_weight else None
-        grad_bias = weight_EOI.new_empty(len(split), weight_EOI.shape[1]) if of_bias else None
-        if grad_rows is not None:
-            weights = _of_groups(weight_EOI, rows_RI.shape[1])
-            for grad, out, weight in zip(grad_RO.split(split), grad_rows.split(split), weights, strict=True):
-                if len(grad):
-                    torch.mm(grad, weight, out=out)
-        if grad_weight is not None:
-            outs = _of_groups(grad_weight, rows_RI.shape[1])
-            for grad, rows, out in zip(grad_RO.split(split), rows_RI.split(split), outs, strict=True):
-                if len(grad):
-                    torch.mm(grad.t(), rows, out=out)
-                else:
-                    out.zero_()
-        if grad_bias is not None:
-            for grad, out in zip(grad_RO.split(split), grad_bias, strict=True):
-                torch.sum(grad, dim=0, out=out)
-        return grad_rows, grad_weight, grad_bias, None
+    def forward(ctx: FunctionCtx, rows_RO: Tensor, bias_GO: Tensor, sizes: GroupSizes) -> Tensor:
+        ctx.sizes = sizes
+        ctx.mark_dirty(rows_RO)
+        size_G = sizes.on(rows_RO.device)
+        return rows_RO.add_(bias_GO.repeat_interleave(size_G, dim=0, output_size=len(rows_RO)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_RO: Tensor) -> "tuple[Tensor, Tensor | None, None]":
+        grad_bias = None
+        if ctx.needs_input_grad[1]:
+            # Sums as a product with ones: added up in fp32 and in a fixed order, as index_add is not. As many rows of
+            # ones as the alignment asks for; the first result is as good as any.
+            ones_RA = grad_RO.new_ones(len(grad_RO), ALIGNMENT // grad_RO.element_size())
+            grad_bias = F.grouped_mm(ones_RA.t(), grad_RO.contiguous(), offs=ctx.sizes.ends(grad_RO.device))[:, 0]
+        return grad_RO, grad_bias, None
 
 
-def _of_groups(weight_EOI: Tensor, width: int) -> "list[Tensor]":
-    """Return each group's `[O, width]` as a view."""
-    return [weight_OI for of_expert in weight_EOI for weight_OI in of_expert.split(width, dim=1)]
-
-
-def grouped_linear(
-    rows_RI: Tensor, weight_EOI: Tensor, bias_GO: "Tensor | None", rows_per_group: Sequence[int]
-) -> Tensor:
-    """Apply `GroupedLinear` in the dtype that a linear layer would have here (half precision under autocast).
+def grouped_linear(rows_RI: Tensor, weight_GOI: Tensor, bias_GO: "Tensor | None", sizes: GroupSizes) -> Tensor:
+    """Return `[R, O]`: a row of group g becomes `weight[g] @ row + bias[g]`.
 
     Args:
-        rows_RI: rows by group, any floating dtype.
-        weight_EOI: `[E, O, I]`, or `[E, O, N * I]` where each holds the maps of N groups.
-        bias_GO: one for each group, or None.
-        rows_per_group: how many rows each of the E * N groups has; zeros are allowed.
-
-    Returns:
-        `[R, O]`.
+        rows_RI: rows by group, float32, bfloat16 or float16.
+        weight_GOI: of the same type.
+        bias_GO: of the same type, or None.
+        sizes: how many rows each group has; zeros are allowed.
     """
-    device = rows_RI.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        rows_RI, weight_EOI = rows_RI.to(dtype), weight_EOI.to(dtype)
-        bias_GO = None if bias_GO is None else bias_GO.to(dtype)
-    return GroupedLinear.apply(rows_RI, weight_EOI, bias_GO, rows_per_group)
+    out_RO = F.grouped_mm(rows_RI, weight_GOI.transpose(1, 2), offs=sizes.ends(rows_RI.device))
+    return out_RO if bias_GO is None else _GroupBias.apply(out_RO, bias_GO, sizes)
+
+
+def serves(rows_RI: Tensor, *weights: Tensor) -> bool:
+    """Return whether a grouped product is the way to go for rows and weights of this type, shape and device."""
+    if not rows_RI.is_cuda or rows_RI.dtype != torch.bfloat16:
+        return False
+    widths = {width for weight in weights for width in weight.shape[1:]}
+    aligned = all(width * rows_RI.element_size() % ALIGNMENT == 0 for width in widths)
+    return aligned and _is_right(rows_RI.device, rows_RI.dtype)
+
+
+@functools.cache
+def _is_right(device: torch.device, dtype: torch.dtype) -> bool:
+    """Try a small product with an empty group, forward and backward, against a loop; say so where it is wrong.
+
+    Kernels differ between GPUs and releases of torch, and an empty group is the case that a kernel forgets.
+    """
+    sizes = (24, 0, 8)
+    generator = torch.Generator(device).manual_seed(1)
+    rows, grad = (torch.randn(32, width, generator=generator, device=device).to(dtype) for width in (64, 32))
+    weight = torch.randn(3, 32, 64, generator=generator, device=device).to(dtype)
+    bias = torch.randn(3, 32, generator=generator, device=device).to(dtype)
+    results = []
+    for run in (
+        lambda rows, weight, bias: grouped_linear(rows, weight, bias, GroupSizes(sizes)),
+        lambda rows, weight, bias: torch.cat(
+            [F.linear(*group) for group in zip(rows.split(sizes), weight, bias, strict=True)]
+        ),
+    ):
+        inputs = [tensor.clone().requires_grad_() for tensor in (rows, weight, bias)]
+        try:
+            with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+                out = run(*inputs)
+                results.append([out.detach(), *torch.autograd.grad(out, inputs, grad)])
+        except RuntimeError as error:
+            logger.warning("experts run one after the other, as there is no grouped_mm on %s: %s", device, error)
+            return False
+    right = all(
+        torch.allclose(got.float(), want.float(), rtol=2e-2, atol=2e-2 * want.abs().max().item())
+        for got, want in zip(*results, strict=True)
+    )
+    if not right:
+        logger.warning("experts run one after the other, as grouped_mm is wrong on %s", device)
+    return right

@@ -1,6 +1,7 @@
 """The sparse layer: router, dispatch, experts, combine. Shape suffixes: see `losses`."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +15,43 @@ from fairseq_hash.routers import Assignment
 
 
 @dataclass(frozen=True)
+class HashRoute:
+    """Where the tokens of one forward pass go by one hash table, made once for all layers that share the table.
+
+    Attributes:
+        assignment: experts, and weights where they are not learned.
+        under_way: the plan. The layer that comes first waits for what it still needs of other ranks.
+        segments: groups of rows that each expert has.
+    """
+
+    assignment: Assignment
+    under_way: PlanUnderWay
+    segments: int = 1
+
+    @property
+    def plan(self) -> DispatchPlan:
+        """The finished plan."""
+        return self.under_way.plan
+
+    @cached_property
+    def report(self) -> Tensor:
+        """The packed report of every layer that takes this route."""
+        return RoutingReport.of(self.assignment, self.plan, self.segments).pack()
+
+
+@dataclass(frozen=True)
 class RoutingContext:
     """What the sparse layers of one forward pass share.
 
     Attributes:
         place_T: int64, where the tokens that are no padding stand among all L x B, position first (`[L, B]`
             flattened); None where nothing is padding.
-        hash_routes: assignment and plan by each hash table, made once for all layers that share it. The layer that
-            comes first waits for what the plan still needs of other ranks.
+        hash_routes: one for each hash table.
         reports: each sparse layer's report, by its number and its router's name; filled in as the layers run.
     """
 
     place_T: "Tensor | None"
-    hash_routes: list[tuple[Assignment, PlanUnderWay]] = field(default_factory=list)
+    hash_routes: list[HashRoute] = field(default_factory=list)
     reports: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -70,7 +95,8 @@ class RoutingReport:
     @classmethod
     def of(cls, assignment: Assignment, plan: DispatchPlan, segments: int = 1) -> "RoutingReport":
         """Sum up an assignment and its plan, in which each expert has `segments` groups of rows."""
-        tokens = plan.demand_E.new_tensor(plan.shape_TK[0]).float()
+        # Filled in on the device: a tensor made of a number is copied there, and waited for.
+        tokens = torch.full((), float(plan.shape_TK[0]), device=plan.demand_E.device)
 
         def total(mean: "Tensor | None") -> Tensor:
             return torch.zeros_like(tokens) if mean is None else mean * tokens
@@ -159,16 +185,17 @@ class SparseLayer(nn.Module):
             assignment = self.router(x_TD)
             factor = self.capacity_factor if self.training else self.eval_capacity_factor
             plan = plan_dispatch(assignment.expert_TK, self.parallel, factor)
+            report = RoutingReport.of(assignment, plan).pack()
         else:
-            assignment, under_way = context.hash_routes[self.hash_route]
-            plan = under_way.plan
+            route = context.hash_routes[self.hash_route]
+            assignment, plan, report = route.assignment, route.plan, route.report
             if self.router is not None:
                 assignment = assignment._replace(weight_TK=self.router(x_TD, assignment.expert_TK))
         if self.parallel.dispatch == "fairscale":
             y_TD = fairscale_moe(x_TD, assignment, plan, self.experts, self.groups)
         else:
-            rows_RD = self.experts(dispatch(x_TD, plan), plan.rows_per_expert)
+            rows_RD = self.experts(dispatch(x_TD, plan), plan.sizes)
             y_TD = combine(rows_RD, plan, assignment.weight_TK)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD, (len(x_TD),))
-        return context.restore_padding(y_TD, x_LBD.shape), RoutingReport.of(assignment, plan, self.segments).pack()
+        return context.restore_padding(y_TD, x_LBD.shape), report

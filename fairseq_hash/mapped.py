@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_hash.errors import UserError
+from fairseq_hash.group_sizes import GroupSizes
 
 
 class Saved(Protocol):
@@ -43,7 +44,7 @@ class MappedExperts(nn.Module):
             saved.verify()
         self._saved[name] = saved
 
-    def forward(self, rows_RD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
+    def forward(self, rows_RD: Tensor, sizes: "GroupSizes | Sequence[int]") -> Tensor:
         """Apply the experts, as the module they stand for would."""
         if len(self._saved) < len(dict(self.shell.named_parameters())):
             raise UserError("experts that stay in a checkpoint's files need a checkpoint; load one first")
@@ -52,4 +53,4 @@ class MappedExperts(nn.Module):
             for name, saved in self._saved.items()
         }
         with torch.no_grad():
-            return torch.func.functional_call(self.shell, weights, (rows_RD, rows_per_expert), strict=True)
+            return torch.func.functional_call(self.shell, weights, (rows_RD, sizes), strict=True)

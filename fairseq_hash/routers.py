@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fairseq_hash.assignment import balanced_assignment
 from fairseq_hash.errors import UserError
+from fairseq_hash.group_sizes import count_groups
 from fairseq_hash.losses import load_balancing_loss, z_loss
 
 SCORES = ("softmax", "sigmoid", "sqrt-softplus")
@@ -72,7 +73,7 @@ class SwitchRouter(nn.Module):
             log_probability_TE = logits_TE.log_softmax(dim=-1)
             probability_TE = log_probability_TE.exp()
             weight_TK, expert_TK = probability_TE.max(dim=-1, keepdim=True)
-            rows_E = torch.bincount(expert_TK.flatten(), minlength=self.weight.shape[0])
+            rows_E = count_groups(expert_TK.flatten(), len(self.weight))
             entropy_T = -(probability_TE.detach() * log_probability_TE.detach()).sum(dim=-1)
             return Assignment(
                 expert_TK,

@@ -288,7 +288,7 @@ def test_a_model_that_predicts_gives_the_keys(data, tmp_path):
     predicted_BL = predictor(token_BL)[0].argmax(dim=-1)
     context = model.decoder.routing_context(token_BL)
     table = model.decoder.hash_tables[0].expert
-    assert torch.equal(context.hash_routes[0][0].expert_TK, table[predicted_BL.t().flatten()])
+    assert torch.equal(context.hash_routes[0].assignment.expert_TK, table[predicted_BL.t().flatten()])
     full, _ = model(token_BL)
     state = {}
     steps = [model.decoder(token_BL[:, : n + 1], incremental_state=state)[0] for n in range(token_BL.shape[1])]

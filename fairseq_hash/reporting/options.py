@@ -14,6 +14,7 @@ VOLATILE = {
     *("keep_interval_updates", "keep_interval_updates_pattern", "keep_last_epochs", "keep_best_checkpoints"),
     "write_checkpoints_asynchronously",
     *("expert_parallel_size", "expert_dispatch"),  # who holds the experts and how rows get there changes no result
+    "recompute_hidden",  # the same numbers in less memory
     "base_shuffle",  # of fairseq's own BASE layer, which the model refuses; flags and Hydra have other defaults
 }
 # Nodes that are no options of a training: what the experiment is called and how Hydra logs; fairseq's scores of

@@ -1,0 +1,239 @@
+#!/usr/bin/env python3
+"""One sparse layer in one process: ours beside a dense FFN, the published reference's way, and peers.
+
+    python benchmarks/layer.py [--experts E ...] [--tokens T ...] [--dtype D] [--device D] [--json FILE] [--out FILE]
+
+T tokens with Zipf-distributed ids and independent normal activations go through E experts (D to F, ReLU, F to D),
+forward and backward (gradients of input and parameters), or forward only. Parameters have the dtype asked for, without
+autocast. All candidates run in turn within each round, in one run; nothing is dropped, except by fairscale.
+
+- dense: T rows through one FFN, the floor.
+- hash, switch, base: our `SparseLayer`. Hash includes the lookup in a balanced table and the plan; base includes the
+  balanced assignment, and with --forward-only takes the nearest centroid, as in evaluation.
+- mask-and-loop: a list of FFNs; for each, mask the tokens, run, write back. The same hash route and weights as ours:
+  before timing, output and gradients have to equal ours, relative to a tensor's largest entry (`TOLERANCE`).
+- fairscale: `MOELayer` with `Top2Gate`: two experts a token, so twice the rows. Only in fp32 (its products take nothing
+  else), where E divides T, and up to a size of its masks.
+- transformers: `SwitchTransformersSparseMLP`, top-1, without biases, with room for all tokens; from the extra `peers`.
+
+Times are medians (quartiles) of all rounds, ratios to dense the median of the ratios within a round. No candidate has
+an auxiliary loss.
+
+Memory. `peak` is the most of a call beyond what stood before it: activations, output, all gradients. Weights stood
+before. `memory` is (weights + peak) / (dense's weights + dense's peak + these weights + their gradients): how near a
+layer comes to a dense FFN that merely has to hold all experts' weights and gradients, too. Below the line this is one
+FFN more than above it, 1 / E of the experts. Many experts' weights hide much working memory, so `working / dense`
+stands beside it: peak less the parameters' gradients, over the same of dense. On the CPU this is resident memory, which
+knows pages only; where the system cannot reset its peak, these are left out.
+
+The split of the hash layer: each part runs as a small piece of autograd of its own, forward and backward, in the same
+rounds. route: lookup and plan; gather: `dispatch`; exchange: between ranks, here nothing; experts; combine; rest: what
+the layer takes beyond the sum (its report, what the plan makes at first use, autograd's bookkeeping; below zero where
+pieces take longer alone).
+`matmuls` are the experts' matrix products alone, a loop of `torch.mm` into buffers made before, so that what the layer
+takes to get fresh memory for the experts' gradients counts as outside of them. `outside experts` and `outside matmuls`
+are 1 - each / layer. `BASE assignment / route`: scores and balanced assignment of the same T and E, over the route.
+`FLOP/s` counts matrix products; `rate` is that of one large product of the same dtype in the same rounds.
+
+The JSON file (seconds, bytes; null where not measured): {"benchmark": "layer", "provenance": {...}, "settings": {...},
+"left_out": [text, ...], "rows": [row, ...]}, each row {"experts": E, "tokens": T, "candidate": name, "seconds": median,
+"low": .., "high": .. (quartiles), "ratio": to dense, "peak_bytes": .., "weight_bytes": .., "gradient_bytes": of the
+parameters, "memory_ratio": .., "working_ratio": ..}. Rows of hash also have "parts": {"route", "gather", "exchange",
+"experts", "combine", "rest": {"seconds", "low", "high", "share": of the layer}}, "beside": {"matmuls", "assignment":
+the same}, and "figures": {"outside_experts", "outside_matmuls", "assignment_over_route", "layer_flops_per_second",
+"matmuls_flops_per_second", "rate_flops_per_second"}.
+"""
+
+import argparse
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peers import VOCABULARY, Case, one_rank, transformers_version
+from rich.console import Console
+from rounds import Spread, in_rounds, peak_bytes
+
+from fairseq_hash.cli import Parser
+from fairseq_hash.progress import Display
+from fairseq_hash.provenance import provenance, usable_cores
+
+PARTS = ("route", "gather", "exchange", "experts", "combine", "rest")
+BESIDE = ("matmuls", "assignment")
+
+
+def memory(case: Case, calls: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the memory of each layer by its name."""
+    sizes = {}
+    for name, call in calls.items():
+        weight_bytes = sum(leaf.nbytes for leaf in call.leaves[1:])  # the first one is the input
+        gradient_bytes = weight_bytes if case.backward else 0
+        sizes[name] = {"peak_bytes": peak_bytes(call, case.device), "weight_bytes": weight_bytes}
+        sizes[name] |= {"gradient_bytes": gradient_bytes, "memory_ratio": None, "working_ratio": None}
+    dense = sizes["dense"]
+    for name, size in sizes.items():
+        if size["peak_bytes"] is None or name == "dense":
+            continue
+        allowed = dense["weight_bytes"] + dense["peak_bytes"] + size["weight_bytes"] + size["gradient_bytes"]
+        size["memory_ratio"] = (size["weight_bytes"] + size["peak_bytes"]) / allowed
+        working = [one["peak_bytes"] - one["gradient_bytes"] for one in (size, dense)]
+        size["working_ratio"] = working[0] / working[1] if min(working) > 0 else None
+    return sizes
+
+
+def split(seconds: dict[str, np.ndarray], case: Case) -> dict[str, Any]:
+    """Return the split of the hash layer; times are arrays of all rounds."""
+    layer = seconds["hash"]
+    seconds = {**seconds, "exchange": np.zeros_like(layer)}
+    seconds["rest"] = layer - sum(seconds[name] for name in PARTS if name != "rest")
+
+    def share(name: str) -> dict[str, float]:
+        return {**Spread.of(seconds[name]).as_seconds(), "share": float(np.median(seconds[name] / layer))}
+
+    flops = 4 * case.tokens * case.width * case.hidden * (3 if case.backward else 1)
+    figures = {
+        "outside_experts": 1 - share("experts")["share"],
+        "outside_matmuls": 1 - share("matmuls")["share"],
+        "assignment_over_route": float(np.median(seconds["assignment"] / seconds["route"])),
+        "layer_flops_per_second": flops / float(np.median(layer)),
+        "matmuls_flops_per_second": flops / float(np.median(seconds["matmuls"])),
+        "rate_flops_per_second": 2 * case.large_product**3 / float(np.median(seconds["rate"])),
+    }
+    parts, beside = ({name: share(name) for name in names} for names in (PARTS, BESIDE))
+    return {"parts": parts, "beside": beside, "figures": figures}
+
+
+def measure(num_experts: int, tokens: int, arguments: argparse.Namespace, display: Display) -> list[dict[str, Any]]:
+    """Return one row a candidate."""
+    case = Case(num_experts, tokens, arguments)
+    calls, left_out = case.candidates()
+    arguments.left_out += left_out
+    case.check(calls)
+    rounds = []
+    for seconds in in_rounds({**calls, **case.pieces()}, arguments.rounds, case.device):
+        rounds.append(seconds)
+        display.advance(len(rounds) / arguments.rounds, f"{len(rounds)} of {arguments.rounds} rounds")
+    arrays = {name: np.array([seconds[name] for seconds in rounds]) for name in rounds[0]}
+    rows = []
+    for name, sizes in memory(case, calls).items():
+        row = {"experts": num_experts, "tokens": tokens, "candidate": name, **Spread.of(arrays[name]).as_seconds()}
+        rows.append(row | {"ratio": float(np.median(arrays[name] / arrays["dense"])), **sizes})
+        if name == "hash":
+            rows[-1] |= split(arrays, case)
+    return rows
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table."""
+    return ["", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads), *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def optional(value: "float | None", digits: str) -> str:
+    """Return a number, or a dash where it was not measured."""
+    return "-" if value is None else f"{value:{digits}}"
+
+
+def milliseconds(time: dict[str, float]) -> str:
+    """Return a time as the median (quartiles)."""
+    return Spread(time["seconds"], time["low"], time["high"]).text(1000, ".2f")
+
+
+def report(rows: list[dict[str, Any]]) -> list[str]:
+    """Return all tables."""
+    layers, parts, figures = [], [], []
+    for row in rows:
+        shape = [str(row["experts"]), str(row["tokens"])]
+        peak = None if row["peak_bytes"] is None else row["peak_bytes"] / 1e6
+        sizes = [optional(peak, ".1f"), optional(row["memory_ratio"], ".2f"), optional(row["working_ratio"], ".2f")]
+        layers.append([*shape, row["candidate"], milliseconds(row), f"{row['ratio']:.2f}", *sizes])
+        if row["candidate"] != "hash":
+            continue
+        shares = [f"{1000 * part['seconds']:.2f} ({part['share']:.1%})" for part in row["parts"].values()]
+        parts.append([*shape, milliseconds(row), *shares])
+        figure = row["figures"]
+        rate = figure["rate_flops_per_second"]
+        speeds = [figure[f"{name}_flops_per_second"] for name in ("layer", "matmuls")]
+        outside = [f"{figure[f'outside_{name}']:.1%}" for name in ("experts", "matmuls")]
+        times = [milliseconds(row["beside"][name]) for name in BESIDE]
+        speed = [*(f"{speed / 1e12:.3g} ({speed / rate:.0%})" for speed in speeds), f"{rate / 1e12:.3g}"]
+        figures.append([*shape, times[0], *outside, times[1], f"{figure['assignment_over_route']:.1f}", *speed])
+    shape = ["experts", "tokens"]
+    heads = [*shape, "layer", "ms", "/ dense", "peak MB", "memory", "working / dense"]
+    lines = table(heads, layers) + ["", "The hash layer's parts, ms (share of the layer):"]
+    lines += table([*shape, "hash ms", *PARTS], parts) + ["", "Beside the hash layer, speeds in TFLOP/s (of the rate):"]
+    heads = [*shape, "matmuls ms", "outside experts", "outside matmuls", "BASE assignment ms", "/ route"]
+    return lines + table([*heads, "layer", "matmuls", "rate"], figures)
+
+
+def parse() -> argparse.Namespace:
+    """Return the arguments, checked."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--experts", type=int, nargs="+", default=[16, 64, 128], metavar="E", help="default: 16 64 128")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096], metavar="T", help="of a call (default: 4096)")
+    parser.add_argument("--width", type=int, default=512, metavar="D", help="of a token (default: 512)")
+    parser.add_argument("--hidden", type=int, default=2048, metavar="F", help="width within an expert (default: 2048)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of parameters")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="calls of each that count (default: 9)")
+    parser.add_argument(
+        "--threads", type=int, default=usable_cores(), metavar="N", help="of torch (default: all cores)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of tokens, weights and gradients (default: 0)")
+    parser.add_argument("--forward-only", action="store_true", help="as in evaluation, without gradients")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures: fairseq-hash report draws them")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write what is printed to a file")
+    arguments = parser.parse_args()
+    for name, least in (("width", 1), ("hidden", 1), ("rounds", 1), ("threads", 1), ("seed", 0)):
+        if getattr(arguments, name) < least:
+            parser.error(f"--{name} {getattr(arguments, name)} is out of range; give a number of {least} or more")
+    for experts in arguments.experts:
+        if not 1 <= experts <= VOCABULARY:
+            parser.error(f"--experts {experts} is out of range; give numbers from 1 to {VOCABULARY}")
+    for tokens in arguments.tokens:
+        if tokens < 1:
+            parser.error(f"--tokens {tokens} is out of range; give numbers of 1 or more")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here; use --device cpu")
+    for name in ("json", "out"):
+        file = getattr(arguments, name)
+        if file and not file.parent.is_dir():
+            parser.error(f"--{name} {file}: the folder {file.parent} does not exist; make it first")
+    return arguments
+
+
+def main() -> None:
+    """Measure, print provenance and tables, and write files where it is asked for."""
+    arguments = parse()
+    torch.set_num_threads(arguments.threads)
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "out")}
+    settings["transformers"] = transformers_version()
+    arguments.left_out = []
+    if not transformers_version():
+        arguments.left_out.append("transformers is left out: it is not installed (pip install -e '.[peers]')")
+    rows: list[dict[str, Any]] = []
+    # A number given twice is measured once.
+    cases = list(dict.fromkeys(itertools.product(arguments.experts, arguments.tokens)))
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with one_rank(torch.device(arguments.device)), Display(len(cases), console) as display:
+        for num_experts, tokens in cases:
+            display.begin(f"{num_experts} experts, {tokens} tokens", 1)
+            rows += measure(num_experts, tokens, arguments, display)
+            ratios = {row["candidate"]: row["ratio"] for row in rows}  # of the last case
+            display.end(f"hash / dense {ratios['hash']:.2f}")
+    record = {"benchmark": "layer", "provenance": provenance(), "settings": settings, "left_out": arguments.left_out}
+    lines = ["# One sparse layer", "", "By `benchmarks/layer.py`, which defines the columns, with"]
+    lines += [", ".join(f"{name} {value}" for name, value in settings.items()).replace("[", "").replace("]", "") + "."]
+    lines += ["", *(f"- {name}: {value}" for name, value in record["provenance"].items() if value)]
+    lines += [f"- {text}" for text in arguments.left_out] + report(rows)
+    print("\n".join(lines))
+    if arguments.out:
+        arguments.out.write_text("\n".join(lines) + "\n")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Rounds of calls: what is measured beside each other runs in turn, in one process, so that a ratio is of one moment.
+
+A `Call` is forward and backward; clearing gradients is outside the measured time. Peak memory is measured in calls of
+its own: on a GPU by torch's allocator; on Linux by the process's peak resident memory, which the kernel resets on
+request; elsewhere not at all.
+"""
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MEMORY_CALLS = 3
+
+
+@dataclass(frozen=True)
+class Call:
+    """One thing to measure.
+
+    Attributes:
+        forward: makes the output.
+        leaves: what gets gradients.
+        grad: of the output; None where there is no backward pass, and then autograd is off.
+    """
+
+    forward: Callable[[], "Tensor | None"]
+    leaves: Sequence[Tensor] = ()
+    grad: "Tensor | None" = None
+
+    def run(self) -> "Tensor | None":
+        """Run forward, and backward where there is a gradient; return the output."""
+        with torch.set_grad_enabled(self.grad is not None):
+            y = self.forward()
+        if self.grad is not None:
+            y.backward(self.grad)
+        return y
+
+    def clear(self) -> None:
+        """Let go of the gradients."""
+        for leaf in self.leaves:
+            leaf.grad = None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of all rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: "Sequence[float] | np.ndarray") -> "Spread":
+        """Sum values up."""
+        low, median, high = np.quantile(np.asarray(values, dtype=np.float64), (0.25, 0.5, 0.75)).tolist()
+        return cls(median, low, high)
+
+    def text(self, factor: float = 1.0, digits: str = ".1f") -> str:
+        """Return the median (quartiles), in other units."""
+        median, low, high = (f"{factor * value:{digits}}" for value in (self.median, self.low, self.high))
+        return f"{median} ({low} to {high})"
+
+    def as_seconds(self) -> dict[str, float]:
+        """Return the JSON form of a time."""
+        return {"seconds": self.median, "low": self.low, "high": self.high}
+
+
+def seconds_of(call: Call, device: torch.device) -> float:
+    """Return how long one call takes, from an idle device to an idle device."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call.run()
+        seconds = time.perf_counter() - start
+    else:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        torch.cuda.synchronize(device)
+        events[0].record()
+        call.run()
+        events[1].record()
+        torch.cuda.synchronize(device)
+        seconds = events[0].elapsed_time(events[1]) / 1000
+    call.clear()
+    return seconds
+
+
+def in_rounds(calls: Mapping[str, Call], rounds: int, device: torch.device) -> "Iterator[dict[str, float]]":
+    """Yield the seconds of each call, round by round; the first round, which warms up, does not count.
+
+    Every other round runs them in the opposite order, so that none always comes after the same one.
+    """
+    for number in range(rounds + 1):
+        names = list(calls) if number % 2 else list(reversed(calls))
+        seconds = {name: seconds_of(calls[name], device) for name in names}
+        if number:
+            yield {name: seconds[name] for name in calls}
+
+
+def peak_bytes(call: Call, device: torch.device) -> "int | None":
+    """Return the most memory of a call beyond what stood before it, output and gradients included.
+
+    The median of a few calls; None where it cannot be measured.
+    """
+    gc.collect()
+    peaks = [_peak_of_one(call, device) for _ in range(MEMORY_CALLS)]
+    return None if None in peaks else int(statistics.median(peaks))
+
+
+def _peak_of_one(call: Call, device: torch.device) -> "int | None":
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call.run()
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        if not _reset_peak():
+            return None
+        before = _resident("VmRSS")
+        call.run()
+        peak = _resident("VmHWM")
+    call.clear()
+    return max(peak - before, 0)
+
+
+def _reset_peak() -> bool:
+    """Let the peak of resident memory be what is resident now, and say whether the system can do so."""
+    try:
+        # What the allocator keeps of freed memory would otherwise serve the call without being seen.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+def _resident(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return 1024 * int(line.split()[1])
+    raise ValueError(f"/proc/self/status has no {name}")

@@ -24,7 +24,8 @@ before. `memory` is (weights + peak) / (dense's weights + dense's peak + these w
 layer comes to a dense FFN that merely has to hold all experts' weights and gradients, too. Below the line this is one
 FFN more than above it, 1 / E of the experts. Many experts' weights hide much working memory, so `working / dense`
 stands beside it: peak less the parameters' gradients, over the same of dense. On the CPU this is resident memory, which
-knows pages only; where the system cannot reset its peak, these are left out.
+knows pages only; where the system cannot reset its peak, these are left out. There our layers keep their gradients'
+memory for the next call, and `peak` counts it; their times are of calls that find it.
 
 The split of the hash layer: each part runs as a small piece of autograd of its own, forward and backward, in the same
 rounds. route: lookup and plan; gather: `dispatch`; exchange: between ranks, here nothing; experts; combine; rest: what
@@ -63,6 +64,7 @@ from fairseq_hash.provenance import provenance, usable_cores
 
 PARTS = ("route", "gather", "exchange", "experts", "combine", "rest")
 BESIDE = ("matmuls", "assignment")
+LEAST_GRADIENTS = 2**24  # bytes that no measured peak can miss; of fewer, some pages may be there before
 
 
 def memory(case: Case, calls: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -71,7 +73,10 @@ def memory(case: Case, calls: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for name, call in calls.items():
         weight_bytes = sum(leaf.nbytes for leaf in call.leaves[1:])  # the first one is the input
         gradient_bytes = weight_bytes if case.backward else 0
-        sizes[name] = {"peak_bytes": peak_bytes(call, case.device), "weight_bytes": weight_bytes}
+        peak = peak_bytes(call, case.device)
+        if peak is not None and gradient_bytes > max(peak, LEAST_GRADIENTS):
+            raise SystemExit(f"layer.py: the peak memory of {name} misses its gradients, so memory was kept unseen")
+        sizes[name] = {"peak_bytes": peak, "weight_bytes": weight_bytes}
         sizes[name] |= {"gradient_bytes": gradient_bytes, "memory_ratio": None, "working_ratio": None}
     dense = sizes["dense"]
     for name, size in sizes.items():

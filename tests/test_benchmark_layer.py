@@ -71,11 +71,14 @@ def programs(monkeypatch):
     monkeypatch.syspath_prepend(PROGRAM.parent)
 
 
+def arguments(width, hidden):
+    return argparse.Namespace(width=width, hidden=hidden, forward_only=False, seed=0, device="cpu", dtype="float32")
+
+
 def test_ends_where_layers_disagree(programs):
     import peers
 
-    sizes = {"width": 16, "hidden": 32, "forward_only": False, "seed": 0, "device": "cpu", "dtype": "float32"}
-    case = peers.Case(4, 64, argparse.Namespace(**sizes))
+    case = peers.Case(4, 64, arguments(width=16, hidden=32))
     with peers.one_rank(case.device):
         layers, _ = case.candidates()
     case.check(layers)
@@ -95,6 +98,18 @@ def test_peak_memory_is_that_of_the_call(programs):
     if peak is None:
         pytest.skip("this system cannot reset its peak of resident memory")
     assert 96 * 2**20 * 0.95 < peak < 96 * 2**20 * 1.3
+
+
+def test_peak_memory_counts_gradients_whose_memory_is_kept(programs):
+    import peers
+    from rounds import peak_bytes
+
+    layer = peers.Case(4, 64, arguments(width=512, hidden=1024)).sparse(None)
+    for _ in range(2):
+        peak = peak_bytes(layer, torch.device("cpu"))
+        if peak is None:
+            pytest.skip("this system cannot reset its peak of resident memory")
+        assert peak > 0.95 * sum(leaf.nbytes for leaf in layer.leaves)
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,10 @@ The split of the hash layer: each part runs as a small piece of autograd of its 
 rounds. route: lookup and plan; gather: `dispatch`; exchange: between ranks, here nothing; experts; combine; rest: what
 the layer takes beyond the sum (its report, what the plan makes at first use, autograd's bookkeeping; below zero where
 pieces take longer alone).
-`matmuls` are the experts' matrix products alone, a loop of `torch.mm` into buffers made before, so that what the layer
-takes to get fresh memory for the experts' gradients counts as outside of them. `outside experts` and `outside matmuls`
-are 1 - each / layer. `BASE assignment / route`: scores and balanced assignment of the same T and E, over the route.
+`matmuls` are the experts' matrix products alone, on threads as in the layer, into buffers made before: what the layer
+takes to get memory for gradients, for biases and the activation counts as outside of them. `outside experts` and
+`outside matmuls` are 1 - each / layer. `BASE assignment / route`: scores and balanced assignment of the same T and E,
+over the route.
 `FLOP/s` counts matrix products; `rate` is that of one large product of the same dtype in the same rounds.
 
 The JSON file (seconds, bytes; null where not measured): {"benchmark": "layer", "provenance": {...}, "settings": {...},

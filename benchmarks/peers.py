@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fairseq_hash.assignment import balanced_assignment
 from fairseq_hash.dispatch import DispatchPlan, PlanUnderWay, combine, dispatch
+from fairseq_hash.expert_threads import for_each_group
 from fairseq_hash.experts import ExpertFeedForward
 from fairseq_hash.hashing import TableShape, build_table
 from fairseq_hash.layer import HashRoute, RoutingContext, SparseLayer
@@ -244,19 +245,24 @@ class Case:
         hidden_RF = torch.randn(len(rows_RD), self.hidden).to(**self.here)
         rows_like = rows_RD, hidden_RF, grad_RD, torch.empty_like(rows_RD), torch.empty_like(hidden_RF)
         gradients = [torch.zeros_like(weight) if self.backward else weight for weight in (fc1_EFD, fc2_EDF)]
-        counts = plan.demand_E.tolist()
-        of_experts = zip(*(like.split(counts) for like in rows_like), fc1_EFD, fc2_EDF, *gradients, strict=True)
-        busy = [views for views in of_experts if len(views[0])]
+        work, on_cpu = fc1_EFD[0].numel(), self.device.type == "cpu"
+
+        def forward(expert: int, first: int, end: int) -> None:
+            rows, hidden, _, rows_out, hidden_out = (like[first:end] for like in rows_like)
+            torch.mm(rows, fc1_EFD[expert].t(), out=hidden_out)
+            torch.mm(hidden, fc2_EDF[expert].t(), out=rows_out)
+
+        def backward(expert: int, first: int, end: int) -> None:
+            rows, hidden, grad, rows_out, hidden_out = (like[first:end] for like in rows_like)
+            torch.mm(grad.t(), hidden, out=gradients[1][expert])
+            torch.mm(grad, fc2_EDF[expert], out=hidden_out)
+            torch.mm(hidden_out.t(), rows, out=gradients[0][expert])
+            torch.mm(hidden_out, fc1_EFD[expert], out=rows_out)
 
         def products() -> None:
-            for rows, hidden, _, rows_out, hidden_out, fc1, fc2, _, _ in busy:
-                torch.mm(rows, fc1.t(), out=hidden_out)
-                torch.mm(hidden, fc2.t(), out=rows_out)
-            for rows, hidden, grad, rows_out, hidden_out, fc1, fc2, fc1_grad, fc2_grad in busy if self.backward else ():
-                torch.mm(grad.t(), hidden, out=fc2_grad)
-                torch.mm(grad, fc2, out=hidden_out)
-                torch.mm(hidden_out.t(), rows, out=fc1_grad)
-                torch.mm(hidden_out, fc1, out=rows_out)
+            for_each_group(forward, plan.sizes.host, 2 * work, on_cpu)
+            if self.backward:
+                for_each_group(backward, plan.sizes.host, 4 * work, on_cpu)
 
         return Call(products)
 

@@ -134,8 +134,7 @@ def _peak_of_one(call: Call, device: torch.device) -> "int | None":
 
 def _reset_peak() -> bool:
     """Let the peak of resident memory be what is resident now, and say whether the system can do so."""
-    for kept in large_tensors._free.values():  # of our experts' gradients
-        kept.clear()
+    large_tensors.release()  # of our experts' gradients
     try:
         # What the allocator keeps of freed memory would otherwise serve the call without being seen.
         ctypes.CDLL(None).malloc_trim(0)

@@ -38,6 +38,11 @@ def empty_gradient(parameter: Tensor) -> Tensor:
     return _empty(parameter.shape, parameter, keep=True)
 
 
+def release() -> None:
+    """Give the memory that is kept for gradients back to the system."""
+    _free.clear()
+
+
 def _empty(shape: Sequence[int], like: "Tensor | None", keep: bool) -> Tensor:
     if like is None:
         like = torch.empty(0)
@@ -52,8 +57,12 @@ def _empty(shape: Sequence[int], like: "Tensor | None", keep: bool) -> Tensor:
     # torch refers to the array as long as there is a tensor with this memory.
     array = np.frombuffer(memory, dtype=np.uint8)
     if keep:
-        weakref.finalize(array, _free[length].append, memory).atexit = False
+        weakref.finalize(array, _keep, memory).atexit = False
     return torch.from_numpy(array).view(like.dtype).view(*shape)
+
+
+def _keep(memory: mmap.mmap) -> None:
+    _free[len(memory)].append(memory)
 
 
 def _map(length: int) -> mmap.mmap:

@@ -10,7 +10,7 @@ from fairseq_hash.reporting import page, table
 from fairseq_hash.reporting.benchmarks_files import PARTS, Benchmark, Row, load_benchmarks
 from fairseq_hash.reporting.benchmarks_plots import split_of_time, time_by_experts, time_by_tokens
 from fairseq_hash.reporting.plots import DARK, LIGHT
-from fairseq_hash.reporting.report import _read_note, _write
+from fairseq_hash.reporting.report import read_note, write_files
 
 COLUMNS = """
 Every file is of one run of one program, whose own text defines its candidates, its peak memory and its parts. Times are
@@ -37,14 +37,14 @@ def write_benchmarks(files: Sequence[Path], out: Path, title: str, note: "Path |
 
     Raises `UserError` with one line for a file that is no benchmark's, before anything is written.
     """
-    benchmarks, words = load_benchmarks(files), _read_note(note)
+    benchmarks, words = load_benchmarks(files), read_note(note)
     drawn = {name: [draw(benchmarks, theme) for theme in (LIGHT, DARK)] for name, (draw, *_) in FIGURES.items()}
     figures = {name: pictures for name, pictures in drawn.items() if pictures[0] is not None}
     written: dict[str, bytes] = {name: light for name, (light, _) in figures.items()}
     written["results.csv"] = _flat(benchmarks).to_csv(index=False).encode()
     written["results.md"] = _markdown(benchmarks, title, words).encode()
     written["index.html"] = _page(benchmarks, title, words, figures).encode()
-    return _write(out, written)
+    return write_files(out, written)
 
 
 def times(benchmark: Benchmark) -> pd.DataFrame:

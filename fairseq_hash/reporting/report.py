@@ -34,7 +34,7 @@ def write_report(folders: Sequence[Path], out: Path, title: str, note: "Path | N
 
     Raises `UserError` with one line for bad input, and where no run can be compared, before anything is written.
     """
-    comparison = compare(folders, title, _read_note(note))
+    comparison = compare(folders, title, read_note(note))
     drawn = {name: [draw(comparison.models, theme) for theme in (LIGHT, DARK)] for name, draw in DRAWN.items()}
     figures = {name: pictures for name, pictures in drawn.items() if pictures[0] is not None}
     files: dict[str, bytes] = {name: light for name, (light, _) in figures.items()}
@@ -43,10 +43,11 @@ def write_report(folders: Sequence[Path], out: Path, title: str, note: "Path | N
     files["runs.csv"] = comparison.of_runs.to_csv(index=False).encode()
     files["results.md"] = _markdown(comparison).encode()
     files["index.html"] = comparison_page(comparison, figures).encode()
-    return _write(out, files)
+    return write_files(out, files)
 
 
-def _read_note(note: "Path | None") -> str:
+def read_note(note: "Path | None") -> str:
+    """Return the text of a file, empty for None; raises `UserError` where it cannot be read."""
     if note is None:
         return ""
     try:
@@ -55,7 +56,8 @@ def _read_note(note: "Path | None") -> str:
         raise UserError(f"cannot read --note {note} ({error}); give a text file in UTF-8") from None
 
 
-def _write(out: Path, files: dict[str, bytes]) -> list[Path]:
+def write_files(out: Path, files: dict[str, bytes]) -> list[Path]:
+    """Write files by name into a folder, each whole or not at all; raises `UserError` where that fails."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():

@@ -128,7 +128,7 @@ def expert_capacity(num_choices: int, num_experts: int, capacity_factor: float) 
 
 def dispatch(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
     """Return the rows `[R, D]` for this rank's experts, grouped by expert: each choice's token, from all ranks."""
-    rows_RD = _ToRows.apply(x_TD, plan)
+    rows_RD = _ToRows.apply(x_TD, plan) if torch.is_grad_enabled() else plan.to_rows(x_TD)
     return rows_RD if plan.exchange is None else plan.exchange.there(rows_RD)
 
 
@@ -138,7 +138,7 @@ def combine(rows_RD: Tensor, plan: DispatchPlan, weight_TK: "Tensor | None") -> 
         rows_RD = plan.exchange.back(rows_RD)
     if weight_TK is not None:
         rows_RD = rows_RD * weight_TK.flatten().index_select(0, plan.choice_R).unsqueeze(1).to(rows_RD.dtype)
-    return _ToTokens.apply(rows_RD, plan)
+    return _ToTokens.apply(rows_RD, plan) if torch.is_grad_enabled() else plan.to_tokens(rows_RD)
 
 
 class _ToRows(torch.autograd.Function):

@@ -38,8 +38,8 @@ def for_each_group(job: Callable[[int, int, int], None], sizes: Sequence[int], w
     """Call `job(group, first row, row after the last)` for every group that has rows, in no particular order.
 
     Args:
-        job: writes results of its own only. It runs without autograd and autocast, on several threads at a time where
-            that is faster.
+        job: writes results of its own only, without autograd or autocast, on several threads at a time where that is
+            faster.
         sizes: rows of each group.
         work_per_row: multiplications.
         on_cpu: False for a device with a queue, which one thread fills.
@@ -54,9 +54,8 @@ def for_each_group(job: Callable[[int, int, int], None], sizes: Sequence[int], w
     # With few groups, or one that is most of the work, cores would stand idle: there, all of them serve each in turn.
     is_even = largest * threads <= 1.25 * end
     if threads == 1 or not is_even or end * work_per_row < LEAST_WORK or not _in_use.acquire(blocking=False):
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            for group in groups:
-                job(*group)
+        for group in groups:
+            job(*group)
         return
     try:
         _on_threads(job, sorted(groups, key=lambda group: group[1] - group[2]), threads)
@@ -72,7 +71,7 @@ def _on_threads(job: Callable[[int, int, int], None], groups: "list[tuple[int, i
         # How many threads a product takes, and what torch is to record, is known of each thread by itself. On one
         # thread everywhere, a product gives the same bits whichever thread it falls to.
         torch.set_num_threads(1)
-        with torch.inference_mode(inference), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.inference_mode(inference), torch.no_grad():
             for group in left:
                 job(*group)
 

@@ -34,9 +34,15 @@ class HashRoute:
         return self.under_way.plan
 
     @cached_property
-    def report(self) -> Tensor:
-        """The packed report of every layer that takes this route."""
+    def _report(self) -> Tensor:
         return RoutingReport.of(self.assignment, self.plan, self.segments).pack()
+
+    def report(self) -> Tensor:
+        """Return the packed report for a layer that takes this route.
+
+        A tensor of its own for each: activation checkpointing makes what a layer returns a part of its graph.
+        """
+        return self._report.clone()
 
 
 @dataclass(frozen=True)
@@ -95,20 +101,16 @@ class RoutingReport:
     @classmethod
     def of(cls, assignment: Assignment, plan: DispatchPlan, segments: int = 1) -> "RoutingReport":
         """Sum up an assignment and its plan, in which each expert has `segments` groups of rows."""
+        tokens = plan.shape_TK[0]
+        demand_E = plan.demand_E.view(-1, segments).sum(dim=1) if segments > 1 else plan.demand_E
         # Filled in on the device: a tensor made of a number is copied there, and waited for.
-        tokens = torch.full((), float(plan.shape_TK[0]), device=plan.demand_E.device)
-
-        def total(mean: "Tensor | None") -> Tensor:
-            return torch.zeros_like(tokens) if mean is None else mean * tokens
-
-        return cls(
-            tokens,
-            torch.full_like(tokens, plan.dropped / plan.shape_TK[1]),
-            total(assignment.entropy),
-            total(assignment.load_balancing_loss),
-            total(assignment.z_loss),
-            plan.demand_E.view(-1, segments).sum(dim=1).float(),
-        )
+        scalars = torch.zeros(5, device=demand_E.device)
+        scalars[0].fill_(tokens)
+        scalars[1].fill_(plan.dropped / plan.shape_TK[1])
+        # Out of place: these have gradients.
+        means = (assignment.entropy, assignment.load_balancing_loss, assignment.z_loss)
+        totals = (zero if mean is None else mean * tokens for zero, mean in zip(scalars[2:], means, strict=True))
+        return cls(*scalars[:2], *totals, demand_E.float())
 
     @property
     def relative_load_E(self) -> Tensor:
@@ -188,7 +190,7 @@ class SparseLayer(nn.Module):
             report = RoutingReport.of(assignment, plan).pack()
         else:
             route = context.hash_routes[self.hash_route]
-            assignment, plan, report = route.assignment, route.plan, route.report
+            assignment, plan, report = route.assignment, route.plan, route.report()
             if self.router is not None:
                 assignment = assignment._replace(weight_TK=self.router(x_TD, assignment.expert_TK))
         if self.parallel.dispatch == "fairscale":

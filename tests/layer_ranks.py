@@ -21,7 +21,7 @@ from fairseq_hash.base_balance import balance_over
 from fairseq_hash.dispatch import PlanUnderWay, plan_dispatch
 from fairseq_hash.experts import ExpertFeedForward
 from fairseq_hash.fairscale_moe import Gate
-from fairseq_hash.layer import RoutingContext, RoutingReport, SparseLayer
+from fairseq_hash.layer import HashRoute, RoutingContext, RoutingReport, SparseLayer
 from fairseq_hash.parallel import ExpertParallel, expert_parallel
 from fairseq_hash.routers import Assignment, SwitchRouter
 
@@ -91,7 +91,7 @@ def check_against_loop(layout):
     x_TD, weight_TK = x_TD.requires_grad_(), weight_TK.requires_grad_()
     with count_sent_bytes(parallel) as sent:
         route = Assignment(expert_TK, weight_TK), PlanUnderWay(expert_TK, parallel, factor)
-        y_LBD, _ = layer(x_TD.unsqueeze(1), RoutingContext(None, [route]))
+        y_LBD, _ = layer(x_TD.unsqueeze(1), RoutingContext(None, [HashRoute(*route)]))
         (y_LBD * y_LBD.detach().cos()).sum().backward()
 
     whole = all_experts(layout["num_experts"])
@@ -171,7 +171,7 @@ def check_fairscale(layout):
         layer = SparseLayer(None, experts, parallel, *[layout["capacity_factor"]] * 2, hash_route=0)
         x_TD, expert_TK, weight_TK = made[0].clone().requires_grad_(), made[1], made[2].clone().requires_grad_()
         route = Assignment(expert_TK, weight_TK), PlanUnderWay(expert_TK, parallel, layout["capacity_factor"])
-        y_LBD, report = layer(x_TD.unsqueeze(1), RoutingContext(None, [route]))
+        y_LBD, report = layer(x_TD.unsqueeze(1), RoutingContext(None, [HashRoute(*route)]))
         (y_LBD * y_LBD.detach().cos()).sum().backward()
         gradients = [gradient(tensor) for tensor in (x_TD, weight_TK, *experts.parameters())]
         found.append([y_LBD, report, *gradients])

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from fairseq_hash.dispatch import PlanUnderWay
 from fairseq_hash.experts import ExpertFeedForward, ExpertStack
-from fairseq_hash.layer import RoutingContext, RoutingReport, SparseLayer
+from fairseq_hash.layer import HashRoute, RoutingContext, RoutingReport, SparseLayer
 from fairseq_hash.parallel import ExpertParallel
 from fairseq_hash.routers import Assignment, BaseRouter, SwitchRouter
 
@@ -49,7 +49,7 @@ def make_batch(num_experts, padded, capacity_factor, seed):
     context = RoutingContext.of_tokens(token_BL, PAD)
     expert_TK = table_V[context.select(token_BL)].unsqueeze(1)
     route = Assignment(expert_TK), PlanUnderWay(expert_TK, ExpertParallel(num_experts), capacity_factor)
-    return token_BL, x_LBD, RoutingContext(context.place_T, [route]), table_V
+    return token_BL, x_LBD, RoutingContext(context.place_T, [HashRoute(*route)]), table_V
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -123,7 +123,7 @@ def test_a_batch_of_nothing_but_padding(router):
     context = RoutingContext.of_tokens(torch.full((2, 3), PAD), PAD)
     assignment = Assignment(torch.zeros(0, 1, dtype=torch.int64))
     route = assignment, PlanUnderWay(assignment.expert_TK, ExpertParallel(4))
-    context = RoutingContext(context.place_T, [route])
+    context = RoutingContext(context.place_T, [HashRoute(*route)])
     x_LBD = torch.randn(3, 2, WIDTH, requires_grad=True)
     y_LBD, packed = layer(x_LBD, context)
     assert not y_LBD.any() and not packed.any()

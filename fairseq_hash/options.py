@@ -84,8 +84,8 @@ class SparseOptions(HashOptions):
     recompute_hidden: bool = field(
         default=False,
         metadata={
-            "help": "compute the experts' hidden layer again in the backward pass in place of keeping it: tokens x hidden "
-            "width values less in memory for each sparse layer, and a matrix product more beside six"
+            "help": "compute the experts' hidden layer again in the backward pass in place of keeping it: tokens x "
+            "hidden width values less in memory for each sparse layer, and a matrix product more beside six"
         },
     )
     expert_form: str = field(

@@ -123,16 +123,16 @@ def _peak_of_one(call: Call, device: torch.device) -> "int | None":
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device)
     else:
-        if not _reset_peak():
+        if not reset_peak():
             return None
-        before = _resident("VmRSS")
+        before = resident("VmRSS")
         call.run()
-        peak = _resident("VmHWM")
+        peak = resident("VmHWM")
     call.clear()
     return max(peak - before, 0)
 
 
-def _reset_peak() -> bool:
+def reset_peak() -> bool:
     """Let the peak of resident memory be what is resident now, and say whether the system can do so."""
     large_tensors.release()  # of our experts' gradients
     try:
@@ -144,7 +144,8 @@ def _reset_peak() -> bool:
     return True
 
 
-def _resident(name: str) -> int:
+def resident(name: str) -> int:
+    """Return the resident memory of this process in bytes: `VmRSS` now, `VmHWM` at its peak."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return 1024 * int(line.split()[1])

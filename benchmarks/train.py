@@ -27,7 +27,6 @@ incremental state, in evaluation. Ratios are taken within a step.
 
 import argparse
 import contextlib
-import ctypes
 import itertools
 import json
 import logging
@@ -44,6 +43,7 @@ from unittest import mock
 
 import torch
 from rich.console import Console
+from rounds import Spread, reset_peak, resident
 
 from fairseq_hash.cli import Parser
 from fairseq_hash.errors import UserError
@@ -151,20 +151,11 @@ def peak_bytes(trainer: Any, others: Sequence[Any], batch: Any) -> "int | None":
         with mock.patch("torch.cuda.reset_peak_memory_stats"):  # the trainer does it at the end of an update
             update(trainer, batch)
         return held + torch.cuda.max_memory_allocated() - before
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before is to count as what it is
-        Path("/proc/self/clear_refs").write_text("5")
-        before = process_bytes("VmRSS")
-        update(trainer, batch)
-        return held + process_bytes("VmHWM") - before
-    except (OSError, AttributeError):
+    if not reset_peak():
         return None
-
-
-def process_bytes(key: str) -> int:
-    """Return a size of this process in bytes, by its name in /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(f"{key}:")).split()[1])
+    before = resident("VmRSS")
+    update(trainer, batch)
+    return held + resident("VmHWM") - before
 
 
 @torch.no_grad()
@@ -186,17 +177,9 @@ def decode(trainers: dict[str, Any], token_BL: torch.Tensor, before: int) -> dic
 
 def row(experts: int, tokens: int, candidate: str, seconds: list[float], dense: list[float]) -> dict[str, Any]:
     """Return what stands in the JSON file of one candidate: median, quartiles, and the ratio within rounds."""
-    low, median, high = quartiles(seconds)
     ratio = statistics.median(one / other for one, other in zip(seconds, dense, strict=True))
-    return {
-        **{"experts": experts, "tokens": tokens, "candidate": candidate, "seconds": median, "low": low, "high": high},
-        **{"ratio": ratio, "peak_bytes": None},
-    }
-
-
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Return the first quartile, the median and the third."""
-    return tuple(statistics.quantiles(values, n=4, method="inclusive")) if len(values) > 1 else (values[0],) * 3
+    shape = {"experts": experts, "tokens": tokens, "candidate": candidate}
+    return {**shape, **Spread.of(seconds).as_seconds(), "ratio": ratio, "peak_bytes": None}
 
 
 def measure(arguments: argparse.Namespace, experts: int, data: Path, display: Display) -> list[dict[str, Any]]:
@@ -224,7 +207,8 @@ def measure(arguments: argparse.Namespace, experts: int, data: Path, display: Di
         rows[-1] |= dict(zip(("parameters", "active"), count_parameters(trainers[name].get_model()), strict=True))
         if name == "hash" and "base" in seconds:
             faster = [base / own for base, own in zip(seconds["base"], times, strict=True)]
-            rows[-1] |= dict(zip(("over_base_low", "over_base", "over_base_high"), quartiles(faster), strict=True))
+            spread = Spread.of(faster)
+            rows[-1] |= {"over_base": spread.median, "over_base_low": spread.low, "over_base_high": spread.high}
     token_N = torch.cat([batch["net_input"]["src_tokens"].flatten() for batch in batches])
     for batch in arguments.batch:
         length = arguments.prefix + arguments.steps
@@ -240,16 +224,19 @@ def markdown(rows: list[dict[str, Any]]) -> list[str]:
     heading = ("experts", "candidate", "ms an update", "updates/s", "tokens/s", "/ dense", "hash / BASE", "peak MB")
     lines = ["", table_line((*heading, "parameters", "active")), "|---|---|" + "---:|" * (len(heading))]
     for one in (one for one in rows if "updates_per_second" in one):
-        faster = (
-            "{over_base:.2f} ({over_base_low:.2f} to {over_base_high:.2f})".format(**one) if "over_base" in one else ""
-        )
+        faster = "{over_base:.2f} ({over_base_low:.2f} to {over_base_high:.2f})" if "over_base" in one else ""
         memory = "" if one["peak_bytes"] is None else f"{one['peak_bytes'] / 1e6:,.0f}"
-        cells = [f"{one['updates_per_second']:.3g}", f"{one['tokens_per_second']:,.0f}", f"{one['ratio']:.2f}", faster]
+        cells = [
+            f"{one['updates_per_second']:.3g}",
+            f"{one['tokens_per_second']:,.0f}",
+            f"{one['ratio']:.2f}",
+            faster.format(**one),
+        ]
         cells += [memory, f"{one['parameters']:,}", f"{one['active']:,}"]
-        lines.append(table_line((str(one["experts"]), one["candidate"], milliseconds(one, ".1f"), *cells)))
+        lines.append(table_line((str(one["experts"]), one["candidate"], text(one, 1000, ".1f"), *cells)))
     lines += ["", "| experts | sentences | candidate | ms a step | / dense |", "|---|---|---|---:|---:|"]
     for one in (one for one in rows if "updates_per_second" not in one):
-        cells = (str(one["experts"]), str(one["tokens"]), one["candidate"], milliseconds(one, ".2f"))
+        cells = (str(one["experts"]), str(one["tokens"]), one["candidate"], text(one, 1000, ".2f"))
         lines.append(table_line((*cells, f"{one['ratio']:.2f}")))
     return lines
 
@@ -259,9 +246,9 @@ def table_line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def milliseconds(one: dict[str, Any], digits: str) -> str:
-    """Return median and quartiles."""
-    return "{:{d}} ({:{d}} to {:{d}})".format(*(1000 * one[key] for key in ("seconds", "low", "high")), d=digits)
+def text(one: dict[str, Any], factor: float, digits: str) -> str:
+    """Return median and quartiles of what `Spread.as_seconds` made, in other units."""
+    return Spread(one["seconds"], one["low"], one["high"]).text(factor, digits)
 
 
 def parse() -> argparse.Namespace:

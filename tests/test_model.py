@@ -7,6 +7,7 @@ import torch
 from plugin import build
 
 from fairseq_hash import hashing
+from fairseq_hash.dispatch import PlanUnderWay
 from fairseq_hash.evaluation import loading_to_evaluate
 from fairseq_hash.layer import RoutingReport
 
@@ -179,6 +180,34 @@ def test_hash_routes_follow_the_table(data):
     assert set(extra["routing"]) == {(0, "hash"), (1, "hash")}
     for report in extra["routing"].values():
         assert torch.equal(RoutingReport.unpack(report).demand_E, expected)
+
+
+@pytest.mark.parametrize(("per_layer", "plans"), [((), 1), (("--hash-per-layer",), 2)])
+def test_layers_with_one_table_share_route_and_report(data, monkeypatch, per_layer, plans):
+    """Two layers and one table: one plan and one report a forward pass, backward included."""
+    _, task, model, _ = build(data, "--router", "hash", *SPARSE, *per_layer)
+    made = []
+    of = RoutingReport.of
+    monkeypatch.setattr(RoutingReport, "of", lambda *args: made.append("report") or of(*args))
+    begin = PlanUnderWay.__init__
+    monkeypatch.setattr(PlanUnderWay, "__init__", lambda *args: made.append("plan") or begin(*args))
+    model(tokens_of(task))[0].sum().backward()
+    assert sorted(made) == ["plan"] * plans + ["report"] * plans
+
+
+@pytest.mark.parametrize("placement", ["replace", "insert"])
+def test_recomputed_hidden_layers_change_nothing(data, placement):
+    """The same logits and gradients to the bit."""
+    results = []
+    for recompute in ((), ("--recompute-hidden",)):
+        torch.manual_seed(1)
+        _, task, model, _ = build(data, "--router", "hash", *SPARSE, "--sparse-placement", placement, *recompute)
+        torch.manual_seed(2)
+        logits, _ = model(tokens_of(task))
+        logits.square().sum().backward()
+        results.append([logits, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1]) > 10
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_a_table_file_serves_as_the_table(data, tmp_path):

@@ -7,7 +7,9 @@ text by a regular expression, not by the code under test.
 `write_run` writes the logs of a run that never was, as fairseq-hydra-train and fairseq-eval-lm write them.
 """
 
+import fcntl
 import json
+import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -37,9 +39,19 @@ HYDRA += " +model.decoder_attention_heads=2"
 
 @pytest.fixture(scope="session")
 def made(data, tmp_path_factory):
-    """The folder of the runs; read it only."""
-    folder = tmp_path_factory.mktemp("runs")
+    """The folder of the runs, made once for all workers; read it only."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, whole = base / "runs", base / "runs are whole"
+    with (base / "runs.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        if not whole.exists():
+            _make(data, folder)
+            whole.touch()
+    return folder
 
+
+def _make(data, folder):
     def one_go(router):
         _train(data, folder / f"{router}5", *ROUTERS[router])
         _evaluate(data, folder / f"{router}5")
@@ -59,7 +71,6 @@ def made(data, tmp_path_factory):
         calls = [pool.submit(two_sessions), *(pool.submit(one_go, router) for router in ROUTERS), pool.submit(hydra)]
         for call in calls:
             call.result()
-    return folder
 
 
 def _train(data, folder, *arguments):

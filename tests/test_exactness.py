@@ -4,6 +4,9 @@ W processes are compared with one process that takes the same batches one after 
 What they add up is the same, in another order: a rounding of 6e-8 each time, which 20 updates make larger. 1e-5 leaves
 an order of magnitude above the largest difference seen; a wrong scale, a lost row or an expert left out of the norm is
 far beyond it. `-s` shows the largest relative differences of each case.
+
+Two processes run every case. Of three and four the default suite has what only they can show (`OF_MANY`); the others
+are marked slow (`bash scripts/test.sh -m slow tests/test_exactness.py`).
 """
 
 import dataclasses
@@ -19,6 +22,7 @@ from fairseq_hash.hashing import TableShape, build_table, save_table
 
 TOLERANCE = 1e-5
 WORLDS = (2, 3, 4)
+OF_MANY = ("hash, 6 experts, adam", "hash, 8 experts, adam", "switch, 4 experts, sgd", "groups of two", "no groups")
 OPTIMIZERS = {
     "sgd": ("--optimizer", "sgd", "--lr", "0.5"),
     # A gradient of nothing but rounding, divided by itself, would be an update; eps keeps it small.
@@ -89,15 +93,17 @@ def one_process(all_arguments, world_size):
 
 @pytest.fixture(scope="module")
 def trainings(data, tmp_path_factory):
-    """Return a function of the world size: by case, the record of the one process and those of all ranks."""
+    """Return a function of the world size and of slow: by case, the record of one process and those of all ranks."""
 
     @functools.cache
-    def train(world_size):
+    def train(world_size, slow):
         table = build_table("balanced", *read_dictionary(data / "dict.txt"), TableShape(world_size), 0)
         path = tmp_path_factory.mktemp("tables") / "all to the first.safetensors"
         save_table(dataclasses.replace(table, expert_HK=torch.zeros_like(table.expert_HK)), path)
         chosen = {
-            name: tuple(word.format(all_to_first=path) for word in words) for name, words in cases(world_size).items()
+            name: tuple(word.format(all_to_first=path) for word in words)
+            for name, words in cases(world_size).items()
+            if is_slow(world_size, name) == slow
         }
         many = ranks.run(world_size, "recorded:train_all", str(data), chosen)
         alone = recorded.train_all(data, {name: one_process(words, world_size) for name, words in chosen.items()})
@@ -106,9 +112,20 @@ def trainings(data, tmp_path_factory):
     return train
 
 
-@pytest.mark.parametrize(("world_size", "name"), [(size, name) for size in WORLDS for name in cases(size)])
+def is_slow(world_size, name):
+    return world_size > 2 and name not in OF_MANY
+
+
+@pytest.mark.parametrize(
+    ("world_size", "name"),
+    [
+        pytest.param(size, name, marks=[pytest.mark.slow] if is_slow(size, name) else [])
+        for size in WORLDS
+        for name in cases(size)
+    ],
+)
 def test_many_processes_train_as_one(trainings, world_size, name):
-    alone, many = trainings(world_size)[name]
+    alone, many = trainings(world_size, is_slow(world_size, name))[name]
     assert len(alone["loss"]) == len(alone["norm"]) == 20
     assert alone["dummies"] == 0
     # Otherwise the case of a rank without a batch was not there.

@@ -50,13 +50,13 @@ class HiddenLayer:
         return self._drop(hidden_MF, mask_MF)
 
     def replay(self, kept_MH: Tensor, mask_MF: "Tensor | None") -> "tuple[Tensor, Callable[[Tensor], Tensor]]":
-        """Return `[M, F]` again, and a function of its gradient that returns the gradient `[M, H]`."""
+        """Return `[M, F]` again, and a function of its gradient, which it may write over, to the gradient `[M, H]`."""
         if self.is_relu:  # `forward_` has written what it returned
             scale = 1 / (1 - self.dropout)
 
             def backward(grad_MF: Tensor) -> Tensor:
-                grad_MH = torch.ops.aten.threshold_backward(grad_MF, kept_MH, 0)
-                return grad_MH.mul_(scale) if self.dropout else grad_MH
+                torch.ops.aten.threshold_backward.grad_input(grad_MF, kept_MH, 0, grad_input=grad_MF)
+                return grad_MF.mul_(scale) if self.dropout else grad_MF
 
             return kept_MH, backward
         with torch.enable_grad():

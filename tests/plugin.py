@@ -1,12 +1,11 @@
 """How tests drive fairseq with the plugin: in this process for models, by the real commands for runs."""
 
 import json
-import os
 import re
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
+import forked
 from fairseq import options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.distributed import fsdp_enable_wrap, fsdp_wrap
@@ -36,14 +35,9 @@ def build(data, *arguments, on_cpu=True):
 
 def command(name, *arguments, check=True):
     """Run `python -m fairseq_cli.NAME` with the arguments; return the finished process with its output as text."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-m", f"fairseq_cli.{name}", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=600,
-    )
+    with tempfile.TemporaryDirectory(prefix="a command ") as folder:
+        words = ["-m", f"fairseq_cli.{name}", *arguments]
+        done = forked.run_python(words, Path(folder), 600, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 

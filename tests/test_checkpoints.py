@@ -26,7 +26,7 @@ SHARINGS = {
     "4 in groups of 2": (4, 2),
     "2 with all experts each": (2, 1),
 }
-QUICK = {"1", "2", "3", "4 in groups of 2"}
+QUICK = {"1", "3", "4 in groups of 2"}
 
 
 def arguments(sharing, folder):

@@ -96,15 +96,20 @@ def test_the_model_record_is_in_the_log(data, tmp_path):
     assert record["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
 
+@pytest.fixture(scope="module")
+def exact(data, tmp_path_factory):
+    """The losses of a training in fp32."""
+    return losses(train(data, tmp_path_factory.mktemp("full"), *ROUTERS["switch"], "--no-save"))
+
+
 @pytest.mark.parametrize("precision", ["--bf16", "--memory-efficient-bf16", "--memory-efficient-fp16", "--fp16"])
-def test_half_precision_trains(data, tmp_path, precision):
+def test_half_precision_trains(data, tmp_path, exact, precision):
     """On a CPU; fairseq flattens fp16 parameters on CUDA only, so there --fp16 goes with --fp16-no-flatten-grads."""
     arguments = (*ROUTERS["switch"], "--no-save", precision)
     done = train(data, tmp_path / "half", *arguments, *(("--fp16-no-flatten-grads",) if precision == "--fp16" else ()))
-    exact = train(data, tmp_path / "full", *ROUTERS["switch"], "--no-save")
     assert len(losses(done)) == 8
     # Losses near 5 after a few updates; bf16 has 8 bits, and routes may differ.
-    assert [float(x) for x in losses(done)] == pytest.approx([float(x) for x in losses(exact)], abs=0.1)
+    assert [float(x) for x in losses(done)] == pytest.approx([float(x) for x in exact], abs=0.1)
 
 
 @needs_current_hydra

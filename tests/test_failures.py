@@ -4,15 +4,13 @@ Real processes of `fairseq-train` whose ranks share experts. No test looks at th
 `LIMIT` seconds, several times the stated ones, has hung.
 """
 
-import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 from fairseq.data import Dictionary
 from plugin import train_arguments
@@ -28,12 +26,11 @@ SILENT = "no sign of life for 5 s (killed, or its machine is gone)"
 OUT_OF_MEMORY = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"
 
 
-def start(command, folder):
-    """Start a process in its own folder, which also takes what it says."""
+def start(words, folder):
+    """Start `python WORDS` in a folder of its own, which also takes what it says."""
     folder.mkdir(exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
-        return subprocess.Popen([*map(str, command)], cwd=folder, stdout=out, stderr=err, env=environment)
+    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return forked.start_python(words, folder / "out", folder / "err", folder, **environment)
 
 
 def finish(processes, folders, has_stopped=None):
@@ -42,11 +39,12 @@ def finish(processes, folders, has_stopped=None):
     try:
         for rank, process in enumerate(processes):
             if rank != has_stopped:
-                assert process.wait(max(0.1, deadline - time.monotonic())) != 0
+                process.join(max(0.1, deadline - time.monotonic()))
+                assert process.exitcode not in (None, 0)
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.join()
     return [(folder / "err").read_text() for folder in folders]
 
 
@@ -60,7 +58,7 @@ def run_ranks(tmp_path, corpora, *arguments, failure=None):
         free.bind(("127.0.0.1", 0))
         meeting = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     common = (*SHARED, "--distributed-world-size", len(corpora), "--distributed-init-method", meeting, *arguments)
-    command = [sys.executable, *((FAILURES, *failure) if failure else ("-m", "fairseq_cli.train"))]
+    command = (FAILURES, *failure) if failure else ("-m", "fairseq_cli.train")
     processes = []
     for rank, (folder, corpus) in enumerate(zip(folders, corpora, strict=True)):
         own = ("--distributed-rank", rank, "--distributed-no-spawn")
@@ -103,7 +101,7 @@ def test_a_failing_rank_ends_the_job(data, tmp_path, how, rank, world_size, mess
 
 def test_a_failing_rank_ends_the_job_under_a_launcher(data, tmp_path):
     """The launcher sees the failing rank end first, and ends."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     given = train_arguments(data, tmp_path / "saved", *SHARED)
     folder = tmp_path / "launcher"
     process = start([*launcher, FAILURES, "memory", "1", *given], folder)

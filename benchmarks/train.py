@@ -109,6 +109,7 @@ def update(trainer: Any, batch: Any) -> float:
     """Return the seconds of one update."""
     from fairseq.logging import metrics
 
+    metrics.reset()  # candidates have loads of other numbers of experts
     with metrics.aggregate(new_root=True):
         return seconds_of(lambda: trainer.train_step([batch]))
 

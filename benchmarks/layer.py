@@ -63,6 +63,7 @@ from fairseq_hash.cli import Parser
 from fairseq_hash.progress import Display
 from fairseq_hash.provenance import provenance, usable_cores
 
+CANDIDATES = ("dense", "hash", "switch", "base", "mask-and-loop", "fairscale", "transformers")
 PARTS = ("route", "gather", "exchange", "experts", "combine", "rest")
 BESIDE = ("matmuls", "assignment")
 LEAST_GRADIENTS = 2**24  # bytes that no measured peak can miss; of fewer, some pages may be there before
@@ -119,8 +120,10 @@ def measure(num_experts: int, tokens: int, arguments: argparse.Namespace, displa
     """Return one row a candidate."""
     case = Case(num_experts, tokens, arguments)
     calls, left_out = case.candidates()
-    arguments.left_out += left_out
+    if "fairscale" in arguments.candidates:
+        arguments.left_out += left_out
     case.check(calls)
+    calls = {name: call for name, call in calls.items() if name in arguments.candidates}
     rounds = []
     for seconds in in_rounds({**calls, **case.pieces()}, arguments.rounds, case.device):
         rounds.append(seconds)
@@ -184,6 +187,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096], metavar="T", help="of a call (default: 4096)")
     parser.add_argument("--width", type=int, default=512, metavar="D", help="of a token (default: 512)")
     parser.add_argument("--hidden", type=int, default=2048, metavar="F", help="width within an expert (default: 2048)")
+    parser.add_argument(
+        "--candidates",
+        nargs="+",
+        choices=CANDIDATES,
+        default=list(CANDIDATES),
+        help="default: all; dense and hash always are among them",
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of parameters")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="calls of each that count (default: 9)")
@@ -198,6 +208,7 @@ def parse() -> argparse.Namespace:
     for name, least in (("width", 1), ("hidden", 1), ("rounds", 1), ("threads", 1), ("seed", 0)):
         if getattr(arguments, name) < least:
             parser.error(f"--{name} {getattr(arguments, name)} is out of range; give a number of {least} or more")
+    arguments.candidates = [name for name in CANDIDATES if name in ("dense", "hash", *arguments.candidates)]
     for experts in arguments.experts:
         if not 1 <= experts <= VOCABULARY:
             parser.error(f"--experts {experts} is out of range; give numbers from 1 to {VOCABULARY}")
@@ -220,7 +231,7 @@ def main() -> None:
     settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "out")}
     settings["transformers"] = transformers_version()
     arguments.left_out = []
-    if not transformers_version():
+    if "transformers" in arguments.candidates and not transformers_version():
         arguments.left_out.append("transformers is left out: it is not installed (pip install -e '.[peers]')")
     rows: list[dict[str, Any]] = []
     # A number given twice is measured once.

@@ -24,11 +24,16 @@ def assert_times(time):
     assert 0 < time["low"] <= time["seconds"] <= time["high"] < math.inf
 
 
-def test_measures_every_layer(tmp_path):
-    files = tmp_path / "layer.json", tmp_path / "layer.md"
-    command = [sys.executable, str(PROGRAM), *TINY, "--json", str(files[0]), "--out", str(files[1])]
+def run_program(*words):
+    command = [sys.executable, str(PROGRAM), *TINY, *map(str, words)]
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr
+    return run
+
+
+def test_measures_every_layer(tmp_path):
+    files = tmp_path / "layer.json", tmp_path / "layer.md"
+    run = run_program("--json", files[0], "--out", files[1])
     record = json.loads(files[0].read_text())
     assert set(record) == {"benchmark", "provenance", "settings", "left_out", "rows"}
     assert record["benchmark"] == "layer" and record["settings"]["dtype"] == "float32"
@@ -48,6 +53,13 @@ def test_measures_every_layer(tmp_path):
     assert len(load_benchmarks([files[0]])[0].rows) == len(rows)  # as the report reads it
     assert files[1].read_text() == run.stdout
     assert "| 4 | 64 | hash |" in run.stdout
+
+
+def test_measures_chosen_layers(tmp_path):
+    run_program("--candidates", "switch", "--json", tmp_path / "layer.json")
+    record = json.loads((tmp_path / "layer.json").read_text())
+    assert [row["candidate"] for row in record["rows"]] == ["dense", "hash", "switch"]
+    assert not record["left_out"]
 
 
 def assert_split(row):

@@ -46,10 +46,14 @@ def _call(function, arguments, out, err, environment):
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     multiprocessing.set_start_method("fork", force=True)  # for children of its own
+    # multiprocessing has ways of its own with errors and with the end.
     try:
         function(*arguments)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
     finally:
-        atexit._run_exitfuncs()  # multiprocessing ends without
+        atexit._run_exitfuncs()
 
 
 def start_python(words, out, err, cwd=None, **environment):

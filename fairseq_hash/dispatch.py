@@ -14,6 +14,7 @@ from torch.autograd.function import FunctionCtx
 
 from fairseq_hash.exchange import Exchange, SplitSizes
 from fairseq_hash.group_sizes import GroupSizes, count_groups
+from fairseq_hash.large_tensors import empty_again
 from fairseq_hash.parallel import ExpertParallel
 
 
@@ -63,7 +64,7 @@ class DispatchPlan:
 
     def to_rows(self, x_TD: Tensor) -> Tensor:
         """Return `[R, D]`: each row's token."""
-        return x_TD.index_select(0, self.token_R)
+        return _select(x_TD, self.token_R)
 
     def to_tokens(self, rows_RD: Tensor) -> Tensor:
         """Return `[T, D]`: the sum of each token's rows; zero where it has none.
@@ -74,7 +75,7 @@ class DispatchPlan:
         if self.row_C is None:
             y_CD = rows_RD.new_zeros(tokens * choices, rows_RD.shape[1]).index_copy_(0, self.choice_R, rows_RD)
         else:
-            y_CD = rows_RD.index_select(0, self.row_C)
+            y_CD = _select(rows_RD, self.row_C)
         return y_CD if choices == 1 else y_CD.view(tokens, choices, y_CD.shape[1]).sum(dim=1)
 
 
@@ -139,6 +140,13 @@ def combine(rows_RD: Tensor, plan: DispatchPlan, weight_TK: "Tensor | None") -> 
     if weight_TK is not None:
         rows_RD = rows_RD * weight_TK.flatten().index_select(0, plan.choice_R).unsqueeze(1).to(rows_RD.dtype)
     return _ToTokens.apply(rows_RD, plan) if torch.is_grad_enabled() else plan.to_tokens(rows_RD)
+
+
+def _select(value_ND: Tensor, place_M: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and value_ND.requires_grad:
+        return value_ND.index_select(0, place_M)
+    out_MD = empty_again((len(place_M), value_ND.shape[1]), value_ND)
+    return torch.index_select(value_ND, 0, place_M, out=out_MD)
 
 
 class _ToRows(torch.autograd.Function):

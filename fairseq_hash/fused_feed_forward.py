@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from fairseq_hash.expert_threads import for_each_group
-from fairseq_hash.large_tensors import empty_gradient, empty_in_huge_pages
+from fairseq_hash.large_tensors import empty_again
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,10 @@ def _forward(
     rows_RD: Tensor, weights: Weights, hidden: HiddenLayer, sizes: tuple[int, ...], keep: bool
 ) -> "tuple[Tensor, Tensor | None, Tensor | None]":
     """Return `[R, D]`; with `keep` also what the backward pass needs: `[R, H]` and dropout's mask."""
-    out_RD = rows_RD.new_empty(rows_RD.shape)
+    out_RD = empty_again(rows_RD.shape, rows_RD)
     kept_RH = None
     if keep and not hidden.recompute:
-        kept_RH = empty_in_huge_pages((len(rows_RD), weights.fc1_GHD.shape[1]), rows_RD)
+        kept_RH = empty_again((len(rows_RD), weights.fc1_GHD.shape[1]), rows_RD)
     mask_RF = hidden.draw_mask(len(rows_RD), weights.width, rows_RD)
 
     def serve(group: int, first: int, end: int) -> None:
@@ -180,9 +180,9 @@ class FusedFeedForward(torch.autograd.Function):
         weights = Weights(fc1_GHD, bias1_GH, fc2_EDF, None)
         grad_RD = grad_RD.contiguous()
         of_rows, of_fc1, of_bias1, of_fc2, of_bias2 = ctx.needs_input_grad[:5]
-        grad_rows = torch.empty_like(rows_RD) if of_rows else None
-        grad_fc1 = empty_gradient(fc1_GHD) if of_fc1 else None
-        grad_fc2 = empty_gradient(fc2_EDF) if of_fc2 else None
+        grad_rows = empty_again(rows_RD.shape, rows_RD) if of_rows else None
+        grad_fc1 = empty_again(fc1_GHD.shape, fc1_GHD) if of_fc1 else None
+        grad_fc2 = empty_again(fc2_EDF.shape, fc2_EDF) if of_fc2 else None
         grad_bias1 = fc1_GHD.new_empty(fc1_GHD.shape[:2]) if of_bias1 else None
         grad_bias2 = fc1_GHD.new_empty(len(fc1_GHD), fc2_EDF.shape[1]) if of_bias2 else None
 

@@ -1,6 +1,7 @@
 """Experts by every path against a naive loop over rows: outputs and gradients, threads, dropout, recomputation."""
 
 import multiprocessing
+import random
 import threading
 from functools import partial
 
@@ -286,14 +287,12 @@ class TestThreads:
 
 
 class TestLargeTensors:
-    @pytest.mark.parametrize("make", [large_tensors.empty_in_huge_pages, large_tensors._empty])
+    @pytest.mark.parametrize("make", [large_tensors.empty_in_huge_pages, large_tensors.empty_again])
     @pytest.mark.parametrize("rows", [0, 1, 5000])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_they_are_like_any(self, rows, dtype, make):
         like = torch.zeros(1, dtype=dtype)
-        tensor = (
-            make((rows, 1024), like) if make is large_tensors.empty_in_huge_pages else make((rows, 1024), like, True)
-        )
+        tensor = make((rows, 1024), like)
         assert tensor.shape == (rows, 1024) and tensor.dtype == dtype and tensor.is_contiguous()
         tensor.fill_(3)
         assert tensor.double().sum() == 3 * tensor.numel()
@@ -301,15 +300,15 @@ class TestLargeTensors:
     @pytest.mark.skipif(large_tensors.ADVICE is None, reason="no huge pages on this system")
     def test_a_gradient_has_the_memory_of_one_that_is_gone(self):
         parameter = torch.nn.Parameter(torch.zeros(2049, 1024))
-        first, second = (large_tensors.empty_gradient(parameter).fill_(value) for value in (1, 2))
+        first, second = (large_tensors.empty_again(parameter.shape, parameter).fill_(value) for value in (1, 2))
         places = {first.data_ptr(), second.data_ptr()}
         assert len(places) == 2
         kept = first[3].detach()  # any tensor that uses the memory keeps it
         del first
-        third = large_tensors.empty_gradient(parameter).fill_(3)
+        third = large_tensors.empty_again(parameter.shape, parameter).fill_(3)
         assert third.data_ptr() not in places
         del second
-        fourth = large_tensors.empty_gradient(parameter).fill_(4)
+        fourth = large_tensors.empty_again(parameter.shape, parameter).fill_(4)
         assert fourth.data_ptr() in places
         assert (kept == 1).all() and (third == 3).all() and (fourth == 4).all()
 
@@ -330,6 +329,24 @@ class TestLargeTensors:
         before = experts(rows, (2, 2, 0, 4)).sum().backward() or experts.fc1_weight.grad.clone()
         experts(rows, (2, 2, 0, 4)).sum().backward()  # added to what is there, as with `--update-freq`
         torch.testing.assert_close(experts.fc1_weight.grad, 2 * before)
+
+    @pytest.mark.skipif(large_tensors.ADVICE is None, reason="no huge pages on this system")
+    def test_no_more_memory_is_kept_than_lived_at_one_time(self):
+        large_tensors.release()
+        generator, alive, most = random.Random(0), [], 0
+        for _ in range(300):
+            if alive and generator.random() < 0.5:
+                alive.pop(generator.randrange(len(alive)))
+            else:
+                rows = generator.choice([2048, 3000, 5000, 9000])
+                alive.append(large_tensors.empty_again((rows, 1024), torch.empty(0)))
+            lives = sum(tensor.nbytes for tensor in alive)
+            most = max(most, lives)
+            kept = sum(length * len(memories) for length, memories in large_tensors._free.items())
+            assert lives + kept <= most
+        assert kept
+        large_tensors.release()
+        assert not large_tensors._free
 
     def test_other_devices_and_kinds_of_tensors(self):
         assert large_tensors.empty_in_huge_pages((5000, 1024), torch.empty(0, device="meta")).is_meta

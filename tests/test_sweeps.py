@@ -1,8 +1,12 @@
 """The runs of a sweep are what each of them is alone, also where one process does several."""
 
+import os
+import subprocess
+import sys
+
 import pytest
-from hydra_configs import logged, needs_current_hydra, write_configs
-from plugin import command
+from hydra_configs import NAME, logged, needs_current_hydra, write_configs
+from plugin import USER_DIR
 
 pytestmark = needs_current_hydra
 
@@ -10,15 +14,26 @@ UPDATES = 6
 VALIDATED = ("dataset.disable_validation=false", "dataset.validate_interval_updates=3")
 
 
+def hydra_train(folder, *words):
+    """Run `fairseq-hydra-train` in a folder."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "fairseq_cli.hydra_train", *words]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_runs_that_share_a_process_are_as_runs_alone(data, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="pip install '.[sweeps]'")
     chosen = (*write_configs(tmp_path, data, UPDATES), *VALIDATED)
     # Two processes for three runs, and the last one is the worst: it is not better than any before.
     rates = "optimization.lr=[0.01],[0.02],[0.0001]"
-    command("hydra_train", "-m", *chosen, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", rates)
-    alone = "hydra.run.dir=" + str(tmp_path / "alone")
-    command("hydra_train", *chosen, "optimization.lr=[0.0001]", alone)
-    runs = sorted((tmp_path / "runs").glob("*/seed*"))
+    # The folder is that of the project's own experiments.
+    path = tmp_path / "my configs" / f"{NAME}.yaml"
+    lines = [line for line in path.open() if not line.startswith("  sweep:")]
+    path.write_text("".join(lines).replace("common: {", f'common: {{user_dir: "{USER_DIR}", '))
+    hydra_train(tmp_path, "-m", *chosen, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", rates)
+    hydra_train(tmp_path, *chosen, "optimization.lr=[0.0001]", "hydra.run.dir=alone")
+    runs = sorted((tmp_path / "runs" / NAME).glob("*/seed*"))
     assert len(runs) == 3
     for run in runs:
         assert len(logged(run / "rank0.log")) == UPDATES

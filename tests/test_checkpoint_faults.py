@@ -204,7 +204,7 @@ def test_no_training_starts_anew_by_mistake(copy, refused, tmp_path):
 def test_two_trainings_do_not_share_a_folder(data, tmp_path):
     """The second is refused while the first lives, and not when it was killed."""
     folder = tmp_path / "saved"
-    command = [sys.executable, "-m", "fairseq_cli.train"]
+    command = ["-m", "fairseq_cli.train"]
     endless = train_arguments(data, folder, *SPARSE, "--max-update", "100000", "--save-interval-updates", "1")
     first = start([*command, *endless], tmp_path / "first")
     try:
@@ -218,7 +218,7 @@ def test_two_trainings_do_not_share_a_folder(data, tmp_path):
         assert "Traceback" not in said
     finally:
         first.kill()
-        first.wait()
+        first.join()
     train(data, folder, *SPARSE, "--max-update", "1")
 
 

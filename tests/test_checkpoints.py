@@ -161,7 +161,7 @@ def test_one_process_evaluates_what_any_number_has_saved(data, saved):
     assert loss_of(evaluate(data, path, "--model-overrides", "{'map_experts': True}")) == expected
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_load_takes_little_more_memory_than_what_it_loads(data, tmp_path, world_size):
     sizes = ("--decoder-embed-dim", "256", "--decoder-ffn-embed-dim", "1024", "--decoder-attention-heads", "4")
     words = ("--router", "hash", "--num-experts", "16", "--sparse-layers", "0,1", "--max-tokens", "256", *sizes)

@@ -84,8 +84,15 @@ FAILING = [
 ]
 
 
+QUICK = {("killed", 1), ("silent", 0), ("error", 1), ("nan", 1)}
+
+
 @pytest.mark.parametrize(
-    ("how", "rank", "world_size", "message"), FAILING, ids=[f"{how}-{rank}-of-{size}" for how, rank, size, _ in FAILING]
+    ("how", "rank", "world_size", "message"),
+    [
+        pytest.param(*case, id="{}-{}-of-{}".format(*case), marks=[] if case[:2] in QUICK else [pytest.mark.slow])
+        for case in FAILING
+    ],
 )
 def test_a_failing_rank_ends_the_job(data, tmp_path, how, rank, world_size, message):
     said = run_ranks(tmp_path, [data] * world_size, failure=(how, rank))

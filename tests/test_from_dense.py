@@ -119,7 +119,11 @@ def test_every_optimizer_resumes(data, tmp_path, optimizer):
         torch.testing.assert_close(parameter.detach(), whole["parameters"][name], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("form", [("--bf16",), ("--memory-efficient-bf16",)], ids=["bf16", "memory-efficient bf16"])
+@pytest.mark.parametrize(
+    "form",
+    [("--bf16",), pytest.param(("--memory-efficient-bf16",), marks=pytest.mark.slow)],
+    ids=["bf16", "memory-efficient bf16"],
+)
 def test_half_precision_loads_at_another_number_of_ranks(data, tmp_path, form):
     words = arguments("hash", 4, "adam", *form, "--save-dir", str(tmp_path))
     one, two = ranks.run(2, "checkpoint_ranks:save_half", str(data), (*words, "--update-freq", "1"), 3)

@@ -75,6 +75,7 @@ def test_the_tables_show_the_same(measured):
     ],
 )
 def test_bad_arguments_are_one_line(arguments, message, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(PROGRAM.parent))
     monkeypatch.setattr(sys, "argv", [str(PROGRAM), *TINY.split(), *arguments])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(PROGRAM), run_name="__main__")

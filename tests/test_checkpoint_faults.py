@@ -3,6 +3,7 @@
 All refusals come from the real commands' main function, in this process; training would be an error.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -14,12 +15,14 @@ import time
 import pytest
 import recorded
 import torch
+from fairseq import checkpoint_utils
 from fairseq.trainer import Trainer
 from fairseq_cli import eval_lm as fairseq_eval_lm
 from fairseq_cli import train as fairseq_train
 from plugin import USER_DIR, train, train_arguments
 from test_failures import assert_one_line, finish, run_ranks, start
 
+from fairseq_hash import seams
 from fairseq_hash.checkpoint import directory
 from fairseq_hash.cli import main as fairseq_hash_command
 from fairseq_hash.cli.tables import read_dictionary
@@ -199,6 +202,24 @@ def test_no_training_starts_anew_by_mistake(copy, refused, tmp_path):
     assert f"{copy} has checkpoint_1_2.pt" in refused(copy, "--router", "none")
     (copy / "checkpoint_last.pt").symlink_to("gone.pt")
     assert "no usable checkpoint_last.pt" in refused(copy)
+
+
+@pytest.mark.parametrize("has_last", [True, False])
+def test_a_first_save_begins_with_the_name_to_go_on_from(data, tmp_path, monkeypatch, has_last):
+    """An end between two names of one checkpoint leaves a folder from which training goes on."""
+    words = ("--router", "hash", "--num-experts", "4", "--sparse-layers", "0,1", "--optimizer", "adam", "--lr", "1e-3")
+    words += ("--save-interval-updates", "2", "--save-dir", str(tmp_path / "saved"))
+    trainer, epoch_itr = recorded.make_trainer(data, (*words, *(() if has_last else ("--no-last-checkpoints",))))
+    recorded.run(trainer, epoch_itr, 2)
+
+    def end(*paths):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(seams.checkpoints, "duplicate", end)
+    with contextlib.suppress(KeyboardInterrupt):
+        checkpoint_utils.save_checkpoint(trainer.cfg.checkpoint, trainer, epoch_itr, None)
+    [path] = (tmp_path / "saved").glob("*.pt")
+    assert (path.name == "checkpoint_last.pt") == has_last
 
 
 def test_two_trainings_do_not_share_a_folder(data, tmp_path):

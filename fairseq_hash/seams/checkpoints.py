@@ -1,6 +1,7 @@
 """Saving and loading checkpoints."""
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,11 +133,28 @@ def _put_manifest(original: Callable[..., dict[str, Any]], trainer: Trainer) -> 
 def _write_whole(original: Callable[..., None], state: Any, filename: str, async_write: bool = False) -> None:
     """Write a file that is whole and on disc before it has its name.
 
-    Upstream: a write that fails is tried again behind what the first has left, and the pieces stay.
+    Upstream: a write that fails is tried again behind what the first has left, and the pieces stay. And
+    `checkpoint_last.pt` is the last of a save's names, so that a kill in the first save may leave another name alone,
+    from which no training goes on. Here the first save begins with it.
     """
     if async_write or not PathManager.supports_rename(filename):
         return original(state, filename, async_write)
-    return write_main(state, filename)
+    path = Path(filename)
+    last = path.with_name("checkpoint_last.pt")
+    if path == last or last.exists() or not _has_last(state, path):
+        return write_main(state, filename)
+    write_main(state, str(last))
+    return duplicate(str(last), filename)
+
+
+def _has_last(state: Any, path: Path) -> bool:
+    """Return whether a file is one of the names of a save that `checkpoint_last.pt` is another one of."""
+    config = state.get("cfg") if isinstance(state, dict) else None
+    saving = config.get("checkpoint") if isinstance(config, dict) else None
+    if not isinstance(saving, dict) or saving.get("no_last_checkpoints", True):
+        return False
+    is_whole = re.fullmatch(r"checkpoint(\d+|_\d+_\d+|_best|\.best_.*)\.pt", path.name)  # not one of several shards
+    return is_whole is not None and path.parent == Path(saving["save_dir"])
 
 
 class _WholeCopies(PathManager):

@@ -9,6 +9,7 @@ elsewhere nothing changes but the time.
 
 import math
 import mmap
+import os
 import threading
 import weakref
 from collections import OrderedDict
@@ -22,9 +23,18 @@ LEAST = 2**23
 """Bytes, below which a tensor is not worth the trouble."""
 ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)
 
-_lock = threading.RLock()  # a finalizer may run while this thread holds it
+_lock = threading.RLock()  # reentrant: a finalizer may run while this thread holds it
 _free: "OrderedDict[int, list[mmap.mmap]]" = OrderedDict()
 """Memory of tensors that are gone, by its length, the length that was asked for last at the end."""
+
+
+def _unlock() -> None:
+    """Let a forked process have a lock of its own: another thread may have held this one."""
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_unlock)
 
 
 def empty_in_huge_pages(shape: Sequence[int], like: "Tensor | None" = None) -> Tensor:

@@ -14,6 +14,11 @@ settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
 
 
+def pytest_addoption(parser):
+    """Declare what tests/gpu asks for; pytest reads options from here only."""
+    parser.addoption("--gpu-device", choices=("cpu", "cuda"), help="what tests/gpu runs on (default: cuda, or skip)")
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A binarized corpus in a folder with a space: 60 words with Zipf frequencies, each favouring a successor."""

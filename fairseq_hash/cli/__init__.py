@@ -5,11 +5,11 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from fairseq_hash.cli import checkpoint, evaluate, plan, report, tables
+from fairseq_hash.cli import checkpoint, evaluate, ngrams, plan, report, tables
 from fairseq_hash.errors import UserError
 from fairseq_hash.provenance import __version__
 
-VERBS = (tables, plan, evaluate, checkpoint, report)
+VERBS = (tables, plan, evaluate, ngrams, checkpoint, report)
 
 
 class Parser(argparse.ArgumentParser):

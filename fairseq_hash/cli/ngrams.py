@@ -1,0 +1,108 @@
+"""`fairseq-hash ngrams`: the perplexity of count models on the tokens that language models are evaluated on."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fairseq_hash.errors import UserError
+
+if TYPE_CHECKING:
+    from fairseq_hash.experiments.ngrams import Line
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the verb `ngrams`."""
+    parser = subparsers.add_parser(
+        "ngrams",
+        help="perplexity of n-gram models on the same tokens, to compare language models with",
+        description="Count n-grams of 1, 2 and 3 tokens in DATA's training text, smooth them by interpolated modified "
+        "Kneser-Ney (Chen and Goodman 1999), and evaluate them on every token that fairseq-eval-lm predicts.",
+    )
+    parser.add_argument("data", type=Path, metavar="DATA", help="folder that fairseq-preprocess or data_prep wrote")
+    parser.add_argument("--tokens", type=int, metavar="N", help="count the first N tokens of train; default all")
+    parser.add_argument(
+        "--subset", nargs="+", default=["valid"], metavar="NAME", help="what to evaluate on; default valid"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures and where they are from")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Read, count, evaluate, and print the table."""
+    from rich.console import Console
+
+    from fairseq_hash.experiments.ngrams import ORDERS, check_size, ngram_lines, read_stream
+    from fairseq_hash.progress import Display
+    from fairseq_hash.tables.counting import reading
+    from fairseq_hash.tables.dictionary import read_dictionary
+    from fairseq_hash.tables.text import open_text
+
+    data, limit = arguments.data, arguments.tokens
+    if limit is not None and limit < 1:
+        raise UserError(f"--tokens is {limit}; give how many tokens of train to count, 1 or more")
+    if not data.is_dir():
+        raise UserError(f"{data} is no folder; give one that fairseq-preprocess or data_prep wrote")
+    if arguments.json is not None and (arguments.json.is_dir() or not arguments.json.parent.is_dir()):
+        raise UserError(f"--json {arguments.json} cannot be written; give a file in a folder that exists")
+    symbols, _ = read_dictionary(data / "dict.txt")
+    check_size(len(symbols))
+    texts = {subset: open_text(data, subset, symbols) for subset in ("train", *arguments.subset)}  # all are there
+    held_out = {}
+    for subset in dict.fromkeys(arguments.subset):
+        with reading(texts[subset]) as blocks:
+            held_out[subset] = read_stream(blocks)
+    with reading(texts["train"]) as blocks:
+        training_S = read_stream(blocks, limit)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if limit is not None and len(training_S) < limit:
+        console.print(f"note: train has {len(training_S):,} tokens, fewer than --tokens {limit:,}; all are counted")
+    with Display(len(ORDERS), console) as display:
+        lines = ngram_lines(training_S, held_out, len(symbols), display)
+    print_lines(lines)
+    if arguments.json is not None:
+        write_json(arguments.json, data, symbols, lines)
+        print(f"wrote {arguments.json}")
+
+
+def print_lines(lines: "list[Line]") -> None:
+    """Print the table, and a line where discounts could not be estimated."""
+    print(f"{'subset':<10}{'order':>6}{'perplexity':>14}{'nats/token':>12}{'tokens':>13}{'training tokens':>17}")
+    for line in lines:
+        print(
+            f"{line.subset:<10}{line.order:>6}{line.perplexity:>14,.2f}{line.nats:>12.4f}{line.tokens:>13,}"
+            f"{line.training_tokens:>17,}"
+        )
+    # The same on each subset, and the lower orders' counts differ with the highest order.
+    missing = {
+        f"{order} in the model of order {line.order}"
+        for line in lines
+        for order, discounts in enumerate(line.discounts, 1)
+        if not discounts.estimated
+    }
+    if missing:
+        orders = ", ".join(sorted(missing))
+        print(f"Too few counts of 1 to 4 to estimate discounts from, so 0.5, 1 and 1.5: order {orders}")
+
+
+def write_json(path: Path, data: Path, symbols: list[str], lines: "list[Line]") -> None:
+    """Write the lines with where they are from.
+
+    Raises:
+        UserError: where the file cannot be written.
+    """
+    from dataclasses import asdict
+
+    from fairseq_hash.hashing import dictionary_fingerprint
+    from fairseq_hash.provenance import provenance
+    from fairseq_hash.tables.files import write_whole
+
+    record = {
+        "model": "interpolated modified Kneser-Ney",
+        "data": str(data),
+        "vocabulary": len(symbols),
+        "dictionary_fingerprint": dictionary_fingerprint(symbols),
+        "lines": [asdict(line) for line in lines],
+        "provenance": provenance(),
+    }
+    write_whole(path, lambda partial: partial.write_text(json.dumps(record, indent=1) + "\n"))

@@ -13,166 +13,133 @@ token; they differ in the FFNs of `--sparse-layers`.
 - switch: capacity factor 1.25 and jitter 0.01, as published.
 - base: a balanced assignment of every batch.
 
+Two more are measured where `--candidates` names them, the dense model outside of fairseq, from the same weights
+(`plain.py`); with --bf16 its weights stay in fp32, and its products run under autocast:
+
+- plain: a plain PyTorch loop with fused attention and fused AdamW.
+- compiled: the same, model and loss by torch.compile, which needs a compiler; the first update compiles.
+
+A candidate that fails is left out, with a line that says why; dense must not.
+
 Times are medians (quartiles) over the rounds. Ratios are taken within a round: `/ dense`, and `hash / BASE`, the
 updates a second of hash over those of BASE, for which Hash Layers (Roller et al. 2021) reports 1.11.
 
+`TFLOP/s` are those of the model: the matrix products of the dense model, forward and backward, attention over the full
+context, as `fairseq-hash plan` counts them; the same for every candidate, whatever it does besides. Beside it stands
+their share of `rate`, which is that of a large matrix product of the same dtype in the same rounds.
+
 `peak MB` (10^6 bytes) is what one update holds at most: the candidate's own weights, buffers and optimizer state, and
 what its update allocates on top, gradients included. On a GPU the allocator counts it; on a CPU it is the rise of the
-process's peak resident memory, which Linux alone can reset. All candidates of one number of experts stay in
-memory together: about 16 bytes a parameter in fp32, those of all experts counted.
+process's peak resident memory, which Linux alone can reset. `held MB` are weights, gradients, optimizer state and
+buffers after an update, and `planned` is what `fairseq-hash plan` says of the first three. All candidates of one number
+of experts stay in memory together: about 16 bytes a parameter in fp32 and 20 in bf16, those of all experts counted.
 
 Decoding: with some tokens before, every step gives the model's decoder one more token of each sentence, with fairseq's
 incremental state, in evaluation. Ratios are taken within a step.
 """
 
 import argparse
-import contextlib
-import itertools
+import gc
 import json
 import logging
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
+import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
+from peers import LARGE_PRODUCT
 from rich.console import Console
-from rounds import Spread, reset_peak, resident
+from rounds import Spread
+from train_tables import markdown
+from trainings import (
+    HEAD,
+    PLAIN,
+    ROUTERS,
+    SENTENCE,
+    FairseqTraining,
+    Training,
+    batches_of,
+    dtype_of,
+    flops_of_token,
+    held_bytes,
+    make_training,
+    peak_bytes,
+    seconds_of,
+)
+from trainings import build as build  # these three for profile_step.py
+from trainings import trainer_options as trainer_options
+from trainings import update as update
 
 from fairseq_hash.cli import Parser
 from fairseq_hash.errors import UserError
 from fairseq_hash.progress import Display
 from fairseq_hash.provenance import provenance, usable_cores
 
-CANDIDATES = {
-    "dense": ("--router", "none"),
-    "hash": ("--router", "hash"),
-    "switch": ("--router", "switch", "--capacity-factor", "1.25", "--router-jitter", "0.01"),
-    "base": ("--router", "base"),
-}
+RATE = "rate"  # the large product, beside the candidates
+PRODUCTS = {"cpu": 1, "cuda": 10}  # of a round: one alone is over before a GPU is busy
+REASON = 200  # characters of an error, which can be pages
 WARM_UP = 2  # rounds: the first one allocates gradients and Adam's state
-SENTENCE = 512  # tokens, where an update has as many
-HEAD = 64  # width of an attention head, where the model is as wide
 
 
-def trainer_options(arguments: argparse.Namespace, experts: int, data: Path, candidate: str) -> list[str]:
-    """Return the options that `fairseq-train` would get."""
-    values = {
-        **{"task": "language_modeling", "user-dir": Path(__file__).parents[1] / "fairseq_hash"},
-        **{"arch": "hash_transformer_lm_tiny", "criterion": "hash_moe", "seed": arguments.seed},
-        **{"decoder-layers": arguments.layers, "decoder-embed-dim": arguments.width},
-        **{"decoder-ffn-embed-dim": arguments.hidden, "decoder-attention-heads": max(1, arguments.width // HEAD)},
-        **{"tokens-per-sample": min(SENTENCE, arguments.tokens), "max-tokens": arguments.tokens},
-        "required-batch-size-multiple": 1,
-        **{"optimizer": "adam", "lr": "1e-4", "clip-norm": "0.1", "num-workers": 0},
-        **{"distributed-world-size": 1, "save-dir": data},
-    }
-    if candidate != "dense":
-        values |= {"num-experts": experts, "sparse-layers": arguments.sparse_layers}
-    words = [str(word) for name, value in values.items() for word in (f"--{name}", value)]
-    flags = [*(["--cpu"] if arguments.device == "cpu" else []), *(["--bf16"] if arguments.bf16 else [])]
-    return [str(data), *words, *CANDIDATES[candidate], *flags, "--no-save"]
+def in_turn(
+    calls: dict[str, Callable[[int], float]],
+    rounds: int,
+    tell: Callable[[int], None],
+    leave_out: "Callable[[str, Exception], None] | None" = None,
+) -> dict[str, list]:
+    """Return the seconds of each candidate's calls by round, another candidate first in each round.
 
-
-def build(words: Sequence[str]) -> Any:
-    """Return the trainer for options of `fairseq-train`, as fairseq_cli/train.py makes it."""
-    from fairseq import options, tasks, utils
-    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-    from fairseq.trainer import Trainer
-
-    arguments = options.parse_args_and_arch(options.get_training_parser(), list(words))
-    configuration = convert_namespace_to_omegaconf(arguments)
-    utils.set_torch_seed(configuration.common.seed)
-    task = tasks.setup_task(configuration.task)
-    model, criterion = task.build_model(configuration.model), task.build_criterion(configuration.criterion)
-    trainer = Trainer(configuration, task, model, criterion)
-    trainer.model, trainer.optimizer  # noqa: B018  (both are made when they are first asked for)
-    return trainer
-
-
-def batches_of(trainer: Any, count: int) -> list[Any]:
-    """Return so many full batches of the training data, from the first again where there are fewer."""
-    # All but the last sentence are of one length, so one batch at most is smaller than the others.
-    batches = list(itertools.islice(trainer.get_train_iterator(1).next_epoch_itr(), count + 1))
-    most = max(batch["ntokens"] for batch in batches)
-    full = [batch for batch in batches if batch["ntokens"] == most]
-    return [full[number % len(full)] for number in range(count)]
-
-
-def update(trainer: Any, batch: Any) -> float:
-    """Return the seconds of one update."""
-    from fairseq.logging import metrics
-
-    metrics.reset()  # candidates have loads of other numbers of experts
-    with metrics.aggregate(new_root=True):
-        return seconds_of(lambda: trainer.train_step([batch]))
-
-
-def seconds_of(call: Callable[[], Any]) -> float:
-    """Return the seconds of a call, all of it on the device included."""
-    synchronize = torch.cuda.synchronize if torch.cuda.is_initialized() else contextlib.nullcontext
-    synchronize()
-    start = time.perf_counter()
-    call()
-    synchronize()
-    return time.perf_counter() - start
-
-
-def in_turn(calls: dict[str, Callable[[int], float]], rounds: int, tell: Callable[[int], None]) -> dict[str, list]:
-    """Return the seconds of each candidate's calls by round, another candidate first in each round."""
+    One that fails has no more turns, and is told to `leave_out`; without that its error is raised.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
     for number in range(rounds):
+        names = list(seconds)
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            seconds[name].append(calls[name](number))
+            try:
+                seconds[name].append(calls[name](number))
+            except Exception as error:
+                if leave_out is None:
+                    raise
+                leave_out(name, error)
+                del seconds[name]
         tell(number + 1)
     return seconds
 
 
-def peak_bytes(trainer: Any, others: Sequence[Any], batch: Any) -> "int | None":
-    """Return the most bytes that a candidate has in an update: its own, and what the update adds; None if unknown."""
-    for other in others:
-        other.zero_grad()
-    state = trainer.optimizer.optimizer.state.values()
-    own = [*trainer.model.parameters(), *trainer.model.buffers()]
-    own += [value for values in state for value in values.values() if isinstance(value, torch.Tensor)]
-    own += [copy for group in trainer.optimizer.param_groups for copy in group["params"]]  # in fp32, with --bf16
-    own += [tensor.grad for tensor in own if tensor.grad is not None]
-    held = sum(tensor.numel() * tensor.element_size() for tensor in {id(tensor): tensor for tensor in own}.values())
-    if trainer.cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        with mock.patch("torch.cuda.reset_peak_memory_stats"):  # the trainer does it at the end of an update
-            update(trainer, batch)
-        return held + torch.cuda.max_memory_allocated() - before
-    if not reset_peak():
-        return None
-    before = resident("VmRSS")
-    update(trainer, batch)
-    return held + resident("VmHWM") - before
+def large_product(arguments: argparse.Namespace) -> tuple[Callable[[], float], float]:
+    """Return what measures a large matrix product, in seconds, and its FLOPs."""
+    size, products = LARGE_PRODUCT[arguments.device], PRODUCTS[arguments.device]
+    square = torch.randn(size, size).to(arguments.device, dtype_of(arguments)[0])
+    out = torch.empty_like(square)
+
+    def multiply() -> None:
+        for _ in range(products):
+            torch.mm(square, square, out=out)
+
+    return lambda: seconds_of(multiply), 2 * size**3 * products
 
 
 @torch.no_grad()
-def decode(trainers: dict[str, Any], token_BL: torch.Tensor, before: int) -> dict[str, list]:
+def decode(trainings: dict[str, FairseqTraining], token_BL: torch.Tensor, before: int) -> dict[str, list]:
     """Return the seconds of each candidate's steps, the tokens of `token_BL` after the first `before` one by one."""
-    states: dict[str, dict[str, Any]] = {name: {} for name in trainers}
-    decoders = {name: trainer.model.eval().decoder for name, trainer in trainers.items()}
-    token_BL = token_BL.to(next(iter(trainers.values())).device)
+    states: dict[str, dict[str, Any]] = {name: {} for name in trainings}
+    decoders = {name: training.trainer.model.eval().decoder for name, training in trainings.items()}
+    token_BL = token_BL.to(trainings["dense"].trainer.device)
 
     def step(name: str, length: int) -> float:
         return seconds_of(lambda: decoders[name](token_BL[:, :length], incremental_state=states[name]))
 
     for length in range(1, before + 1):  # fairseq's decoder takes one token a call
-        for name in trainers:
+        for name in trainings:
             step(name, length)
-    calls = {name: lambda number, name=name: step(name, before + 1 + number) for name in trainers}
+    calls = {name: lambda number, name=name: step(name, before + 1 + number) for name in trainings}
     return in_turn(calls, token_BL.shape[1] - before, lambda number: None)
 
 
@@ -185,71 +152,66 @@ def row(experts: int, tokens: int, candidate: str, seconds: list[float], dense: 
 
 def measure(arguments: argparse.Namespace, experts: int, data: Path, display: Display) -> list[dict[str, Any]]:
     """Return the rows of one number of experts."""
-    from fairseq_hash.model import count_parameters
-
     display.begin(f"{experts} experts", 1)
-    trainers = {}
+    trainings: dict[str, Training] = {}
+
+    def leave_out(name: str, error: Exception) -> None:
+        if name in ("dense", RATE):
+            raise error
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "it says no more")
+        line = f"{name} is left out with {experts} experts: {type(error).__name__}: {reason[:REASON]}"
+        arguments.left_out.append(line)
+        trainings.pop(name, None)
+        traceback.clear_frames(error.__traceback__)  # which hold what the update had allocated
+        gc.collect()
+        if arguments.device == "cuda":
+            torch.cuda.empty_cache()
+
     for name in arguments.candidates:
         display.detail(f"building {name}")
-        trainers[name] = build(trainer_options(arguments, experts, data, name))
-    batches = batches_of(trainers["dense"], arguments.updates + WARM_UP)
-    calls = {
-        name: lambda number, trainer=trainer: update(trainer, batches[number]) for name, trainer in trainers.items()
-    }
+        try:
+            trainings[name] = make_training(arguments, experts, data, name, trainings.get("dense"))
+        except Exception as error:
+            leave_out(name, error)
+    trainer = trainings["dense"].trainer
+    batches = batches_of(trainer, arguments.updates + WARM_UP)
+    calls = {name: lambda number, name=name: trainings[name].update(batches[number]) for name in trainings}
+    rate, rate_flops = large_product(arguments)
+    calls[RATE] = lambda number: rate()
     rounds = len(batches)
-    seconds = in_turn(calls, rounds, lambda number: display.advance(number / rounds, f"{number} of {rounds} rounds"))
-    seconds = {name: times[WARM_UP:] for name, times in seconds.items()}
-    tokens = batches[0]["ntokens"]
+
+    def tell(done: int) -> None:
+        display.advance(done / rounds, f"{done} of {rounds} rounds")
+
+    seconds = {name: times[WARM_UP:] for name, times in in_turn(calls, rounds, tell, leave_out).items()}
+    rate_flops /= statistics.median(seconds.pop(RATE))
+    tokens, context = batches[0]["ntokens"], batches[0]["net_input"]["src_tokens"].shape[1]
+    flops = tokens * flops_of_token(trainer.get_model(), arguments.layers, context)
+    held = {name: held_bytes(training) for name, training in trainings.items()}  # before gradients are let go of
     rows = []
     for name, times in seconds.items():
+        training = trainings[name]
         rows.append(row(experts, tokens, name, times, seconds["dense"]))
-        rows[-1]["peak_bytes"] = peak_bytes(trainers[name], trainers.values(), batches[0])
-        rows[-1] |= {"updates_per_second": 1 / rows[-1]["seconds"], "tokens_per_second": tokens / rows[-1]["seconds"]}
-        rows[-1] |= dict(zip(("parameters", "active"), count_parameters(trainers[name].get_model()), strict=True))
+        speed = 1 / rows[-1]["seconds"]
+        rows[-1]["peak_bytes"] = peak_bytes(training, trainings.values(), batches[0], arguments.device == "cuda")
+        rows[-1] |= {"held_bytes": held[name], "state_bytes_planned": training.planned_bytes}
+        rows[-1] |= {"updates_per_second": speed, "tokens_per_second": tokens * speed}
+        rows[-1] |= {"model_flops_per_second": flops * speed, "rate_flops_per_second": rate_flops}
+        rows[-1] |= {"utilisation": flops * speed / rate_flops}
+        rows[-1] |= {"parameters": training.parameters, "active": training.active}
         if name == "hash" and "base" in seconds:
             faster = [base / own for base, own in zip(seconds["base"], times, strict=True)]
             spread = Spread.of(faster)
             rows[-1] |= {"over_base": spread.median, "over_base_low": spread.low, "over_base_high": spread.high}
     token_N = torch.cat([batch["net_input"]["src_tokens"].flatten() for batch in batches])
-    for batch in arguments.batch:
+    routed = {name: training for name, training in trainings.items() if name not in PLAIN}
+    for batch in [] if arguments.no_decoding else arguments.batch:
         length = arguments.prefix + arguments.steps
         token_BL = token_N.repeat(-(-batch * length // len(token_N)))[: batch * length].view(batch, length)
-        times = decode(trainers, token_BL, arguments.prefix)
+        times = decode(routed, token_BL, arguments.prefix)
         rows += [row(experts, batch, f"{name} decoding", own, times["dense"]) for name, own in times.items()]
     display.end("done")
     return rows
-
-
-def markdown(rows: list[dict[str, Any]]) -> list[str]:
-    """Return both tables as lines."""
-    heading = ("experts", "candidate", "ms an update", "updates/s", "tokens/s", "/ dense", "hash / BASE", "peak MB")
-    lines = ["", table_line((*heading, "parameters", "active")), "|---|---|" + "---:|" * (len(heading))]
-    for one in (one for one in rows if "updates_per_second" in one):
-        faster = "{over_base:.2f} ({over_base_low:.2f} to {over_base_high:.2f})" if "over_base" in one else ""
-        memory = "" if one["peak_bytes"] is None else f"{one['peak_bytes'] / 1e6:,.0f}"
-        cells = [
-            f"{one['updates_per_second']:.3g}",
-            f"{one['tokens_per_second']:,.0f}",
-            f"{one['ratio']:.2f}",
-            faster.format(**one),
-        ]
-        cells += [memory, f"{one['parameters']:,}", f"{one['active']:,}"]
-        lines.append(table_line((str(one["experts"]), one["candidate"], text(one, 1000, ".1f"), *cells)))
-    lines += ["", "| experts | sentences | candidate | ms a step | / dense |", "|---|---|---|---:|---:|"]
-    for one in (one for one in rows if "updates_per_second" not in one):
-        cells = (str(one["experts"]), str(one["tokens"]), one["candidate"], text(one, 1000, ".2f"))
-        lines.append(table_line((*cells, f"{one['ratio']:.2f}")))
-    return lines
-
-
-def table_line(cells: Sequence[str]) -> str:
-    """Return one row of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
-
-
-def text(one: dict[str, Any], factor: float, digits: str) -> str:
-    """Return median and quartiles of what `Spread.as_seconds` made, in other units."""
-    return Spread(one["seconds"], one["low"], one["high"]).text(factor, digits)
 
 
 def parse() -> argparse.Namespace:
@@ -270,12 +232,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--candidates",
         nargs="+",
-        choices=CANDIDATES,
-        default=list(CANDIDATES),
-        help="default: all; dense is always one",
+        choices=(*ROUTERS, *PLAIN),
+        default=list(ROUTERS),
+        help=f"default: {' '.join(ROUTERS)}; dense is always one",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--bf16", action="store_true", help="train in bf16, with fp32 copies of the weights")
+    parser.add_argument("--memory-efficient-bf16", action="store_true", help="train in bf16, without these copies")
+    parser.add_argument("--optimizer", choices=("adam", "fused_adam"), default="adam", help="fairseq's (default: adam)")
+    parser.add_argument("--no-decoding", action="store_true", help="measure updates only")
     parser.add_argument("--threads", type=int, default=usable_cores(), metavar="N", help="default: the usable cores")
     parser.add_argument("--seed", type=int, default=1, help="of weights and batches (default: 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers: fairseq-hash report draws them")
@@ -286,8 +251,9 @@ def parse() -> argparse.Namespace:
         for value in values if isinstance(values, list) else [values]:
             if isinstance(value, int) and not isinstance(value, bool) and value < least.get(name, 1):
                 parser.error(f"--{name} {value} is out of range; give a number of {least.get(name, 1)} or more")
+    arguments.bf16 = arguments.bf16 or arguments.memory_efficient_bf16
     most = min(SENTENCE, arguments.tokens)
-    if arguments.prefix + arguments.steps > most:
+    if not arguments.no_decoding and arguments.prefix + arguments.steps > most:
         parser.error(f"--prefix and --steps are {arguments.prefix + arguments.steps} tokens; give {most} at most")
     if arguments.width % max(1, arguments.width // HEAD):
         parser.error(f"--width {arguments.width} cannot be cut into attention heads; give a multiple of {HEAD}")
@@ -297,7 +263,7 @@ def parse() -> argparse.Namespace:
         path = getattr(arguments, name)
         if path and not path.parent.is_dir():
             parser.error(f"--{name} {path}: the folder {path.parent} does not exist; make it first")
-    arguments.candidates = [name for name in CANDIDATES if name == "dense" or name in arguments.candidates]
+    arguments.candidates = [name for name in (*ROUTERS, *PLAIN) if name == "dense" or name in arguments.candidates]
     return arguments
 
 
@@ -307,35 +273,49 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return settings | {"data": arguments.data.name if arguments.data else "embedded"}
 
 
+def silence() -> None:
+    """Keep fairseq's log and all warnings back."""
+    logging.disable(logging.INFO)
+    warnings.simplefilter("ignore")  # hundreds of fairseq's and its libraries', which we cannot mend
+
+
+def data_of(arguments: argparse.Namespace, folder: Path) -> Path:
+    """Return the folder of binarized data: --data, or the embedded corpus made in `folder`."""
+    if arguments.data is not None:
+        return arguments.data
+    data = folder / "data"
+    make = [sys.executable, "-m", "data_prep", "embedded", "--vocab-size", str(arguments.vocabulary)]
+    made = subprocess.run([*make, "--out", str(data)], capture_output=True, text=True)
+    if made.returncode:
+        sys.exit(f"{sys.argv[0]}: making the embedded corpus failed: {made.stderr.strip().splitlines()[-1:]}")
+    return data
+
+
 def main() -> None:
     """Measure, print provenance and tables, and write them to files where it is asked for."""
     arguments = parse()
+    settings = settings_of(arguments)
+    arguments.left_out = []
     torch.set_num_threads(arguments.threads)
-    logging.disable(logging.INFO)
-    warnings.simplefilter("ignore")  # hundreds of fairseq's and its libraries', which we cannot mend
+    silence()
     with (
         tempfile.TemporaryDirectory() as folder,
         Display(len(arguments.experts), Console(stderr=True, highlight=False)) as display,
     ):
-        data = arguments.data
-        if data is None:
-            data = Path(folder, "data")
-            make = [sys.executable, "-m", "data_prep", "embedded", "--vocab-size", str(arguments.vocabulary)]
-            made = subprocess.run([*make, "--out", str(data)], capture_output=True, text=True)
-            if made.returncode:
-                sys.exit(f"{sys.argv[0]}: making the embedded corpus failed: {made.stderr.strip().splitlines()[-1:]}")
+        data = data_of(arguments, Path(folder))
         try:
             rows = [one for experts in arguments.experts for one in measure(arguments, experts, data, display)]
         except (UserError, FileNotFoundError) as error:
             sys.exit(f"{sys.argv[0]}: {error}")
-    settings, facts = settings_of(arguments), provenance()
+    facts = provenance()
     lines = ["# Whole trainings", "", "`python benchmarks/train.py`, which defines the columns", ""]
     lines += [f"- {name.replace('_', ' ')}: {str(value).strip('[]')}" for name, value in settings.items()]
     lines += [f"- {name}: {value}" for name, value in facts.items() if value]
-    lines += markdown(rows)
+    lines += [f"- {line}" for line in arguments.left_out] + markdown(rows)
     print("\n".join(lines))
     if arguments.json:
-        content = {"benchmark": "train", "provenance": facts, "settings": settings, "rows": rows}
+        content = {"benchmark": "train", "provenance": facts, "settings": settings}
+        content |= {"left_out": arguments.left_out, "rows": rows}
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
     if arguments.out:
         arguments.out.write_text("\n".join(lines) + "\n")

@@ -41,8 +41,10 @@ def train_rows():
     """One set-up; hash with its parts as `layer.py` gives them, one of them below zero."""
     parts = {"experts": {"seconds": 0.03, "low": 0.02}, "combine": {"seconds": 0.02}, "rest": {"seconds": -0.01}}
     faster = {"updates_per_second": 12.5, "over_base": 1.125, "parts": parts}
+    speed = {"updates_per_second": 25, "model_flops_per_second": 2e14, "utilisation": 0.25}
+    sizes = {"held_bytes": 2_000_000, "state_bytes_planned": 1_500_000}
     return [
-        *(row("dense", 16, 512, 1.0, updates_per_second=25), row("hash", 16, 512, 1.5, **faster)),
+        *(row("dense", 16, 512, 1.0, **speed, **sizes), row("hash", 16, 512, 1.5, **faster)),
         *(row("dense decoding", 16, 1, 1.0), row("hash decoding", 16, 1, 1.75)),
     ]
 
@@ -108,8 +110,9 @@ def test_everything_is_written(files, tmp_path):
         "| dense | 8 | 256 | 10.00 (9.00 to 12.00) | 1.00 | 2.5 MB |",
         "| hash | 64 | 256 | 12.50 (11.25 to 15.00) | 1.25 | – |",
         "| hash | 8 | 256 | 1.00 (10%) | 2.00 (20%) | 0.00 (0%) | 6.00 (60%) | 1.00 (10%) | 10.00 |",
-        "| hash | 16 | 512 | 15.00 (13.50 to 18.00) | 1.50 | 12.5 | 1.12 |",
-        "| hash decoding | 16 | 1 | 17.50 (15.75 to 21.00) | 1.75 | – | – |",
+        "| dense | 16 | 512 | 10.00 (9.00 to 12.00) | 1.00 | 2.0 MB | 1.5 MB | 25 | 200 | 25% | – |",
+        "| hash | 16 | 512 | 15.00 (13.50 to 18.00) | 1.50 | – | – | 12.5 | – | – | 1.12 |",
+        "| hash decoding | 16 | 1 | 17.50 (15.75 to 21.00) | 1.75 | – | – | – | – | – | – |",
         "| hash | 16 | 512 | 30.00 (75%) | 20.00 (50%) | -10.00 (-25%) | 40.00 |",
         "| torch | 2.1 | 2.1 |",
     ):

@@ -29,6 +29,16 @@ FIGURES = {
     "time_by_tokens.png": (time_by_tokens, "Time by the number of tokens", "Time over that of dense."),
     "split_of_time.png": (split_of_time, "Where the time goes", "The parts of a call, each as a share of their sum."),
 }
+# What some rows have besides: heading, form and unit.
+FURTHER = {
+    "held_bytes": ("Held memory", "{:,.1f} MB", 1e6),
+    "state_bytes_planned": ("Planned", "{:,.1f} MB", 1e6),
+    "updates_per_second": ("Updates/s", "{:.3g}", 1),
+    "tokens_per_second": ("Tokens/s", "{:,.0f}", 1),
+    "model_flops_per_second": ("TFLOP/s", "{:.3g}", 1e12),
+    "utilisation": ("Of a large product's", "{:.0%}", 1),
+    "over_base": ("Updates/s over BASE's", "{:.2f}", 1),
+}
 NOTHING = "–"
 
 
@@ -60,13 +70,9 @@ def _times_of(row: Row) -> dict[str, str]:
     shown |= {"ms (quartiles)": spread, "/ dense": f"{row.ratio:.2f}"}
     if row.peak_bytes is not None:
         shown["Peak memory"] = f"{row.peak_bytes / 1e6:,.1f} MB"
-    for key, heading, form in (
-        ("updates_per_second", "Updates/s", "{:.3g}"),
-        ("tokens_per_second", "Tokens/s", "{:,.0f}"),
-        ("over_base", "Updates/s over BASE's", "{:.2f}"),
-    ):
+    for key, (heading, form, unit) in FURTHER.items():
         if isinstance(row.further.get(key), (int, float)):
-            shown[heading] = form.format(row.further[key])
+            shown[heading] = form.format(row.further[key] / unit)
     return shown
 
 

@@ -1,0 +1,223 @@
+"""The trainings that train.py measures, behind one form: fairseq's with each router, and the plain loop."""
+
+import argparse
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+from unittest import mock
+
+import torch
+from plain import PlainLoop, PlainModel
+from rounds import reset_peak, resident
+from torch import Tensor, nn
+
+from fairseq_hash.experiments.sizes import BACKWARD, BYTES
+from fairseq_hash.model import count_parameters
+
+ROUTERS = {
+    "dense": ("--router", "none"),
+    "hash": ("--router", "hash"),
+    "switch": ("--router", "switch", "--capacity-factor", "1.25", "--router-jitter", "0.01"),
+    "base": ("--router", "base"),
+}
+PLAIN = ("plain", "compiled")
+SENTENCE = 512  # tokens, where an update has as many
+HEAD = 64  # width of an attention head, where the model is as wide
+LR, CLIP_NORM = 1e-4, 0.1
+
+
+class Training(Protocol):
+    """One candidate.
+
+    Attributes:
+        parameters: all of them.
+        active: those that one token uses.
+        planned_bytes: weights, gradients and Adam's state, as `fairseq-hash plan` counts them; None where it does not.
+    """
+
+    parameters: int
+    active: int
+    planned_bytes: "int | None"
+
+    def update(self, batch: Any) -> float:
+        """Return the seconds of one update."""
+
+    def zero_grad(self) -> None:
+        """Let go of the gradients."""
+
+    def tensors(self) -> Iterable[Tensor]:
+        """Return what it holds between updates, some tensors more than once; without gradients."""
+
+
+class FairseqTraining:
+    """fairseq's own trainer."""
+
+    def __init__(self, trainer: Any, precision: str) -> None:
+        self.trainer = trainer
+        self.parameters, self.active = count_parameters(trainer.get_model())
+        self.planned_bytes = BYTES[precision] * self.parameters if precision in BYTES else None
+
+    def update(self, batch: Any) -> float:
+        """Return the seconds of one update."""
+        return update(self.trainer, batch)
+
+    def zero_grad(self) -> None:
+        """Let go of the gradients; with --bf16 fairseq keeps those in fp32."""
+        self.trainer.zero_grad()
+
+    def tensors(self) -> Iterable[Tensor]:
+        """Return weights, buffers, optimizer state, and the fp32 copies of --bf16."""
+        optimizer = self.trainer.optimizer
+        copies = [copy for group in optimizer.param_groups for copy in group["params"]]
+        return [
+            *self.trainer.model.parameters(),
+            *self.trainer.model.buffers(),
+            *copies,
+            *state_of(optimizer.optimizer),
+        ]
+
+
+class PlainTraining:
+    """The plain loop."""
+
+    def __init__(self, loop: PlainLoop) -> None:
+        self.loop = loop
+        self.parameters = self.active = sum(parameter.numel() for parameter in loop.model.parameters())
+        self.planned_bytes = BYTES["fp32"] * self.parameters  # autocast keeps everything in fp32
+
+    def update(self, batch: Any) -> float:
+        """Return the seconds of one update."""
+        return seconds_of(lambda: self.loop.train_step(batch))
+
+    def zero_grad(self) -> None:
+        """Let go of the gradients."""
+        self.loop.optimizer.zero_grad()
+
+    def tensors(self) -> Iterable[Tensor]:
+        """Return weights, buffers and optimizer state."""
+        return [*self.loop.model.parameters(), *self.loop.model.buffers(), *state_of(self.loop.optimizer)]
+
+
+def state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Return the tensors of an optimizer's state."""
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+
+
+def make_training(
+    arguments: argparse.Namespace, experts: int, data: Path, candidate: str, dense: "FairseqTraining | None"
+) -> Training:
+    """Return a candidate, which starts from the weights of `dense` where it is plain."""
+    if candidate not in PLAIN:
+        precision = ("memory-efficient " if arguments.memory_efficient_bf16 else "") + dtype_of(arguments)[1]
+        return FairseqTraining(build(trainer_options(arguments, experts, data, candidate)), precision)
+    model = PlainModel.like(dense.trainer.get_model().decoder, min(SENTENCE, arguments.tokens))
+    return PlainTraining(PlainLoop(model, LR, CLIP_NORM, arguments.bf16, compiled=candidate == "compiled"))
+
+
+def dtype_of(arguments: argparse.Namespace) -> tuple[torch.dtype, str]:
+    """Return the dtype of products, and its name in `fairseq-hash plan`."""
+    return (torch.bfloat16, "bf16") if arguments.bf16 else (torch.float32, "fp32")
+
+
+def trainer_options(arguments: argparse.Namespace, experts: int, data: Path, candidate: str) -> list[str]:
+    """Return the options that `fairseq-train` would get."""
+    values = {
+        **{"task": "language_modeling", "user-dir": Path(__file__).parents[1] / "fairseq_hash"},
+        **{"arch": "hash_transformer_lm_tiny", "criterion": "hash_moe", "seed": arguments.seed},
+        **{"decoder-layers": arguments.layers, "decoder-embed-dim": arguments.width},
+        **{"decoder-ffn-embed-dim": arguments.hidden, "decoder-attention-heads": max(1, arguments.width // HEAD)},
+        **{"tokens-per-sample": min(SENTENCE, arguments.tokens), "max-tokens": arguments.tokens},
+        "required-batch-size-multiple": 1,
+        **{"optimizer": arguments.optimizer, "lr": LR, "clip-norm": CLIP_NORM, "num-workers": 0},
+        **{"distributed-world-size": 1, "save-dir": data},
+    }
+    if candidate != "dense":
+        values |= {"num-experts": experts, "sparse-layers": arguments.sparse_layers}
+    words = [str(word) for name, value in values.items() for word in (f"--{name}", value)]
+    flags = ["--cpu"] if arguments.device == "cpu" else []
+    if arguments.bf16:
+        flags.append("--memory-efficient-bf16" if arguments.memory_efficient_bf16 else "--bf16")
+    return [str(data), *words, *ROUTERS[candidate], *flags, "--no-save"]
+
+
+def build(words: Sequence[str]) -> Any:
+    """Return the trainer for options of `fairseq-train`, as fairseq_cli/train.py makes it."""
+    from fairseq import options, tasks, utils
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+    from fairseq.trainer import Trainer
+
+    arguments = options.parse_args_and_arch(options.get_training_parser(), list(words))
+    configuration = convert_namespace_to_omegaconf(arguments)
+    utils.set_torch_seed(configuration.common.seed)
+    task = tasks.setup_task(configuration.task)
+    model, criterion = task.build_model(configuration.model), task.build_criterion(configuration.criterion)
+    trainer = Trainer(configuration, task, model, criterion)
+    trainer.model, trainer.optimizer  # noqa: B018  (both are made when they are first asked for)
+    return trainer
+
+
+def update(trainer: Any, batch: Any) -> float:
+    """Return the seconds of one update by fairseq's trainer."""
+    from fairseq.logging import metrics
+
+    metrics.reset()  # candidates have loads of other numbers of experts
+    with metrics.aggregate(new_root=True):
+        # Where memory is short, the trainer would leave the update out and go on.
+        return seconds_of(lambda: trainer.train_step([batch], raise_oom=True))
+
+
+def batches_of(trainer: Any, count: int) -> list[Any]:
+    """Return so many full batches of the training data, from the first again where there are fewer."""
+    # All but the last sentence are of one length, so one batch at most is smaller than the others.
+    batches = list(itertools.islice(trainer.get_train_iterator(1).next_epoch_itr(), count + 1))
+    most = max(batch["ntokens"] for batch in batches)
+    full = [batch for batch in batches if batch["ntokens"] == most]
+    return [full[number % len(full)] for number in range(count)]
+
+
+def flops_of_token(model: nn.Module, layers: int, context: int) -> int:
+    """Return the FLOPs of training a dense model on one token, counted as `fairseq_hash.experiments.sizes` does.
+
+    The output is a product with the embedding, which counts once: looking a token up is none.
+    """
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+    attention = 4 * matrices[0].shape[1] * context * layers
+    return (1 + BACKWARD) * (2 * sum(matrix.numel() for matrix in matrices) + attention)
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    """Return the seconds of a call, all of it on the device included."""
+    synchronize = torch.cuda.synchronize if torch.cuda.is_initialized() else contextlib.nullcontext
+    synchronize()
+    start = time.perf_counter()
+    call()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def held_bytes(training: Training) -> int:
+    """Return the bytes that a training holds now: its own tensors and their gradients."""
+    own = list(training.tensors())
+    own += [tensor.grad for tensor in own if tensor.grad is not None]
+    return sum(tensor.numel() * tensor.element_size() for tensor in {id(tensor): tensor for tensor in own}.values())
+
+
+def peak_bytes(training: Training, all_trainings: Iterable[Training], batch: Any, on_cuda: bool) -> "int | None":
+    """Return the most bytes that a training has in an update: its own, and what the update adds; None if unknown."""
+    for one in all_trainings:
+        one.zero_grad()
+    held = held_bytes(training)
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with mock.patch("torch.cuda.reset_peak_memory_stats"):  # fairseq's trainer does it at the end of an update
+            training.update(batch)
+        return held + torch.cuda.max_memory_allocated() - before
+    if not reset_peak():
+        return None
+    before = resident("VmRSS")
+    training.update(batch)
+    return held + resident("VmHWM") - before

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """One sparse layer in one process: ours beside a dense FFN, the published reference's way, and peers.
 
-    python benchmarks/layer.py [--experts E ...] [--tokens T ...] [--dtype D] [--device D] [--json FILE] [--out FILE]
+    python benchmarks/layer.py [--experts E ...] [--tokens T ...] [--ways W ...] [--dtype D] [--device D] [--json FILE]
+                               [--out FILE]
 
 T tokens with Zipf-distributed ids and independent normal activations go through E experts (D to F, ReLU, F to D),
 forward and backward (gradients of input and parameters), or forward only. Parameters have the dtype asked for, without
@@ -10,11 +11,15 @@ autocast. All candidates run in turn within each round, in one run; nothing is d
 - dense: T rows through one FFN, the floor.
 - hash, switch, base: our `SparseLayer`. Hash includes the lookup in a balanced table and the plan; base includes the
   balanced assignment, and with --forward-only takes the nearest centroid, as in evaluation.
+- hash (loop), hash (grouped), hash (padded): with --ways, hash by other ways of its experts (`WAYS` in
+  `fairseq_hash/feed_forward.py`) than the one that it takes here.
 - mask-and-loop: a list of FFNs; for each, mask the tokens, run, write back. The same hash route and weights as ours:
-  before timing, output and gradients have to equal ours, relative to a tensor's largest entry (`TOLERANCE`).
+  before timing, output and gradients have to equal ours, up to rounding (`TOLERANCE`, `GRADIENT_TOLERANCE`).
 - fairscale: `MOELayer` with `Top2Gate`: two experts a token, so twice the rows. Only in fp32 (its products take nothing
   else), where E divides T, and up to a size of its masks.
 - transformers: `SwitchTransformersSparseMLP`, top-1, without biases, with room for all tokens; from the extra `peers`.
+
+What cannot run, for want of memory say, is left out with its reason.
 
 Times are medians (quartiles) of all rounds, ratios to dense the median of the ratios within a round. No candidate has
 an auxiliary loss.
@@ -34,16 +39,16 @@ pieces take longer alone).
 `matmuls` are the experts' matrix products alone, on threads as in the layer, into buffers made before: what the layer
 takes to get memory for gradients, for biases and the activation counts as outside of them. `outside experts` and
 `outside matmuls` are 1 - each / layer. `BASE assignment / route`: scores and balanced assignment of the same T and E,
-over the route.
+over the route; measured where base is (it takes seconds for many tokens and experts).
 `FLOP/s` counts matrix products; `rate` is that of one large product of the same dtype in the same rounds.
 
 The JSON file (seconds, bytes; null where not measured): {"benchmark": "layer", "provenance": {...}, "settings": {...},
 "left_out": [text, ...], "rows": [row, ...]}, each row {"experts": E, "tokens": T, "candidate": name, "seconds": median,
 "low": .., "high": .. (quartiles), "ratio": to dense, "peak_bytes": .., "weight_bytes": .., "gradient_bytes": of the
-parameters, "memory_ratio": .., "working_ratio": ..}. Rows of hash also have "parts": {"route", "gather", "exchange",
-"experts", "combine", "rest": {"seconds", "low", "high", "share": of the layer}}, "beside": {"matmuls", "assignment":
-the same}, and "figures": {"outside_experts", "outside_matmuls", "assignment_over_route", "layer_flops_per_second",
-"matmuls_flops_per_second", "rate_flops_per_second"}.
+parameters, "memory_ratio": .., "working_ratio": ..}. Rows of hash also have "way": of its experts, "parts": {"route",
+"gather", "exchange", "experts", "combine", "rest": {"seconds", "low", "high", "share": of the layer}}, "beside":
+{"matmuls", "assignment": the same}, and "figures": {"outside_experts", "outside_matmuls", "assignment_over_route",
+"layer_flops_per_second", "matmuls_flops_per_second", "rate_flops_per_second"}.
 """
 
 import argparse
@@ -55,11 +60,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from peers import VOCABULARY, Case, one_rank, transformers_version
+from layer_case import VOCABULARY, Case, reason
+from peers import one_rank, transformers_version
 from rich.console import Console
 from rounds import Spread, in_rounds, peak_bytes
 
 from fairseq_hash.cli import Parser
+from fairseq_hash.feed_forward import WAYS
 from fairseq_hash.progress import Display
 from fairseq_hash.provenance import provenance, usable_cores
 
@@ -107,25 +114,27 @@ def split(seconds: dict[str, np.ndarray], case: Case) -> dict[str, Any]:
     figures = {
         "outside_experts": 1 - share("experts")["share"],
         "outside_matmuls": 1 - share("matmuls")["share"],
-        "assignment_over_route": float(np.median(seconds["assignment"] / seconds["route"])),
         "layer_flops_per_second": flops / float(np.median(layer)),
         "matmuls_flops_per_second": flops / float(np.median(seconds["matmuls"])),
         "rate_flops_per_second": 2 * case.large_product**3 / float(np.median(seconds["rate"])),
     }
-    parts, beside = ({name: share(name) for name in names} for names in (PARTS, BESIDE))
+    if "assignment" in seconds:
+        figures["assignment_over_route"] = float(np.median(seconds["assignment"] / seconds["route"]))
+    parts, beside = ({name: share(name) for name in names if name in seconds} for names in (PARTS, BESIDE))
     return {"parts": parts, "beside": beside, "figures": figures}
 
 
 def measure(num_experts: int, tokens: int, arguments: argparse.Namespace, display: Display) -> list[dict[str, Any]]:
     """Return one row a candidate."""
     case = Case(num_experts, tokens, arguments)
-    calls, left_out = case.candidates()
-    if "fairscale" in arguments.candidates:
-        arguments.left_out += left_out
-    case.check(calls)
-    calls = {name: call for name, call in calls.items() if name in arguments.candidates}
+    pieces = case.pieces("base" in arguments.candidates)  # first, so that what runs once then runs beside their buffers
+    calls, left_out = case.candidates([*arguments.candidates, "mask-and-loop"], arguments.ways)
+    arguments.left_out += left_out
+    if "mask-and-loop" in calls:
+        arguments.left_out += case.check(calls)
+    calls = {name: call for name, call in calls.items() if name.partition(" (")[0] in arguments.candidates}
     rounds = []
-    for seconds in in_rounds({**calls, **case.pieces()}, arguments.rounds, case.device):
+    for seconds in in_rounds({**calls, **pieces}, arguments.rounds, case.device):
         rounds.append(seconds)
         display.advance(len(rounds) / arguments.rounds, f"{len(rounds)} of {arguments.rounds} rounds")
     arrays = {name: np.array([seconds[name] for seconds in rounds]) for name in rounds[0]}
@@ -134,7 +143,7 @@ def measure(num_experts: int, tokens: int, arguments: argparse.Namespace, displa
         row = {"experts": num_experts, "tokens": tokens, "candidate": name, **Spread.of(arrays[name]).as_seconds()}
         rows.append(row | {"ratio": float(np.median(arrays[name] / arrays["dense"])), **sizes})
         if name == "hash":
-            rows[-1] |= split(arrays, case)
+            rows[-1] |= {"way": case.way, **split(arrays, case)}
     return rows
 
 
@@ -164,18 +173,23 @@ def report(rows: list[dict[str, Any]]) -> list[str]:
         if row["candidate"] != "hash":
             continue
         shares = [f"{1000 * part['seconds']:.2f} ({part['share']:.1%})" for part in row["parts"].values()]
-        parts.append([*shape, milliseconds(row), *shares])
+        parts.append([*shape, row["way"], milliseconds(row), *shares])
         figure = row["figures"]
         rate = figure["rate_flops_per_second"]
         speeds = [figure[f"{name}_flops_per_second"] for name in ("layer", "matmuls")]
         outside = [f"{figure[f'outside_{name}']:.1%}" for name in ("experts", "matmuls")]
-        times = [milliseconds(row["beside"][name]) for name in BESIDE]
+        times = [milliseconds(row["beside"][name]) if name in row["beside"] else "-" for name in BESIDE]
         speed = [*(f"{speed / 1e12:.3g} ({speed / rate:.0%})" for speed in speeds), f"{rate / 1e12:.3g}"]
-        figures.append([*shape, times[0], *outside, times[1], f"{figure['assignment_over_route']:.1f}", *speed])
+        figures.append(
+            [*shape, times[0], *outside, times[1], optional(figure.get("assignment_over_route"), ".1f"), *speed]
+        )
     shape = ["experts", "tokens"]
     heads = [*shape, "layer", "ms", "/ dense", "peak MB", "memory", "working / dense"]
     lines = table(heads, layers) + ["", "The hash layer's parts, ms (share of the layer):"]
-    lines += table([*shape, "hash ms", *PARTS], parts) + ["", "Beside the hash layer, speeds in TFLOP/s (of the rate):"]
+    lines += table([*shape, "experts by", "hash ms", *PARTS], parts) + [
+        "",
+        "Beside the hash layer, speeds in TFLOP/s (of the rate):",
+    ]
     heads = [*shape, "matmuls ms", "outside experts", "outside matmuls", "BASE assignment ms", "/ route"]
     return lines + table([*heads, "layer", "matmuls", "rate"], figures)
 
@@ -194,6 +208,13 @@ def parse() -> argparse.Namespace:
         default=list(CANDIDATES),
         help="default: all; dense and hash always are among them",
     )
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        choices=tuple(WAYS),
+        default=[],
+        help="measure hash once more by each of these ways of its experts, beside the one that it takes",
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of parameters")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="calls of each that count (default: 9)")
@@ -208,6 +229,7 @@ def parse() -> argparse.Namespace:
     for name, least in (("width", 1), ("hidden", 1), ("rounds", 1), ("threads", 1), ("seed", 0)):
         if getattr(arguments, name) < least:
             parser.error(f"--{name} {getattr(arguments, name)} is out of range; give a number of {least} or more")
+    arguments.ways = list(dict.fromkeys(arguments.ways))
     arguments.candidates = [name for name in CANDIDATES if name in ("dense", "hash", *arguments.candidates)]
     for experts in arguments.experts:
         if not 1 <= experts <= VOCABULARY:
@@ -230,8 +252,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "out")}
     settings["transformers"] = transformers_version()
+    settings["float32 matmul precision"] = torch.get_float32_matmul_precision()
     arguments.left_out = []
     if "transformers" in arguments.candidates and not transformers_version():
+        arguments.candidates.remove("transformers")
         arguments.left_out.append("transformers is left out: it is not installed (pip install -e '.[peers]')")
     rows: list[dict[str, Any]] = []
     # A number given twice is measured once.
@@ -240,9 +264,16 @@ def main() -> None:
     with one_rank(torch.device(arguments.device)), Display(len(cases), console) as display:
         for num_experts, tokens in cases:
             display.begin(f"{num_experts} experts, {tokens} tokens", 1)
-            rows += measure(num_experts, tokens, arguments, display)
+            try:
+                rows += measure(num_experts, tokens, arguments, display)
+            except RuntimeError as error:  # of torch: too large for the memory, most often
+                arguments.left_out.append(f"{num_experts} experts, {tokens} tokens are left out: {reason(error)}")
+                display.end(arguments.left_out[-1])
+                continue
             ratios = {row["candidate"]: row["ratio"] for row in rows}  # of the last case
             display.end(f"hash / dense {ratios['hash']:.2f}")
+    if not rows:
+        raise SystemExit(f"layer.py: nothing could be measured: {arguments.left_out[-1]}")
     record = {"benchmark": "layer", "provenance": provenance(), "settings": settings, "left_out": arguments.left_out}
     lines = ["# One sparse layer", "", "By `benchmarks/layer.py`, which defines the columns, with"]
     lines += [", ".join(f"{name} {value}" for name, value in settings.items()).replace("[", "").replace("]", "") + "."]

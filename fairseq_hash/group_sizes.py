@@ -11,14 +11,16 @@ class GroupSizes:
     """Sizes of G groups of rows that lie one after the other.
 
     Made of a tensor on a GPU, they are copied to the host at once but not waited for: `host` waits for the work that
-    was queued before the copy, not for what was queued since, and `ends` for nothing.
+    was queued before the copy, not for what was queued since, and `ends` for nothing. While a CUDA graph is captured
+    there is no copy: the sizes of a replay are other ones, and only the device ever knows them.
     """
 
     def __init__(self, size_G: "Tensor | Sequence[int]") -> None:
         self._size_G = size_G if isinstance(size_G, Tensor) else None
+        self._copied: torch.cuda.Event | None = None
         if self._size_G is None:
             self.host = tuple(size_G)
-        elif self._size_G.is_cuda:
+        elif self._size_G.is_cuda and not torch.cuda.is_current_stream_capturing():
             self._host_G = torch.empty(size_G.shape, dtype=size_G.dtype, pin_memory=True)
             self._host_G.copy_(size_G, non_blocking=True)
             self._copied = torch.cuda.Event()
@@ -33,6 +35,8 @@ class GroupSizes:
     def host(self) -> tuple[int, ...]:
         """The sizes as numbers."""
         if self._size_G.is_cuda:
+            if self._copied is None:
+                raise RuntimeError("a CUDA graph cannot hold what needs the groups' sizes on the host: use bfloat16")
             self._copied.synchronize()
             return tuple(self._host_G.tolist())
         return tuple(self._size_G.tolist())
@@ -40,8 +44,11 @@ class GroupSizes:
     def on(self, device: torch.device) -> Tensor:
         """Return the sizes (int64, `[G]`) on a device, without waiting for it."""
         if self._size_G is None or self._size_G.device != device:
-            is_cuda = device.type == "cuda"
-            self._size_G = torch.tensor(self.host, pin_memory=is_cuda).to(device, non_blocking=True)
+            if len(set(self.host)) == 1:  # nothing to copy, so a CUDA graph can hold it
+                self._size_G = torch.full((len(self.host),), self.host[0], dtype=torch.int64, device=device)
+            else:
+                is_cuda = device.type == "cuda"
+                self._size_G = torch.tensor(self.host, pin_memory=is_cuda).to(device, non_blocking=True)
         return self._size_G
 
     def ends(self, device: torch.device) -> Tensor:

@@ -1,8 +1,8 @@
 """One linear map a group of rows as one grouped matrix product: the experts' path on a GPU.
 
 `torch.nn.functional.grouped_mm` takes the groups' ends from the device, so the host waits for nothing. On a GPU it has
-a kernel of its own for bfloat16; for other types it is a loop with a wait in it, and `fused_feed_forward` is the better
-loop. Shape suffixes: see `losses`; here G groups, rows of width I before and O after.
+a kernel of its own for bfloat16; for other types torch 2.11 has a loop with a wait in it, and `fused_feed_forward` is
+the better loop. Shape suffixes: see `losses`; here G groups, rows of width I before and O after.
 """
 
 import functools
@@ -57,9 +57,7 @@ def grouped_linear(rows_RI: Tensor, weight_GOI: Tensor, bias_GO: "Tensor | None"
 
 
 def serves(rows_RI: Tensor, *weights: Tensor) -> bool:
-    """Return whether a grouped product is the way to go for rows and weights of this type, shape and device."""
-    if not rows_RI.is_cuda or rows_RI.dtype != torch.bfloat16:
-        return False
+    """Return whether grouped products take rows and weights of this type, shape and device, and are right there."""
     widths = {width for weight in weights for width in weight.shape[1:]}
     aligned = all(width * rows_RI.element_size() % ALIGNMENT == 0 for width in widths)
     return aligned and _is_right(rows_RI.device, rows_RI.dtype)
@@ -71,6 +69,10 @@ def _is_right(device: torch.device, dtype: torch.dtype) -> bool:
 
     Kernels differ between GPUs and releases of torch, and an empty group is the case that a kernel forgets.
     """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "grouped products have to be tried before a CUDA graph is captured: run the layer once before"
+        )
     sizes = (24, 0, 8)
     generator = torch.Generator(device).manual_seed(1)
     rows, grad = (torch.randn(32, width, generator=generator, device=device).to(dtype) for width in (64, 32))

@@ -83,19 +83,68 @@ def programs(monkeypatch):
     monkeypatch.syspath_prepend(PROGRAM.parent)
 
 
+def test_measures_ways_and_goes_on_without_what_cannot_run(programs, monkeypatch, tmp_path):
+    import layer_case
+
+    def refuse(*_):
+        raise torch.OutOfMemoryError("out of\nmemory")
+
+    monkeypatch.setattr(layer_case.MaskAndLoop, "forward", refuse)
+    monkeypatch.setitem(layer_case.by_ways.WAYS, "grouped", refuse)
+    words = ("--candidates", "mask-and-loop", "base", "--ways", "padded", "grouped", "--json", tmp_path / "layer.json")
+    monkeypatch.setattr(sys, "argv", [str(PROGRAM), *TINY, *map(str, words)])
+    runpy.run_path(str(PROGRAM), run_name="__main__")
+    record = json.loads((tmp_path / "layer.json").read_text())
+    rows = {row["candidate"]: row for row in record["rows"]}
+    assert list(rows) == ["dense", "hash", "hash (padded)", "base"]
+    assert rows["hash"]["way"] == "loop" and rows["hash"]["beside"]["assignment"]
+    assert rows["hash (padded)"]["weight_bytes"] == rows["hash"]["weight_bytes"]
+    ends = "is left out with 4 experts, 64 tokens: OutOfMemoryError: out of memory"
+    assert record["left_out"] == [f"hash (grouped) {ends}", f"mask-and-loop {ends}"]
+    assert record["settings"]["ways"] == ["padded", "grouped"]
+    assert len(load_benchmarks([tmp_path / "layer.json"])[0].rows) == len(rows)
+
+
+def test_a_size_that_cannot_be_measured_is_left_out(programs, monkeypatch, capsys, tmp_path):
+    import layer_case
+
+    right = layer_case.draw_experts
+
+    def draw(num_experts, *others):
+        if num_experts == 8:
+            raise torch.OutOfMemoryError("out of memory")
+        return right(num_experts, *others)
+
+    monkeypatch.setattr(layer_case, "draw_experts", draw)
+    words = ("--experts", "8", "4", "--candidates", "dense", "--json", tmp_path / "layer.json")
+    monkeypatch.setattr(sys, "argv", [str(PROGRAM), *TINY, *map(str, words)])
+    runpy.run_path(str(PROGRAM), run_name="__main__")
+    record = json.loads((tmp_path / "layer.json").read_text())
+    assert {row["experts"] for row in record["rows"]} == {4}
+    assert record["left_out"] == ["8 experts, 64 tokens are left out: OutOfMemoryError: out of memory"]
+    monkeypatch.setattr(sys, "argv", [str(PROGRAM), *TINY, "--experts", "8"])
+    with pytest.raises(SystemExit, match="nothing could be measured: 8 experts"):
+        runpy.run_path(str(PROGRAM), run_name="__main__")
+
+
 def arguments(width, hidden):
     return argparse.Namespace(width=width, hidden=hidden, forward_only=False, seed=0, device="cpu", dtype="float32")
 
 
 def test_ends_where_layers_disagree(programs):
-    import peers
+    import layer_case
 
-    case = peers.Case(4, 64, arguments(width=16, hidden=32))
-    with peers.one_rank(case.device):
-        layers, _ = case.candidates()
-    case.check(layers)
-    right = layers["mask-and-loop"]
-    layers["mask-and-loop"] = dataclasses.replace(right, forward=lambda: 1.001 * right.forward())
+    case = layer_case.Case(4, 64, arguments(width=16, hidden=32))
+    layers, left_out = case.candidates(["hash", "mask-and-loop"], ["loop", "padded"])
+    assert not left_out and not case.check(layers)
+    right = layers["hash (padded)"]
+    layers["hash (padded)"] = dataclasses.replace(right, forward=lambda: 1.001 * right.forward())
+    assert case.check(layers) == [
+        "hash (padded) is left out with 4 experts, 64 tokens: ours and mask-and-loop differ by 1e-03; rounding is 1e-05"
+    ]
+    assert list(layers) == ["hash", "hash (loop)", "mask-and-loop"]
+    other = layers["mask-and-loop"]
+    layers["mask-and-loop"] = dataclasses.replace(other, forward=lambda: 1.001 * other.forward())
     with pytest.raises(SystemExit, match="4 experts, 64 tokens: ours and mask-and-loop differ by 1e-03"):
         case.check(layers)
 
@@ -113,10 +162,10 @@ def test_peak_memory_is_that_of_the_call(programs):
 
 
 def test_peak_memory_counts_gradients_whose_memory_is_kept(programs):
-    import peers
+    import layer_case
     from rounds import peak_bytes
 
-    layer = peers.Case(4, 64, arguments(width=512, hidden=1024)).sparse(None)
+    layer = layer_case.Case(4, 64, arguments(width=512, hidden=1024)).sparse(None)
     for _ in range(2):
         peak = peak_bytes(layer, torch.device("cpu"))
         if peak is None:

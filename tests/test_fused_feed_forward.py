@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairseq_hash import expert_threads, feed_forward, grouped_linear, large_tensors
+from fairseq_hash import expert_threads, feed_forward, grouped_linear, large_tensors, padded_linear
 from fairseq_hash.expert_threads import for_each_group
 from fairseq_hash.experts import ExpertFeedForward, GatedFeedForward
-from fairseq_hash.feed_forward import grouped_feed_forward
+from fairseq_hash.feed_forward import WAYS, choose_way, padded_feed_forward
 from fairseq_hash.fused_feed_forward import HiddenLayer, Weights, fused_feed_forward
 from fairseq_hash.group_sizes import GroupSizes, count_groups
 
@@ -178,16 +178,51 @@ def test_what_is_kept_for_the_backward_pass(function):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("bias", [True, False])
-def test_grouped_products_equal_fused(function, recompute, bias, segments):
-    """The path of a GPU in bfloat16, here in fp32 on the CPU: sums of some tens of products, in another order."""
+@pytest.mark.parametrize("way", ["grouped", "padded"])
+def test_ways_of_a_gpu_equal_fused(way, function, recompute, bias, segments):
+    """Here in fp32 on the CPU: sums of some tens of products, in another order."""
     if function == "gated" and segments > 1:
         pytest.skip("gated experts have no segments")
     sizes = (5, 5, 0, 0, 8, 8)
     inputs, grad = problem(sizes, function, segments, bias, torch.float32)
     weights, hidden = Weights(*inputs[1:]), HiddenLayer(FUNCTIONS[function], recompute=recompute)
-    got = results(grouped_feed_forward(inputs[0], weights, hidden, GroupSizes(sizes)), inputs, grad)
-    want = results(fused_feed_forward(inputs[0], weights, hidden, sizes), inputs, grad)
+    got = results(WAYS[way](inputs[0], weights, hidden, GroupSizes(sizes)), inputs, grad)
+    want = results(WAYS["loop"](inputs[0], weights, hidden, GroupSizes(sizes)), inputs, grad)
     same(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("product", [0, 2, 256])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_padded_equals_naive(sizes, function, bias, product, monkeypatch):
+    """With more, fewer and no rows beyond the batch."""
+    monkeypatch.setattr(padded_linear, "PRODUCT", product)
+    inputs, grad = problem(sizes, function, bias=bias)
+    hidden = HiddenLayer(FUNCTIONS[function])
+    got = results(padded_feed_forward(inputs[0], Weights(*inputs[1:]), hidden, GroupSizes(sizes)), inputs, grad)
+    same(got, results(naive(inputs, function, sizes), inputs, grad), **EXACT)
+
+
+@pytest.mark.parametrize(("product", "rows"), [(0, 1), (1, 2), (3, 2), (100, 9)])
+def test_rows_of_the_batch(product, rows, monkeypatch):
+    monkeypatch.setattr(padded_linear, "PRODUCT", product)
+    assert padded_linear.batch_rows((2, 1, 9, 2)) == rows
+    assert padded_linear.batch_rows(()) == padded_linear.batch_rows((0, 0)) == 1
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("way", ["grouped", "padded"])
+def test_dropout_of_ways_of_a_gpu(way, recompute):
+    """The backward pass has the mask of the forward pass: y is linear in the second map's weight."""
+    sizes = GroupSizes((5, 3, 0, 6))
+    inputs, grad = problem(sizes.host, "gelu", bias=False, dtype=torch.float32)
+    torch.manual_seed(5)
+    hidden = HiddenLayer(F.gelu, dropout=0.25, recompute=recompute)
+    out, _, _, grad_fc2 = results(WAYS[way](inputs[0], Weights(*inputs[1:]), hidden, sizes), inputs, grad)
+    torch.testing.assert_close((out * grad).sum(), (inputs[3] * grad_fc2).sum(), rtol=1e-4, atol=1e-4)
+    without = WAYS[way](inputs[0], Weights(*inputs[1:]), HiddenLayer(F.gelu), sizes)
+    assert (out - without).abs().max() > 0.1
 
 
 def test_grouped_products_are_tried_before_use(monkeypatch, caplog):
@@ -207,10 +242,23 @@ def _refuse(*args, **kwargs):
     raise RuntimeError("no kernel")
 
 
-def test_grouped_products_serve_half_precision_on_a_gpu_only():
-    weight = torch.randn(2, 16, 8)
-    assert not grouped_linear.serves(torch.randn(3, 8), weight)
-    assert not grouped_linear.serves(torch.randn(3, 8).bfloat16(), weight)
+class OnGpu(torch.Tensor):
+    is_cuda = True
+
+
+def test_the_way_is_chosen_by_device_dtype_and_shape(monkeypatch):
+    monkeypatch.setattr(grouped_linear, "_is_right", lambda *_: True)
+
+    def way(rows, width=16):
+        return choose_way(rows, Weights(torch.randn(2, width, 8), None, torch.randn(2, 8, width), None))
+
+    for dtype, served_by in feed_forward.GPU_WAYS.items():
+        rows = torch.randn(3, 8, dtype=dtype)
+        assert way(rows) == "loop"
+        assert way(rows.as_subclass(OnGpu)) == served_by
+    assert feed_forward.GPU_WAYS[torch.bfloat16] == "grouped"
+    assert way(torch.randn(3, 8).bfloat16().as_subclass(OnGpu), width=12) == "loop"
+    assert way(torch.randn(3, 8).double().as_subclass(OnGpu)) == "loop"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

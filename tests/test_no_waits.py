@@ -22,7 +22,7 @@ EXPERTS, WIDTH, HIDDEN, LENGTH, BATCH = 4, 16, 32, 6, 3
 @pytest.fixture
 def on_meta(monkeypatch):
     """Everything without values, by the path of a GPU."""
-    monkeypatch.setattr(feed_forward, "serves", lambda *_: True)
+    monkeypatch.setattr(feed_forward, "choose_way", lambda *_: "grouped")
     # Autocast knows no such device.
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())

@@ -1,0 +1,46 @@
+"""`--ddp-backend fully_sharded` (fairscale's) with one rank: trains, saves and goes on as without a process group.
+
+fairseq refuses `--bf16` with it, so its half precisions are fp16. On the CPU, where it is refused, fairscale runs with
+stand-ins for CUDA's streams, to show that the test itself works.
+"""
+
+import pytest
+
+from gpu.one_rank import Case, assert_as_without_a_group, stop_and_go_on
+from gpu.trainings import HASH, launch, train, wait
+
+FULLY = ("--ddp-backend", "fully_sharded")
+OWN_FILES = (*HASH, *FULLY, "--use-sharded-state")
+CASES = {
+    "fp32": Case(OWN_FILES),
+    "one file of all": Case((*HASH, *FULLY)),
+    "fp16": Case((*OWN_FILES, "--fp16"), tolerance=0.1),
+    "memory-efficient fp16": Case((*OWN_FILES, "--memory-efficient-fp16"), tolerance=0.1),
+    "shared": Case(OWN_FILES, ("wrapped", "shared")),
+    "shared, checkpointed": Case((*OWN_FILES, "--checkpoint-activations"), ("wrapped", "shared")),
+    "shared, fp16": Case((*OWN_FILES, "--fp16"), ("wrapped", "shared"), 0.1),
+    # As fairseq does it by itself with one rank.
+    "no wrapper forced": Case(OWN_FILES, ()),
+}
+ON_A_CPU = ("fp32", "shared")
+
+
+@pytest.fixture(scope="module")
+def runs(device, data, tmp_path_factory):
+    """Without a process group, with one, and from where it saved."""
+    cases = {name: case for name, case in CASES.items() if device.type == "cuda" or name in ON_A_CPU}
+    stand_ins = ("on_a_cpu",) if device.type == "cpu" else ()
+    return stop_and_go_on(data, device, tmp_path_factory.mktemp("sharded"), HASH, cases, stand_ins)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fully_sharded_trains_as_without_a_group(runs, device, name):
+    if device.type == "cpu" and name not in ON_A_CPU:
+        pytest.skip("on the CPU a few cases show that the test works")
+    assert_as_without_a_group(runs, name, CASES[name])
+
+
+def test_fairseq_refuses_bf16(cuda, data, tmp_path):
+    words = train(data, cuda, tmp_path / "saved", 2, "--no-save", *OWN_FILES, "--bf16").words[1:]
+    code, said = wait(launch(["-m", "fairseq_cli.train", *words], cuda, tmp_path / "said.txt"), cuda)
+    assert code != 0 and "not compatible with --bf16" in said, said[-2000:]

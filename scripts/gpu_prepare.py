@@ -1,0 +1,115 @@
+#!/usr/bin/env python3
+"""Fill `.gpu` with what a GPU machine without a network lacks: wheels, binarized text, n-gram lines, the commit.
+
+    bash scripts/gpu_round.sh --prepare [--text DIR] [--python PYTHON] [--vocab-size N]
+
+The folder is ignored by git and travels beside the tree. What is there stays: delete a part to have it made anew.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fairseq_hash.cli import Parser
+from fairseq_hash.provenance import provenance
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / ".gpu"
+MOST_BYTES = 50_000_000
+# What the project needs beside torch and the packages of any machine for machine learning (docs/gpu.md names them).
+WHEELS = ("hydra-core==1.3.8", "omegaconf==2.3.1", "antlr4-python3-runtime==4.9.3", "fairscale==0.4.13")
+WHEELS += ("bitarray", "cffi", "pycparser")
+SUBSETS = ("train", "valid", "test")
+
+
+def run(words: Sequence["str | Path"]) -> None:
+    """Run a command; end with its last line where it fails."""
+    done = subprocess.run(list(map(str, words)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        last = done.stdout.strip().splitlines()[-1:]
+        sys.exit(f"gpu_prepare: {' '.join(map(str, words[:4]))} ... failed: {' '.join(last)}")
+
+
+def collect_wheels(python: str) -> None:
+    """Build fairseq for the GPU machine's Python, and get the wheels of its small needs."""
+    folder = FOLDER / "wheels"
+    if list(folder.glob("fairseq-*.whl")) and len(list(folder.glob("*.whl"))) == 1 + len(WHEELS):
+        return
+    print("gpu_prepare: wheels (a minute or two)", flush=True)
+    run([python, ROOT / "scripts" / "build_fairseq.py", "--out", folder])
+    run([python, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, *WHEELS])
+
+
+def binarize(text: "Path | None", pieces: int) -> None:
+    """Make the data of the experiment: the given text, or the one that Python brings."""
+    folder, made = FOLDER / "data", FOLDER / "making"
+    if folder.is_dir():
+        return
+    print("gpu_prepare: data (a minute or two)", flush=True)
+    source = ["embedded"]
+    if text is not None:
+        source = ["text", *(word for subset in SUBSETS for word in (f"--{subset}", text / f"{subset}.txt"))]
+    shutil.rmtree(made, ignore_errors=True)
+    run([sys.executable, "-m", "data_prep", *source, "--vocab-size", pieces, "--out", made])
+    shutil.rmtree(made / "tokens", ignore_errors=True)  # the text in pieces: nothing trains on it
+    made.rename(folder)
+
+
+def count_ngrams() -> None:
+    """Write the perplexity of count models, beside which the experiment's stand."""
+    file = FOLDER / "ngrams.json"
+    if not file.is_file():
+        print("gpu_prepare: n-gram lines (a minute or two)", flush=True)
+        main = "import sys; from fairseq_hash.cli import main; sys.exit(main(sys.argv[1:]))"
+        run([sys.executable, "-c", main, "ngrams", FOLDER / "data", "--subset", "valid", "test", "--json", file])
+
+
+def size_of(folder: Path) -> int:
+    """Return the bytes of a file, or of all files below a folder."""
+    return sum(path.stat().st_size for path in [folder, *folder.rglob("*")] if path.is_file())
+
+
+def parse() -> argparse.Namespace:
+    """Return the arguments, checked."""
+    parser = Parser(prog="gpu_round.sh --prepare", description=__doc__.splitlines()[0])
+    parser.add_argument("--text", type=Path, metavar="DIR", help="with train.txt, valid.txt, test.txt")
+    parser.add_argument("--vocab-size", type=int, default=8000, metavar="N", help="pieces (default: 8000)")
+    parser.add_argument("--python", default="python3.12", help="the GPU machine's version, here (default: python3.12)")
+    arguments = parser.parse_args()
+    if arguments.text is not None:
+        for name in (f"{subset}.txt" for subset in SUBSETS):
+            if not (arguments.text / name).is_file():
+                parser.error(f"--text {arguments.text}: there is no {name}; give a folder that has it")
+    if shutil.which(arguments.python) is None:
+        parser.error(f"--python {arguments.python} is not on PATH; give the Python whose version the GPU machine has")
+    return arguments
+
+
+def main() -> None:
+    """Fill the folder and say how to go on."""
+    arguments = parse()
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / ".gitignore").write_text("*\n")
+    collect_wheels(arguments.python)
+    binarize(arguments.text, arguments.vocab_size)
+    count_ngrams()
+    (FOLDER / "prepared.json").write_text(json.dumps(provenance(), indent=1) + "\n")
+    size = size_of(FOLDER)
+    if size > MOST_BYTES:
+        largest = max(FOLDER.iterdir(), key=size_of)
+        sys.exit(
+            f"gpu_prepare: .gpu has {size / 1e6:.0f} MB, more than {MOST_BYTES / 1e6:.0f} (most in {largest.name}); "
+            "give less text"
+        )
+    print(f"gpu_prepare: .gpu is ready, {size / 1e6:.0f} MB. On the GPU machine, with the tree and .gpu:")
+    print("    bash scripts/gpu_round.sh results")
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    main()

@@ -1,0 +1,265 @@
+#!/usr/bin/env python3
+"""The GPU round: stage after stage, each with a time limit of its own, results written as they come (docs/gpu.md).
+
+    python scripts/gpu_round.py OUT [--device cpu|cuda] [--stages NAME ...] [--seconds S]
+
+A stage that fails or is cut off never ends the others. `summary.txt` has at most 60 lines; what every stage printed
+is in `logs.tar.gz`.
+"""
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fairseq_hash.cli import Parser
+from fairseq_hash.provenance import provenance, usable_cores
+
+ROOT = Path(__file__).resolve().parent.parent
+PREPARED = ROOT / ".gpu"
+SECONDS = 530
+"""Of the whole round."""
+MOST_LINES = 60
+LEAST_SECONDS = 5
+"""With less, a stage is not begun."""
+SECONDS_LEFT = "SECONDS LEFT"
+"""Stands for them in a command."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        name: as `--stages` takes it.
+        seconds: its limit; the last stage also gets what the others have left.
+        command: the words of a Python process.
+        table: the file whose tables go into the summary.
+        lines: how many of its lines at most.
+    """
+
+    name: str
+    seconds: int
+    command: tuple[str, ...]
+    table: "str | None" = None
+    lines: int = 12
+
+
+def stages_on_cuda(out: Path, scratch: Path, data: str) -> list[Stage]:
+    """Return the round for one GPU, the most important first."""
+    workers = str(min(12, usable_cores()))
+    sizes = ["--layers", "8", "--width", "1024", "--hidden", "4096", "--sparse-layers", "7", "--experts", "64"]
+    training = ["--data", data, "--device", "cuda", "--bf16", *sizes, "--tokens", "16384", "--no-decoding"]
+    return [
+        Stage("correct", 100, pytest_of("cuda", "-n", workers, "--maxprocesses", workers)),
+        Stage(
+            "layer",
+            110,
+            (
+                *("benchmarks/layer.py", "--device", "cuda", "--dtype", "bfloat16", "--width", "1024"),
+                *("--hidden", "4096", "--tokens", "16384", "--experts", "8", "64", "128", "256", "--rounds", "5"),
+                *files(out, "layer"),
+            ),
+            table="layer.md",
+            lines=26,
+        ),
+        Stage(
+            "training",
+            120,
+            (
+                *("benchmarks/train.py", *training, "--updates", "15", "--optimizer", "fused_adam"),
+                *("--candidates", "dense", "hash", "switch", "base", "plain", "compiled", *files(out, "train")),
+            ),
+            table="train.md",
+            lines=9,
+        ),
+        Stage(
+            "profile",
+            50,
+            (
+                *("benchmarks/profile_step.py", *training, "--optimizer", "fused_adam", "--traces", str(scratch)),
+                *("--candidates", "dense", "hash", "switch", "base", *files(out, "profile")),
+            ),
+            table="profile.md",
+            lines=7,
+        ),
+        Stage("experiment", 150, experiment(out, scratch, data), table="experiment.md", lines=17),
+    ]
+
+
+def stages_on_cpu(out: Path, scratch: Path, data: str) -> list[Stage]:
+    """Return the same round, small: it shows that every stage runs."""
+    sizes = ["--layers", "2", "--width", "64", "--hidden", "64", "--sparse-layers", "1", "--experts", "4"]
+    training = ["--data", data, *sizes, "--tokens", "128", "--no-decoding", "--updates", "2"]
+    small = ["model.decoder_layers=2", "model.decoder_embed_dim=32", "model.decoder_ffn_embed_dim=64"]
+    small += ["model.decoder_attention_heads=2", "model.num_experts=4", 'model.sparse_layers="1"']
+    small += ["task.tokens_per_sample=32", "dataset.max_tokens=128", "optimization.max_update=4", "cluster=cpu"]
+    small += ["dataset.num_workers=0"]
+    return [
+        Stage("correct", 200, pytest_of("cpu", "-n", "1", "-k", "grouped or assignment")),
+        Stage(
+            "layer",
+            60,
+            (
+                *("benchmarks/layer.py", "--width", "16", "--hidden", "32", "--tokens", "64", "--experts", "4"),
+                *("--rounds", "2", "--threads", "1", *files(out, "layer")),
+            ),
+            table="layer.md",
+        ),
+        Stage(
+            "training",
+            60,
+            ("benchmarks/train.py", *training, "--candidates", "dense", "hash", "plain", *files(out, "train")),
+            table="train.md",
+        ),
+        Stage(
+            "profile",
+            60,
+            ("benchmarks/profile_step.py", *training, "--candidates", "dense", "hash", *files(out, "profile")),
+            table="profile.md",
+        ),
+        Stage(
+            "experiment", 100, experiment(out, scratch, data, "--models", "dense", "hash", "--rates", "1e-3", *small)
+        ),
+    ]
+
+
+def pytest_of(device: str, *words: str) -> tuple[str, ...]:
+    """Return the words of the tests for a device."""
+    return ("-m", "pytest", "-m", "gpu", "tests/gpu", "--gpu-device", device, "-q", "-p", "no:cacheprovider", *words)
+
+
+def files(out: Path, name: str) -> tuple[str, ...]:
+    """Return the options with which a benchmark writes its results."""
+    return "--json", str(out / f"{name}.json"), "--out", str(out / f"{name}.md")
+
+
+def experiment(out: Path, scratch: Path, data: str, *words: str) -> tuple[str, ...]:
+    """Return the words of the experiment; the time that is left is filled in when it begins."""
+    ngrams = PREPARED / "ngrams.json"
+    counted = ("--ngrams", str(ngrams)) if ngrams.is_file() else ()
+    place = ("--data", data, "--runs", str(scratch / "runs"), "--seconds", SECONDS_LEFT)
+    return ("benchmarks/side_by_side.py", *place, *counted, *files(out, "experiment"), *words)
+
+
+def run_stage(stage: Stage, seconds: float, log: Path) -> str:
+    """Run a stage for so long at most; return how it ended."""
+    words = [str(int(seconds - 10)) if word == SECONDS_LEFT else word for word in stage.command]
+    command = [sys.executable, *words]
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
+    start = time.monotonic()
+    with open(log, "wb") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            end = f"status {process.wait(seconds)}"
+        except subprocess.TimeoutExpired:
+            end = "cut off"
+        finally:
+            # Whatever it has started ends with it.
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            process.wait()
+    return f"{end} after {time.monotonic() - start:.0f} of {seconds:.0f} s"
+
+
+def last_lines(log: Path, count: int) -> list[str]:
+    """Return the last lines of a log that say something."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [line.strip()[:200] for line in lines if line.strip()][-count:]
+
+
+def told(stage: Stage, out: Path, log: Path) -> list[str]:
+    """Return the lines of a stage for the summary: its tables, or the end of its log."""
+    if stage.name == "correct":
+        failed = [line for line in last_lines(log, 400) if re.match(r"(FAILED|ERROR) ", line)]
+        return [*failed[:10], *last_lines(log, 1)]
+    table = out / (stage.table or f"{stage.name}.md")
+    if table.is_file():
+        rows = [line for line in table.read_text().splitlines() if line.startswith(("|", "- ", "The hash"))]
+        rows = [row for row in rows if not row.startswith("|---") and not re.match(r"- [a-z_ ]+:", row)]
+        return [row[:220] for row in rows[: stage.lines]]
+    return last_lines(log, 4)
+
+
+def keep_logs(out: Path, scratch: Path) -> None:
+    """Write all logs so far, the whole file or the one before."""
+    partial = out / "logs.tar.gz.partial"
+    with tarfile.open(partial, "w:gz") as archive:
+        for path in sorted(scratch.rglob("*")):
+            is_log = path.suffix in (".log", ".txt", ".yaml", ".gz")
+            if is_log and path.is_file() and path.stat().st_size < 8_000_000:
+                archive.add(path, path.relative_to(scratch))
+    partial.replace(out / "logs.tar.gz")
+
+
+def write_summary(out: Path, lines: Sequence[str]) -> None:
+    """Write the summary so far."""
+    (out / "summary.txt").write_text("\n".join(lines) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    """Return the arguments, checked."""
+    parser = Parser(prog="gpu_round.sh", description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the results, made where missing")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the same round, small")
+    parser.add_argument(
+        "--data", type=Path, default=PREPARED / "data", metavar="DIR", help="binarized text (default: .gpu/data)"
+    )
+    parser.add_argument("--stages", nargs="+", metavar="NAME", help="only these (default: all)")
+    parser.add_argument("--seconds", type=int, default=SECONDS, help=f"of the whole round (default: {SECONDS})")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no GPU here; --device cpu runs the same round small")
+    if not (arguments.data / "dict.txt").is_file():
+        parser.error(f"{arguments.data} holds no binarized text; run bash scripts/gpu_round.sh --prepare first")
+    return arguments
+
+
+def main() -> None:
+    """Run the stages and print the summary."""
+    arguments = parse()
+    start = time.monotonic()
+    out = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="gpu round ") as folder:
+        scratch = Path(folder)
+        make = stages_on_cuda if arguments.device == "cuda" else stages_on_cpu
+        stages = make(out, scratch, str(arguments.data.resolve()))
+        if unknown := set(arguments.stages or ()) - {stage.name for stage in stages}:
+            sys.exit(f"gpu_round: no stage {', '.join(unknown)}; there are {', '.join(one.name for one in stages)}")
+        stages = [stage for stage in stages if arguments.stages is None or stage.name in arguments.stages]
+        about = provenance()
+        summary = [", ".join(f"{key} {value}" for key, value in about.items() if value and key != "platform")]
+        for stage in stages:
+            left = arguments.seconds - (time.monotonic() - start)
+            seconds = left if stage is stages[-1] else min(stage.seconds, left)
+            if seconds < LEAST_SECONDS:
+                summary.append(f"{stage.name}: not begun, no time was left")
+                continue
+            print(f"gpu_round: {stage.name}, at most {seconds:.0f} s", file=sys.stderr, flush=True)
+            log = scratch / f"{stage.name}.log"
+            summary.append(f"{stage.name}: {run_stage(stage, seconds, log)}")
+            summary += told(stage, out, log)
+            write_summary(out, summary[:MOST_LINES])
+            keep_logs(out, scratch)
+        write_summary(out, [*summary[: MOST_LINES - 1], f"in all {time.monotonic() - start:.0f} s"])
+    print((out / "summary.txt").read_text(), end="")
+
+
+if __name__ == "__main__":
+    main()

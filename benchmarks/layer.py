@@ -258,6 +258,7 @@ def main() -> None:
         arguments.candidates.remove("transformers")
         arguments.left_out.append("transformers is left out: it is not installed (pip install -e '.[peers]')")
     rows: list[dict[str, Any]] = []
+    record = {"benchmark": "layer", "provenance": provenance(), "settings": settings, "left_out": arguments.left_out}
     # A number given twice is measured once.
     cases = list(dict.fromkeys(itertools.product(arguments.experts, arguments.tokens)))
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -270,11 +271,14 @@ def main() -> None:
                 arguments.left_out.append(f"{num_experts} experts, {tokens} tokens are left out: {reason(error)}")
                 display.end(arguments.left_out[-1])
                 continue
+            if arguments.json:  # after each size, as a run may be ended before the last one
+                arguments.json.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
             ratios = {row["candidate"]: row["ratio"] for row in rows}  # of the last case
             display.end(f"hash / dense {ratios['hash']:.2f}")
     if not rows:
         raise SystemExit(f"layer.py: nothing could be measured: {arguments.left_out[-1]}")
-    record = {"benchmark": "layer", "provenance": provenance(), "settings": settings, "left_out": arguments.left_out}
+    if arguments.json:
+        arguments.json.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
     lines = ["# One sparse layer", "", "By `benchmarks/layer.py`, which defines the columns, with"]
     lines += [", ".join(f"{name} {value}" for name, value in settings.items()).replace("[", "").replace("]", "") + "."]
     lines += ["", *(f"- {name}: {value}" for name, value in record["provenance"].items() if value)]
@@ -282,8 +286,6 @@ def main() -> None:
     print("\n".join(lines))
     if arguments.out:
         arguments.out.write_text("\n".join(lines) + "\n")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ if find_spec("fairseq") is not None:
     logging.disable(logging.INFO)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        from fairseq_hash import criterion, model, seams  # noqa: F401
+        from fairseq_hash import criterion, fused_adam, model, seams  # noqa: F401
     logging.disable(disabled)
 
     seams.require_supported_fairseq()

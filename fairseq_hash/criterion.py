@@ -10,6 +10,7 @@ from fairseq import metrics, utils
 from fairseq.criterions import register_criterion
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
 from fairseq.logging.meters import MetersDict
+from fairseq.models import BaseFairseqModel, FairseqDecoder
 from fairseq.tasks import FairseqTask
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from fairseq_hash.errors import UserError
 from fairseq_hash.layer import RoutingReport
 from fairseq_hash.provenance import peak_gigabytes
 from fairseq_hash.ranges import check_at_least
+from fairseq_hash.token_loss import token_cross_entropy
 
 # A meter's name says of which layer and router it is; fairseq shows no meter whose name starts with an underscore.
 REPORT_KEY = "_layer{}_{}"
@@ -109,6 +111,19 @@ class HashMoECriterion(CrossEntropyCriterion):
             logging_output["_log_expert_loads"] = 1
         return loss, sample_size, logging_output
 
+    def compute_loss(
+        self, model: nn.Module, net_output: Any, sample: dict[str, Any], reduce: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy twice, as fairseq does: the sum over tokens (nats), or one a token."""
+        if not has_plain_logits(model, net_output):
+            return super().compute_loss(model, net_output, sample, reduce=reduce)
+        logits_BLV = net_output[0]
+        target_N = model.get_targets(sample, net_output).view(-1)
+        loss = token_cross_entropy(
+            logits_BLV.reshape(-1, logits_BLV.size(-1)), target_N, ignore_index=self.padding_idx, reduce=reduce
+        )
+        return loss, loss
+
     @staticmethod
     def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:
         """Log the mean losses in bits, `ppl` of the cross-entropy alone, and the statistics of each sparse layer.
@@ -135,6 +150,27 @@ class HashMoECriterion(CrossEntropyCriterion):
     def logging_outputs_can_be_summed() -> bool:
         """Return True: every logging output is a sum."""
         return True
+
+
+def has_plain_logits(model: nn.Module, net_output: Any) -> bool:
+    """Return whether fairseq would take the log-softmax of `net_output[0]` as this model's log-probabilities.
+
+    A model with an adaptive softmax or with a `get_normalized_probs` of its own has others. Bound methods are compared:
+    they reach through the modules that data parallelism wraps around a model.
+    """
+    decoder = getattr(model, "decoder", None)
+    is_fairseqs = all(
+        getattr(getattr(module, name, None), "__func__", None) is getattr(base, name)
+        for module, base in ((model, BaseFairseqModel), (decoder, FairseqDecoder))
+        for name in ("get_normalized_probs", "get_normalized_probs_scriptable")
+    )
+    return (
+        is_fairseqs
+        and getattr(decoder, "adaptive_softmax", None) is None
+        and isinstance(net_output, tuple)
+        and torch.is_tensor(net_output[0])
+        and net_output[0].is_floating_point()
+    )
 
 
 def _total(logging_outputs: Iterable[dict[str, Any]], key: str) -> Any:

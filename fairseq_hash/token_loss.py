@@ -1,0 +1,88 @@
+"""The cross-entropy of each token as one step of autograd that goes over chunks of rows.
+
+The logits are the largest tensor of a language model. Here no second one of their size is made but the gradient, in the
+logits' type: log-softmax and gradient in fp32 live for a chunk only, and one number a token is kept for the backward
+pass, which makes the softmax anew. Shape suffixes: N tokens, V pieces of the vocabulary, M rows of a chunk.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+THREAD_CHUNK = 2**20
+"""Numbers of a chunk for each thread of a CPU: 4 MB of fp32. From 2**16 to 2**22 one thread is as fast with any; with
+several each chunk ends in waiting for the slowest, which on a busy machine takes longer than what a cache would save.
+"""
+
+DEVICE_CHUNK = 2**26
+"""Numbers of a chunk elsewhere: a quarter of a gigabyte of fp32, so that launches are few."""
+
+IGNORED = -100
+"""Class of an ignored token where all others are of class 0."""
+
+
+def token_cross_entropy(logits_NV: Tensor, target_N: Tensor, ignore_index: int, reduce: bool = True) -> Tensor:
+    """Return the sum over tokens of -log softmax(logits)[target] in nats, or `[N]` without `reduce`.
+
+    In fp32, or in float64 for logits of float64. An ignored token adds 0. Nothing waits for the device.
+
+    Args:
+        logits_NV: of any floating type; rows are copied, a chunk at a time, where they are not contiguous.
+        target_N: int64, each from 0 to V - 1 or `ignore_index`.
+        ignore_index: the target of tokens that do not count.
+        reduce: whether to add up.
+    """
+    return _TokenCrossEntropy.apply(logits_NV, target_N, ignore_index, reduce)
+
+
+def rows_of_chunk(logits_NV: Tensor) -> int:
+    """Return how many rows a chunk has, at least one."""
+    rows, width = logits_NV.shape
+    if logits_NV.device.type == "cpu":
+        step = max(THREAD_CHUNK // width, 1) * torch.get_num_threads()  # each thread has whole rows
+    else:
+        step = max(DEVICE_CHUNK // width, 1)
+    return max(min(step, rows), 1)
+
+
+class _TokenCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, logits_NV: Tensor, target_N: Tensor, ignore_index: int, reduce: bool) -> Tensor:
+        dtype = torch.promote_types(logits_NV.dtype, torch.float32)
+        ignored_N = target_N == ignore_index
+        place_N1 = target_N.masked_fill(ignored_N, 0).unsqueeze(1)
+        chosen_N1 = logits_NV.new_empty(len(logits_NV), 1, dtype=dtype)  # log softmax(logits)[target]
+        step = rows_of_chunk(logits_NV)
+        scratch_MV = logits_NV.new_empty(step, logits_NV.shape[1], dtype=dtype)
+        chunks = (tensor.split(step) for tensor in (logits_NV, place_N1, chosen_N1))
+        for logits_MV, place_M1, chosen_M1 in zip(*chunks, strict=True):
+            log_softmax_MV = scratch_MV[: len(logits_MV)]
+            torch.log_softmax(logits_MV, 1, dtype=dtype, out=log_softmax_MV)
+            torch.gather(log_softmax_MV, 1, place_M1, out=chosen_M1)
+        ctx.save_for_backward(logits_NV, place_N1, ignored_N, chosen_N1)
+        # torch's own loss of the chosen numbers: it adds them up in the order of fairseq's loss, to the same sum.
+        class_N = torch.zeros_like(target_N).masked_fill_(ignored_N, IGNORED)
+        return F.nll_loss(chosen_N1, class_N, ignore_index=IGNORED, reduction="sum" if reduce else "none")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> "tuple[Tensor, None, None, None]":
+        logits_NV, place_N1, ignored_N, chosen_N1 = ctx.saved_tensors
+        dtype = chosen_N1.dtype
+        grad_N1 = grad.expand(len(logits_NV)).masked_fill(ignored_N, 0).unsqueeze(1)
+        # p - 1 of the target, from what forward has kept of it: written over p, not added to it.
+        at_target_N1 = chosen_N1.expm1().mul_(grad_N1)
+        grad_NV = logits_NV.new_empty(logits_NV.shape)
+        step = rows_of_chunk(logits_NV)
+        # Half precision would flush small probabilities to 0 before the loss scale multiplies them.
+        in_place = grad_NV.dtype == dtype
+        scratch_MV = None if in_place else logits_NV.new_empty(step, logits_NV.shape[1], dtype=dtype)
+        chunks = (tensor.split(step) for tensor in (logits_NV, grad_NV, grad_N1, place_N1, at_target_N1))
+        for logits_MV, grad_MV, grad_M1, place_M1, at_target_M1 in zip(*chunks, strict=True):
+            out_MV = grad_MV if in_place else scratch_MV[: len(logits_MV)]
+            torch.softmax(logits_MV, 1, dtype=dtype, out=out_MV)
+            out_MV.mul_(grad_M1).scatter_(1, place_M1, at_target_M1)
+            if not in_place:
+                grad_MV.copy_(out_MV)
+        return grad_NV, None, None, None

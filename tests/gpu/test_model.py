@@ -1,6 +1,7 @@
 """The tiny model on a device: routes, recomputation, decoding step by step, padding, and where the host waits."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -37,7 +38,13 @@ ALL = {
 
 
 def model_of(data, *arguments):
-    """Return the dictionary and a model on the CPU, the same each time; no learned weight is zero."""
+    """Return the dictionary, a model on the CPU, the same each time, and the criterion; no learned weight is zero."""
+    dictionary, model, criterion = _model_of(data, arguments)
+    return dictionary, copy.deepcopy(model), criterion
+
+
+@functools.cache
+def _model_of(data, arguments):
     torch.manual_seed(1)
     _, task, model, criterion = build(data, *arguments)
     torch.manual_seed(2)
@@ -61,6 +68,16 @@ def step(model, criterion, token_BL, padding):
     loss, _, _ = criterion(model, {"net_input": net_input, "target": token_BL.roll(-1, 1), "ntokens": token_BL.numel()})
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(got, want, tolerance):
+    assert got.keys() == want.keys()
+    largest = max(gradient.abs().max().item() for gradient in want.values())
+    for name, gradient in want.items():
+        if name.endswith("k_proj.bias"):  # zero but for rounding: softmax does not change where all scores do alike
+            assert max(got[name].abs().max(), gradient.abs().max()) < FP32 * largest
+        else:
+            assert_near(got[name], gradient.cpu().double(), tolerance, name)
 
 
 @pytest.mark.parametrize("variant", HASHED)
@@ -90,16 +107,12 @@ def test_loss_and_gradients_are_those_of_the_cpu(variant, data, device):
     on_device = copy.deepcopy(model).to(device)
     loss, got = step(on_device, criterion.to(device), token_BL.to(device), dictionary.pad())
     assert_near(loss, want_loss.double(), FP32, "loss")
-    assert got.keys() == want.keys()
-    largest = max(gradient.abs().max().item() for gradient in want.values())
-    for name, gradient in want.items():
-        if name.endswith("k_proj.bias"):  # zero but for rounding: softmax does not change where all scores do alike
-            assert max(got[name].abs().max(), gradient.abs().max()) < FP32 * largest
-        else:
-            assert_near(got[name], gradient.double(), 10 * FP32, name)
+    assert_same_gradients(got, want, 10 * FP32)
 
 
-@pytest.mark.parametrize("variant", ALL)
+@pytest.mark.parametrize(
+    "variant", ["token", "learned", "multi-hash", "shared, gated", "inserted", "recomputed", "switch", "base"]
+)
 def test_activation_checkpointing_changes_nothing(variant, data, device):
     """In fp32, with dropout, jitter and a capacity where there are any."""
     found = []
@@ -111,9 +124,7 @@ def test_activation_checkpointing_changes_nothing(variant, data, device):
         found.append(step(model, criterion.to(device), tokens_of(dictionary, True).to(device), dictionary.pad()))
     (loss, gradients), (loss_again, gradients_again) = found
     assert loss_again == loss and gradients_again.keys() == gradients.keys()
-    for name, gradient in gradients.items():
-        # Rounding alone, in what should be zero.
-        torch.testing.assert_close(gradients_again[name], gradient, rtol=FP32, atol=FP32 * gradient.abs().max().item())
+    assert_same_gradients(gradients_again, gradients, FP32)
 
 
 @pytest.mark.parametrize("variant", ALL)

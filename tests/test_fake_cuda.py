@@ -1,11 +1,13 @@
 """Device mistakes, shown without a GPU: sparse layers and whole decoders on a pretended one (`fake_cuda`).
 
-Every forward pass is on `cuda`, every backward pass on `meta`. A hash layer in bfloat16 waits for nothing. The waits
-that are there by design are named in `waits_of` and in `test_a_decoder`; any other fails, as does one that is missing.
+On `cuda` they run forward, on `meta` forward and backward (groups of 64 ranks on `meta` only, of 512 on `cuda` only). A
+hash layer in bfloat16 waits for nothing. The waits that are there by design are named in `waits_of` and in
+`test_a_decoder`; any other fails, as does one that is missing.
 
 Left for a card: whether values are right, kernels (`_is_right` tries grouped products), autocast, gradients on `cuda`
-itself, streams (an event is only counted: a copy that is read too early is not seen), CUDA graphs, BASE's solver, and
-checkpointed activations of whole decoder layers.
+itself, streams (an event is only counted: a copy that is read too early is not seen), CUDA graphs, BASE's solver,
+dispatch by fairscale, checkpointed activations of whole decoder layers, the feature `predicted`, and fairseq's
+sinusoidal positions (`shape_as_tensor`: "its data is not allocated yet").
 """
 
 import pytest
@@ -165,7 +167,7 @@ POSITIONS = ("--router", "hash", "--hash-feature", "position", "--hash-table", "
 )
 def test_a_decoder(dictionary, options, padding):
     """Two waits a forward pass: we ask whether there is padding (and where, if so), and fairseq asks the same."""
-    # fairseq's sinusoidal positions ask a tensor for its shape in a way that needs values.
+    # Learned positions: the sinusoidal ones need a tensor with values.
     chosen = ("--num-experts", "4", "--sparse-layers", "0,1", "--decoder-learned-pos", *options)
     _, _, model, _ = build(dictionary, *chosen)
     waits = [(CONDITION, not padding), *([(PLACES, LENGTH * BATCH - 2)] if padding else []), (CONDITION, padding)]

@@ -151,7 +151,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="default: 1")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures, after each wave")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write what is printed to a file")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of every configuration")
+    parser.add_argument("--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="of every configuration")
     arguments = parser.parse_args()
     for model in arguments.models:
         if not (ROOT / "configs" / "one_gpu" / f"{model}.yaml").is_file():

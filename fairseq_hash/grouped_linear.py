@@ -22,24 +22,30 @@ ALIGNMENT = 16
 
 
 class _GroupBias(torch.autograd.Function):
-    """Rows plus the bias of their group, in place."""
+    """Rows plus the bias of their group, in place; rows as they are without one.
+
+    Either way what comes back as a gradient lies row by row in memory. The grouped product takes no other, and the
+    gradient of a sum is one number for all.
+    """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, rows_RO: Tensor, bias_GO: Tensor, sizes: GroupSizes) -> Tensor:
+    def forward(ctx: FunctionCtx, rows_RO: Tensor, bias_GO: "Tensor | None", sizes: GroupSizes) -> Tensor:
         ctx.sizes = sizes
         ctx.mark_dirty(rows_RO)
+        if bias_GO is None:
+            return rows_RO
         size_G = sizes.on(rows_RO.device)
         return rows_RO.add_(bias_GO.repeat_interleave(size_G, dim=0, output_size=len(rows_RO)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_RO: Tensor) -> "tuple[Tensor, Tensor | None, None]":
-        grad_bias = None
+        grad_RO, grad_bias = grad_RO.contiguous(), None
         if ctx.needs_input_grad[1]:
             # Sums as a product with ones: added up in fp32 and in a fixed order, as index_add is not. As many rows of
             # ones as the alignment asks for; the first result is as good as any.
             ones_RA = grad_RO.new_ones(len(grad_RO), ALIGNMENT // grad_RO.element_size())
-            grad_bias = F.grouped_mm(ones_RA.t(), grad_RO.contiguous(), offs=ctx.sizes.ends(grad_RO.device))[:, 0]
+            grad_bias = F.grouped_mm(ones_RA.t(), grad_RO, offs=ctx.sizes.ends(grad_RO.device))[:, 0]
         return grad_RO, grad_bias, None
 
 
@@ -53,7 +59,7 @@ def grouped_linear(rows_RI: Tensor, weight_GOI: Tensor, bias_GO: "Tensor | None"
         sizes: how many rows each group has; zeros are allowed.
     """
     out_RO = F.grouped_mm(rows_RI, weight_GOI.transpose(1, 2), offs=sizes.ends(rows_RI.device))
-    return out_RO if bias_GO is None else _GroupBias.apply(out_RO, bias_GO, sizes)
+    return _GroupBias.apply(out_RO, bias_GO, sizes)
 
 
 def serves(rows_RI: Tensor, *weights: Tensor) -> bool:

@@ -8,6 +8,8 @@ is in `logs.tar.gz`.
 """
 
 import argparse
+import contextlib
+import itertools
 import os
 import re
 import signal
@@ -19,6 +21,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -43,94 +46,63 @@ class Stage:
     Attributes:
         name: as `--stages` takes it.
         seconds: its limit; the last stage also gets what the others have left.
-        command: the words of a Python process.
-        table: the file whose tables go into the summary.
-        lines: how many of its lines at most.
+        commands: the words of one Python process after the other.
+        tables: the files whose tables go into the summary.
+        lines: how many of their lines at most.
     """
 
     name: str
     seconds: int
-    command: tuple[str, ...]
-    table: "str | None" = None
+    commands: tuple[tuple[str, ...], ...]
+    tables: tuple[str, ...] = ()
     lines: int = 12
 
 
 def stages_on_cuda(out: Path, scratch: Path, data: str) -> list[Stage]:
     """Return the round for one GPU, the most important first."""
-    workers = str(min(12, usable_cores()))
-    sizes = ["--layers", "8", "--width", "1024", "--hidden", "4096", "--sparse-layers", "7", "--experts", "64"]
-    training = ["--data", data, "--device", "cuda", "--bf16", *sizes, "--tokens", "16384", "--no-decoding"]
+    workers = str(min(14, usable_cores()))
+    layer = ("benchmarks/layer.py", "--device", "cuda", "--width", "1024", "--hidden", "4096", "--rounds", "5")
+    sizes = ("--layers", "8", "--width", "1024", "--hidden", "4096", "--sparse-layers", "7", "--experts", "64")
+    training = ("--data", data, "--device", "cuda", "--bf16", *sizes, "--tokens", "16384", "--no-decoding")
+    training += ("--optimizer", "fused_adam")
+    bf16 = (*layer, "--dtype", "bfloat16", "--tokens", "16384", "--experts", "8", "64", "128", "256")
+    bf16 += ("--candidates", "dense", "hash", "switch", "mask-and-loop", "transformers", *files(out, "layer"))
+    fp16 = (*layer, "--dtype", "float16", "--tokens", "16384", "--experts", "64", "--candidates", "dense", "hash")
+    fp16 += ("--ways", "loop", "padded", *files(scratch, "layer_fp16"))
+    # fairscale takes fp32 only, and its products grow with the square of the tokens.
+    fp32 = (*layer, "--tokens", "4096", "--experts", "64", "--candidates", "dense", "hash", "fairscale")
+    fp32 += ("--ways", "loop", "padded", *files(scratch, "layer_fp32"))
+    trained = ("benchmarks/train.py", *training, "--updates", "15", *files(out, "train"))
+    trained += ("--candidates", "dense", "hash", "switch", "base", "plain", "compiled")
+    profiled = ("benchmarks/profile_step.py", *training, "--traces", str(scratch), *files(out, "profile"))
     return [
-        Stage("correct", 100, pytest_of("cuda", "-n", workers, "--maxprocesses", workers)),
-        Stage(
-            "layer",
-            110,
-            (
-                *("benchmarks/layer.py", "--device", "cuda", "--dtype", "bfloat16", "--width", "1024"),
-                *("--hidden", "4096", "--tokens", "16384", "--experts", "8", "64", "128", "256", "--rounds", "5"),
-                *files(out, "layer"),
-            ),
-            table="layer.md",
-            lines=26,
-        ),
-        Stage(
-            "training",
-            120,
-            (
-                *("benchmarks/train.py", *training, "--updates", "15", "--optimizer", "fused_adam"),
-                *("--candidates", "dense", "hash", "switch", "base", "plain", "compiled", *files(out, "train")),
-            ),
-            table="train.md",
-            lines=9,
-        ),
-        Stage(
-            "profile",
-            50,
-            (
-                *("benchmarks/profile_step.py", *training, "--optimizer", "fused_adam", "--traces", str(scratch)),
-                *("--candidates", "dense", "hash", "switch", "base", *files(out, "profile")),
-            ),
-            table="profile.md",
-            lines=7,
-        ),
-        Stage("experiment", 150, experiment(out, scratch, data), table="experiment.md", lines=17),
+        Stage("correct", 100, (pytest_of("cuda", "-n", workers, "--maxprocesses", workers),)),
+        Stage("layer", 110, (bf16, fp16, fp32), ("layer.md", "layer_fp16.md", "layer_fp32.md"), 22),
+        Stage("training", 120, (trained,), ("train.md",), 8),
+        Stage("profile", 50, (profiled,), ("profile.md",), 6),
+        Stage("experiment", 150, (experiment(out, scratch, data),), ("experiment.md",), 15),
     ]
 
 
 def stages_on_cpu(out: Path, scratch: Path, data: str) -> list[Stage]:
     """Return the same round, small: it shows that every stage runs."""
-    sizes = ["--layers", "2", "--width", "64", "--hidden", "64", "--sparse-layers", "1", "--experts", "4"]
-    training = ["--data", data, *sizes, "--tokens", "128", "--no-decoding", "--updates", "2"]
-    small = ["model.decoder_layers=2", "model.decoder_embed_dim=32", "model.decoder_ffn_embed_dim=64"]
-    small += ["model.decoder_attention_heads=2", "model.num_experts=4", 'model.sparse_layers="1"']
-    small += ["task.tokens_per_sample=32", "dataset.max_tokens=128", "optimization.max_update=4", "cluster=cpu"]
-    small += ["dataset.num_workers=0"]
+    sizes = ("--layers", "2", "--width", "64", "--hidden", "64", "--sparse-layers", "1", "--experts", "4")
+    training = ("--data", data, *sizes, "--tokens", "128", "--no-decoding", "--updates", "2")
+    layer = ("benchmarks/layer.py", "--width", "16", "--hidden", "32", "--tokens", "64", "--experts", "4")
+    layer += ("--rounds", "2", "--threads", "1", "--candidates", "dense", "hash", *files(out, "layer"))
+    trained = ("benchmarks/train.py", *training, "--candidates", "dense", "hash", "plain", *files(out, "train"))
+    profiled = ("benchmarks/profile_step.py", *training, "--candidates", "dense", "hash", *files(out, "profile"))
+    small = ("model.decoder_layers=2", "model.decoder_embed_dim=32", "model.decoder_ffn_embed_dim=64")
+    small += ("model.decoder_attention_heads=2", "model.num_experts=4", 'model.sparse_layers="1"')
+    small += ("task.tokens_per_sample=32", "dataset.max_tokens=128", "optimization.max_update=4", "cluster=cpu")
+    small += ("dataset.num_workers=0",)
+    trials = experiment(out, scratch, data, "--models", "hash", "--rates", "1e-3", "--overrides", *small)
     return [
-        Stage("correct", 200, pytest_of("cpu", "-n", "1", "-k", "grouped or assignment")),
-        Stage(
-            "layer",
-            60,
-            (
-                *("benchmarks/layer.py", "--width", "16", "--hidden", "32", "--tokens", "64", "--experts", "4"),
-                *("--rounds", "2", "--threads", "1", *files(out, "layer")),
-            ),
-            table="layer.md",
-        ),
-        Stage(
-            "training",
-            60,
-            ("benchmarks/train.py", *training, "--candidates", "dense", "hash", "plain", *files(out, "train")),
-            table="train.md",
-        ),
-        Stage(
-            "profile",
-            60,
-            ("benchmarks/profile_step.py", *training, "--candidates", "dense", "hash", *files(out, "profile")),
-            table="profile.md",
-        ),
-        Stage(
-            "experiment", 100, experiment(out, scratch, data, "--models", "dense", "hash", "--rates", "1e-3", *small)
-        ),
+        Stage("correct", 200, (pytest_of("cpu", "-n", "1", "-k", "products or assignment"),)),
+        Stage("layer", 60, (layer,), ("layer.md",)),
+        Stage("training", 60, (trained,), ("train.md",)),
+        Stage("profile", 60, (profiled,), ("profile.md",), 6),
+        Stage("experiment", 120, (trials,), ("experiment.md",)),
     ]
 
 
@@ -154,27 +126,37 @@ def experiment(out: Path, scratch: Path, data: str, *words: str) -> tuple[str, .
 
 def run_stage(stage: Stage, seconds: float, log: Path) -> str:
     """Run a stage for so long at most; return how it ended."""
-    words = [str(int(seconds - 10)) if word == SECONDS_LEFT else word for word in stage.command]
-    command = [sys.executable, *words]
+    start = time.monotonic()
+    ends = []
+    with open(log, "wb") as file:
+        for command in stage.commands:
+            left = seconds - (time.monotonic() - start)
+            ends.append(run_process(command, left, file) if left > LEAST_SECONDS else "not begun")
+    return f"{', '.join(ends)}; {time.monotonic() - start:.0f} of {seconds:.0f} s"
+
+
+def run_process(command: Sequence[str], seconds: float, log: BinaryIO) -> str:
+    """Run a Python process for so long at most; return how it ended."""
+    words = [str(int(seconds - 10)) if word == SECONDS_LEFT else word for word in command]
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
-    start = time.monotonic()
-    with open(log, "wb") as file:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            end = f"status {process.wait(seconds)}"
-        except subprocess.TimeoutExpired:
-            end = "cut off"
-        finally:
-            # Whatever it has started ends with it.
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            process.wait()
-    return f"{end} after {time.monotonic() - start:.0f} of {seconds:.0f} s"
+    process = subprocess.Popen(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env=environment,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        return f"status {process.wait(seconds)}"
+    except subprocess.TimeoutExpired:
+        return "cut off"
+    finally:
+        # Whatever it has started ends with it.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def last_lines(log: Path, count: int) -> list[str]:
@@ -183,17 +165,24 @@ def last_lines(log: Path, count: int) -> list[str]:
     return [line.strip()[:200] for line in lines if line.strip()][-count:]
 
 
-def told(stage: Stage, out: Path, log: Path) -> list[str]:
+def told(stage: Stage, out: Path, scratch: Path) -> list[str]:
     """Return the lines of a stage for the summary: its tables, or the end of its log."""
+    log = scratch / f"{stage.name}.log"
     if stage.name == "correct":
         failed = [line for line in last_lines(log, 400) if re.match(r"(FAILED|ERROR) ", line)]
         return [*failed[:10], *last_lines(log, 1)]
-    table = out / (stage.table or f"{stage.name}.md")
-    if table.is_file():
-        rows = [line for line in table.read_text().splitlines() if line.startswith(("|", "- ", "The hash"))]
-        rows = [row for row in rows if not row.startswith("|---") and not re.match(r"- [a-z_ ]+:", row)]
-        return [row[:220] for row in rows[: stage.lines]]
-    return last_lines(log, 4)
+    found = [path for name in stage.tables for path in (out / name, scratch / name) if path.is_file()]
+    rows = [row for path in found for row in table_rows(path)]
+    return rows[: stage.lines] or last_lines(log, 4)
+
+
+def table_rows(path: Path) -> list[str]:
+    """Return the rows of a file's first table, and its lines on what was left out or failed."""
+    lines = path.read_text().splitlines()
+    notes = [line for line in lines if re.match(r"- .*( is left out| at \S+: )", line)]
+    first = next((place for place, line in enumerate(lines) if line.startswith("|")), len(lines))
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[first:])
+    return [line[:200] for line in (*rows, *notes) if not line.startswith("|---")]
 
 
 def keep_logs(out: Path, scratch: Path) -> None:
@@ -254,7 +243,7 @@ def main() -> None:
             print(f"gpu_round: {stage.name}, at most {seconds:.0f} s", file=sys.stderr, flush=True)
             log = scratch / f"{stage.name}.log"
             summary.append(f"{stage.name}: {run_stage(stage, seconds, log)}")
-            summary += told(stage, out, log)
+            summary += told(stage, out, scratch)
             write_summary(out, summary[:MOST_LINES])
             keep_logs(out, scratch)
         write_summary(out, [*summary[: MOST_LINES - 1], f"in all {time.monotonic() - start:.0f} s"])

@@ -211,6 +211,21 @@ def test_rows_of_the_batch(product, rows, monkeypatch):
     assert padded_linear.batch_rows(()) == padded_linear.batch_rows((0, 0)) == 1
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("way", ["grouped", "padded"])
+def test_a_gradient_that_is_one_number_for_all(way, bias):
+    """The gradient of a sum is expanded: it has no rows in memory, which a grouped product wants."""
+    sizes = (5, 0, 8, 8)
+    inputs, _ = problem(sizes, "gelu", 1, bias, torch.float32)
+    weights, grad = Weights(*inputs[1:]), torch.ones(1, 1).expand(sum(sizes), WIDTH)
+    got, want = (
+        results(WAYS[name](inputs[0], weights, HiddenLayer(F.gelu), GroupSizes(sizes)), inputs, grad)
+        for name in (way, "loop")
+    )
+    same(got, want, rtol=1e-4, atol=1e-4)
+
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("way", ["grouped", "padded"])
 def test_dropout_of_ways_of_a_gpu(way, recompute):

@@ -83,7 +83,8 @@ def word_rows(index: Mapping[str, Tensor], token_BL: Tensor) -> Tensor:
     place_L = torch.arange(token_BL.shape[1], device=token_BL.device)
     begins_BL = index["begins"][token_BL]  # padding is a special symbol: it begins and ends a word
     begins_BL[:, 1:] |= index["ends"][token_BL[:, :-1]]
-    start_BL = torch.where(begins_BL, place_L, 0).cummax(dim=1).values
+    # Not `where` with a number: on a GPU that is copied there, and waited for.
+    start_BL = (place_L * begins_BL).cummax(dim=1).values
     pieces_BL = place_L - start_BL + 1
     hash_BL, power_BL = index["piece_hash"][token_BL], index["piece_power"][token_BL]
     for distance in range(1, min(MOST_PIECES, token_BL.shape[1])):

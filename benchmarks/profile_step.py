@@ -78,6 +78,18 @@ def markdown(rows: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
+def write(arguments: argparse.Namespace, rows: dict[str, dict[str, Any]]) -> None:
+    """Write the files that are asked for."""
+    settings, facts = train.settings_of(arguments), provenance()
+    if arguments.json:
+        content = {"benchmark": "profile", "provenance": facts, "settings": settings, "rows": rows}
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    if arguments.out:
+        head = ["# One update profiled", "", "`python benchmarks/profile_step.py`, which defines the columns", ""]
+        head += [f"- {key}: {value}" for key, value in {**settings, **facts}.items() if value]
+        arguments.out.write_text("\n".join([*head, "", *markdown(rows)]) + "\n")
+
+
 def main() -> None:
     """Profile each candidate, one after the other."""
     own = argparse.ArgumentParser(add_help=False)
@@ -96,16 +108,8 @@ def main() -> None:
             trace = None if mine.traces is None else mine.traces / f"{name}.json.gz"
             rows[name] = profile_update(trainer, batches, arguments.device == "cuda", trace)
             del trainer
-    text = markdown(rows)
-    print("\n".join(text))
-    settings, facts = train.settings_of(arguments), provenance()
-    if arguments.json:
-        content = {"benchmark": "profile", "provenance": facts, "settings": settings, "rows": rows}
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
-    if arguments.out:
-        head = ["# One update profiled", "", "`python benchmarks/profile_step.py`, which defines the columns", ""]
-        head += [f"- {key}: {value}" for key, value in {**settings, **facts}.items() if value]
-        arguments.out.write_text("\n".join([*head, "", *text]) + "\n")
+            write(arguments, rows)  # as far as it is
+    print("\n".join(markdown(rows)))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,8 +33,10 @@ PREPARED = ROOT / ".gpu"
 SECONDS = 530
 """Of the whole round."""
 MOST_LINES = 60
-LEAST_SECONDS = 5
-"""With less, a stage is not begun."""
+LEAST_SECONDS = 10
+"""With less, a process is not begun."""
+GRACE_SECONDS = 5
+"""Between an interrupt and the end."""
 SECONDS_LEFT = "SECONDS LEFT"
 """Stands for them in a command."""
 
@@ -72,15 +74,16 @@ def stages_on_cuda(out: Path, scratch: Path, data: str) -> list[Stage]:
     # fairscale takes fp32 only, and its products grow with the square of the tokens.
     fp32 = (*layer, "--tokens", "4096", "--experts", "64", "--candidates", "dense", "hash", "fairscale")
     fp32 += ("--ways", "loop", "padded", *files(scratch, "layer_fp32"))
-    trained = ("benchmarks/train.py", *training, "--updates", "15", *files(out, "train"))
-    trained += ("--candidates", "dense", "hash", "switch", "base", "plain", "compiled")
+    train = ("benchmarks/train.py", *training, "--updates", "15", "--candidates", "dense", "plain")
+    trained = (*train, "hash", "switch", "base", *files(out, "train"))
+    compiled = (*train, "compiled", *files(scratch, "train_compiled"))  # apart, because it takes long to begin
     profiled = ("benchmarks/profile_step.py", *training, "--traces", str(scratch), *files(out, "profile"))
     return [
         Stage("correct", 100, (pytest_of("cuda", "-n", workers, "--maxprocesses", workers),)),
         Stage("layer", 110, (bf16, fp16, fp32), ("layer.md", "layer_fp16.md", "layer_fp32.md"), 22),
-        Stage("training", 120, (trained,), ("train.md",), 8),
-        Stage("profile", 50, (profiled,), ("profile.md",), 6),
-        Stage("experiment", 150, (experiment(out, scratch, data),), ("experiment.md",), 15),
+        Stage("training", 120, (trained, compiled), ("train.md", "train_compiled.md"), 10),
+        Stage("profile", 60, (profiled,), ("profile.md",), 6),
+        Stage("experiment", 140, (experiment(out, scratch, data),), ("experiment.md",), 15),
     ]
 
 
@@ -108,7 +111,7 @@ def stages_on_cpu(out: Path, scratch: Path, data: str) -> list[Stage]:
 
 def pytest_of(device: str, *words: str) -> tuple[str, ...]:
     """Return the words of the tests for a device."""
-    return ("-m", "pytest", "-m", "gpu", "tests/gpu", "--gpu-device", device, "-q", "-p", "no:cacheprovider", *words)
+    return ("-m", "pytest", "-m", "gpu", "tests/gpu", "--gpu-device", device, "-q", "--tb=short", *words)
 
 
 def files(out: Path, name: str) -> tuple[str, ...]:
@@ -137,7 +140,7 @@ def run_stage(stage: Stage, seconds: float, log: Path) -> str:
 
 def run_process(command: Sequence[str], seconds: float, log: BinaryIO) -> str:
     """Run a Python process for so long at most; return how it ended."""
-    words = [str(int(seconds - 10)) if word == SECONDS_LEFT else word for word in command]
+    words = [str(int(seconds - 2 * GRACE_SECONDS)) if word == SECONDS_LEFT else word for word in command]
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
     process = subprocess.Popen(
@@ -149,8 +152,11 @@ def run_process(command: Sequence[str], seconds: float, log: BinaryIO) -> str:
         start_new_session=True,
     )
     try:
-        return f"status {process.wait(seconds)}"
+        return f"status {process.wait(seconds - GRACE_SECONDS)}"
     except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # it may still say what it knows
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
         return "cut off"
     finally:
         # Whatever it has started ends with it.
@@ -185,6 +191,19 @@ def table_rows(path: Path) -> list[str]:
     return [line[:200] for line in (*rows, *notes) if not line.startswith("|---")]
 
 
+def chosen(stages: Sequence[Stage], names: "Sequence[str] | None") -> list[Stage]:
+    """Return the stages that `--stages` names, with their limits; all of them without it."""
+    if names is None:
+        return list(stages)
+    known = {stage.name: stage for stage in stages}
+    found = []
+    for name, _, seconds in (word.partition(":") for word in names):
+        if name not in known or not (seconds.isdigit() or not seconds):
+            sys.exit(f"gpu_round: --stages {name}:{seconds}: give NAME or NAME:SECONDS; there are {', '.join(known)}")
+        found.append(replace(known[name], seconds=int(seconds or known[name].seconds)))
+    return found
+
+
 def keep_logs(out: Path, scratch: Path) -> None:
     """Write all logs so far, the whole file or the one before."""
     partial = out / "logs.tar.gz.partial"
@@ -209,7 +228,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--data", type=Path, default=PREPARED / "data", metavar="DIR", help="binarized text (default: .gpu/data)"
     )
-    parser.add_argument("--stages", nargs="+", metavar="NAME", help="only these (default: all)")
+    parser.add_argument(
+        "--stages", nargs="+", metavar="NAME[:S]", help="only these (default: all), for S seconds at most"
+    )
     parser.add_argument("--seconds", type=int, default=SECONDS, help=f"of the whole round (default: {SECONDS})")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -229,9 +250,7 @@ def main() -> None:
         scratch = Path(folder)
         make = stages_on_cuda if arguments.device == "cuda" else stages_on_cpu
         stages = make(out, scratch, str(arguments.data.resolve()))
-        if unknown := set(arguments.stages or ()) - {stage.name for stage in stages}:
-            sys.exit(f"gpu_round: no stage {', '.join(unknown)}; there are {', '.join(one.name for one in stages)}")
-        stages = [stage for stage in stages if arguments.stages is None or stage.name in arguments.stages]
+        stages = chosen(stages, arguments.stages)
         about = provenance()
         summary = [", ".join(f"{key} {value}" for key, value in about.items() if value and key != "platform")]
         for stage in stages:

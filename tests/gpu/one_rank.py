@@ -4,19 +4,19 @@ import shutil
 import socket
 from dataclasses import dataclass
 
-from gpu.trainings import Several, assert_same_losses, finish, numbers, train
+from gpu.trainings import HASH, Several, assert_same_losses, finish, numbers, train
 
 SAVED, UPDATES = 6, 10
-REFERENCE = "reference"
 
 
 @dataclass
 class Case:
-    """Options of a training, what is forced on it, and how far its losses may be from those of fp32, in bits."""
+    """Options of a training, what is forced on it, how far (in bits) its losses may be from fp32's, and its model."""
 
     options: tuple
     forced: tuple = ("wrapped",)
     tolerance: float = 1e-3
+    model: tuple = HASH
 
 
 def group_of_one():
@@ -32,13 +32,30 @@ def backend(device):
     return ("--distributed-backend", "nccl" if device.type == "cuda" else "gloo")
 
 
-def stop_and_go_on(data, device, folder, reference, cases, more=()):
-    """Return three processes: the reference without a group, all cases to where they save, and on from there."""
+def alone_name(model):
+    """Return the name of a model's training without a group."""
+    return " ".join(model)
+
+
+def stop_and_go_on(data, device, folder, cases, more=()):
+    """Return three processes: each model without a group, all cases to where they save, and on from there."""
     jobs = {
-        name: train(data, device, folder / name, SAVED, *backend(device), *case.options, forced=(*case.forced, *more))
+        name: train(
+            data,
+            device,
+            folder / name,
+            SAVED,
+            *backend(device),
+            *case.model,
+            *case.options,
+            forced=(*case.forced, *more),
+        )
         for name, case in cases.items()
     }
-    alone = {REFERENCE: train(data, device, folder / REFERENCE, UPDATES, "--no-save", *reference)}
+    alone = {
+        alone_name(model): train(data, device, folder / "alone", UPDATES, "--no-save", *model)
+        for model in {case.model for case in cases.values()}
+    }
     first = Several(device, folder / "said first", jobs, **group_of_one())
     alone = Several(device, folder / "said alone", alone)
     finish(first, alone)
@@ -57,4 +74,4 @@ def assert_as_without_a_group(processes, name, case):
     alone, first, then = processes
     before, after = numbers(first.said(name)), numbers(then.said(name))
     assert list(before) == list(range(1, SAVED + 1)) and list(after) == list(range(SAVED + 1, UPDATES + 1))
-    assert_same_losses({**before, **after}, numbers(alone.said(REFERENCE)), case.tolerance)
+    assert_same_losses({**before, **after}, numbers(alone.said(alone_name(case.model))), case.tolerance)

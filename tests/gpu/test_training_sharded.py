@@ -9,10 +9,10 @@ expect. On the CPU, where it is refused, fairscale runs with stand-ins for CUDA'
 import pytest
 
 from gpu.one_rank import Case, assert_as_without_a_group, stop_and_go_on
-from gpu.trainings import HASH, launch, train, wait
+from gpu.trainings import HASH, launch, skip_long, train, wait
 
 FULLY = ("--ddp-backend", "fully_sharded")
-OWN_FILES = (*HASH, *FULLY, "--use-sharded-state")
+OWN_FILES = (*FULLY, "--use-sharded-state")
 CASES = {
     "fp32": Case(OWN_FILES),
     "fp16": Case((*OWN_FILES, "--fp16"), tolerance=0.1),
@@ -28,9 +28,10 @@ ON_A_CPU = ("fp32", "shared")
 @pytest.fixture(scope="module")
 def runs(device, data, tmp_path_factory):
     """Without a process group, with one, and from where it saved."""
+    skip_long(device)
     cases = {name: case for name, case in CASES.items() if device.type == "cuda" or name in ON_A_CPU}
     stand_ins = ("on_a_cpu",) if device.type == "cpu" else ()
-    return stop_and_go_on(data, device, tmp_path_factory.mktemp("sharded"), HASH, cases, stand_ins)
+    return stop_and_go_on(data, device, tmp_path_factory.mktemp("sharded"), cases, stand_ins)
 
 
 # fairscale frees parts of the experts' parameters that it has not made yet, before the first forward pass.
@@ -49,6 +50,6 @@ def test_fully_sharded_trains_as_without_a_group(runs, device, name):
 
 
 def test_fairseq_refuses_bf16(cuda, data, tmp_path):
-    words = train(data, cuda, tmp_path / "saved", 2, "--no-save", *OWN_FILES, "--bf16").words[1:]
+    words = train(data, cuda, tmp_path / "saved", 2, "--no-save", *HASH, *OWN_FILES, "--bf16").words[1:]
     code, said = wait(launch(["-m", "fairseq_cli.train", *words], cuda, tmp_path / "said.txt"), cuda)
     assert code != 0 and "not compatible with --bf16" in said, said[-2000:]

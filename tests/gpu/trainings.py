@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import plugin
+import pytest
 
 from gpu.train_several import EXIT_CODE
 
@@ -22,6 +23,12 @@ FIXED = ("--num-workers", "0", "--no-epoch-checkpoints", "--required-batch-size-
 SPARSE = ("--sparse-layers", "0,1", "--num-experts", "4")
 HASH = ("--router", "hash", *SPARSE)
 SWITCH = ("--router", "switch", *SPARSE)
+
+
+def skip_long(device):
+    """Skip a test of many processes on the CPU, unless the variable GPU_TESTS_LONG is set."""
+    if device.type == "cpu" and "GPU_TESTS_LONG" not in os.environ:
+        pytest.skip("takes long on the CPU; GPU_TESTS_LONG=1 runs it")
 
 
 @dataclass

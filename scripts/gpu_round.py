@@ -122,7 +122,8 @@ def files(out: Path, name: str) -> tuple[str, ...]:
 def experiment(out: Path, scratch: Path, data: str, *words: str) -> tuple[str, ...]:
     """Return the words of the experiment; the time that is left is filled in when it begins."""
     ngrams = PREPARED / "ngrams.json"
-    counted = ("--ngrams", str(ngrams)) if ngrams.is_file() else ()
+    is_theirs = ngrams.is_file() and Path(data) == PREPARED / "data"
+    counted = ("--ngrams", str(ngrams)) if is_theirs else ()
     place = ("--data", data, "--runs", str(scratch / "runs"), "--seconds", SECONDS_LEFT)
     return ("benchmarks/side_by_side.py", *place, *counted, *files(out, "experiment"), *words)
 

@@ -63,6 +63,8 @@ class Stage:
 def stages_on_cuda(out: Path, scratch: Path, data: str) -> list[Stage]:
     """Return the round for one GPU, the most important first."""
     workers = str(min(14, usable_cores()))
+    # The order of tests/gpu/conftest.py, not xdist's: files of many tests are not those that take long.
+    tests = pytest_of("cuda", "-n", workers, "--maxprocesses", workers, "--no-loadscope-reorder", "--durations", "12")
     layer = ("benchmarks/layer.py", "--device", "cuda", "--width", "1024", "--hidden", "4096", "--rounds", "5")
     sizes = ("--layers", "8", "--width", "1024", "--hidden", "4096", "--sparse-layers", "7", "--experts", "64")
     training = ("--data", data, "--device", "cuda", "--bf16", *sizes, "--tokens", "16384", "--no-decoding")
@@ -79,7 +81,7 @@ def stages_on_cuda(out: Path, scratch: Path, data: str) -> list[Stage]:
     compiled = (*train, "compiled", *files(scratch, "train_compiled"))  # apart, because it takes long to begin
     profiled = ("benchmarks/profile_step.py", *training, "--traces", str(scratch), *files(out, "profile"))
     return [
-        Stage("correct", 100, (pytest_of("cuda", "-n", workers, "--maxprocesses", workers),)),
+        Stage("correct", 100, (tests,)),
         Stage("layer", 110, (bf16, fp16, fp32), ("layer.md", "layer_fp16.md", "layer_fp32.md"), 22),
         Stage("training", 120, (trained, compiled), ("train.md", "train_compiled.md"), 10),
         Stage("profile", 60, (profiled,), ("profile.md",), 6),
@@ -111,7 +113,7 @@ def stages_on_cpu(out: Path, scratch: Path, data: str) -> list[Stage]:
 
 def pytest_of(device: str, *words: str) -> tuple[str, ...]:
     """Return the words of the tests for a device."""
-    return ("-m", "pytest", "-m", "gpu", "tests/gpu", "--gpu-device", device, "-q", "--tb=short", *words)
+    return ("-m", "pytest", "-m", "gpu", "--tb=short", "tests/gpu", "--gpu-device", device, "-q", *words)
 
 
 def files(out: Path, name: str) -> tuple[str, ...]:

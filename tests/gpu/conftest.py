@@ -6,13 +6,23 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
+LAST_LINES = 30
 
 
 def pytest_collection_modifyitems(items):
-    """Mark every test of this folder."""
+    """Mark every test of this folder, and let those begin first that take longest."""
     for item in items:
         if HERE in item.path.parents:
             item.add_marker("gpu")
+    items.sort(key=lambda item: HERE in item.path.parents and "training" not in item.path.name)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report):
+    """Say at once what failed: a run on a lent GPU may be cut off before its end."""
+    if report.failed and HERE.name in report.nodeid:
+        lines = report.longreprtext.splitlines()
+        print("", f"FAILED {report.nodeid}", *lines[-LAST_LINES:], sep="\n", flush=True)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,8 @@ autocast. All candidates run in turn within each round, in one run; nothing is d
   balanced assignment, and with --forward-only takes the nearest centroid, as in evaluation.
 - hash (loop), hash (grouped), hash (padded): with --ways, hash by other ways of its experts (`WAYS` in
   `fairseq_hash/feed_forward.py`) than the one that it takes here.
+- dense (graph), hash (graph): with --graphs, on a GPU, each as the replay of a CUDA graph: the device's time without
+  the host's, which a training hides behind other layers' work. Their ratio is to dense (graph).
 - mask-and-loop: a list of FFNs; for each, mask the tokens, run, write back. The same hash route and weights as ours:
   before timing, output and gradients have to equal ours, up to rounding (`TOLERANCE`, `GRADIENT_TOLERANCE`).
 - fairscale: `MOELayer` with `Top2Gate`: two experts a token, so twice the rows. Only in fp32 (its products take nothing
@@ -63,7 +65,7 @@ import torch
 from layer_case import VOCABULARY, Case, reason
 from peers import one_rank, transformers_version
 from rich.console import Console
-from rounds import Spread, in_rounds, peak_bytes
+from rounds import Spread, graphed, in_rounds, peak_bytes
 
 from fairseq_hash.cli import Parser
 from fairseq_hash.feed_forward import WAYS
@@ -73,6 +75,7 @@ from fairseq_hash.provenance import provenance, usable_cores
 CANDIDATES = ("dense", "hash", "switch", "base", "mask-and-loop", "fairscale", "transformers")
 PARTS = ("route", "gather", "exchange", "experts", "combine", "rest")
 BESIDE = ("matmuls", "assignment")
+GRAPH = "graph"
 LEAST_GRADIENTS = 2**24  # bytes that no measured peak can miss; of fewer, some pages may be there before
 
 
@@ -133,8 +136,10 @@ def measure(num_experts: int, tokens: int, arguments: argparse.Namespace, displa
     if "mask-and-loop" in calls:
         arguments.left_out += case.check(calls)
     calls = {name: call for name, call in calls.items() if name.partition(" (")[0] in arguments.candidates}
+    replays, refused = graphs(calls) if arguments.graphs else ({}, [])
+    arguments.left_out += [f"{line} with {num_experts} experts, {tokens} tokens" for line in refused]
     rounds = []
-    for seconds in in_rounds({**calls, **pieces}, arguments.rounds, case.device):
+    for seconds in in_rounds({**calls, **replays, **pieces}, arguments.rounds, case.device):
         rounds.append(seconds)
         display.advance(len(rounds) / arguments.rounds, f"{len(rounds)} of {arguments.rounds} rounds")
     arrays = {name: np.array([seconds[name] for seconds in rounds]) for name in rounds[0]}
@@ -144,7 +149,18 @@ def measure(num_experts: int, tokens: int, arguments: argparse.Namespace, displa
         rows.append(row | {"ratio": float(np.median(arrays[name] / arrays["dense"])), **sizes})
         if name == "hash":
             rows[-1] |= {"way": case.way, **split(arrays, case)}
+    for name in replays:
+        row = {"experts": num_experts, "tokens": tokens, "candidate": name, **Spread.of(arrays[name]).as_seconds()}
+        rows.append(row | {"ratio": float(np.median(arrays[name] / arrays[f"dense ({GRAPH})"]))})
     return rows
+
+
+def graphs(calls: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return dense and hash as replays of CUDA graphs, by name; nothing, and why, where one cannot be captured."""
+    try:
+        return {f"{name} ({GRAPH})": graphed(calls[name]) for name in ("dense", "hash")}, []
+    except RuntimeError as error:
+        return {}, [f"{GRAPH} is left out: {reason(error)}"]
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -167,8 +183,8 @@ def report(rows: list[dict[str, Any]]) -> list[str]:
     layers, parts, figures = [], [], []
     for row in rows:
         shape = [str(row["experts"]), str(row["tokens"])]
-        peak = None if row["peak_bytes"] is None else row["peak_bytes"] / 1e6
-        sizes = [optional(peak, ".1f"), optional(row["memory_ratio"], ".2f"), optional(row["working_ratio"], ".2f")]
+        peak = None if row.get("peak_bytes") is None else row["peak_bytes"] / 1e6
+        sizes = [optional(peak, ".1f"), *(optional(row.get(name), ".2f") for name in ("memory_ratio", "working_ratio"))]
         layers.append([*shape, row["candidate"], milliseconds(row), f"{row['ratio']:.2f}", *sizes])
         if row["candidate"] != "hash":
             continue
@@ -217,6 +233,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of parameters")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument("--graphs", action="store_true", help="also dense and hash as replays of CUDA graphs")
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="calls of each that count (default: 9)")
     parser.add_argument(
         "--threads", type=int, default=usable_cores(), metavar="N", help="of torch (default: all cores)"
@@ -237,6 +254,8 @@ def parse() -> argparse.Namespace:
     for tokens in arguments.tokens:
         if tokens < 1:
             parser.error(f"--tokens {tokens} is out of range; give numbers of 1 or more")
+    if arguments.graphs and arguments.device != "cuda":
+        parser.error("--graphs is for --device cuda")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here; use --device cpu")
     for name in ("json", "out"):

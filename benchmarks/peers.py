@@ -4,6 +4,7 @@ Each expert's weights are views of our stacks, so that many experts are in memor
 Shape suffixes: see `fairseq_hash.losses`.
 """
 
+import copy
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,9 +32,10 @@ def feed_forward(width: int, hidden: int) -> nn.Sequential:
 def one_by_one(experts: ExpertFeedForward) -> nn.ModuleList:
     """Return our experts as one network each, with parameters of their own over the same memory."""
     networks = nn.ModuleList()
+    with torch.device("meta"):  # once: there, too, a start is drawn, and slowly
+        empty = feed_forward(experts.fc1_weight.shape[2], experts.fc1_weight.shape[1])
     for values in zip(experts.fc1_weight, experts.fc1_bias, experts.fc2_weight, experts.fc2_bias, strict=True):
-        with torch.device("meta"):
-            network = feed_forward(values[0].shape[1], values[0].shape[0])
+        network = copy.deepcopy(empty)
         parameters = [nn.Parameter(value.detach()) for value in values]
         network[0].weight, network[0].bias, network[2].weight, network[2].bias = parameters
         networks.append(network)

@@ -46,7 +46,8 @@ def profile_update(trainer: Any, batches: "list[Any]", on_cuda: bool, trace: "Pa
     with profile(activities=activities) as profiler:
         wall = train.update(trainer, batches[-1])
     kind = DeviceType.CUDA if on_cuda else DeviceType.CPU
-    events = [event for event in profiler.events() if event.device_type == kind]
+    # fairseq names its phases, and a name lasts from its first kernel to its last.
+    events = [event for event in profiler.events() if event.device_type == kind and not event.is_user_annotation]
     total: defaultdict[str, float] = defaultdict(float)
     calls: defaultdict[str, int] = defaultdict(int)
     for event in events:

@@ -21,6 +21,8 @@ COOLING = 0.3
 """Factor from one temperature to the next."""
 MOST_STEPS, PATIENCE = 40, 4
 """Newton steps altogether, and in a row without better prices."""
+HOST_SCORES = 2**19
+"""Up to so many scores, prices are found on the host: each Newton step waits for a GPU a few times."""
 LARGEST = 1e300
 """Of scores: sums and differences of two stay finite."""
 
@@ -41,7 +43,9 @@ def balanced_assignment(score_TE: Tensor) -> Tensor:
     """
     check_scores(score_TE)
     score_TE = score_TE.double()
-    flow = Flow(score_TE.cpu().numpy(), equilibrium_prices(score_TE).cpu().numpy())
+    host_TE = score_TE.cpu()
+    prices_E = equilibrium_prices(host_TE if host_TE.numel() <= HOST_SCORES else score_TE)
+    flow = Flow(host_TE.numpy(), prices_E.cpu().numpy())
     flow.balance()
     return torch.from_numpy(flow.expert_T).to(score_TE.device)
 

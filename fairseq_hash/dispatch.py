@@ -76,7 +76,8 @@ class DispatchPlan:
             y_CD = rows_RD.new_zeros(tokens * choices, rows_RD.shape[1]).index_copy_(0, self.choice_R, rows_RD)
         else:
             y_CD = _select(rows_RD, self.row_C)
-        return y_CD if choices == 1 else y_CD.view(tokens, choices, y_CD.shape[1]).sum(dim=1)
+        # Under autocast a sum without a dtype is fp32.
+        return y_CD if choices == 1 else y_CD.view(tokens, choices, y_CD.shape[1]).sum(dim=1, dtype=y_CD.dtype)
 
 
 class PlanUnderWay:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from fairseq_hash.errors import UserError
 from fairseq_hash.feed_forward import HiddenLayer, Weights, feed_forward
@@ -91,7 +92,8 @@ class ExpertFeedForward(nn.Module):
         fc2_bias = self.fc2_bias
         if self.segments > 1:
             # Each of a token's N rows brings its share of the bias, so that their sum holds one bias: the mean of N.
-            fc2_bias = (fc2_bias / self.segments).repeat_interleave(self.segments, dim=0)
+            # Expanded, not repeated: that gradient is a sum of a fixed order on a GPU, too.
+            fc2_bias = (fc2_bias / self.segments).unsqueeze(1).expand(-1, self.segments, -1).flatten(0, 1)
         weights = Weights(self.fc1_weight.view(shape_GFD), self.fc1_bias.view(shape_GFD[:2]), self.fc2_weight, fc2_bias)
         hidden = HiddenLayer(self.activation, self.dropout if self.training else 0.0, self.recompute)
         return feed_forward(rows_RD, weights, hidden, GroupSizes.of(sizes))
@@ -153,6 +155,28 @@ def _uniform(tensor: Tensor, inputs: int, generator: torch.Generator) -> None:
     tensor.uniform_(-bound, bound, generator=generator)
 
 
+class _RowOfExpert(torch.autograd.Function):
+    """The vector of each row's expert. Its gradient is a product: added up in fp32 and in a fixed order.
+
+    A GPU's own gradient of a lookup adds row by row in the dtype of the rows: in bfloat16 whatever is smaller than half
+    a rounding of the sum so far is lost, and which rows that is differs from run to run.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, vector_ED: Tensor, expert_R: Tensor) -> Tensor:
+        ctx.save_for_backward(expert_R)
+        ctx.experts = len(vector_ED)
+        return vector_ED.index_select(0, expert_R)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_RD: Tensor) -> "tuple[Tensor, None]":
+        (expert_R,) = ctx.saved_tensors
+        exact = torch.promote_types(grad_RD.dtype, torch.float32)
+        of_expert_ER = torch.arange(ctx.experts, device=expert_R.device).unsqueeze(1) == expert_R
+        return (of_expert_ER.to(exact) @ grad_RD.to(exact)).to(grad_RD.dtype), None
+
+
 class ExpertStack(nn.Module):
     """Stacks of residual sub-layers x + FFN(LayerNorm(x)), one for each of `expert_ids`; returns what is added to x.
 
@@ -186,12 +210,11 @@ class ExpertStack(nn.Module):
     def forward(self, rows_RD: Tensor, sizes: "GroupSizes | Sequence[int]") -> Tensor:
         """Apply each expert's stack to its share of `rows_RD`: `sizes[e]` rows for the e-th expert."""
         sizes = GroupSizes.of(sizes)
-        size_E = sizes.on(rows_RD.device)
+        expert_R = torch.arange(len(self.norm_bias[0]), device=rows_RD.device)
+        expert_R = expert_R.repeat_interleave(sizes.on(rows_RD.device), output_size=len(rows_RD))
         added_RD = torch.zeros_like(rows_RD)
         for weight_ED, bias_ED, sublayer in zip(self.norm_weight, self.norm_bias, self.feed_forward, strict=True):
             normed_RD = F.layer_norm(rows_RD + added_RD, rows_RD.shape[-1:])
-            weight_RD, bias_RD = (
-                p.repeat_interleave(size_E, dim=0, output_size=len(rows_RD)) for p in (weight_ED, bias_ED)
-            )
-            added_RD = added_RD + sublayer(normed_RD * weight_RD + bias_RD, sizes)
+            normed_RD = normed_RD * _RowOfExpert.apply(weight_ED, expert_R) + _RowOfExpert.apply(bias_ED, expert_R)
+            added_RD = added_RD + sublayer(normed_RD, sizes)
         return added_RD

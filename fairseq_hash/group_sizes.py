@@ -43,7 +43,7 @@ class GroupSizes:
 
     def on(self, device: torch.device) -> Tensor:
         """Return the sizes (int64, `[G]`) on a device, without waiting for it."""
-        if self._size_G is None or self._size_G.device != device:
+        if self._size_G is None or not is_same(self._size_G.device, device):
             if len(set(self.host)) == 1:  # nothing to copy, so a CUDA graph can hold it
                 self._size_G = torch.full((len(self.host),), self.host[0], dtype=torch.int64, device=device)
             else:
@@ -54,6 +54,11 @@ class GroupSizes:
     def ends(self, device: torch.device) -> Tensor:
         """Return where each group ends (int32, `[G]`) on a device, without waiting for it."""
         return self.on(device).cumsum(0, dtype=torch.int32)
+
+
+def is_same(one: torch.device, other: torch.device) -> bool:
+    """Return whether two devices are the same; `cuda` without a number is any of them."""
+    return one.type == other.type and (None in (one.index, other.index) or one.index == other.index)
 
 
 def count_groups(group_C: Tensor, groups: int) -> Tensor:

@@ -25,7 +25,8 @@ class Step:
         self.expert_VK = scores[:, :-1].topk(choices).indices.to(device)
         self.layer, self.segments = layer.to(device, torch.bfloat16), layer.segments
         if layer.router is not None:  # its start would weigh all the same
-            torch.nn.init.normal_(layer.router.weight, generator=generator)
+            with torch.no_grad():
+                layer.router.weight.copy_(torch.randn(layer.router.weight.shape, generator=generator))
         self.groups = ExpertParallel(EXPERTS * self.segments)
         self.inputs = [tensor.to(device) for tensor in self.draw(0)]
         self.inputs[1].requires_grad_()

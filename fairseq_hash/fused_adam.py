@@ -26,45 +26,76 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class FusedAdam(adam.Adam):
     """fairseq's Adam by the fused kernel; parameters in 16 bits are updated in fp32 and rounded, as there."""
 
-    def step(self, closure: "Callable[[], Any] | None" = None) -> Any:
-        """Make one update of all parameters that have a gradient; return what `closure` returns."""
+    supports_step_with_scale = True
+
+    def step(self, closure: "Callable[[], Any] | None" = None, scale: "Tensor | float" = 1.0) -> Any:
+        """Make one update, by the gradients divided by `scale`, of all parameters that have one.
+
+        Return what `closure` returns. The kernel divides: a clipped gradient needs no pass of its own.
+        """
         loss = None if closure is None else closure()
         for group in self.param_groups:
             # One call of the kernel has one device, one type and one number of updates: a parameter that had no
             # gradient in some updates has made fewer.
             alike = defaultdict(list)
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    step = self._prepare_state(parameter)
-                    alike[parameter.device, parameter.dtype, step].append(parameter)
-            for (_, _, step), parameters in alike.items():
-                self._update(parameters, step, group)
+                gradient = parameter.grad
+                if gradient is not None:
+                    step, *moments = self._prepare_state(parameter)
+                    strides = parameter.stride()
+                    # What the kernel takes is handed over as it is: time of the host, which a GPU would wait for.
+                    is_whole = gradient.dtype == parameter.dtype == moments[0].dtype and all(
+                        tensor.stride() == strides for tensor in (gradient, *moments)
+                    )
+                    alike[parameter.device, parameter.dtype, step, is_whole].append((parameter, gradient, *moments))
+            for (device, _, step, is_whole), tensors in alike.items():
+                self._update(tensors, device, step, is_whole, scale, group)
         return loss
 
-    def _prepare_state(self, parameter: nn.Parameter) -> int:
-        """Make the moments what the kernel takes, count an update and return its number."""
+    def _prepare_state(self, parameter: nn.Parameter) -> tuple[int, Tensor, Tensor]:
+        """Count an update; return its number and the moments, made what the kernel takes."""
         if parameter.grad.is_sparse:
             raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
-        state, dtype = self.state[parameter], wide(parameter.dtype)
+        state, device, dtype = self.state[parameter], parameter.device, wide(parameter.dtype)
         if not state:
             state["step"] = 0
-            for moment in MOMENTS:
-                state[moment] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
-        for moment in MOMENTS:
+            for name in MOMENTS:
+                state[name] = torch.zeros(parameter.shape, dtype=dtype, device=device)
+        for name in MOMENTS:
+            moment = state[name]
             # With --memory-efficient-fp16 fairseq leaves them as they were loaded: on the CPU.
-            state[moment] = state[moment].to(parameter.device, dtype).contiguous()
+            if moment.device != device or moment.dtype != dtype or not moment.is_contiguous():
+                state[name] = moment.to(device, dtype).contiguous()
         state["step"] += 1
-        return state["step"]
+        return state["step"], *(state[name] for name in MOMENTS)
 
-    def _update(self, parameters: Sequence[nn.Parameter], step: int, group: dict[str, Any]) -> None:
-        device, dtype = parameters[0].device, wide(parameters[0].dtype)
+    @torch.no_grad()
+    def _update(
+        self,
+        tensors: Sequence[tuple[Tensor, ...]],
+        device: torch.device,
+        step: int,
+        is_whole: bool,
+        scale: "Tensor | float",
+        group: dict[str, Any],
+    ) -> None:
+        """Update some parameters, each with its gradient and moments in `tensors`."""
         beta1, beta2 = group["betas"]
         # Filled on the device: a copy from the host would wait for it.
         steps = torch.full((), step, dtype=torch.float32, device=device)
+        if torch.is_tensor(scale):
+            scale = scale.to(device, torch.float32)
+        elif scale != 1.0:
+            scale = torch.full((), scale, dtype=torch.float32, device=device)
+        else:
+            scale = None
         # fairseq adds eps to the root of the second moment as it is, the kernel after the correction of its bias.
         eps = group["eps"] / (1 - beta2**step) ** 0.5
-        for pieces in self._pieces(parameters):
-            values, gradients, *moments = ([tensor.to(dtype) for tensor in kind] for kind in zip(*pieces, strict=True))
+        for pieces in [tensors] if is_whole else self._pieces(tensors):
+            values, gradients, *moments = map(list, zip(*pieces, strict=True))
+            if not is_whole:
+                dtype = moments[0][0].dtype
+                values, gradients = ([tensor.to(dtype) for tensor in kind] for kind in (values, gradients))
             torch._fused_adamw_(
                 values,
                 gradients,
@@ -78,24 +109,24 @@ class FusedAdam(adam.Adam):
                 eps=eps,
                 amsgrad=False,
                 maximize=False,
+                grad_scale=scale,
             )
-            if dtype != parameters[0].dtype:
-                for (rounded, *_), value in zip(pieces, values, strict=True):
+            for (rounded, *_), value in zip(pieces, values, strict=True):
+                if rounded is not value:
                     rounded.copy_(value)
 
-    def _pieces(self, parameters: Sequence[nn.Parameter]) -> Iterator[list[tuple[Tensor, ...]]]:
+    @staticmethod
+    def _pieces(tensors: Sequence[tuple[Tensor, ...]]) -> Iterator[list[tuple[Tensor, ...]]]:
         """Cut parameters, gradients and moments alike; yield lists of such pieces, of `ELEMENTS` together.
 
         The pieces are flat: on a CPU the kernel looks at memory alone, whatever the strides.
         """
         pieces, room, copies = [], ELEMENTS, []
-        for parameter in parameters:
-            value = parameter.data.contiguous()
+        for parameter, *others in tensors:
+            value = parameter.contiguous()
             if not parameter.is_contiguous():
                 copies.append((parameter, value))
-            state = self.state[parameter]
-            tensors = (value, parameter.grad.data.contiguous(), *(state[moment] for moment in MOMENTS))
-            start, flat = 0, [tensor.view(-1) for tensor in tensors]
+            start, flat = 0, [tensor.contiguous().view(-1) for tensor in (value, *others)]
             while start < value.numel():
                 end = min(start + room, value.numel())
                 pieces.append(tuple(tensor[start:end] for tensor in flat))
@@ -106,7 +137,7 @@ class FusedAdam(adam.Adam):
         if pieces:
             yield pieces
         for parameter, value in copies:
-            parameter.data.copy_(value)
+            parameter.copy_(value)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

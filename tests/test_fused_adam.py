@@ -155,6 +155,42 @@ def test_a_closure_is_called_once():
     assert ours.step(lambda: called.append(1) or 2.5) == 2.5 and called == [1]
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("is_number", [True, False], ids=["number", "tensor"])
+def test_a_scale_divides_the_gradients(device, dtype, is_number):
+    optimizers = [pair(dtype, device, weight_decay=0.1)[1] for _ in range(2)]
+    for number in range(5):
+        divided, scaled = optimizers
+        # A power of two: 16-bit gradients divided beforehand are not rounded.
+        for scale in (8.0, 0.25) if dtype is not torch.float32 else (8.0, 3.7):
+            generator = torch.Generator().manual_seed(number)
+            for mine, its in zip(parameters(divided), parameters(scaled), strict=True):
+                gradient = torch.randn(mine.shape, generator=generator).to(device, dtype)
+                mine.grad, its.grad = gradient / scale, gradient.clone()
+            divided.step()
+            scaled.step(scale=scale if is_number else torch.tensor(scale, device=device))
+            for mine, its in zip(parameters(divided), parameters(scaled), strict=True):
+                torch.testing.assert_close(its, mine, rtol=1e-6, atol=1e-6)
+                for moment in fused_adam.MOMENTS:
+                    found, expected = scaled.state[its][moment], divided.state[mine][moment]
+                    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_what_is_fp32_goes_to_the_kernel_uncopied(monkeypatch):
+    handed = []
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda values, *rest, **more: handed.append((values, rest, more)))
+    _, ours = pair(torch.float32)
+    chosen = parameters(ours)[:-1]  # the last has its elements in another order
+    for parameter in chosen:
+        parameter.grad = torch.ones_like(parameter)
+    ours.step()
+    ((values, (gradients, *_), more),) = handed
+    assert all(value is parameter for value, parameter in zip(values, chosen, strict=True))
+    assert all(gradient is parameter.grad for gradient, parameter in zip(gradients, chosen, strict=True))
+    assert more["grad_scale"] is None
+
+
 def made(data, *words):
     """Return the optimizer that fairseq makes of some options."""
     cfg, *_ = build(data, "--optimizer", "fused_adam", "--lr", "0.1", *words)
@@ -167,6 +203,7 @@ def test_options_are_those_of_adam(data):
     assert type(optimizer.optimizer) is FusedAdam
     assert optimizer.optimizer_config == {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-5, "weight_decay": 0.3}
     assert optimizer.supports_memory_efficient_fp16 and optimizer.supports_flat_params
+    assert optimizer.supports_step_with_scale
     SharedTraining.check_optimizer(optimizer)
 
 
@@ -247,6 +284,12 @@ def test_ranks_that_share_experts_train_as_one_process_of_adam(shared, form):
         assert found.dtype == value.dtype
         if form == "fp32":
             torch.testing.assert_close(found, value, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_an_update_that_overflows_is_skipped(data):
+    words = (*arguments("hash", 4, "adam", "--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", "4"),)
+    found = ranks.run(2, "training_ranks:train_with_overflow", str(data), (*words, "--optimizer", "fused_adam"))
+    assert found == [(2.0, 6)] * 2
 
 
 def test_fully_sharded_parameters_train_as_one_process_of_adam(data):

@@ -1,7 +1,16 @@
 """Every place where fairseq's own behaviour is changed, and why. Everything else uses fairseq's public hooks."""
 
 # Importing them makes the changes.
-from fairseq_hash.seams import checkpoints, configuration, distributed, stopping, sweeps, training
+from fairseq_hash.seams import (
+    checkpoints,
+    configuration,
+    distributed,
+    half_precision,
+    sharded,
+    stopping,
+    sweeps,
+    training,
+)
 from fairseq_hash.seams.building import (
     allow_bf16_without_tpu,
     language_model_decoder,
@@ -17,12 +26,14 @@ __all__ = [
     "checkpoints",
     "configuration",
     "distributed",
+    "half_precision",
     "language_model_decoder",
     "let_gloo_finish",
     "name_oracle",
     "one_line_errors",
     "require_supported_fairseq",
     "set_architecture",
+    "sharded",
     "stopping",
     "sweeps",
     "training",

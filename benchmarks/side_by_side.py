@@ -4,20 +4,22 @@
     python benchmarks/side_by_side.py --data DIR --runs DIR [--ngrams FILE] [--seconds S] [--out FILE] [--json FILE]
 
 All models train at the same time, each in a process of its own by `fairseq-hydra-train`, on the same batches in the
-same order, at one learning rate: a wave. The next wave, at the next learning rate, begins where the time that is left
-is enough for one as long as the last. No token is seen twice (`optimization.max_epoch` is 1). At the end the best
-checkpoint of each model, by its valid perplexity, is evaluated on the test text.
+same order, at one learning rate (or at --rates-at-a-time): a wave. The next wave, at the next learning rates, begins
+where the time that is left is enough for one as long as the last. No token is seen twice (`optimization.max_epoch` is
+1). At the end the best checkpoint of each model, by its valid perplexity, is evaluated on the test text.
 
 What this shows: valid perplexity of each model at each learning rate, one seed. The models share the device, so that
 their speeds say nothing. A model whose best rate is the lowest or the highest one is not tuned: the table marks it.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,9 @@ def environment(processes: int) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
 
 
-def run_together(commands: dict[str, list[str]], logs: dict[str, Path], until: float) -> dict[str, str]:
+def run_together(
+    commands: "dict[Hashable, list[str]]", logs: "dict[Hashable, Path]", until: float
+) -> "dict[Hashable, str]":
     """Run commands at the same time, until a moment of `time.monotonic`; return why any did not end well."""
     processes = {}
     for name, command in commands.items():
@@ -68,22 +72,23 @@ def run_together(commands: dict[str, list[str]], logs: dict[str, Path], until: f
     return failed
 
 
-def train_wave(arguments: argparse.Namespace, rate: str, until: float) -> list[dict[str, Any]]:
-    """Train all models at one learning rate; return a row each."""
+def train_wave(arguments: argparse.Namespace, rates: Sequence[str], until: float) -> list[dict[str, Any]]:
+    """Train all models at each of some learning rates; return a row each."""
     commands, logs, folders = {}, {}, {}
-    for model in arguments.models:
-        folders[model] = arguments.runs / f"{model}-lr{rate}"
-        folders[model].mkdir(parents=True, exist_ok=True)
-        logs[model] = folders[model] / "output.txt"
-        commands[model] = [sys.executable, "-m", "fairseq_cli.hydra_train", "--config-dir", str(ROOT / "configs")]
-        commands[model] += ["--config-name", f"one_gpu/{model}", f"task.data={arguments.data.resolve()}", *SHORT]
-        commands[model] += [f"hydra.run.dir={folders[model].resolve()}", f"optimization.lr=[{rate}]"]
-        commands[model] += [f"common.seed={arguments.seed}", *arguments.overrides]
+    for one in itertools.product(arguments.models, rates):
+        model, rate = one
+        folders[one] = arguments.runs / f"{model}-lr{rate}"
+        folders[one].mkdir(parents=True, exist_ok=True)
+        logs[one] = folders[one] / "output.txt"
+        commands[one] = [sys.executable, "-m", "fairseq_cli.hydra_train", "--config-dir", str(ROOT / "configs")]
+        commands[one] += ["--config-name", f"one_gpu/{model}", f"task.data={arguments.data.resolve()}", *SHORT]
+        commands[one] += [f"hydra.run.dir={folders[one].resolve()}", f"optimization.lr=[{rate}]"]
+        commands[one] += [f"common.seed={arguments.seed}", *arguments.overrides]
     failed = run_together(commands, logs, until)
     rows = []
-    for model, folder in folders.items():
-        row = {"model": model, "rate": rate, "folder": folder.name, "failed": failed.get(model)}
-        if model not in failed:
+    for one, folder in folders.items():
+        row = {"model": one[0], "rate": one[1], "folder": folder.name, "failed": failed.get(one)}
+        if one not in failed:
             log = load_run(folder).training
             last = log.validations[max(log.validations)]
             row |= {"updates": log.updates, "valid": last["ppl"], "peak_gb": last.get("peak_gb")}
@@ -146,6 +151,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, required=True, metavar="DIR", help="folder for the runs")
     parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME", help="of configs/one_gpu")
     parser.add_argument("--rates", nargs="+", default=["1e-3", "2e-3", "5e-4"], metavar="LR", help="a wave each")
+    parser.add_argument("--rates-at-a-time", type=int, default=1, metavar="N", help="in one wave (default: 1)")
     parser.add_argument("--ngrams", type=Path, metavar="FILE", help="what fairseq-hash ngrams wrote with --json")
     parser.add_argument("--seconds", type=float, default=150.0, help="in all (default: 150)")
     parser.add_argument("--seed", type=int, default=1, help="default: 1")
@@ -156,6 +162,8 @@ def parse() -> argparse.Namespace:
     for model in arguments.models:
         if not (ROOT / "configs" / "one_gpu" / f"{model}.yaml").is_file():
             parser.error(f"--models {model}: configs/one_gpu has no {model}.yaml")
+    if arguments.rates_at_a_time < 1:
+        parser.error(f"--rates-at-a-time {arguments.rates_at_a_time} is out of range; give a number of 1 or more")
     if not (arguments.data / "dict.txt").is_file():
         parser.error(f"--data {arguments.data} holds no binarized data; make it with python -m data_prep")
     return arguments
@@ -180,16 +188,18 @@ def main() -> None:
         return text
 
     longest = 0.0
-    for rate in arguments.rates:
+    count = arguments.rates_at_a_time
+    for first in range(0, len(arguments.rates), count):
+        wave = arguments.rates[first : first + count]
         began = time.monotonic()
         if rows and began + SLACK * longest > end:
             break
         try:
-            rows += train_wave(arguments, rate, end)
+            rows += train_wave(arguments, wave, end)
         except UserError as error:
             sys.exit(f"side_by_side: {error}")
         longest = max(longest, time.monotonic() - began)
-        print(f"learning rate {rate}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+        print(f"learning rates {' '.join(wave)}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         write()
     evaluate(arguments, rows, max(end, time.monotonic() + 30))
     print("\n".join(write()))

@@ -53,3 +53,10 @@ def test_fairseq_refuses_bf16(cuda, data, tmp_path):
     words = train(data, cuda, tmp_path / "saved", 2, "--no-save", *HASH, *OWN_FILES, "--bf16").words[1:]
     code, said = wait(launch(["-m", "fairseq_cli.train", *words], cuda, tmp_path / "said.txt"), cuda)
     assert code != 0 and "not compatible with --bf16" in said, said[-2000:]
+
+
+def test_one_process_without_a_launcher(cuda, data, tmp_path):
+    """The stand-in for a group that fairseq imports from fairscale is not there any more."""
+    words = train(data, cuda, tmp_path / "saved", 4, *HASH, *OWN_FILES).words[1:]
+    code, said = wait(launch(["-m", "fairseq_cli.train", *words], cuda, tmp_path / "said.txt"), cuda)
+    assert code == 0, said[-2000:]

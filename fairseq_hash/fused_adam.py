@@ -7,6 +7,7 @@ function `torch.optim.adamw.adamw` adds 1 to every step count it is given: it wo
 device for each parameter, where fairseq's state has a Python number, and sort the parameters once more.
 """
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -140,6 +141,7 @@ class FusedAdam(adam.Adam):
             parameter.copy_(value)
 
 
+@functools.cache  # else a call of torch for each parameter
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Return the type that an update of parameters of type `dtype` is made in: fp32 for 16 bits."""
     return torch.promote_types(dtype, torch.float32)

@@ -18,10 +18,10 @@ from fairseq_hash.seams.override import override
 
 
 def _alike(tensors: Iterable[Tensor]) -> "list[tuple[list[int], list[Tensor]]]":
-    """Return places and tensors of each device, type and layout: torch has a fast way for those that agree in them."""
+    """Return places and tensors of each device and type: torch has a fast way for those that agree in both."""
     groups = defaultdict(lambda: ([], []))
     for place, tensor in enumerate(tensors):
-        places, alike = groups[tensor.device, tensor.dtype, tensor.layout]
+        places, alike = groups[tensor.device, tensor.dtype]
         places.append(place)
         alike.append(tensor)
     return list(groups.values())
@@ -129,11 +129,7 @@ def _norm_of_all(original: Callable[..., Tensor], grads: Sequence[Tensor], chunk
     """
     norms = {}
     for places, alike in _alike(grads):
-        if alike[0].layout == torch.strided:
-            of_each = torch._foreach_norm(alike, 2, dtype=torch.float32)
-        else:
-            of_each = [torch.norm(gradient, p=2, dtype=torch.float32) for gradient in alike]
-        norms.update(zip(places, of_each, strict=True))
+        norms.update(zip(places, torch._foreach_norm(alike, 2, dtype=torch.float32), strict=True))
     return torch.norm(torch.stack([norms[place].to(grads[0].device) for place in range(len(grads))]))
 
 

@@ -90,11 +90,11 @@ def stages_on_cuda(out: Path, scratch: Path, data: str) -> list[Stage]:
     compiled = (*train, "compiled", *files(scratch, "train_compiled"))  # apart, because it takes long to begin
     profiled = ("benchmarks/profile_step.py", *training, "--traces", str(scratch), *files(out, "profile"))
     return [
-        Stage("correct", 100, (tests,)),
+        Stage("correct", 110, (tests,)),
         Stage("layer", 110, (bf16, fp16, fp32), ("layer.md", "layer_fp16.md", "layer_fp32.md"), 22),
         Stage("training", 120, (trained, compiled), ("train.md", "train_compiled.md"), 9),
         Stage("profile", 60, (profiled,), ("profile.md",), 6),
-        Stage("experiment", 140, (experiment(out, scratch, data, "--rates-at-a-time", "2"),), ("experiment.md",), 13),
+        Stage("experiment", 130, (experiment(out, scratch, data, "--rates-at-a-time", "2"),), ("experiment.md",), 13),
     ]
 
 

@@ -14,8 +14,8 @@ from fairseq_hash.padded_linear import Layout, padded_linear
 
 __all__ = ["GPU_WAYS", "WAYS", "HiddenLayer", "Weights", "choose_way", "feed_forward"]
 
-GPU_WAYS = {torch.bfloat16: "grouped", torch.float16: "loop", torch.float32: "loop"}
-"""The fastest of `WAYS` on a GPU: `benchmarks/layer.py --ways` measures them."""
+GPU_WAYS = {torch.bfloat16: "grouped", torch.float16: "padded", torch.float32: "padded"}
+"""The fastest of `WAYS` on a GPU: `benchmarks/layer.py --ways` measures them (benchmarks/results/gpu.md)."""
 
 
 def feed_forward(rows_RD: Tensor, weights: Weights, hidden: HiddenLayer, sizes: GroupSizes) -> Tensor:

@@ -150,7 +150,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="binarized data")
     parser.add_argument("--runs", type=Path, required=True, metavar="DIR", help="folder for the runs")
     parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME", help="of configs/one_gpu")
-    parser.add_argument("--rates", nargs="+", default=["1e-3", "2e-3", "5e-4"], metavar="LR", help="a wave each")
+    parser.add_argument("--rates", nargs="+", default=["2e-3", "4e-3", "1e-3"], metavar="LR", help="a wave each")
     parser.add_argument("--rates-at-a-time", type=int, default=1, metavar="N", help="in one wave (default: 1)")
     parser.add_argument("--ngrams", type=Path, metavar="FILE", help="what fairseq-hash ngrams wrote with --json")
     parser.add_argument("--seconds", type=float, default=150.0, help="in all (default: 150)")

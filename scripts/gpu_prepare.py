@@ -25,6 +25,8 @@ MOST_BYTES = 50_000_000
 WHEELS = ("hydra-core==1.3.8", "omegaconf==2.3.1", "antlr4-python3-runtime==4.9.3", "fairscale==0.4.13")
 WHEELS += ("bitarray", "cffi", "pycparser")
 SUBSETS = ("train", "valid", "test")
+EXPERIMENT_UPDATES = 1200
+TOKENS_OF_UPDATE = 8192  # of configs/training/one_gpu.yaml
 
 
 def run(words: Sequence["str | Path"]) -> None:
@@ -66,7 +68,23 @@ def count_ngrams() -> None:
     if not file.is_file():
         print("gpu_prepare: n-gram lines (a minute or two)", flush=True)
         main = "import sys; from fairseq_hash.cli import main; sys.exit(main(sys.argv[1:]))"
-        run([sys.executable, "-c", main, "ngrams", FOLDER / "data", "--subset", "valid", "test", "--json", file])
+        tokens = EXPERIMENT_UPDATES * TOKENS_OF_UPDATE  # as many as the models see
+        run(
+            [
+                sys.executable,
+                "-c",
+                main,
+                "ngrams",
+                FOLDER / "data",
+                "--tokens",
+                tokens,
+                "--subset",
+                "valid",
+                "test",
+                "--json",
+                file,
+            ]
+        )
 
 
 def size_of(folder: Path) -> int:

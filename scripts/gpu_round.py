@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from gpu_prepare import EXPERIMENT_UPDATES
 
 from fairseq_hash.cli import Parser
 from fairseq_hash.provenance import provenance, usable_cores
@@ -78,23 +79,24 @@ def stages_on_cuda(out: Path, scratch: Path, data: str) -> list[Stage]:
         "switch",
         "mask-and-loop",
         "transformers",
-        *files(out, "layer"),
+        *files(out, scratch, "layer"),
     )
     fp16 = (*layer, "--dtype", "float16", "--tokens", "16384", "--experts", "64", "--candidates", "dense", "hash")
-    fp16 += ("--ways", "loop", "padded", *files(scratch, "layer_fp16"))
+    fp16 += ("--ways", "loop", "padded", *files(scratch, scratch, "layer_fp16"))
     # fairscale takes fp32 only, and its products grow with the square of the tokens.
     fp32 = (*layer, "--tokens", "4096", "--experts", "64", "--candidates", "dense", "hash", "fairscale")
-    fp32 += ("--ways", "loop", "padded", *files(scratch, "layer_fp32"))
+    fp32 += ("--ways", "loop", "padded", *files(scratch, scratch, "layer_fp32"))
     train = ("benchmarks/train.py", *training, "--updates", "15", "--candidates", "dense", "plain")
-    trained = (*train, "hash", "switch", "base", *files(out, "train"))
-    compiled = (*train, "compiled", *files(scratch, "train_compiled"))  # apart, because it takes long to begin
-    profiled = ("benchmarks/profile_step.py", *training, "--traces", str(scratch), *files(out, "profile"))
+    trained = (*train, "hash", "switch", "base", *files(out, scratch, "train"))
+    compiled = (*train, "compiled", *files(scratch, scratch, "train_compiled"))  # apart, because it takes long to begin
+    profiled = ("benchmarks/profile_step.py", *training, "--traces", str(scratch), *files(out, scratch, "profile"))
+    trials = experiment(out, scratch, data, "--overrides", f"optimization.max_update={EXPERIMENT_UPDATES}")
     return [
         Stage("correct", 110, (tests,)),
         Stage("layer", 110, (bf16, fp16, fp32), ("layer.md", "layer_fp16.md", "layer_fp32.md"), 22),
         Stage("training", 120, (trained, compiled), ("train.md", "train_compiled.md"), 9),
         Stage("profile", 60, (profiled,), ("profile.md",), 6),
-        Stage("experiment", 130, (experiment(out, scratch, data, "--rates-at-a-time", "2"),), ("experiment.md",), 13),
+        Stage("experiment", 130, (trials,), ("experiment.md",), 13),
     ]
 
 
@@ -103,9 +105,24 @@ def stages_on_cpu(out: Path, scratch: Path, data: str) -> list[Stage]:
     sizes = ("--layers", "2", "--width", "64", "--hidden", "64", "--sparse-layers", "1", "--experts", "4")
     training = ("--data", data, *sizes, "--tokens", "128", "--no-decoding", "--updates", "2")
     layer = ("benchmarks/layer.py", "--width", "16", "--hidden", "32", "--tokens", "64", "--experts", "4")
-    layer += ("--rounds", "2", "--threads", "1", "--candidates", "dense", "hash", *files(out, "layer"))
-    trained = ("benchmarks/train.py", *training, "--candidates", "dense", "hash", "plain", *files(out, "train"))
-    profiled = ("benchmarks/profile_step.py", *training, "--candidates", "dense", "hash", *files(out, "profile"))
+    layer += ("--rounds", "2", "--threads", "1", "--candidates", "dense", "hash", *files(out, scratch, "layer"))
+    trained = (
+        "benchmarks/train.py",
+        *training,
+        "--candidates",
+        "dense",
+        "hash",
+        "plain",
+        *files(out, scratch, "train"),
+    )
+    profiled = (
+        "benchmarks/profile_step.py",
+        *training,
+        "--candidates",
+        "dense",
+        "hash",
+        *files(out, scratch, "profile"),
+    )
     small = ("model.decoder_layers=2", "model.decoder_embed_dim=32", "model.decoder_ffn_embed_dim=64")
     small += ("model.decoder_attention_heads=2", "model.num_experts=4", 'model.sparse_layers="1"')
     small += ("task.tokens_per_sample=32", "dataset.max_tokens=128", "optimization.max_update=4", "cluster=cpu")
@@ -125,9 +142,9 @@ def pytest_of(device: str, *words: str) -> tuple[str, ...]:
     return ("-m", "pytest", "-m", "gpu", "--tb=short", "tests/gpu", "--gpu-device", device, "-q", *words)
 
 
-def files(out: Path, name: str) -> tuple[str, ...]:
-    """Return the options with which a benchmark writes its results."""
-    return "--json", str(out / f"{name}.json"), "--out", str(out / f"{name}.md")
+def files(out: Path, scratch: Path, name: str) -> tuple[str, ...]:
+    """Return the options with which a benchmark writes its figures, and what it prints beside the logs."""
+    return "--json", str(out / f"{name}.json"), "--out", str(scratch / f"{name}.md")
 
 
 def experiment(out: Path, scratch: Path, data: str, *words: str) -> tuple[str, ...]:
@@ -136,7 +153,7 @@ def experiment(out: Path, scratch: Path, data: str, *words: str) -> tuple[str, .
     is_theirs = ngrams.is_file() and Path(data) == PREPARED / "data"
     counted = ("--ngrams", str(ngrams)) if is_theirs else ()
     place = ("--data", data, "--runs", str(scratch / "runs"), "--seconds", SECONDS_LEFT)
-    return ("benchmarks/side_by_side.py", *place, *counted, *files(out, "experiment"), *words)
+    return ("benchmarks/side_by_side.py", *place, *counted, *files(out, scratch, "experiment"), *words)
 
 
 def run_stage(stage: Stage, seconds: float, log: Path) -> str:
@@ -183,13 +200,13 @@ def last_lines(log: Path, count: int) -> list[str]:
     return [line.strip()[:200] for line in lines if line.strip()][-count:]
 
 
-def told(stage: Stage, out: Path, scratch: Path) -> list[str]:
+def told(stage: Stage, scratch: Path) -> list[str]:
     """Return the lines of a stage for the summary: its tables, or the end of its log."""
     log = scratch / f"{stage.name}.log"
     if stage.name == "correct":
         failed = [line for line in last_lines(log, 400) if re.match(r"(FAILED|ERROR) ", line)]
         return [*failed[:10], *last_lines(log, 1)]
-    found = [path for name in stage.tables for path in (out / name, scratch / name) if path.is_file()]
+    found = [scratch / name for name in stage.tables if (scratch / name).is_file()]
     rows = [row for path in found for row in table_rows(path)]
     return rows[: stage.lines] or last_lines(log, 4)
 
@@ -221,7 +238,7 @@ def keep_logs(out: Path, scratch: Path) -> None:
     partial = out / "logs.tar.gz.partial"
     with tarfile.open(partial, "w:gz") as archive:
         for path in sorted(scratch.rglob("*")):
-            is_log = path.suffix in (".log", ".txt", ".yaml", ".gz")
+            is_log = path.suffix in (".log", ".txt", ".md", ".json", ".yaml", ".gz")
             if is_log and path.is_file() and path.stat().st_size < 8_000_000:
                 archive.add(path, path.relative_to(scratch))
     partial.replace(out / "logs.tar.gz")
@@ -274,7 +291,7 @@ def main() -> None:
             print(f"gpu_round: {stage.name}, at most {seconds:.0f} s", file=sys.stderr, flush=True)
             log = scratch / f"{stage.name}.log"
             summary.append(f"{stage.name}: {run_stage(stage, seconds, log)}")
-            summary += told(stage, out, scratch)
+            summary += told(stage, scratch)
             write_summary(out, summary[:MOST_LINES])
             keep_logs(out, scratch)
         write_summary(out, [*summary[: MOST_LINES - 1], f"in all {time.monotonic() - start:.0f} s"])

@@ -1,8 +1,9 @@
 """The cross-entropy of each token as one step of autograd that goes over chunks of rows.
 
 The logits are the largest tensor of a language model. Here no second one of their size is made but the gradient, in the
-logits' type: log-softmax and gradient in fp32 live for a chunk only, and one number a token is kept for the backward
-pass, which makes the softmax anew. Shape suffixes: N tokens, V pieces of the vocabulary, M rows of a chunk.
+logits' type: log-softmax and gradient in fp32 live for a chunk only, and the backward pass makes them anew. Loss and
+gradient are those of fairseq's cross-entropy to the last bit. Shape suffixes: N tokens, V pieces of the vocabulary, M
+rows of a chunk.
 """
 
 import torch
@@ -60,7 +61,7 @@ class _TokenCrossEntropy(torch.autograd.Function):
             log_softmax_MV = scratch_MV[: len(logits_MV)]
             torch.log_softmax(logits_MV, 1, dtype=dtype, out=log_softmax_MV)
             torch.gather(log_softmax_MV, 1, place_M1, out=chosen_M1)
-        ctx.save_for_backward(logits_NV, place_N1, ignored_N, chosen_N1)
+        ctx.save_for_backward(logits_NV, place_N1, ignored_N)
         # torch's own loss of the chosen numbers: it adds them up in the order of fairseq's loss, to the same sum.
         class_N = torch.zeros_like(target_N).masked_fill_(ignored_N, IGNORED)
         return F.nll_loss(chosen_N1, class_N, ignore_index=IGNORED, reduction="sum" if reduce else "none")
@@ -68,21 +69,17 @@ class _TokenCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> "tuple[Tensor, None, None, None]":
-        logits_NV, place_N1, ignored_N, chosen_N1 = ctx.saved_tensors
-        dtype = chosen_N1.dtype
-        grad_N1 = grad.expand(len(logits_NV)).masked_fill(ignored_N, 0).unsqueeze(1)
-        # p - 1 of the target, from what forward has kept of it: written over p, not added to it.
-        at_target_N1 = chosen_N1.expm1().mul_(grad_N1)
+        logits_NV, place_N1, ignored_N = ctx.saved_tensors
+        dtype = torch.promote_types(logits_NV.dtype, torch.float32)
+        grad_N1 = grad.expand(len(logits_NV)).masked_fill(ignored_N, 0).neg().unsqueeze(1)
         grad_NV = logits_NV.new_empty(logits_NV.shape)
         step = rows_of_chunk(logits_NV)
-        # Half precision would flush small probabilities to 0 before the loss scale multiplies them.
-        in_place = grad_NV.dtype == dtype
-        scratch_MV = None if in_place else logits_NV.new_empty(step, logits_NV.shape[1], dtype=dtype)
-        chunks = (tensor.split(step) for tensor in (logits_NV, grad_NV, grad_N1, place_N1, at_target_N1))
-        for logits_MV, grad_MV, grad_M1, place_M1, at_target_M1 in zip(*chunks, strict=True):
-            out_MV = grad_MV if in_place else scratch_MV[: len(logits_MV)]
-            torch.softmax(logits_MV, 1, dtype=dtype, out=out_MV)
-            out_MV.mul_(grad_M1).scatter_(1, place_M1, at_target_M1)
-            if not in_place:
-                grad_MV.copy_(out_MV)
+        scratch_MV, of_loss_MV = logits_NV.new_empty(2, step, logits_NV.shape[1], dtype=dtype)
+        chunks = (tensor.split(step) for tensor in (logits_NV, grad_NV, grad_N1, place_N1))
+        for logits_MV, grad_MV, grad_M1, place_M1 in zip(*chunks, strict=True):
+            log_softmax_MV = scratch_MV[: len(logits_MV)]
+            torch.log_softmax(logits_MV, 1, dtype=dtype, out=log_softmax_MV)
+            through_MV = of_loss_MV[: len(logits_MV)].zero_().scatter_(1, place_M1, grad_M1)
+            # What autograd calls for fairseq's loss: the same numbers to the last bit.
+            grad_MV.copy_(torch._log_softmax_backward_data(through_MV, log_softmax_MV, 1, dtype))
         return grad_NV, None, None, None

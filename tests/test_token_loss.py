@@ -245,3 +245,24 @@ def test_an_adaptive_softmax(data):
     theirs = CrossEntropyCriterion(task, sentence_avg=False)
     assert not criteria.has_plain_logits(model, model(**sample["net_input"]))
     assert torch.equal(criterion(model, sample)[0], theirs(model, sample)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_loss_and_gradient_are_fairseqs_to_the_last_bit(dtype, monkeypatch):
+    """A model without experts then trains as fairseq's own does, bit for bit."""
+    monkeypatch.setattr(token_loss, "THREAD_CHUNK", 100)
+    generator = torch.Generator().manual_seed(5)
+    logits_NV = (3 * torch.randn(37, 23, generator=generator)).to(dtype)
+    target_N = torch.randint(23, (37,), generator=generator)
+    target_N[::5] = 1
+    results = []
+    for ours in (True, False):
+        x_NV = logits_NV.clone().requires_grad_()
+        if ours:
+            loss = token_loss.token_cross_entropy(x_NV, target_N, 1)
+        else:
+            log_softmax_NV = torch.nn.functional.log_softmax(x_NV, dim=-1, dtype=torch.float32)
+            loss = torch.nn.functional.nll_loss(log_softmax_NV, target_N, ignore_index=1, reduction="sum")
+        (loss * 0.37).backward()
+        results.append((loss.detach(), x_NV.grad))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])

@@ -98,6 +98,10 @@ def main() -> None:
     mine, rest = own.parse_known_args()
     sys.argv[1:] = rest
     arguments = train.parse()
+    if set(arguments.candidates) - set(train.ROUTERS):
+        sys.exit("profile_step: plain and compiled are not profiled; leave them out of --candidates")
+    if mine.traces is not None and not mine.traces.is_dir():
+        sys.exit(f"profile_step: --traces {mine.traces} is no folder; make it first")
     torch.set_num_threads(arguments.threads)
     train.silence()
     rows = {}

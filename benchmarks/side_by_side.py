@@ -112,6 +112,7 @@ def evaluate(arguments: argparse.Namespace, rows: list[dict[str, Any]], until: f
     for model, row in best.items():
         found = [] if model in failed else read_evaluations(read_lines(logs[model]))
         row["test"] = found[-1].perplexity if found else None
+        row["test_failed"] = failed.get(model)
         row["is_best"] = True
         row["is_at_the_edge"] = row["rate"] in edges(rows)
 
@@ -141,6 +142,7 @@ def markdown(rows: list[dict[str, Any]], ngrams: "dict[str, Any] | None") -> lis
     for perplexity, model, rate, test, tokens, note in sorted(cells):
         text.append(f"| {model} | {rate} | {perplexity:.2f} | {test} | {tokens} | {note} |")
     text += [f"- {row['model']} at {row['rate']}: {row['failed']}" for row in rows if row["failed"]]
+    text += [f"- {row['model']} at {row['rate']}: test: {row['test_failed']}" for row in rows if row.get("test_failed")]
     return text
 
 
@@ -166,6 +168,15 @@ def parse() -> argparse.Namespace:
         parser.error(f"--rates-at-a-time {arguments.rates_at_a_time} is out of range; give a number of 1 or more")
     if not (arguments.data / "dict.txt").is_file():
         parser.error(f"--data {arguments.data} holds no binarized data; make it with python -m data_prep")
+    if arguments.ngrams and not arguments.ngrams.is_file():
+        parser.error(f"--ngrams {arguments.ngrams} does not exist; leave it out, or write it with fairseq-hash ngrams")
+    for name in ("json", "out"):
+        path = getattr(arguments, name)
+        if path and not path.parent.is_dir():
+            parser.error(f"--{name} {path}: the folder {path.parent} does not exist; make it first")
+    for model, rate in itertools.product(arguments.models, arguments.rates):
+        if (arguments.runs / f"{model}-lr{rate}").exists():  # fairseq would go on from its weights
+            parser.error(f"--runs {arguments.runs} already holds {model}-lr{rate}; give another folder, or delete it")
     return arguments
 
 

@@ -51,8 +51,11 @@ def binarize(text: "Path | None", pieces: int) -> None:
     """Make the data of the experiment: the given text, or the one that Python brings."""
     folder, made = FOLDER / "data", FOLDER / "making"
     if folder.is_dir():
+        if text is not None:
+            print("gpu_prepare: .gpu/data is there and stays; delete it to have it made of another text")
         return
     print("gpu_prepare: data (a minute or two)", flush=True)
+    (FOLDER / "ngrams.json").unlink(missing_ok=True)  # of another text
     source = ["embedded"]
     if text is not None:
         source = ["text", *(word for subset in SUBSETS for word in (f"--{subset}", text / f"{subset}.txt"))]

@@ -52,6 +52,7 @@ class Stage:
         commands: the words of one Python process after the other.
         tables: the files whose tables go into the summary.
         lines: how many of their lines at most.
+        is_fixed: whether the limit is the caller's: then it holds for the last stage, too.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Stage:
     commands: tuple[tuple[str, ...], ...]
     tables: tuple[str, ...] = ()
     lines: int = 12
+    is_fixed: bool = False
 
 
 def stages_on_cuda(out: Path, scratch: Path, data: str) -> list[Stage]:
@@ -229,8 +231,14 @@ def chosen(stages: Sequence[Stage], names: "Sequence[str] | None") -> list[Stage
     for name, _, seconds in (word.partition(":") for word in names):
         if name not in known or not (seconds.isdigit() or not seconds):
             sys.exit(f"gpu_round: --stages {name}:{seconds}: give NAME or NAME:SECONDS; there are {', '.join(known)}")
-        found.append(replace(known[name], seconds=int(seconds or known[name].seconds)))
+        fixed = {"seconds": int(seconds), "is_fixed": True} if seconds else {}
+        found.append(replace(known[name], **fixed))
     return found
+
+
+def limit_of(stage: Stage, is_last: bool, left: float) -> float:
+    """Return how many seconds a stage gets, where so many are left of the round."""
+    return left if is_last and not stage.is_fixed else min(stage.seconds, left)
 
 
 def keep_logs(out: Path, scratch: Path) -> None:
@@ -258,7 +266,7 @@ def parse() -> argparse.Namespace:
         "--data", type=Path, default=PREPARED / "data", metavar="DIR", help="binarized text (default: .gpu/data)"
     )
     parser.add_argument(
-        "--stages", nargs="+", metavar="NAME[:S]", help="only these (default: all), for S seconds at most"
+        "--stages", nargs="+", metavar="NAME[:S]", help="only these (default: all), each for S seconds at most"
     )
     parser.add_argument("--seconds", type=int, default=SECONDS, help=f"of the whole round (default: {SECONDS})")
     arguments = parser.parse_args()
@@ -284,7 +292,7 @@ def main() -> None:
         summary = [", ".join(f"{key} {value}" for key, value in about.items() if value and key != "platform")]
         for stage in stages:
             left = arguments.seconds - (time.monotonic() - start)
-            seconds = left if stage is stages[-1] else min(stage.seconds, left)
+            seconds = limit_of(stage, stage is stages[-1], left)
             if seconds < LEAST_SECONDS:
                 summary.append(f"{stage.name}: not begun, no time was left")
                 continue

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ROOT / "scripts"
 
 
 @pytest.fixture
@@ -55,6 +56,11 @@ def test_stages_by_name_and_limit(gpu_round):
     assert gpu_round.chosen(stages, None) == stages
     chosen = gpu_round.chosen(stages, ["two:7", "one"])
     assert [(stage.name, stage.seconds) for stage in chosen] == [("two", 7), ("one", 100)]
+    # The last one gets what is left, but not more than it was given by name.
+    two, one = chosen
+    assert (gpu_round.limit_of(two, False, 500), gpu_round.limit_of(two, True, 500)) == (7, 7)
+    assert (gpu_round.limit_of(one, False, 500), gpu_round.limit_of(one, True, 500)) == (100, 500)
+    assert gpu_round.limit_of(one, False, 30) == 30
     with pytest.raises(SystemExit, match="give NAME or NAME:SECONDS; there are one, two"):
         gpu_round.chosen(stages, ["three"])
 
@@ -76,3 +82,35 @@ def test_the_round_on_a_gpu_fits_in_nine_minutes(gpu_round, tmp_path):
 def test_says_what_is_wrong(words, message):
     run = subprocess.run([sys.executable, SCRIPTS / "gpu_round.py", *words.split()], capture_output=True, text=True)
     assert run.returncode == 2 and message in run.stderr and run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("side_by_side.py --runs RUNS --ngrams nowhere", "--ngrams nowhere does not exist"),
+        ("side_by_side.py --runs RUNS --json nowhere/a.json", "the folder nowhere does not exist"),
+        ("side_by_side.py --runs RUNS --models hash dense --rates 1e-3", "already holds dense-lr1e-3; give another"),
+        ("profile_step.py --candidates plain", "plain and compiled are not profiled"),
+        ("profile_step.py --traces nowhere", "--traces nowhere is no folder"),
+    ],
+)
+def test_benchmarks_say_what_is_wrong_before_they_begin(data, tmp_path, words, message):
+    (tmp_path / "dense-lr1e-3").mkdir()  # of an earlier call
+    name, *others = [str(tmp_path) if word == "RUNS" else word for word in words.split()]
+    command = [sys.executable, ROOT / "benchmarks" / name, "--data", data, *others]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode != 0 and message in run.stderr and run.stderr.count("\n") == 1
+
+
+def test_ngram_lines_go_with_the_text_they_are_of(gpu_round, tmp_path, monkeypatch, capsys):
+    import gpu_prepare
+
+    monkeypatch.setattr(gpu_prepare, "FOLDER", tmp_path)
+    monkeypatch.setattr(gpu_prepare, "run", lambda words: (tmp_path / "making" / "tokens").mkdir(parents=True))
+    lines = tmp_path / "ngrams.json"
+    lines.touch()
+    gpu_prepare.binarize(None, 8000)
+    assert (tmp_path / "data").is_dir() and not lines.exists()
+    lines.touch()
+    gpu_prepare.binarize(tmp_path, 8000)
+    assert lines.exists() and ".gpu/data is there and stays" in capsys.readouterr().out

@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logreport(report):
-    """Say at once what failed: a run on a lent GPU may be cut off before its end."""
+    """Say at once what failed: a run may be cut off before its end."""
     if report.failed and HERE.name in report.nodeid:
         lines = report.longreprtext.splitlines()
         print("", f"FAILED {report.nodeid}", *lines[-LAST_LINES:], sep="\n", flush=True)

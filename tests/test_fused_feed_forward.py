@@ -225,7 +225,6 @@ def test_a_gradient_that_is_one_number_for_all(way, bias):
     same(got, want, rtol=1e-4, atol=1e-4)
 
 
-
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("way", ["grouped", "padded"])
 def test_dropout_of_ways_of_a_gpu(way, recompute):

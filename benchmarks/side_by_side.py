@@ -36,6 +36,8 @@ MODELS = ("dense", "hash", "switch", "base")
 SHORT = ("checkpoint.no_save_optimizer_state=true", "checkpoint.save_interval_updates=0")
 SHORT += ("dataset.validate_interval_updates=0", "common.log_interval=50")
 NGRAMS = {1: "unigram", 2: "bigram", 3: "trigram"}
+EVALUATION = 20
+"""Seconds kept for the test text at the end."""
 SLACK = 1.15
 """How much longer than the last one a wave may take."""
 
@@ -164,6 +166,10 @@ def parse() -> argparse.Namespace:
     for model in arguments.models:
         if not (ROOT / "configs" / "one_gpu" / f"{model}.yaml").is_file():
             parser.error(f"--models {model}: configs/one_gpu has no {model}.yaml")
+    if arguments.seconds <= EVALUATION:
+        parser.error(
+            f"--seconds {arguments.seconds:g} is out of range; give more than the {EVALUATION} of the evaluation"
+        )
     if arguments.rates_at_a_time < 1:
         parser.error(f"--rates-at-a-time {arguments.rates_at_a_time} is out of range; give a number of 1 or more")
     if not (arguments.data / "dict.txt").is_file():
@@ -185,6 +191,7 @@ def main() -> None:
     arguments = parse()
     start = time.monotonic()
     end = start + arguments.seconds
+    trained = end - EVALUATION
     ngrams = json.loads(arguments.ngrams.read_text()) if arguments.ngrams else None
     rows: list[dict[str, Any]] = []
     settings = {"data": arguments.data.name, "seed": arguments.seed, "overrides": arguments.overrides}
@@ -203,16 +210,16 @@ def main() -> None:
     for first in range(0, len(arguments.rates), count):
         wave = arguments.rates[first : first + count]
         began = time.monotonic()
-        if rows and began + SLACK * longest > end:
+        if rows and began + SLACK * longest > trained:
             break
         try:
-            rows += train_wave(arguments, wave, end)
+            rows += train_wave(arguments, wave, trained)
         except UserError as error:
             sys.exit(f"side_by_side: {error}")
         longest = max(longest, time.monotonic() - began)
         print(f"learning rates {' '.join(wave)}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         write()
-    evaluate(arguments, rows, max(end, time.monotonic() + 30))
+    evaluate(arguments, rows, end)
     print("\n".join(write()))
     if all(row["failed"] for row in rows):
         sys.exit("side_by_side: every model failed")

@@ -7,7 +7,6 @@ The folder is ignored by git and travels beside the tree. What is there stays: d
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -16,14 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fairseq_hash.cli import Parser
-from fairseq_hash.provenance import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".gpu"
 MOST_BYTES = 50_000_000
 # What the project needs beside torch and the packages of any machine for machine learning (docs/gpu.md names them).
 WHEELS = ("hydra-core==1.3.8", "omegaconf==2.3.1", "antlr4-python3-runtime==4.9.3", "fairscale==0.4.13")
-WHEELS += ("bitarray", "cffi", "pycparser")
+WHEELS += ("bitarray==3.12.3", "cffi==2.1.1", "pycparser==3.12")
 SUBSETS = ("train", "valid", "test")
 EXPERIMENT_UPDATES = 1200
 TOKENS_OF_UPDATE = 8192  # of configs/training/one_gpu.yaml
@@ -40,9 +38,15 @@ def run(words: Sequence["str | Path"]) -> None:
 def collect_wheels(python: str) -> None:
     """Build fairseq for the GPU machine's Python, and get the wheels of its small needs."""
     folder = FOLDER / "wheels"
-    if list(folder.glob("fairseq-*.whl")) and len(list(folder.glob("*.whl"))) == 1 + len(WHEELS):
+    tag = subprocess.run(
+        [python, "-c", "import sys; print('cp%d%d' % sys.version_info[:2])"], capture_output=True, text=True
+    )
+    if list(folder.glob(f"fairseq-*-{tag.stdout.strip()}-*.whl")) and len(list(folder.glob("*.whl"))) == 1 + len(
+        WHEELS
+    ):
         return
     print("gpu_prepare: wheels (a minute or two)", flush=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of another Python, or not all of them
     run([python, ROOT / "scripts" / "build_fairseq.py", "--out", folder])
     run([python, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, *WHEELS])
 
@@ -119,7 +123,6 @@ def main() -> None:
     collect_wheels(arguments.python)
     binarize(arguments.text, arguments.vocab_size)
     count_ngrams()
-    (FOLDER / "prepared.json").write_text(json.dumps(provenance(), indent=1) + "\n")
     size = size_of(FOLDER)
     if size > MOST_BYTES:
         largest = max(FOLDER.iterdir(), key=size_of)

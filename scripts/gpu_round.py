@@ -241,6 +241,12 @@ def limit_of(stage: Stage, is_last: bool, left: float) -> float:
     return left if is_last and not stage.is_fixed else min(stage.seconds, left)
 
 
+def figures_of(stage: Stage, out: Path) -> list[Path]:
+    """Return the files of figures that a stage writes into the folder of results."""
+    words = (word for command in stage.commands for word in command)
+    return [Path(word) for word in words if word.endswith(".json") and Path(word).parent == out]
+
+
 def keep_logs(out: Path, scratch: Path) -> None:
     """Write all logs so far, the whole file or the one before."""
     partial = out / "logs.tar.gz.partial"
@@ -298,6 +304,8 @@ def main() -> None:
                 continue
             print(f"gpu_round: {stage.name}, at most {seconds:.0f} s", file=sys.stderr, flush=True)
             log = scratch / f"{stage.name}.log"
+            for path in figures_of(stage, out):  # of an earlier round
+                path.unlink(missing_ok=True)
             summary.append(f"{stage.name}: {run_stage(stage, seconds, log)}")
             summary += told(stage, scratch)
             write_summary(out, summary[:MOST_LINES])

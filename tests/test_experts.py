@@ -4,8 +4,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from made_tensors import LargeTensors
 
 from fairseq_hash.dispatch import combine, dispatch, plan_dispatch
 from fairseq_hash.errors import UserError
@@ -106,33 +105,17 @@ def test_hash_functions_that_agree_give_the_plain_layer():
     torch.testing.assert_close(y_TD, through_segments(plain, x_TD, expert_T1, 5), **TOLERANCE)
 
 
-class StackSized(TorchDispatchMode):
-    """Lists the operations that fill memory as large as all experts' weights."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.size = size
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.numel() >= self.size]
-        self.found += [func.overloadpacket for t in made if t.untyped_storage().data_ptr() not in given]
-        return out
-
-
 @pytest.mark.parametrize("segments", [1, 4])
 def test_weights_are_not_copied_and_gradients_are_written_once(segments):
     """No copy of a stack of weights forward; backward one empty stack each, filled in place, laid out as its weight."""
     experts = ExpertFeedForward(range(8), 16, 64, F.relu, 0.0, (0,), segments=segments)
     x_TD = torch.randn(40, 16, requires_grad=True)
     expert_TN = choices(40, 8, segments)
-    with StackSized(8 * 16 * 64) as mode:
+    with LargeTensors(8 * 16 * 64) as mode:
         y_TD = through_segments(experts, x_TD, expert_TN, 8)
-        assert not mode.found
+        assert not mode.operations
         y_TD.sum().backward()
-    assert mode.found == [torch.ops.aten.new_empty] * 2
+    assert mode.operations == [torch.ops.aten.new_empty] * 2
     assert all(p.grad.stride() == p.stride() for p in experts.parameters())
 
 
@@ -140,9 +123,9 @@ def test_frozen_weights_get_no_gradient():
     experts = ExpertFeedForward(range(3), WIDTH, HIDDEN, F.relu, 0.0, (0,), segments=2).requires_grad_(False)
     experts.fc2_weight.requires_grad_()
     x_TD = torch.randn(9, WIDTH, requires_grad=True)
-    with StackSized(3 * WIDTH * HIDDEN) as mode:
+    with LargeTensors(3 * WIDTH * HIDDEN) as mode:
         through_segments(experts, x_TD, choices(9, 3, 2), 3).sum().backward()
-    assert mode.found == [torch.ops.aten.new_empty]
+    assert mode.operations == [torch.ops.aten.new_empty]
     assert x_TD.grad is not None
     assert [n for n, p in experts.named_parameters() if p.grad is not None] == ["fc2_weight"]
 

@@ -5,10 +5,9 @@ import torch
 import torch.nn.functional as F
 from fairseq import utils
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion
+from made_tensors import LargeTensors
 from plugin import build
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fairseq_hash import criterion as criteria
 from fairseq_hash import token_loss
@@ -146,38 +145,22 @@ def test_numbers_that_are_not_finite_show_as_in_fairseq(chunk, dtype):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
-class LargeTensors(TorchDispatchMode):
-    """Lists the types of tensors that an operation makes as large as all logits."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.size = size
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.numel() >= self.size]
-        self.found += [t.dtype for t in made if t.untyped_storage().data_ptr() not in given]
-        return out
-
-
 @pytest.mark.parametrize("dtype", list(GRADIENT))
 def test_nothing_as_large_as_the_logits_but_the_gradient(monkeypatch, dtype):
     monkeypatch.setattr(token_loss, "THREAD_CHUNK", 70)
     logits_NV, target_N = case(300, 7, dtype)
     with torch.no_grad(), LargeTensors(300 * 7) as mode:
         token_cross_entropy(logits_NV, target_N, IGNORE)
-    assert mode.found == []
+    assert mode.dtypes == []
     logits_NV.requires_grad_()
     with LargeTensors(300 * 7) as mode:
         loss = token_cross_entropy(logits_NV, target_N, IGNORE)
-        assert mode.found == []
+        assert mode.dtypes == []
         loss.backward()
-    assert mode.found == [dtype]
+    assert mode.dtypes == [dtype]
     with LargeTensors(300 * 7) as mode:
         fairseqs(logits_NV, target_N).backward()
-    assert len(mode.found) > 1  # the mode sees what fairseq's way makes
+    assert len(mode.dtypes) > 1  # the mode sees what fairseq's way makes
 
 
 @pytest.mark.parametrize("size", [1, 50, 2**26])

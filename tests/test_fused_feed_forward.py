@@ -1,7 +1,6 @@
 """Experts by every path against a naive loop over rows: outputs and gradients, threads, dropout, recomputation."""
 
 import multiprocessing
-import random
 import threading
 from functools import partial
 
@@ -11,9 +10,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairseq_hash import expert_threads, feed_forward, grouped_linear, large_tensors, padded_linear
+from fairseq_hash import expert_threads, feed_forward, grouped_linear, padded_linear
 from fairseq_hash.expert_threads import for_each_group
-from fairseq_hash.experts import ExpertFeedForward, GatedFeedForward
+from fairseq_hash.experts import GatedFeedForward
 from fairseq_hash.feed_forward import WAYS, choose_way, padded_feed_forward
 from fairseq_hash.fused_feed_forward import HiddenLayer, Weights, fused_feed_forward
 from fairseq_hash.group_sizes import GroupSizes, count_groups
@@ -346,76 +345,6 @@ class TestThreads:
         process.start()
         process.join(30)
         assert process.exitcode == 0
-
-
-class TestLargeTensors:
-    @pytest.mark.parametrize("make", [large_tensors.empty_in_huge_pages, large_tensors.empty_again])
-    @pytest.mark.parametrize("rows", [0, 1, 5000])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_they_are_like_any(self, rows, dtype, make):
-        like = torch.zeros(1, dtype=dtype)
-        tensor = make((rows, 1024), like)
-        assert tensor.shape == (rows, 1024) and tensor.dtype == dtype and tensor.is_contiguous()
-        tensor.fill_(3)
-        assert tensor.double().sum() == 3 * tensor.numel()
-
-    @pytest.mark.skipif(large_tensors.ADVICE is None, reason="no huge pages on this system")
-    def test_a_gradient_has_the_memory_of_one_that_is_gone(self):
-        parameter = torch.nn.Parameter(torch.zeros(2049, 1024))
-        first, second = (large_tensors.empty_again(parameter.shape, parameter).fill_(value) for value in (1, 2))
-        places = {first.data_ptr(), second.data_ptr()}
-        assert len(places) == 2
-        kept = first[3].detach()  # any tensor that uses the memory keeps it
-        del first
-        third = large_tensors.empty_again(parameter.shape, parameter).fill_(3)
-        assert third.data_ptr() not in places
-        del second
-        fourth = large_tensors.empty_again(parameter.shape, parameter).fill_(4)
-        assert fourth.data_ptr() in places
-        assert (kept == 1).all() and (third == 3).all() and (fourth == 4).all()
-
-    @pytest.mark.skipif(large_tensors.ADVICE is None, reason="no huge pages on this system")
-    def test_gradients_of_successive_updates(self):
-        """Autograd takes the tensor as it is, without a copy, and `zero_grad` sets its memory free."""
-        experts = ExpertFeedForward(range(4), 512, 1024, F.relu, 0.0, (0,))
-        rows, places = torch.randn(8, 512), []
-        for _ in range(3):
-            experts(rows, (2, 2, 0, 4)).sum().backward()
-            places += [weight.grad.data_ptr() for weight in (experts.fc1_weight, experts.fc2_weight)]
-            assert not experts.fc1_weight.grad[2].any()
-            hidden = torch.relu(F.linear(rows[:2], experts.fc1_weight[0], experts.fc1_bias[0]))
-            expected = hidden.sum(0).expand(512, -1)  # of the sum over what comes out
-            torch.testing.assert_close(experts.fc2_weight.grad[0], expected, rtol=1e-5, atol=1e-5)
-            experts.zero_grad()
-        assert len(set(places)) == 2
-        before = experts(rows, (2, 2, 0, 4)).sum().backward() or experts.fc1_weight.grad.clone()
-        experts(rows, (2, 2, 0, 4)).sum().backward()  # added to what is there, as with `--update-freq`
-        torch.testing.assert_close(experts.fc1_weight.grad, 2 * before)
-
-    @pytest.mark.skipif(large_tensors.ADVICE is None, reason="no huge pages on this system")
-    def test_no_more_memory_is_kept_than_lived_at_one_time(self):
-        large_tensors.release()
-        generator, alive, most = random.Random(0), [], 0
-        for _ in range(300):
-            if alive and generator.random() < 0.5:
-                alive.pop(generator.randrange(len(alive)))
-            else:
-                rows = generator.choice([2048, 3000, 5000, 9000])
-                alive.append(large_tensors.empty_again((rows, 1024), torch.empty(0)))
-            lives = sum(tensor.nbytes for tensor in alive)
-            most = max(most, lives)
-            kept = sum(length * len(memories) for length, memories in large_tensors._free.items())
-            assert lives + kept <= most
-        assert kept
-        large_tensors.release()
-        assert not large_tensors._free
-
-    def test_other_devices_and_kinds_of_tensors(self):
-        assert large_tensors.empty_in_huge_pages((5000, 1024), torch.empty(0, device="meta")).is_meta
-
-    def test_a_system_without_them(self, monkeypatch):
-        monkeypatch.setattr(large_tensors, "ADVICE", None)
-        assert large_tensors.empty_in_huge_pages((5000, 1024)).shape == (5000, 1024)
 
 
 @given(st.lists(st.integers(0, 4), max_size=30))

@@ -48,9 +48,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import fairseq_hash  # before fairseq, whose words on being imported it keeps back
+import fairseq_hash
 
-# isort: split
+fairseq_hash.register()  # before fairseq is imported, whose words it keeps back
+
+# ruff: noqa: E402
 import torch
 import torch.distributed as dist
 from fairseq import checkpoint_utils, options, tasks, utils

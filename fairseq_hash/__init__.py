@@ -1,18 +1,51 @@
-"""A fairseq plugin for language models with sparse feed-forward layers (`--user-dir fairseq_hash`)."""
+"""A fairseq plugin for language models with sparse feed-forward layers (`--user-dir fairseq_hash`).
 
-import logging
-import warnings
-from importlib.util import find_spec
+Importing it costs nothing: torch and fairseq are imported when something needs them. fairseq's commands register the
+model and its companions by `--user-dir`, this package's own commands and `load` do it themselves, and everything else
+by `import fairseq` before `import fairseq_hash`, or by `fairseq_hash.register()`.
+"""
 
-# Tables and reports are made where fairseq is not installed, too; there is nothing to register with then.
-if find_spec("fairseq") is not None:
+import sys
+from importlib import import_module
+from typing import Any
+
+# Public names that are imported when they are first asked for: name -> module (PEP 562).
+LAZY = {"load": "fairseq_hash.api", "__version__": "fairseq_hash.provenance"}
+
+
+def register() -> None:
+    """Import fairseq; register the model, the criterion and the optimizer with it; make the changes of `seams`.
+
+    A second call does nothing.
+
+    Raises:
+        ModuleNotFoundError: where fairseq is not installed.
+        SystemExit: with one line, for a fairseq that the plugin was not written against.
+    """
+    import logging
+    import warnings
+
     # What fairseq and fairscale say when they are first imported (deprecated calls, a missing speech library) would
     # stand above the output of every command of ours.
     disabled = logging.root.manager.disable
     logging.disable(logging.INFO)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        from fairseq_hash import criterion, fused_adam, model, seams  # noqa: F401
-    logging.disable(disabled)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            for name in ("criterion", "fused_adam", "model", "seams"):
+                import_module(f"fairseq_hash.{name}")
+    finally:
+        logging.disable(disabled)
+    sys.modules["fairseq_hash.seams"].require_supported_fairseq()
 
-    seams.require_supported_fairseq()
+
+def __getattr__(name: str) -> Any:
+    """Return a public name that is not imported yet."""
+    if name in LAZY:
+        return getattr(import_module(LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# `--user-dir` only imports this package, from inside of fairseq.
+if "fairseq" in sys.modules:
+    register()

@@ -12,6 +12,7 @@ from fairseq.distributed import fsdp_enable_wrap, fsdp_wrap
 
 import fairseq_hash
 
+fairseq_hash.register()  # where the package was imported before fairseq, --user-dir does nothing
 USER_DIR = str(Path(fairseq_hash.__file__).parent)
 TINY = ("--arch", "hash_transformer_lm_tiny", "--decoder-layers", "2", "--decoder-embed-dim", "16")
 TINY += ("--decoder-ffn-embed-dim", "32", "--decoder-attention-heads", "2", "--criterion", "hash_moe")

@@ -1,15 +1,23 @@
-"""The command `fairseq-hash`: each verb is a module with `add_parser`."""
+"""The command `fairseq-hash`: each verb is a module with `add_parser`, imported when the verb is called."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import NoReturn
 
-from fairseq_hash.cli import checkpoint, evaluate, ngrams, plan, report, tables
 from fairseq_hash.errors import UserError
 from fairseq_hash.provenance import __version__
 
-VERBS = (tables, plan, evaluate, ngrams, checkpoint, report)
+# Verb -> what it does. Its module is `fairseq_hash.cli.VERB`, with an underscore for a hyphen.
+VERBS = {
+    "tables": "build hash tables, judge their balance, exchange them",
+    "plan": "sizes, cost and checks of an experiment's configuration, and the same experiment as flags",
+    "evaluate": "evaluate trained runs by fairseq-eval-lm, each with its own data, context and device",
+    "ngrams": "perplexity of n-gram models on the same tokens, to compare language models with",
+    "checkpoint": "show, verify, merge, split and average checkpoints",
+    "report": "compare runs: tables, learning curves, perplexity by experts, expert loads, and a page with all of it",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,19 +28,30 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def main(argv: "Sequence[str] | None" = None) -> int:
-    """Run one verb. Returns 0, or 1 after one line on standard error where the input is bad."""
+def parser_for(words: Sequence[str]) -> Parser:
+    """Return the parser of a command line. Of the verbs it knows the one that is called; of the others their names."""
     parser = Parser(prog="fairseq-hash", description="Tools around fairseq_hash's models.")
     parser.add_argument("--version", action="version", version=f"fairseq-hash {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="VERB")
-    for verb in VERBS:
-        verb.add_parser(subparsers)
-    arguments, rest = parser.parse_known_args(argv)
-    if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # argparse takes those between two options, but not those after a third
-        arguments.overrides += rest
+    called = next((word for word in words if not word.startswith("-")), None)
+    for verb, text in VERBS.items():
+        if verb == called:
+            import_module(f"fairseq_hash.cli.{verb.replace('-', '_')}").add_parser(subparsers)
+        else:
+            subparsers.add_parser(verb, help=text)
+    return parser
+
+
+def main(argv: "Sequence[str] | None" = None) -> int:
+    """Run one verb. Returns 0, or 1 after one line on standard error where the input is bad."""
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
+        parser = parser_for(words)
+        arguments, rest = parser.parse_known_args(words)
+        if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "overrides")):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        if rest:  # argparse takes those between two options, but not those after a third
+            arguments.overrides += rest
         arguments.run(arguments)
     except UserError as error:
         print(f"fairseq-hash: {error}", file=sys.stderr)

@@ -10,7 +10,7 @@ from fairseq_hash.errors import UserError
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the verb `checkpoint` with its own verbs."""
-    checkpoint = subparsers.add_parser("checkpoint", help="show, verify, merge, split and average checkpoints")
+    checkpoint = subparsers.add_parser("checkpoint", description="Look into checkpoints, and make others of them.")
     verbs = checkpoint.add_subparsers(dest="checkpoint_verb", required=True, metavar="VERB")
 
     show = verbs.add_parser("show", help="show what a checkpoint has, without reading its experts")

@@ -8,7 +8,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add the verb `evaluate`."""
     parser = subparsers.add_parser(
         "evaluate",
-        help="evaluate trained runs by fairseq-eval-lm, each with its own data, context and device",
         description="Evaluate the checkpoint of each run by fairseq-eval-lm as the run was trained, into "
         "eval-SUBSET.log in its folder, where fairseq-hash report finds it. What is done stays done.",
     )

@@ -15,7 +15,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add the verb `ngrams`."""
     parser = subparsers.add_parser(
         "ngrams",
-        help="perplexity of n-gram models on the same tokens, to compare language models with",
         description="Count n-grams of 1, 2 and 3 tokens in DATA's training text, smooth them by interpolated modified "
         "Kneser-Ney (Chen and Goodman 1999), and evaluate them on every token that fairseq-eval-lm predicts.",
     )

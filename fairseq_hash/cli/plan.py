@@ -5,14 +5,15 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import fairseq_hash
 from fairseq_hash.errors import UserError
+from fairseq_hash.experiments.names import experiment_names
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the verb `plan`."""
     parser = subparsers.add_parser(
         "plan",
-        help="sizes, cost and checks of an experiment's configuration, and the same experiment as flags",
         description="Compose a configuration as fairseq-hydra-train does, and say what it means: parameters, work, "
         "memory. Without a choice below, the table of one experiment.",
     )
@@ -34,15 +35,16 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(arguments: argparse.Namespace) -> None:
     """Print what was asked for."""
-    from fairseq_hash.experiments.checks import check_experiment
-    from fairseq_hash.experiments.compose import compose, experiment_names
-    from fairseq_hash.experiments.flags import flags
-
     if arguments.ranks < 1 or not arguments.tflops > 0:
         raise UserError("--ranks takes a number of 1 or more, --tflops one of more than 0")
     if arguments.list:
         print("\n".join(experiment_names(arguments.config_dir)))
         return
+    fairseq_hash.register()
+    from fairseq_hash.experiments.checks import check_experiment
+    from fairseq_hash.experiments.compose import compose
+    from fairseq_hash.experiments.flags import flags
+
     if arguments.all:
         print_all(arguments.config_dir, arguments.tflops)
         return
@@ -95,7 +97,7 @@ def print_all(config_dir: Path, tflops: float) -> None:
     import pandas as pd
     from rich.progress import track
 
-    from fairseq_hash.experiments.compose import compose, experiment_names
+    from fairseq_hash.experiments.compose import compose
     from fairseq_hash.experiments.sizes import dense_twin, sizes
     from fairseq_hash.reporting.table import count_text, markdown
 

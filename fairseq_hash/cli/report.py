@@ -12,7 +12,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add the verb `report`."""
     parser = subparsers.add_parser(
         "report",
-        help="compare runs: tables, learning curves, perplexity by experts, expert loads, and a page with all of it",
         description="Compare runs by their own logs. Runs that differ in their seed only are averaged; runs that are "
         "incomplete or were evaluated otherwise than the others are listed with the reason and left out. With "
         "--benchmarks: show what benchmarks measured.",

@@ -13,7 +13,9 @@ FEATURES = ("token", "previous", "bigram", "ngram", "history", "position", "futu
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the verb `tables` with its own verbs."""
-    tables = subparsers.add_parser("tables", help="build hash tables, judge their balance, exchange them")
+    tables = subparsers.add_parser(
+        "tables", description="Build hash tables, judge their balance, exchange them with other frameworks."
+    )
     verbs = tables.add_subparsers(dest="tables_verb", required=True, metavar="VERB")
     _add_build(verbs.add_parser("build", help="build a table for a dictionary and write it to a file"))
 

@@ -3,7 +3,7 @@
 import difflib
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 # They register themselves: their defaults belong to the configuration.
 from fairseq_hash.criterion import HashMoECriterionConfig
 from fairseq_hash.errors import UserError
+from fairseq_hash.experiments.names import experiment_names
 from fairseq_hash.model import HashTransformerLMConfig
 
-# Folders of parts. Every file in another folder is an experiment, but for those that start with an underscore.
-GROUPS = ("data", "size", "router", "training", "cluster")
 FAIRSEQ_KEYS = tuple(FairseqConfig.__dataclass_fields__)
 
 
@@ -42,17 +41,6 @@ class Experiment:
     config: DictConfig
     about: dict[str, Any]
     folder: Path
-
-
-def experiment_names(config_dir: Path) -> list[str]:
-    """Return the names of all experiments under a folder of configurations, sorted."""
-    return sorted(_names(config_dir))
-
-
-def _names(config_dir: Path) -> Iterator[str]:
-    for path in config_dir.glob("*/*.yaml"):
-        if path.parent.name not in GROUPS and not path.stem.startswith("_"):
-            yield f"{path.parent.name}/{path.stem}"
 
 
 def compose(config_dir: Path, name: str, overrides: Sequence[str] = ()) -> Experiment:

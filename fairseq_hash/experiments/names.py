@@ -1,0 +1,18 @@
+"""The names of experiments: they need no fairseq."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+# Folders of parts. Every file in another folder is an experiment, but for those that start with an underscore.
+GROUPS = ("data", "size", "router", "training", "cluster")
+
+
+def experiment_names(config_dir: Path) -> list[str]:
+    """Return the names of all experiments under a folder of configurations, sorted."""
+    return sorted(_names(config_dir))
+
+
+def _names(config_dir: Path) -> Iterator[str]:
+    for path in config_dir.glob("*/*.yaml"):
+        if path.parent.name not in GROUPS and not path.stem.startswith("_"):
+            yield f"{path.parent.name}/{path.stem}"

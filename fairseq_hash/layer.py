@@ -180,19 +180,23 @@ class SparseLayer(nn.Module):
         self.expert_size = sum(p.numel() for p in held.parameters()) // parallel.local_experts
         take_own_experts(self, parallel, {f"experts.{name}": p.shape for name, p in held.named_parameters()})
 
-    def forward(self, x_LBD: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor]:
-        """Return y of the shape and dtype of `x_LBD`, and the report vector (fp32, `[5 + E]`)."""
-        x_TD = context.drop_padding(x_LBD)
+    def route(self, x_TD: Tensor, context: RoutingContext) -> tuple[Assignment, DispatchPlan, Tensor]:
+        """Return which experts serve the tokens `x_TD`, how their rows lie, and the packed report."""
         if self.hash_route is None:
             assignment = self.router(x_TD)
             factor = self.capacity_factor if self.training else self.eval_capacity_factor
             plan = plan_dispatch(assignment.expert_TK, self.parallel, factor)
-            report = RoutingReport.of(assignment, plan).pack()
-        else:
-            route = context.hash_routes[self.hash_route]
-            assignment, plan, report = route.assignment, route.plan, route.report()
-            if self.router is not None:
-                assignment = assignment._replace(weight_TK=self.router(x_TD, assignment.expert_TK))
+            return assignment, plan, RoutingReport.of(assignment, plan).pack()
+        route = context.hash_routes[self.hash_route]
+        assignment = route.assignment
+        if self.router is not None:
+            assignment = assignment._replace(weight_TK=self.router(x_TD, assignment.expert_TK))
+        return assignment, route.plan, route.report()
+
+    def forward(self, x_LBD: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor]:
+        """Return y of the shape and dtype of `x_LBD`, and the report vector (fp32, `[5 + E]`)."""
+        x_TD = context.drop_padding(x_LBD)
+        assignment, plan, report = self.route(x_TD, context)
         if self.parallel.dispatch == "fairscale":
             y_TD = fairscale_moe(x_TD, assignment, plan, self.experts, self.groups)
         else:

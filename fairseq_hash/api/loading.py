@@ -1,0 +1,131 @@
+"""Load a checkpoint to look at it: dictionary, tokenizer, model with all its experts."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq import checkpoint_utils, utils
+from fairseq.models import FairseqLanguageModel
+from fairseq.tasks.language_modeling import LanguageModelingTask
+from omegaconf import OmegaConf, open_dict
+
+from fairseq_hash.api.language_model import LanguageModel
+from fairseq_hash.api.tokenizer import tokenizer_for
+from fairseq_hash.checkpoint.loading import loading_weights_only, one_line, read_checkpoint
+from fairseq_hash.errors import UserError
+from fairseq_hash.evaluation import loading_to_evaluate
+
+DICTIONARY = "dict.txt"
+PathLike = str | os.PathLike[str]
+
+
+def load(
+    path: PathLike,
+    data: "PathLike | None" = None,
+    sentencepiece: "PathLike | None" = None,
+    device: "str | torch.device" = "cpu",
+    map_experts: bool = False,
+    hash_predictor: "PathLike | None" = None,
+) -> LanguageModel:
+    """Load a language model for inference, in fp32, with all its experts; no code from the checkpoint is run.
+
+    Args:
+        path: the checkpoint: the main file of one with experts in shards, or a plain one; of this package's models or
+            of fairseq's own language models.
+        data: folder with the model's `dict.txt`. Left out, it is the training's data folder, and where that is gone,
+            the checkpoint's own folder.
+        sentencepiece: the SentencePiece model. Left out, it is `sentencepiece.model` beside `dict.txt`; where there is
+            none, tokens are words.
+        device: cpu, cuda or cuda:N.
+        map_experts: leave the experts in the checkpoint's files, for models that do not fit into memory.
+        hash_predictor: for `--hash-feature predicted`, the predicting model, where it is no longer where it was.
+
+    Returns:
+        The model, ready to use.
+
+    Raises:
+        UserError: with one line, where a file is missing, damaged, of another model or of another dictionary.
+    """
+    path = Path(path)
+    device = check_device(device)
+    if sentencepiece is not None and not Path(sentencepiece).is_file():
+        raise UserError(f"sentencepiece {sentencepiece} does not exist; give the model that the data was prepared with")
+    try:
+        with loading_to_evaluate(), loading_weights_only():
+            state = read_checkpoint(path)
+            configuration = configuration_of(state, path)
+            folder = dictionary_folder(path, configuration.task.data, data)
+            changed = {"data": str(folder)}
+            if map_experts:
+                changed["map_experts"] = True
+            if hash_predictor is not None:
+                changed["hash_predictor"] = str(hash_predictor)
+            _change(configuration, changed, path)
+            state["cfg"] = configuration
+            (model,), configuration, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], state=state)
+    except SystemExit as error:  # the one line of what fairseq calls
+        raise UserError(str(error).removeprefix("fairseq_hash: ")) from error
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit the model of its own options: {one_line(error)}") from error
+    if not isinstance(model, FairseqLanguageModel) or not isinstance(task, LanguageModelingTask):
+        raise UserError(f"{path} is a {type(model).__name__}, no language model; give a checkpoint of one")
+    given = Path(sentencepiece) if sentencepiece is not None else None
+    tokenizer = tokenizer_for(folder, given, task.source_dictionary)
+    return LanguageModel(model.to(device).eval().requires_grad_(False), task, configuration, tokenizer)
+
+
+def check_device(device: "str | torch.device") -> torch.device:
+    """Return a device. Raises `UserError` where it is none, or not there."""
+    try:
+        known = torch.device(device)
+    except RuntimeError:
+        known = None
+    if known is None or known.type not in ("cpu", "cuda"):
+        raise UserError(f"device {device} is unknown; give cpu, cuda or cuda:N")
+    if known.type == "cuda" and (known.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {device} is not there (GPUs that torch sees: {torch.cuda.device_count()}); use cpu")
+    return known
+
+
+def configuration_of(state: dict[str, Any], path: Path) -> Any:
+    """Return the options of a checkpoint. Raises `UserError` where it is no language model's."""
+    if state.get("cfg") is None:
+        raise UserError(f"{path} does not say how its model was made (no cfg); give a checkpoint of fairseq-train")
+    configuration = OmegaConf.create(state["cfg"], flags={"allow_objects": True})
+    task = configuration.get("task") or {}
+    if task.get("_name") != "language_modeling":
+        raise UserError(f"{path} was trained for the task {task.get('_name')}; give a model of language_modeling")
+    return configuration
+
+
+def dictionary_folder(path: Path, trained_on: "str | None", given: "PathLike | None") -> Path:
+    """Return the folder of a checkpoint's dictionary.
+
+    Args:
+        path: the checkpoint.
+        trained_on: the data of its training, perhaps several folders, of which fairseq reads the first one's.
+        given: what the user gives instead.
+
+    Raises:
+        UserError: where there is no dictionary.
+    """
+    if given is not None:
+        folders = [Path(given)]
+    else:
+        folders = [*map(Path, utils.split_paths(trained_on or "")[:1]), path.parent]
+    for folder in folders:
+        if (folder / DICTIONARY).is_file():
+            return folder
+    where = " or ".join(str(folder / DICTIONARY) for folder in folders)
+    raise UserError(f"{path}: its dictionary is not there ({where}); give its folder as data")
+
+
+def _change(configuration: Any, changed: dict[str, Any], path: Path) -> None:
+    """Set options of task and model. Raises `UserError` for one that the model does not have."""
+    with open_dict(configuration):
+        configuration.task.data = changed.pop("data")
+        for name, value in changed.items():
+            if name not in configuration.model:
+                raise UserError(f"{path} has no experts of this package; leave {name} out")
+            configuration.model[name] = value

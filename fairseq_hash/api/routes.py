@@ -1,0 +1,120 @@
+"""Which experts serve which token, as tables."""
+
+from typing import Any
+
+import pandas as pd
+import torch
+from fairseq.data import Dictionary
+from torch import Tensor, nn
+
+from fairseq_hash.decoder import Place
+from fairseq_hash.dispatch import DispatchPlan
+from fairseq_hash.hashing.features import OF_TOKENS
+from fairseq_hash.layer import RoutingContext, SparseLayer
+from fairseq_hash.routers import Assignment
+
+COLUMNS = ("position", "token", "layer", "router", "choice", "expert", "weight", "dropped")
+# A layer's decision for one forward pass.
+Decision = tuple[RoutingContext, Assignment, DispatchPlan]
+
+
+def sparse_layers(model: nn.Module) -> list[tuple[Place, SparseLayer]]:
+    """Return the sparse layers of a model and where they stand, in their order; none of a dense model."""
+    places = getattr(model.decoder, "places", {})
+    layers = [module for module in model.decoder.modules() if isinstance(module, SparseLayer)]
+    return list(zip(places.values(), layers, strict=True))
+
+
+class Watch:
+    """In its context, `decisions` fills with what each sparse layer decides: for each layer a list, one a forward pass.
+
+    Each router is asked once more with the layer's own input; in evaluation it answers the same.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Watch the sparse layers of a model that is in evaluation."""
+        self.layers = sparse_layers(model)
+        self.decisions: dict[int, list[Decision]] = {place.number: [] for place, _ in self.layers}
+
+    def __enter__(self) -> "Watch":
+        self._hooks = [
+            layer.register_forward_pre_hook(self._keeper(self.decisions[place.number])) for place, layer in self.layers
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    @staticmethod
+    def _keeper(decisions: list[Decision]) -> Any:
+        def keep(layer: SparseLayer, inputs: tuple[Tensor, RoutingContext]) -> None:
+            x_LBD, context = inputs
+            assignment, plan, _ = layer.route(context.drop_padding(x_LBD), context)
+            decisions.append((context, assignment, plan))
+
+        return keep
+
+
+@torch.no_grad()
+def route(model: nn.Module, token_BL: Tensor, dictionary: Dictionary) -> pd.DataFrame:
+    """Return the routes of one sequence of token ids `[1, L]`, by position, then layer: see `LanguageModel.routes`."""
+    with Watch(model) as watch:
+        model(token_BL)
+    tables = []
+    for place, layer in watch.layers:
+        (decision,) = watch.decisions[place.number]
+        tables.append(_of_layer(place, layer.segments, decision, token_BL[0], dictionary))
+    if not tables:
+        return pd.DataFrame({name: [] for name in COLUMNS})
+    return pd.concat(tables).sort_values(["position", "layer", "choice"], kind="stable", ignore_index=True)
+
+
+def _of_layer(place: Place, segments: int, decision: Decision, token_L: Tensor, dictionary: Dictionary) -> pd.DataFrame:
+    context, assignment, plan = decision
+    tokens, choices = assignment.expert_TK.shape
+    position_T = torch.arange(len(token_L)) if context.place_T is None else context.place_T.cpu()
+    position_C = position_T.repeat_interleave(choices)
+    expert_TK, weight_TK = assignment.expert_TK, assignment.weight_TK
+    if segments > 1:  # of MultiHash, an expert has a group of rows for each segment
+        expert_TK = expert_TK // segments
+    dropped_C = torch.ones(tokens * choices, dtype=torch.bool)
+    dropped_C[plan.choice_R.cpu()] = False
+    token_C = token_L.cpu()[position_C].tolist()
+    return pd.DataFrame(
+        {
+            "position": position_C.numpy(),
+            "token": [dictionary[token] for token in token_C],
+            "layer": place.number,
+            "router": place.router,
+            "choice": torch.arange(choices).repeat(tokens).numpy(),
+            "expert": expert_TK.flatten().cpu().numpy(),
+            "weight": 1.0 if weight_TK is None else weight_TK.float().flatten().cpu().numpy().astype(float),
+            "dropped": dropped_C.numpy(),
+        }
+    )
+
+
+def hash_tables(model: nn.Module, dictionary: Dictionary) -> dict[int, pd.DataFrame]:
+    """Return the table of each hash layer: see `LanguageModel.tables`."""
+    made = {}
+    for place, _ in sparse_layers(model):
+        if place.hash_route is not None:
+            made[place.number] = _table(model.decoder.hash_tables[place.hash_route], dictionary)
+    return made
+
+
+def _table(table: Any, dictionary: Dictionary) -> pd.DataFrame:
+    expert_HK = table.expert.cpu()
+    rows, choices = expert_HK.shape
+    names: list[str | None] = [None] * rows
+    if table.feature.name in (*OF_TOKENS, "word"):  # rows behind the dictionary's are of spread tokens, or of words
+        names[: len(dictionary)] = dictionary.symbols
+    return pd.DataFrame(
+        {
+            "row": torch.arange(rows).repeat_interleave(choices).numpy(),
+            "token": [name for name in names for _ in range(choices)],
+            "choice": torch.arange(choices).repeat(rows).numpy(),
+            "expert": expert_HK.flatten().numpy(),
+        }
+    )

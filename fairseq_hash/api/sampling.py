@@ -1,0 +1,137 @@
+"""Text that a model goes on with, by fairseq's own generator."""
+
+import math
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from fairseq.sequence_generator import SequenceGenerator
+from fairseq.tasks.language_modeling import LanguageModelingTask
+from torch import Tensor, nn
+
+from fairseq_hash.errors import UserError
+
+DEFAULT_LENGTH = 50
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to go on from a text. Without `beam`, each next token is drawn.
+
+    Attributes:
+        length: the most tokens to add, 1 or more; None: 50, or as many as the model has room for.
+        number: how many samples, 1 or more.
+        temperature: divides the logits, above 0: under 1 for the probable, over 1 for the improbable.
+        top_k: draw among the K most probable tokens.
+        top_p: draw among the fewest most probable tokens that together reach this probability, above 0 and up to 1
+            (Holtzman et al. 2019).
+        beam: search with so many beams instead of drawing, `number` or more; 1 always takes the most probable token.
+        seed: of what is drawn, 0 or more.
+
+    Raises:
+        UserError: for a value out of range, or two that do not go together.
+    """
+
+    length: "int | None" = None
+    number: int = 1
+    temperature: float = 1.0
+    top_k: "int | None" = None
+    top_p: "float | None" = None
+    beam: "int | None" = None
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("length", 1), ("number", 1), ("top_k", 1), ("beam", self.number), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                reason = ", as many as samples" if name == "beam" and least > 1 else ""
+                raise UserError(f"{_option(name)} {value} is out of range; give {least} or more{reason}")
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"--temperature {self.temperature} is out of range; give a number above 0")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p {self.top_p} is out of range; give a number above 0, up to 1")
+        chosen = [name for name in ("top_k", "top_p", "beam") if getattr(self, name) is not None]
+        if len(chosen) > 1:
+            raise UserError(f"{' and '.join(map(_option, chosen))} do not go together; use one of them")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text and what a model went on with.
+
+    Attributes:
+        text: all of it, without the end of the line.
+        tokens: int64 `[L]`, the text's token ids, on the CPU.
+        given: how many of them the model was given.
+        log_probabilities: fp32 `[L - given]`, of each token that was added, in nats, at the sampling's temperature.
+    """
+
+    text: str
+    tokens: Tensor
+    given: int
+    log_probabilities: Tensor
+
+
+class _Generator(SequenceGenerator):
+    """fairseq's generator, to which the given text is certain.
+
+    Upstream: the tokens of a prefix keep their own log-probabilities. Where one is so improbable that its probability
+    is 0 in fp32, as at a low temperature, drawing stops with "invalid multinomial distribution".
+    """
+
+    def _prefix_tokens(
+        self, step: int, lprobs: Tensor, scores: Tensor, tokens: Tensor, prefix_tokens: Tensor, beam_size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        lprobs, tokens, scores = super()._prefix_tokens(step, lprobs, scores, tokens, prefix_tokens, beam_size)
+        given_B1 = prefix_tokens[:, step].repeat_interleave(beam_size).unsqueeze(1)
+        return lprobs.scatter(1, given_B1, 0.0), tokens, scores
+
+
+def sample(
+    model: nn.Module,
+    task: LanguageModelingTask,
+    read_BL: Tensor,
+    sampling: Sampling,
+    detokenize: Callable[[Tensor], str],
+) -> list[Sample]:
+    """Return samples for what a model reads, `[1, given + 1]` with the start symbol: see `LanguageModel.sample`."""
+    given = read_BL.shape[1] - 1
+    eos, size = task.target_dictionary.eos(), len(task.target_dictionary)
+    if (read_BL[0, 1:] == eos).any():
+        raise UserError("the text has several lines, and fairseq's generator stops where a line ends; give one line")
+    for name, most in (("number", size - 1), ("beam", size - 1), ("top_k", size)):
+        value = getattr(sampling, name)
+        if value is not None and value > most:
+            raise UserError(f"{_option(name)} {value} is out of range; give at most {most}: so few symbols are there")
+    room = model.max_positions() - 1 - given
+    length = min(DEFAULT_LENGTH, room) if sampling.length is None else sampling.length
+    if room < 1 or length > room:
+        raise UserError(
+            f"the model reads {model.max_positions():,} tokens at once: behind {given:,} of the text there is room for "
+            f"{max(room, 0):,} more, not {max(length, 1):,}; give a shorter text or --length"
+        )
+    options = Namespace(
+        sampling=sampling.beam is None,
+        sampling_topk=sampling.top_k or -1,
+        sampling_topp=sampling.top_p or -1.0,
+        temperature=sampling.temperature,
+        beam=sampling.beam or sampling.number,
+        max_len_a=0,
+        max_len_b=given + length,
+    )
+    generator = task.build_generator([model], options, seq_gen_cls=_Generator)
+    devices = [read_BL.device] if read_BL.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        torch.manual_seed(sampling.seed)
+        (found,) = task.inference_step(generator, [model], {"net_input": {"src_tokens": read_BL}})
+    return [_sample(one, given, detokenize) for one in found[: sampling.number]]
+
+
+def _sample(found: dict[str, Tensor], given: int, detokenize: Callable[[Tensor], str]) -> Sample:
+    tokens, scores = found["tokens"][:-1].cpu(), found["positional_scores"][:-1].cpu()  # without the end of the line
+    return Sample(detokenize(tokens), tokens, given, scores[given:])

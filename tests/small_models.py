@@ -1,0 +1,70 @@
+"""Small trained models for the tests of what looks at models: each trained by fairseq's trainer in this process."""
+
+import functools
+import tempfile
+from pathlib import Path
+
+import recorded
+from fairseq import checkpoint_utils
+
+import fairseq_hash
+
+LAYERS = ("--sparse-layers", "0,1", "--num-experts", "4")
+# Every way in which a token finds its experts.
+OPTIONS = {
+    "hash": ("--router", "hash", *LAYERS),
+    "per layer": ("--router", "hash", "--hash-per-layer", *LAYERS),
+    "bigram": (
+        "--router",
+        "hash",
+        "--hash-feature",
+        "bigram",
+        "--hash-table",
+        "random",
+        "--hash-buckets",
+        "50",
+        *LAYERS,
+    ),
+    "history": (
+        "--router",
+        "hash",
+        "--hash-feature",
+        "history",
+        "--hash-length",
+        "2",
+        "--hash-table",
+        "random",
+        *LAYERS,
+    ),
+    "position": ("--router", "hash", "--hash-feature", "position", "--hash-table", "random", *LAYERS),
+    "multi": ("--router", "hash", "--multi-hash", "2", *LAYERS),
+    "several": ("--router", "hash", "--experts-per-token", "2", *LAYERS),
+    "learned": ("--router", "hash", "--experts-per-token", "2", "--hash-weights", "learned", *LAYERS),
+    "switch": ("--router", "switch", *LAYERS),
+    "base": ("--router", "base", *LAYERS),
+    "insert": ("--router", "base", "--sparse-placement", "insert", "--expert-sublayers", "2", *LAYERS),
+    "mixed": ("--router", "hash,switch", *LAYERS),
+    "none": (),
+}
+
+
+def train(data, folder, *options, updates=3):
+    """Train a small model and return its checkpoint."""
+    words = ("--max-tokens", "128", "--save-dir", str(folder), *map(str, options))
+    trainer, iterator = recorded.make_trainer(data, words)
+    recorded.run(trainer, iterator, updates)
+    checkpoint_utils.save_checkpoint(trainer.cfg.checkpoint, trainer, iterator, 1.0)
+    return Path(folder) / "checkpoint_last.pt"
+
+
+@functools.cache
+def checkpoint(data, name):
+    """Return the checkpoint of a kind of `OPTIONS`, trained once."""
+    folder = tempfile.mkdtemp(prefix=f"a {name} model ", dir=Path(data).parent)
+    return train(data, folder, "--lr", "0.05", *OPTIONS[name])
+
+
+@functools.cache
+def loaded(data, name):
+    """Return the model of a kind of `OPTIONS`."""
+    return fairseq_hash.load(checkpoint(data, name))

@@ -183,6 +183,17 @@ class LanguageModel:
         """
         return route(self.model, self.read(text), self.dictionary)
 
+    def routes_read(self, read: Tensor, position: int = 0) -> pd.DataFrame:
+        """Return `routes` of a block of a longer text: token ids `[L]` as they are read, without a start symbol.
+
+        Args:
+            read: int64 `[L]`, 1 to `max_tokens` + 1 ids.
+            position: of the first one in the text.
+        """
+        table = route(self.model, read.unsqueeze(0).to(self.device), self.dictionary)
+        table["position"] += position
+        return table
+
     def sample(self, text: "Text | None" = None, sampling: "Sampling | None" = None, **options: Any) -> list[Sample]:
         """Go on from a text, or from the start of a line, by fairseq's generator.
 

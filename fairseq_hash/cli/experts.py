@@ -1,0 +1,138 @@
+"""`fairseq-hash experts`: which experts serve the tokens of a text."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from fairseq_hash.cli.sample import add_model
+from fairseq_hash.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fairseq_hash.api import LanguageModel
+
+SEPARATORS = {".tsv": "\t", ".csv": ","}
+EXAMPLES = 8
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the verb `experts`."""
+    parser = subparsers.add_parser(
+        "experts",
+        description="Show which experts serve the tokens of a text: one line for each token, sparse layer and expert, "
+        "with tabs between the columns. A long text is cut into blocks as evaluation cuts it.",
+    )
+    add = parser.add_argument
+    add_model(parser)
+    add("text", metavar="TEXT", help="file of text, UTF-8; - reads standard input")
+    add("--summary", action="store_true", help="one line for each layer and expert: tokens, share, frequent tokens")
+    add("--tokens-per-sample", type=int, metavar="N", help="tokens of a block (default: those of the training)")
+    add("--out", type=Path, metavar="FILE", help="write to FILE.tsv or FILE.csv instead")
+    add("--overwrite", action="store_true", help="replace FILE")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Read, load, route, write."""
+    from fairseq_hash.tables.files import check_out, write_whole
+
+    out = arguments.out
+    if out is not None:
+        if out.suffix not in SEPARATORS:
+            raise UserError(f"--out {out} is of no known kind; give a name that ends in {' or '.join(SEPARATORS)}")
+        check_out(out, arguments.overwrite)
+    text = read_text(arguments.text)
+
+    from fairseq_hash.api import load
+
+    model = load(arguments.checkpoint, arguments.data, arguments.sentencepiece, arguments.device, arguments.map_experts)
+    if not model.num_experts:
+        raise UserError(f"{arguments.checkpoint} has no experts; give a checkpoint of a model with --sparse-layers")
+    blocks = blocks_of(model, text, arguments.tokens_per_sample)
+    tables = iter([summary(model, blocks)]) if arguments.summary else blocks
+    if out is None:
+        _to_standard_output(lambda file: write_tables(tables, file, "\t"))
+        return
+
+    def write(partial: Path) -> None:
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            write_tables(tables, file, SEPARATORS[out.suffix])
+
+    write_whole(out, write)
+    print(f"wrote {out}")
+
+
+def read_text(name: str) -> str:
+    """Return the text of a file, or of standard input.
+
+    Raises:
+        UserError: where it cannot be read, is not UTF-8, or has no word.
+    """
+    try:
+        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        text = content.decode("utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{name} cannot be read ({error.strerror}); give a file of text, or - for standard input"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 (byte {error.start:,}); give a file of text") from None
+    if not text.strip():
+        raise UserError(f"{'standard input' if name == '-' else name} is empty; give some text")
+    return text
+
+
+def blocks_of(model: "LanguageModel", text: str, length: "int | None") -> "Iterator[pd.DataFrame]":
+    """Return the routes of a text, block by block; positions are those of the whole text.
+
+    What the model reads is cut into blocks, as `fairseq-eval-lm` cuts it: a block knows nothing of the one before.
+
+    Raises:
+        UserError: where the length of a block is out of range.
+    """
+    import torch
+
+    most = model.max_tokens + 1
+    if length is None:
+        length = min(model.task.args.tokens_per_sample or most, most)
+    if not 1 <= length <= most:
+        raise UserError(
+            f"--tokens-per-sample {length} is out of range; give 1 to {most:,}, which the model reads at once"
+        )
+    read = torch.cat([torch.tensor([model.start]), model.tokenize(text)])
+    return (model.routes_read(read[at : at + length], at) for at in range(0, len(read), length))
+
+
+def summary(model: "LanguageModel", blocks: "Iterator[pd.DataFrame]") -> "pd.DataFrame":
+    """Return tokens, share and most frequent tokens of each expert in each layer; experts without tokens, too."""
+    import pandas as pd
+
+    counts = pd.concat([block.groupby(["layer", "router", "expert", "token"]).size() for block in blocks])
+    counts = counts.groupby(level=[0, 1, 2, 3]).sum().rename("tokens").reset_index()
+    lines = []
+    for (layer, router), of_layer in counts.groupby(["layer", "router"]):
+        for expert in range(model.num_experts):
+            served = of_layer[of_layer["expert"] == expert].sort_values("tokens", ascending=False, kind="stable")
+            tokens = int(served["tokens"].sum())
+            examples = " ".join(served["token"].head(EXAMPLES))
+            lines.append((layer, router, expert, tokens, tokens / of_layer["tokens"].sum(), examples))
+    return pd.DataFrame(lines, columns=["layer", "router", "expert", "tokens", "share", "examples"])
+
+
+def write_tables(tables: "Iterator[pd.DataFrame]", file: TextIO, separator: str) -> None:
+    """Write tables below each other, under one line of names."""
+    for number, table in enumerate(tables):
+        table.to_csv(file, sep=separator, index=False, header=number == 0, float_format="%.6g", lineterminator="\n")
+
+
+def _to_standard_output(write: Callable[[TextIO], None]) -> None:
+    """Write to standard output, as long as somebody reads it: `| head` is no error."""
+    try:
+        write(sys.stdout)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end

@@ -1,0 +1,92 @@
+"""`fairseq-hash sample`: what a model goes on with, and which expert served each token."""
+
+import argparse
+from pathlib import Path
+
+from fairseq_hash.errors import UserError
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the verb `sample`."""
+    parser = subparsers.add_parser(
+        "sample",
+        description="Go on from TEXT by fairseq's generator. Each next token is drawn, unless --beam says otherwise.",
+    )
+    add = parser.add_argument
+    add_model(parser)
+    add("text", nargs="?", metavar="TEXT", help="one line to go on from (default: begin a line)")
+    add(
+        "--length",
+        type=int,
+        metavar="N",
+        help="the most tokens to add, 1 or more (default: 50, or what there is room for)",
+    )
+    add("--number", type=int, default=1, metavar="N", help="samples, 1 or more (default: 1)")
+    add("--temperature", type=float, default=1.0, metavar="T", help="divides the logits, above 0 (default: 1)")
+    add("--top-k", type=int, metavar="K", help="draw among the K most probable tokens")
+    add("--top-p", type=float, metavar="P", help="draw among the most probable tokens that reach P together, up to 1")
+    add(
+        "--beam", type=int, metavar="N", help="search with N beams, --number or more; 1: always the most probable token"
+    )
+    add("--seed", type=int, default=1, help="of what is drawn, 0 or more (default: 1)")
+    add("--show-experts", action="store_true", help="also show which expert served each token, for each sparse layer")
+    add("--html", type=Path, metavar="FILE", help="also write a page that shows the experts; replaces FILE")
+    parser.set_defaults(run=run)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add which checkpoint to load, and how."""
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CKPT", help="checkpoint of a language model")
+    add("--data", type=Path, metavar="DIR", help="folder of its dict.txt (default: that of its training, or its own)")
+    add("--sentencepiece", type=Path, metavar="FILE", help="its SentencePiece model (default: beside dict.txt)")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    add("--map-experts", action="store_true", help="leave the experts in the checkpoint's files: for large models")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Load, sample, show."""
+    if arguments.text is not None and not arguments.text.strip():
+        raise UserError("TEXT is empty; give some words, or leave it out to begin a line")
+    check_html(arguments.html)
+
+    from rich.console import Console
+    from rich.text import Text
+
+    from fairseq_hash.api import load
+    from fairseq_hash.api.routed_text import by_layer, page, print_text
+    from fairseq_hash.api.sampling import Sampling
+    from fairseq_hash.tables.files import write_whole
+
+    names = ("length", "number", "temperature", "top_k", "top_p", "beam", "seed")
+    sampling = Sampling(**{name: getattr(arguments, name) for name in names})
+    model = load(arguments.checkpoint, arguments.data, arguments.sentencepiece, arguments.device, arguments.map_experts)
+    shows = arguments.show_experts or arguments.html is not None
+    if shows and not model.num_experts:
+        raise UserError(f"{arguments.checkpoint} has no experts to show; leave out --show-experts and --html")
+    samples = model.sample(arguments.text, sampling)
+    console = Console(highlight=False, soft_wrap=True)
+    pages = []
+    for number, sample in enumerate(samples):
+        if number:
+            console.print()
+        console.print(Text(sample.text))
+        if not shows:
+            continue
+        routes = model.routes(sample.tokens)
+        pages.append((routes, sample.given))
+        if arguments.show_experts:
+            for layer, router, tokens in by_layer(routes, sample.given):
+                console.print(f"layer {layer}, {router}", style="bold")
+                print_text(console, tokens)
+    if arguments.html is not None:
+        title = f"Experts of {arguments.checkpoint.name}"
+        html = page(title, f"{arguments.checkpoint}, seed {arguments.seed}", pages)
+        write_whole(arguments.html, lambda partial: partial.write_text(html, encoding="utf-8"))
+        console.print(Text(f"wrote {arguments.html}"))
+
+
+def check_html(path: "Path | None") -> None:
+    """Raise `UserError` where a page cannot be written."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise UserError(f"--html {path} cannot be written; give a file in a folder that exists")

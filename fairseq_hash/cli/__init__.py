@@ -16,6 +16,7 @@ VERBS = {
     "evaluate": "evaluate trained runs by fairseq-eval-lm, each with its own data, context and device",
     "ngrams": "perplexity of n-gram models on the same tokens, to compare language models with",
     "checkpoint": "show, verify, merge, split and average checkpoints",
+    "export": "write a model for Hugging Face transformers",
     "sample": "let a model go on from a text, and show which expert served each token",
     "experts": "which experts serve the tokens of a text, as a table",
     "report": "compare runs: tables, learning curves, perplexity by experts, expert loads, and a page with all of it",

@@ -1,0 +1,58 @@
+"""`fairseq-hash export`: a model for other libraries."""
+
+import argparse
+import re
+from pathlib import Path
+
+from fairseq_hash.errors import UserError
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the verb `export`."""
+    export = subparsers.add_parser(
+        "export",
+        help="write a model for Hugging Face transformers",
+        description="Write a folder that transformers loads (trust_remote_code=True): weights as safetensors, one file "
+        "of plain PyTorch, the tokenizer and a model card. It needs neither fairseq nor fairseq_hash.",
+    )
+    export.add_argument("checkpoint", type=Path, metavar="CKPT", help="main file, such as checkpoint_best.pt")
+    export.add_argument("--to", choices=("hf",), required=True, help="for which library: hf (transformers)")
+    export.add_argument("out", type=Path, metavar="DIR", help="folder to write, which must not exist")
+    export.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder with dict.txt and, for pieces, sentencepiece.model (default: that of the training)",
+    )
+    export.add_argument(
+        "--sentencepiece",
+        type=Path,
+        metavar="FILE",
+        help="SentencePiece model (default: sentencepiece.model beside dict.txt)",
+    )
+    export.add_argument(
+        "--shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="of one file of weights at most: bytes, or a number with KB, MB or GB (powers of 1000; default: 5GB)",
+    )
+    export.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Export, and say what was written."""
+    from fairseq_hash.export.hf import export
+
+    shard_size = bytes_of(arguments.shard_size)
+    export(arguments.checkpoint, arguments.out, arguments.data, arguments.sentencepiece, shard_size)
+    print(f"wrote {arguments.out}")
+
+
+def bytes_of(size: str) -> int:
+    """Return how many bytes a size is; raise `UserError` where it is none."""
+    found = re.fullmatch(r"(\d+)\s*([KMG]B|)", size.strip().upper())
+    if found is None or int(found[1]) == 0:
+        raise UserError(f"--shard-size {size} is no size; give bytes, or a number with KB, MB or GB, such as 5GB")
+    return int(found[1]) * UNITS[found[2]]

@@ -1,0 +1,156 @@
+"""What a checkpoint is, in the terms of `config.json`; what cannot be exported is refused here."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fairseq_hash.checkpoint.facts import model_options
+from fairseq_hash.checkpoint.layout import EXPERT
+from fairseq_hash.errors import UserError
+from fairseq_hash.export.tensors import Value
+from fairseq_hash.options import SparseOptions
+
+MODELING, TOKENIZATION = "modeling_fairseq_hash", "tokenization_fairseq_hash"
+ACTIVATIONS = {"gelu_fast": "gelu_accurate"}  # older names
+ACTIVATIONS.update({name: name for name in ("relu", "gelu", "gelu_accurate", "tanh", "linear")})
+# Parts of fairseq's decoder that the exported model does not have: options, and what they are when they are off.
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "adaptive_softmax_cutoff": (None,),
+    "adaptive_input": (False,),
+    "character_embeddings": (False,),
+    "base_layers": (0, None),
+    "decoder_layers_to_keep": (None, ""),
+    "quant_noise_pq": (0,),
+    "scale_fc": (False, None),
+    "scale_attn": (False, None),
+    "scale_heads": (False, None),
+    "scale_resids": (False, None),
+    "decoder_xformers_att_config": (None, ""),
+}
+# What is in a state beside the model's parameters and tables.
+LEFT_OUT = re.compile(
+    r"decoder\.(version|embed_positions\._float_tensor|hash_tables\.\d+\.dictionary_fingerprint)|.*\.hash_tables\._.*"
+)
+TABLE = re.compile(r"decoder\.hash_tables\.(\d+)\.(\w+)")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint's model, ready to be written.
+
+    Attributes:
+        config: of `config.json`, all but the tokens.
+        tensors: weights and tables by name; experts in shards are not read yet.
+        options: of the sparse layers.
+        is_oracle: whether it sees the token that it is to predict.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Value]
+    options: SparseOptions
+
+    @property
+    def is_oracle(self) -> bool:
+        """Whether it sees the token that it is to predict."""
+        return self.options.is_sparse and self.options.feature.is_oracle
+
+
+def model_of(path: object, state: Mapping[str, Any]) -> Model:
+    """Return the model in a checkpoint's state, as `read_checkpoint` returns it.
+
+    Raises:
+        UserError: where it is no language model, or one that the exported files cannot be.
+    """
+    given = model_options(state)
+    tensors = {name: value for name, value in state["model"].items() if not LEFT_OUT.fullmatch(name)}
+    if not given or "decoder_embed_dim" not in given or any(not name.startswith("decoder.") for name in tensors):
+        raise UserError(f"{path} is no language model of this package or of fairseq's transformer_lm; give such a one")
+    options = SparseOptions.from_config(given)
+    options.check()
+    _check_exportable(path, given, options)
+    if given.get("share_decoder_input_output_embed"):
+        tensors.pop("decoder.output_projection.weight", None)  # the embedding of tokens
+    config = {**_dense(given, tensors), **(_sparse(path, given, options, tensors) if options.is_sparse else {})}
+    return Model(config, tensors, options)
+
+
+def _check_exportable(path: object, given: Mapping[str, Any], options: SparseOptions) -> None:
+    for name, off in REFUSED.items():
+        value = given.get(name, off[0])
+        if value not in off:
+            raise UserError(
+                f"{path} was trained with --{name.replace('_', '-')} {value}, which the exported model does not have; "
+                "export a model without it"
+            )
+    if given.get("activation_fn", "relu") not in ACTIVATIONS:
+        raise UserError(
+            f"{path} was trained with --activation-fn {given['activation_fn']}; the exported model has "
+            f" {', '.join(ACTIVATIONS)}"
+        )
+    if options.is_sparse and options.hash_feature == "predicted":
+        raise UserError(
+            f"{path} was trained with --hash-feature predicted: its routes are what another model "
+            f"({options.hash_predictor}) predicts, and one folder holds one model; export a model with another feature"
+        )
+
+
+def _dense(given: Mapping[str, Any], tensors: Mapping[str, Value]) -> dict[str, Any]:
+    embedding = tensors["decoder.embed_tokens.weight"]
+    positions = "learned" if given.get("decoder_learned_pos") else "sinusoidal"
+    return {
+        "architectures": ["FairseqHashForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{MODELING}.FairseqHashConfig",
+            "AutoModelForCausalLM": f"{MODELING}.FairseqHashForCausalLM",
+        },
+        "model_type": "fairseq_hash",
+        "torch_dtype": str(embedding.dtype).removeprefix("torch."),
+        "vocab_size": len(embedding),
+        "hidden_size": given["decoder_embed_dim"],
+        "num_hidden_layers": given["decoder_layers"],
+        "num_attention_heads": given["decoder_attention_heads"],
+        "intermediate_size": given["decoder_ffn_embed_dim"],
+        "input_size": embedding.shape[1],
+        "output_size": given.get("decoder_output_dim") or given["decoder_embed_dim"],
+        "max_position_embeddings": given.get("max_target_positions") or given.get("tokens_per_sample") or 1024,
+        "positions": "none" if given.get("no_token_positional_embeddings") else positions,
+        "activation_function": ACTIVATIONS[given.get("activation_fn", "relu")],
+        "normalize_before": bool(given.get("decoder_normalize_before")),
+        "final_norm": "decoder.layer_norm.weight" in tensors,
+        "layernorm_embedding": bool(given.get("layernorm_embedding")),
+        "scale_embedding": not given.get("no_scale_embedding"),
+        "share_embeddings": bool(given.get("share_decoder_input_output_embed")),
+    }
+
+
+def _sparse(
+    path: object, given: Mapping[str, Any], options: SparseOptions, tensors: Mapping[str, Value]
+) -> dict[str, Any]:
+    tables: dict[int, dict[str, list[int]]] = {}
+    for name, value in tensors.items():
+        if found := TABLE.fullmatch(name):
+            tables.setdefault(int(found[1]), {})[found[2]] = list(value.shape)
+    places, hash_layers = [], 0
+    for layer, router in options.layer_routers(given["decoder_layers"]).items():
+        place: dict[str, Any] = {"layer": layer, "router": router}
+        if router == "hash":
+            place["table"] = hash_layers if options.has_table_per_layer else 0
+            hash_layers += 1
+            if place["table"] not in tables:
+                raise UserError(f"{path} has no hash table for layer {layer}; use another checkpoint")
+        places.append(place)
+    experts = next(len(value) for name, value in tensors.items() if EXPERT in name)
+    if experts != options.num_experts:
+        raise UserError(
+            f"{path} holds {experts} of {options.num_experts} experts, as --ddp-backend fully_sharded saves them; give "
+            "a checkpoint of all experts"
+        )
+    names = ("sparse_placement", "num_experts", "expert_form", "expert_sublayers", "swiglu_limit", "shared_expert")
+    names += ("eval_capacity_factor", "hash_feature", "hash_length", "multi_hash", "experts_per_token")
+    names += ("hash_weights", "hash_score", "hash_scale")
+    return {
+        **{name: getattr(options, name) for name in names},
+        "sparse_layers": places,
+        "tables": [tables[number] for number in sorted(tables)],
+    }

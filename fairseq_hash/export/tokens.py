@@ -1,0 +1,116 @@
+"""The dictionary and the SentencePiece model of a checkpoint: found, checked, and written for the tokenizer."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fairseq_hash.errors import UserError
+from fairseq_hash.export.config import TOKENIZATION
+from fairseq_hash.hashing import dictionary_fingerprint
+from fairseq_hash.tables.dictionary import read_dictionary
+
+DICTIONARY, PIECES = "dict.txt", "sentencepiece.model"  # in the folder of the data
+BEGIN = "\u2581"  # SentencePiece's mark of a word's beginning
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What text becomes ids by.
+
+    Attributes:
+        symbols: of fairseq's dictionary, in the order of their ids.
+        pieces: the SentencePiece model; None where tokens are what white space separates.
+        begin: the symbol that every sample begins with.
+    """
+
+    symbols: Sequence[str]
+    pieces: "Path | None"
+    begin: str
+
+    def write(self, folder: Path, max_length: int) -> None:
+        """Write what the tokenizer reads."""
+        (folder / "vocab.json").write_text(json.dumps(self.symbols, ensure_ascii=False, indent=0), encoding="utf-8")
+        if self.pieces is not None:
+            shutil.copyfile(self.pieces, folder / PIECES)
+        special = {"bos_token": self.begin, "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+        config = {
+            "auto_map": {"AutoTokenizer": [f"{TOKENIZATION}.FairseqHashTokenizer", None]},
+            "tokenizer_class": "FairseqHashTokenizer",
+            "model_max_length": max_length,
+            "padding_side": "left",  # as generation needs it
+            "split_special_tokens": True,
+            "clean_up_tokenization_spaces": False,
+            **special,
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=1) + "\n", encoding="utf-8")
+
+    @property
+    def config(self) -> dict[str, int]:
+        """What `config.json` and `generation_config.json` say of tokens."""
+        return {"bos_token_id": self.symbols.index(self.begin), "eos_token_id": 2, "pad_token_id": 1}
+
+
+def find_tokens(
+    path: Path,
+    state: Mapping[str, Any],
+    fingerprint: "str | None",
+    vocabulary: int,
+    data: "Path | None",
+    pieces: "Path | None",
+) -> Tokens:
+    """Return the tokens of a checkpoint.
+
+    Args:
+        path: the checkpoint.
+        state: what it holds, which says where the data of the training was.
+        fingerprint: of its dictionary; None where it does not say.
+        vocabulary: rows of its embedding.
+        data: the folder with dict.txt and, for pieces, sentencepiece.model; None for that of the training.
+        pieces: the SentencePiece model; None for that in the folder.
+
+    Raises:
+        UserError: where one of them is missing, or belongs to other data.
+    """
+    task = (state.get("cfg") or {}).get("task") or {}
+    where = data if data is not None else Path(str(task.get("data") or "").split(":")[0] or ".")
+    if not (where / DICTIONARY).is_file():
+        raise UserError(f"{where / DICTIONARY} does not exist; give the folder of the training's data by --data")
+    symbols, _ = read_dictionary(where / DICTIONARY)
+    if len(symbols) != vocabulary or fingerprint not in (None, dictionary_fingerprint(symbols)):
+        raise UserError(
+            f"{where / DICTIONARY} is not the dictionary that {path} was trained with; give the folder of the "
+            "training's data by --data"
+        )
+    if pieces is None and (where / PIECES).is_file():
+        pieces = where / PIECES
+    if pieces is not None:
+        _check_pieces(pieces, symbols)
+    elif any(symbol.startswith(BEGIN) for symbol in symbols):
+        raise UserError(
+            f"{where / DICTIONARY} has pieces of SentencePiece ({BEGIN}) and {where / PIECES} does not exist; give the "
+            "model by --sentencepiece"
+        )
+    return Tokens(symbols, pieces, "<s>" if task.get("add_bos_token") else "</s>")
+
+
+def _check_pieces(path: Path, symbols: Sequence[str]) -> None:
+    """Raise `UserError` where a file is no SentencePiece model, or one of another dictionary."""
+    import sentencepiece
+
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--sentencepiece {path} is no SentencePiece model ({type(error).__name__})") from error
+    known = {processor.id_to_piece(number) for number in range(processor.get_piece_size())}
+    # Characters that a model does not know are symbols all the same, unless it falls back to bytes.
+    own = [symbol for symbol in symbols[4:] if not symbol.startswith("madeupword")]
+    others = [symbol for symbol in own if symbol not in known]
+    if len(others) > len(own) / 10:
+        raise UserError(
+            f"{path} does not cut text into the symbols of the dictionary: {len(others)} of {len(own)} are none of its "
+            f"pieces, such as {others[0]!r}; give the model that the data was cut by"
+        )

@@ -1,6 +1,9 @@
 """Load a checkpoint to look at it: dictionary, tokenizer, model with all its experts."""
 
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +55,7 @@ def load(
     if sentencepiece is not None and not Path(sentencepiece).is_file():
         raise UserError(f"sentencepiece {sentencepiece} does not exist; give the model that the data was prepared with")
     try:
-        with loading_to_evaluate(), loading_weights_only():
+        with _quiet(), loading_to_evaluate(), loading_weights_only():
             state = read_checkpoint(path)
             configuration = configuration_of(state, path)
             folder = dictionary_folder(path, configuration.task.data, data)
@@ -73,6 +76,17 @@ def load(
     given = Path(sentencepiece) if sentencepiece is not None else None
     tokenizer = tokenizer_for(folder, given, task.source_dictionary)
     return LanguageModel(model.to(device).eval().requires_grad_(False), task, configuration, tokenizer)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what fairseq and the model tell of themselves: whoever looks at a model has asked something else."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.INFO))
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def check_device(device: "str | torch.device") -> torch.device:

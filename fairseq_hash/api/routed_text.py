@@ -58,7 +58,7 @@ class Token:
 
     @property
     def word(self) -> str:
-        """The symbol as it is read: SentencePiece's mark of a beginning is a space."""
+        """The symbol without SentencePiece's mark of a word's beginning."""
         return self.symbol.replace(BEGIN, " ").strip() or " "
 
     @property
@@ -100,15 +100,23 @@ def by_layer(routes: pd.DataFrame, given: int) -> Iterator[tuple[int, str, list[
         yield layer, router, tokens
 
 
+def spaced(tokens: Sequence[Token]) -> Iterator[tuple[str, Token]]:
+    """Yield each token behind the space that stands before it: pieces of a word follow each other without one."""
+    are_pieces = any(token.symbol.startswith(BEGIN) for token in tokens)
+    for place, token in enumerate(tokens):
+        begins = not are_pieces or token.symbol.startswith(BEGIN)
+        yield " " if place and begins else "", token
+
+
 def print_text(console: Any, tokens: Sequence[Token]) -> None:
     """Print tokens, each on its expert's colour with the expert's number behind it; what was given is underlined."""
     from rich.text import Text
 
     line = Text()
-    for token in tokens:
-        style = f"{INK} on {color(token.main)}" + (" underline" if token.given else "")
-        line.append(token.word, style)
-        line.append(f"/{token.label} ", "dim")
+    for space, token in spaced(tokens):
+        line.append(space)
+        line.append(token.word, f"{INK} on {color(token.main)}" + (" underline" if token.given else ""))
+        line.append(f"/{token.label}", "dim")
     console.print(line)
 
 
@@ -116,8 +124,8 @@ def page(title: str, subtitle: str, samples: Sequence[tuple[pd.DataFrame, int]])
     """Return a self-contained page of samples: of each its routes, and how many of its tokens were given."""
     body = [f"<h1>{escape(title)}</h1>", f'<p class="soft">{escape(subtitle)}</p>']
     body.append(
-        "<p>Each token stands on the colour of its expert, with the expert's number behind it (of the heaviest, where "
-        "there are several). What the model was given is underlined.</p>"
+        "<p>Each token stands on the colour of its expert, (of the heaviest, where there are "
+        "several), with their numbers behind it. What the model was given is underlined.</p>"
     )
     for number, (routes, given) in enumerate(samples, 1):
         body.append(f"<section><h2>Sample {number}</h2>")
@@ -135,11 +143,11 @@ def page(title: str, subtitle: str, samples: Sequence[tuple[pd.DataFrame, int]])
 
 def _text(tokens: Sequence[Token]) -> str:
     spans = [
-        f'<span class="token{" given" if token.given else ""}" style="background:{color(token.main)}" '
+        f'{space}<span class="token{" given" if token.given else ""}" style="background:{color(token.main)}" '
         f'title="{escape(token.description)}">{escape(token.word)}<sub>{token.label}</sub></span>'
-        for token in tokens
+        for space, token in spaced(tokens)
     ]
-    return f'<p class="text">{" ".join(spans)}</p>'
+    return f'<p class="text">{"".join(spans)}</p>'
 
 
 def _legend(tokens: Sequence[Token]) -> str:

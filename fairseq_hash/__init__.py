@@ -36,7 +36,9 @@ def register() -> None:
                 import_module(f"fairseq_hash.{name}")
     finally:
         logging.disable(disabled)
-    sys.modules["fairseq_hash.seams"].require_supported_fairseq()
+    seams = sys.modules["fairseq_hash.seams"]
+    seams.require_supported_fairseq()
+    seams.ignore_warnings()
 
 
 def __getattr__(name: str) -> Any:

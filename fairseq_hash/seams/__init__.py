@@ -7,6 +7,7 @@ from fairseq_hash.seams import (
     distributed,
     half_precision,
     sharded,
+    start,
     stopping,
     sweeps,
     training,
@@ -20,6 +21,7 @@ from fairseq_hash.seams.building import (
 from fairseq_hash.seams.distributed import let_gloo_finish
 from fairseq_hash.seams.evaluation import name_oracle
 from fairseq_hash.seams.override import one_line_errors
+from fairseq_hash.seams.start import ignore_warnings
 
 __all__ = [
     "allow_bf16_without_tpu",
@@ -27,6 +29,7 @@ __all__ = [
     "configuration",
     "distributed",
     "half_precision",
+    "ignore_warnings",
     "language_model_decoder",
     "let_gloo_finish",
     "name_oracle",
@@ -34,6 +37,7 @@ __all__ = [
     "require_supported_fairseq",
     "set_architecture",
     "sharded",
+    "start",
     "stopping",
     "sweeps",
     "training",

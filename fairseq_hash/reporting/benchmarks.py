@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from fairseq_hash.reporting import page, table
+from fairseq_hash.reporting.benchmarks_charts import bars_of_split, charts_by_experts, charts_by_tokens
 from fairseq_hash.reporting.benchmarks_files import PARTS, Benchmark, Row, load_benchmarks
 from fairseq_hash.reporting.benchmarks_plots import split_of_time, time_by_experts, time_by_tokens
 from fairseq_hash.reporting.plots import DARK, LIGHT
@@ -23,11 +24,26 @@ PROVENANCE = {
     **{"fairseq_hash": "fairseq_hash", "commit": "Commit", "python": "Python", "torch": "torch", "fairseq": "fairseq"},
     **{"processor": "Processor", "cores": "Usable cores", "gpus": "GPUs", "platform": "Platform", "date": "Date (UTC)"},
 }
-# The figures by their files, in the order of the page.
+# The figures by their files, in the order of the page: as a picture, and as HTML.
 FIGURES = {
-    "time_by_experts.png": (time_by_experts, "Time by the number of experts", "Time over that of dense."),
-    "time_by_tokens.png": (time_by_tokens, "Time by the number of tokens", "Time over that of dense."),
-    "split_of_time.png": (split_of_time, "Where the time goes", "The parts of a call, each as a share of their sum."),
+    "time_by_experts.png": (
+        time_by_experts,
+        charts_by_experts,
+        "Time by the number of experts",
+        "Time over that of dense: medians of the ratios within a round; below 1 is faster than dense.",
+    ),
+    "time_by_tokens.png": (
+        time_by_tokens,
+        charts_by_tokens,
+        "Time by the number of tokens",
+        "Time over that of dense, as above.",
+    ),
+    "split_of_time.png": (
+        split_of_time,
+        bars_of_split,
+        "Where the time goes",
+        "The parts of a call, each as a share of their sum; the milliseconds stand in the tables.",
+    ),
 }
 # What some rows have besides: heading, form and unit.
 FURTHER = {
@@ -138,17 +154,20 @@ def _markdown(benchmarks: Sequence[Benchmark], title: str, note: str) -> str:
 
 def _page(benchmarks: Sequence[Benchmark], title: str, note: str, figures: dict[str, list[bytes]]) -> str:
     parts = []
-    for name, (_, heading, caption) in FIGURES.items():
+    for name, (_, charts, heading, caption) in FIGURES.items():
         if name in figures:
-            parts.append(page.section(heading, page.figure(caption, caption, *figures[name])))
+            shown = page.paragraphs(caption), charts(benchmarks), page.figure(caption, caption, *figures[name])
+            parts.append(page.section(heading, *shown))
     for benchmark in benchmarks:
-        shown = [page.paragraphs(_settings(benchmark)), page.table(times(benchmark))]
+        shown = [page.paragraphs(_settings(benchmark)), page.table(times(benchmark), label=benchmark.name)]
         shown += [page.paragraphs(text) for text in benchmark.left_out]
         if len(parted := split(benchmark)):
-            shown.append(page.table(parted))
+            shown.append(page.table(parted, label=f"{benchmark.name}: where the time goes"))
         parts.append(page.section(benchmark.name, *shown))
     if note.strip():
         parts.append(page.section("What this shows and what not", page.paragraphs(note)))
     parts.append(page.section("How the columns are measured", page.paragraphs(COLUMNS)))
-    parts.append(page.section("Where this comes from", page.table(_provenance(benchmarks), words=True)))
+    parts.append(
+        page.section("Where this comes from", page.table(_provenance(benchmarks), words=True, label="Provenance"))
+    )
     return page.render(title, f"{len(benchmarks)} file{'s' if len(benchmarks) > 1 else ''}", parts)

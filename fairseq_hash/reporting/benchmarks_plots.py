@@ -37,17 +37,30 @@ class Panel:
         return lines
 
 
-def time_by_experts(benchmarks: Sequence[Benchmark], theme: Theme) -> "bytes | None":
-    """Draw time over dense's by the number of experts, a panel for each number of tokens; return a PNG.
-
-    Of a file with one number of experts the panels have one point a candidate.
-    """
+def panels_by_experts(benchmarks: Sequence[Benchmark]) -> list[Panel]:
+    """Return a panel for each number of tokens; where a file has one number of experts, with one point a candidate."""
     panels = []
     for benchmark in benchmarks:
         varies = len({row.experts for row in benchmark.rows}) > 1
         for (tokens, variant), rows in _grouped(benchmark, lambda row: (row.tokens, row.variant)).items():
             if not varies or len({row.experts for row in rows}) > 1:
                 panels.append(Panel(_title(benchmark, _tokens(tokens, variant), variant), rows))
+    return panels
+
+
+def panels_by_tokens(benchmarks: Sequence[Benchmark]) -> list[Panel]:
+    """Return a panel for each number of experts that has several numbers of tokens."""
+    panels = []
+    for benchmark in benchmarks:
+        for (experts, variant), rows in _grouped(benchmark, lambda row: (row.experts, row.variant)).items():
+            if len({row.tokens for row in rows}) > 1:
+                panels.append(Panel(_title(benchmark, f"{experts:,} experts", variant), rows))
+    return panels
+
+
+def time_by_experts(benchmarks: Sequence[Benchmark], theme: Theme) -> "bytes | None":
+    """Draw time over dense's by the number of experts, a panel for each number of tokens; return a PNG."""
+    panels = panels_by_experts(benchmarks)
     return _time(benchmarks, panels, lambda row: row.experts, "Experts in a layer", theme)
 
 
@@ -56,11 +69,7 @@ def time_by_tokens(benchmarks: Sequence[Benchmark], theme: Theme) -> "bytes | No
 
     Returns None where no file has several numbers of tokens.
     """
-    panels = []
-    for benchmark in benchmarks:
-        for (experts, variant), rows in _grouped(benchmark, lambda row: (row.experts, row.variant)).items():
-            if len({row.tokens for row in rows}) > 1:
-                panels.append(Panel(_title(benchmark, f"{experts:,} experts", variant), rows))
+    panels = panels_by_tokens(benchmarks)
     return _time(benchmarks, panels, lambda row: row.tokens, "Tokens of a call", theme)
 
 
@@ -69,10 +78,10 @@ def split_of_time(benchmarks: Sequence[Benchmark], theme: Theme) -> "bytes | Non
 
     A part below zero (a rest, where parts took longer alone) is not drawn. Returns None where no call was split.
     """
-    bars = [(benchmark, row) for benchmark in benchmarks for row in benchmark.rows if row.parts]
+    bars = bars_of(benchmarks)
     if not bars:
         return None
-    count, bars = len(bars), _some(bars, MOST_BARS)
+    count, bars = len(bars), some(bars, MOST_BARS)
     further = dict.fromkeys(part for _, row in bars for part in row.parts if part not in PARTS)
     with styled(theme):
         figure = Figure(figsize=(9, 1.5 + 0.34 * len(bars)), layout="constrained")
@@ -80,7 +89,7 @@ def split_of_time(benchmarks: Sequence[Benchmark], theme: Theme) -> "bytes | Non
         axes.grid(False)
         ends = np.zeros(len(bars))
         for index, part in enumerate((*PARTS, *further)):
-            shares = np.array([100 * max(row.parts.get(part, 0), 0) / _drawn(row) for _, row in bars])
+            shares = np.array([100 * max(row.parts.get(part, 0), 0) / drawn_sum(row) for _, row in bars])
             known = lightened(COLOURS[index % len(COLOURS)], theme)
             colour = known if part in PARTS else matplotlib.colors.to_rgb(theme.neutral)
             if shares.any():
@@ -99,12 +108,17 @@ def split_of_time(benchmarks: Sequence[Benchmark], theme: Theme) -> "bytes | Non
         return plots.png(figure)
 
 
+def bars_of(benchmarks: Sequence[Benchmark]) -> list[tuple[Benchmark, Row]]:
+    """Return the calls that were split, each with the file it is from."""
+    return [(benchmark, row) for benchmark in benchmarks for row in benchmark.rows if row.parts]
+
+
 def _time(
     benchmarks: Sequence[Benchmark], panels: list[Panel], size: Callable[[Row], int], label: str, theme: Theme
 ) -> "bytes | None":
     if not panels:
         return None
-    count, panels = len(panels), _some(panels, MOST_PANELS)
+    count, panels = len(panels), some(panels, MOST_PANELS)
     styles = _styles(benchmarks, theme)
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
@@ -175,11 +189,12 @@ def _title(benchmark: Benchmark, size: str, variant: str) -> str:
     return ", ".join([f"{benchmark.name}: {size}", *([variant] if variant else [])])
 
 
-def _drawn(row: Row) -> float:
+def drawn_sum(row: Row) -> float:
+    """Return the seconds of the parts that can be drawn."""
     return sum(max(value, 0) for value in row.parts.values())
 
 
-def _some(items: list[Any], count: int) -> list[Any]:
+def some(items: list[Any], count: int) -> list[Any]:
     """Return so many of the items, evenly from the first to the last."""
     if len(items) <= count:
         return items

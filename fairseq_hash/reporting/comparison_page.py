@@ -5,8 +5,12 @@ from collections.abc import Sequence
 import pandas as pd
 
 from fairseq_hash.reporting import page, table
+from fairseq_hash.reporting.charts import figures_of
 from fairseq_hash.reporting.comparison import COLUMNS, Comparison
+from fairseq_hash.reporting.curves import learning_charts
+from fairseq_hash.reporting.loads import load_charts, sorted_loads
 from fairseq_hash.reporting.runs import Run
+from fairseq_hash.reporting.scaling import scaling_charts
 
 # What a model's record says of the machine and the libraries, by its heading on the page.
 PROVENANCE = {
@@ -14,14 +18,19 @@ PROVENANCE = {
     **{"processor": "Processor", "cores": "Usable cores", "gpus": "GPUs", "platform": "Platform"},
     **{"dictionary_fingerprint": "Dictionary fingerprint", "table_fingerprint": "Hash table fingerprint"},
 }
-# The figures by their files, in the order of the page.
+# The figures by their files, in the order of the page: heading, caption, and the same as charts.
 FIGURES = {
-    "learning_curves.png": ("Learning curves", "Perplexity of the cross-entropy, every seed a line."),
+    "learning_curves.png": ("Learning curves", "Perplexity of the cross-entropy, every seed a line.", learning_charts),
     "perplexity_by_experts.png": (
         "Perplexity by the number of experts",
         "Models that differ in their number of experts only, beside dense ones.",
+        scaling_charts,
     ),
-    "expert_loads.png": ("Load of the experts", "Each expert's share of the tokens over the uniform share, sorted."),
+    "expert_loads.png": (
+        "Load of the experts",
+        "Each expert's share of the tokens over the uniform share, sorted. Hollow: validation at the end.",
+        load_charts,
+    ),
 }
 
 
@@ -30,31 +39,45 @@ def comparison_page(comparison: Comparison, figures: dict[str, list[bytes]]) -> 
 
     Args:
         comparison: what to show.
-        figures: each figure for light and for dark screens, by the name of its file.
+        figures: each figure for light and for dark screens, by the name of its file, for browsers without scripts.
     """
+    return page.render(comparison.title, subtitle(comparison.runs), sections(comparison, figures, comparison.models))
+
+
+def subtitle(runs: Sequence[Run]) -> str:
+    """Return how many runs these are, when their models were built and on what."""
+    dates = sorted(run.training.model["date"][:10] for run in runs)
+    dated = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    return f"{len(runs)} run{'s' if len(runs) > 1 else ''}, {dated}, on {_hardware(runs)}"
+
+
+def sections(comparison: Comparison, figures: dict[str, list[bytes]], learning: dict[str, list[Run]]) -> list[str]:
+    """Return the parts of the page under its heading; `learning` are the models whose learning curves are drawn."""
     of_models, runs = comparison.of_models, comparison.runs
     words = page.paragraphs(f"{comparison.caution}\n\n{comparison.legend}")
-    parts = [page.section("Results", page.table(table.for_readers(of_models)), words)]
+    parts = [page.section("Results", page.table(table.for_readers(of_models), label="Results"), words)]
     if comparison.reasons:
-        parts.append(page.section("Left out", page.table(comparison.left_out, words=True)))
+        parts.append(page.section("Left out", page.table(comparison.left_out, words=True, label="Runs left out")))
     if comparison.note.strip():
         parts.append(page.section("What this shows and what not", page.paragraphs(comparison.note)))
-    for name, (heading, caption) in FIGURES.items():
-        if name in figures:
-            parts.append(page.section(heading, page.figure(caption, caption, *figures[name])))
+    for name, (heading, caption, charts) in FIGURES.items():
+        drawn = charts(learning if charts is learning_charts else comparison.models)
+        if drawn:
+            pictures = page.figure(caption, caption, *figures[name]) if name in figures else ""
+            parts.append(page.section(heading, page.paragraphs(caption), figures_of(drawn), pictures))
     layers = table.layers_for_readers(of_models)
     if len(layers):
-        unlogged = "" if "expert_loads.png" in figures else "No figure: the runs did not log it (--log-expert-loads)."
-        parts.append(page.section("Sparse layers", page.paragraphs(unlogged), page.table(layers)))
+        has_loads = any(sorted_loads(runs) for runs in comparison.models.values())
+        unlogged = "" if has_loads else "No figure: the runs did not log it (--log-expert-loads)."
+        parts.append(
+            page.section("Sparse layers", page.paragraphs(unlogged), page.table(layers, label="Sparse layers"))
+        )
     parts.append(page.section("How the columns are measured", page.paragraphs(COLUMNS)))
-    parts.append(page.section("Where this comes from", page.table(_provenance(runs), words=True)))
+    parts.append(page.section("Where this comes from", page.table(_provenance(runs), words=True, label="Provenance")))
     commands = {run.folder: run.record["commands"] for run in runs if "commands" in run.record}
     if commands:
         parts.append(page.section("The exact commands", page.commands(commands)))
-    dates = sorted(run.training.model["date"][:10] for run in runs)
-    dated = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-    count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
-    return page.render(comparison.title, f"{count}, {dated}, on {_hardware(runs)}", parts)
+    return parts
 
 
 def _hardware(runs: Sequence[Run]) -> str:

@@ -1,4 +1,4 @@
-"""The figure of the learning curves."""
+"""The learning curves, as a figure and as charts of a page."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from fairseq_hash.reporting import plots
+from fairseq_hash.reporting.charts import Chart, Line
 from fairseq_hash.reporting.labels import Label, label_ends
-from fairseq_hash.reporting.plots import MARKERS, Theme, colours_of, is_dense, styled
+from fairseq_hash.reporting.plots import MARKERS, Theme, colours_of, is_dense, styled, styles_of
 from fairseq_hash.reporting.published import curve_of, is_comparable
 from fairseq_hash.reporting.runs import Run
 
@@ -58,6 +59,39 @@ def learning_curves(models: dict[str, list[Run]], theme: Theme) -> bytes:
             label_ends(axes, [_end_label(model, runs, scale, colours[model]) for model, runs in strong.items()])
         figure.text(0.005, -0.005, _key(with_training, len(models) - len(strong), bool(values)), va="top")
         return plots.png(figure)
+
+
+def learning_charts(models: dict[str, list[Run]]) -> list[Chart]:
+    """Return perplexity by updates and by wall-clock time; of many models without the training beside validations."""
+    with_training = len(models) <= MOST_WITH_TRAINING
+    low, high = _perplexity_range([_end_curve(run) for runs in models.values() for run in runs])
+    shown = {model: _published(runs, models) for model, runs in models.items()}
+    values = [perplexity for points in shown.values() for _, perplexity in points]
+    y_range = min([low, *(0.93 * value for value in values)]), max([high, *values])
+    last = {model: f"{np.mean([_end_curve(run)['ppl'][-1] for run in runs]):.1f}" for model, runs in models.items()}
+    charts = []
+    for title, scale, label in (
+        ("Perplexity by updates", "updates", "Updates"),
+        ("Perplexity by wall-clock time, validation included", "minutes", "Minutes"),
+    ):
+        lines = []
+        for model, (colour, dash) in styles_of(models).items():
+            for run in models[model]:
+                train, valid = _curves(run)
+                if with_training or not len(valid["ppl"]):
+                    style = "faint" if len(valid["ppl"]) else "strong"
+                    what = f"training, seed {run.seed}"
+                    lines.append(Line(model, what, train[scale], train["ppl"], colour, dash, style))
+                if len(valid["ppl"]):
+                    what = f"validation, seed {run.seed}"
+                    lines.append(Line(model, what, valid[scale], valid["ppl"], colour, dash))
+            if shown[model] and scale == "updates":
+                x, y = np.array(shown[model], dtype=float).T
+                lines.append(Line(model, "published, not measured here", x, y, colour, dash, "points"))
+        x_range = 0, 1.02 * max(float(line.x[-1]) for line in lines) or 1
+        y_label = "Perplexity per token (log scale)"
+        charts.append(Chart(title, label, y_label, lines, x_range, y_range, log_y=True, values=last))
+    return charts
 
 
 def labelled(models: dict[str, list[Run]]) -> list[str]:

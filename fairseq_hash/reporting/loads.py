@@ -1,4 +1,4 @@
-"""The figure of the experts' loads."""
+"""The experts' loads, as a figure and as charts of a page."""
 
 import textwrap
 from collections.abc import Sequence
@@ -9,12 +9,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fairseq_hash.reporting import plots
-from fairseq_hash.reporting.plots import Theme, colours_of, styled
+from fairseq_hash.reporting.charts import Chart, Line
+from fairseq_hash.reporting.plots import Theme, colours_of, styled, styles_of
 from fairseq_hash.reporting.runs import Run
 from fairseq_hash.reporting.table import last_validation, settled_intervals, sparse_layers
 
 # A wider or longer figure could not be read.
 COLUMNS, MOST_PANELS, MOST_LAYERS = 4, 24, 3
+MOST_CHARTS = 6
 TITLE_WIDTH = 34
 
 Loads = dict[int, tuple[np.ndarray, "np.ndarray | None"]]
@@ -26,7 +28,7 @@ def expert_loads(models: dict[str, list[Run]], theme: Theme) -> "bytes | None":
     Returns None where no run logged its experts' loads (`--log-expert-loads`). Seeds are averaged after sorting. Each
     layer begins a row; of many layers some are shown, from the first to the last.
     """
-    shown = {model: layers for model, runs in models.items() if (layers := _sorted_loads(runs))}
+    shown = {model: layers for model, runs in models.items() if (layers := sorted_loads(runs))}
     if not shown:
         return None
     every = sorted({layer for layers in shown.values() for layer in layers})
@@ -53,6 +55,26 @@ def expert_loads(models: dict[str, list[Run]], theme: Theme) -> "bytes | None":
         return plots.png(figure)
 
 
+def load_charts(models: dict[str, list[Run]]) -> list[Chart]:
+    """Return every expert's load, sorted, over the uniform share: one chart a layer, of many layers some."""
+    shown = {model: layers for model, runs in models.items() if (layers := sorted_loads(runs))}
+    styles = styles_of(models)
+    charts = []
+    for layer in _some(sorted({layer for layers in shown.values() for layer in layers}), MOST_CHARTS):
+        lines, largest = [], {}
+        for model, (train, valid) in ((model, layers[layer]) for model, layers in shown.items() if layer in layers):
+            largest[model] = f"largest {train[0]:.2f}"
+            rank = np.arange(1, len(train) + 1, dtype=float)
+            lines.append(Line(model, "training, mean over the run", rank, train, *styles[model]))
+            if valid is not None:
+                lines.append(Line(model, "validation at its end", rank, valid, *styles[model], "points"))
+        most, top = max(len(line.x) for line in lines), max(line.y.max() for line in lines)
+        labels = "Experts, by descending load", "Load / uniform share"
+        ranges = (0.5, most + 0.5), (0, 1.1 * float(top))
+        charts.append(Chart(f"Load of the experts, layer {layer}", *labels, lines, *ranges, values=largest))
+    return charts
+
+
 def _some(layers: Sequence[int], count: int) -> list[int]:
     """Return so many of the layers, evenly from the first to the last."""
     if len(layers) <= count:
@@ -66,7 +88,7 @@ def _rows(layer: int, shown: dict[str, Loads], columns: int) -> list[list[tuple[
     return [panels[start : start + columns] for start in range(0, len(panels), columns)]
 
 
-def _sorted_loads(runs: Sequence[Run]) -> Loads:
+def sorted_loads(runs: Sequence[Run]) -> Loads:
     """Return by layer the loads over the uniform share in training and validation, descending.
 
     Each log interval is sorted before the mean is taken: a learned router favours one expert after another, and a mean

@@ -1,47 +1,64 @@
-"""The page of a report: one HTML file with everything in it, for light and dark screens."""
+"""The page of a report: one HTML file with everything in it, for light and dark screens, with and without scripts."""
 
 import base64
+import functools
+import re
 import shlex
+import time
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.colors import to_hex
 
-from fairseq_hash.reporting.plots import DPI
+from fairseq_hash.reporting.plots import COLOURS, DARK, DPI, LIGHT, Theme, lightened
 
-STYLE = """
-:root { --paper: #ffffff; --ink: #1c2024; --soft: #5b6570; --line: #d5d9de; --band: #f4f6f8; --link: #0072b2 }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #15181c; --ink: #e4e7eb; --soft: #a4adb8; --line: #3a4149; --band: #1d2126; --link: #56b4e9 }
-}
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 74rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif; color-scheme: light dark }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .25rem }
-h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem }
-p, li { max-width: 46rem }
-.soft, figcaption { color: var(--soft); font-size: .9rem }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .4rem .7rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: bottom }
-th { font-weight: 600; line-height: 1.25 } td { white-space: nowrap }
-th:first-child, td:first-child, .words td, .words th { text-align: left }
-.words td { vertical-align: top; white-space: normal; overflow-wrap: anywhere }
-tbody tr:hover { background: var(--band) }
-figure { margin: 1rem 0 } img { max-width: 100%; height: auto; display: block }
-pre, code { font: .82rem/1.5 ui-monospace, "SF Mono", Consolas, "DejaVu Sans Mono", monospace }
-pre { background: var(--band); padding: .75rem 1rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere }
-summary { cursor: pointer; color: var(--link) }
-"""
+# No request leaves the page, whatever a name in it may say.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+HERE = Path(__file__).parent
+LONG = 40  # a name in letters, for which a column is kept wide
+# What a cell's number is worth in the unit that a column may mix with others.
+UNITS = {"s": 1, "min": 60, "h": 3600, "M": 1e6, "B": 1e9, "MB": 1e6, "GB": 1e9, "ms": 1e-3, "%": 0.01, "": 1}
+CELL = re.compile(r"(-?[\d,]+(?:\.\d+)?(?:e[+-]?\d+)?)\s?(%|[A-Za-z]*)(?: [±(].*)?")
 
 
-def render(title: str, subtitle: str, parts: Sequence[str]) -> str:
-    """Return the whole page: a heading and the parts, which are HTML."""
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    head += f"<title>{escape(title)}</title><style>{STYLE}</style>"
+def render(title: str, subtitle: str, parts: Sequence[str], reload_seconds: "float | None" = None) -> str:
+    """Return the whole page: a heading and the parts, which are HTML. A page that is kept current reloads itself."""
+    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+    head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    style = _colours() + _read("vendor/uPlot.min.css") + _read("assets/page.css")
+    head += f"<title>{escape(title)}</title><style>{style}</style>"
+    watched = ""
+    if reload_seconds is not None:
+        head += f'<noscript><meta http-equiv="refresh" content="{reload_seconds:g}"></noscript>'
+        watched = f' data-reload="{reload_seconds:g}" data-written="{time.time():.0f}"'
     body = f'<h1>{escape(title)}</h1><p class="soft">{escape(subtitle)}</p>' + "\n".join(parts)
-    return f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>\n{body}\n</body>\n</html>\n'
+    library = f"<script>/* uPlot\n{_read('vendor/LICENSE')}*/\n{_read('vendor/uPlot.iife.min.js')}</script>"
+    own = f"<script>{_read('assets/tables.js')}</script><script>{_read('assets/charts.js')}</script>"
+    page = f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>\n<main{watched}>\n{body}\n</main>\n'
+    return f"{page}{library}{own}\n</body>\n</html>\n"
+
+
+@functools.cache
+def _read(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")
+
+
+def _colours() -> str:
+    """Return the themes of the figures as the variables that style and scripts use."""
+    light, dark = (
+        "; ".join(f"--{name}: {colour}" for name, colour in colours_on_page(theme).items()) for theme in (LIGHT, DARK)
+    )
+    return f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
+
+
+def colours_on_page(theme: Theme) -> dict[str, str]:
+    """Return the colours of a page by the name of their variable."""
+    lines = {f"c{place}": to_hex(lightened(colour, theme)) for place, colour in enumerate(COLOURS)}
+    band, control = ("#f4f6f8", "#7b8591") if theme is LIGHT else ("#1d2126", "#7d8794")
+    own = {"paper": theme.paper, "ink": theme.ink, "soft": theme.neutral, "neutral": theme.neutral, "line": theme.faint}
+    return {**own, "band": band, "control": control, "link": lines["c0"], **lines}
 
 
 def section(heading: str, *parts: str) -> str:
@@ -54,17 +71,49 @@ def paragraphs(text: str) -> str:
     return "\n".join(f"<p>{escape(' '.join(part.split()))}</p>" for part in text.split("\n\n") if part.strip())
 
 
-def table(content: pd.DataFrame, words: bool = False) -> str:
-    """Return a table; `words` sets every column to the left."""
-    return f'<div class="wide{" words" if words else ""}">{content.to_html(index=False, border=0, escape=True)}</div>'
+def table(content: pd.DataFrame, words: bool = False, label: str = "Table") -> str:
+    """Return a table whose headings sort it, in a box that scrolls by itself.
+
+    Args:
+        content: cells of text.
+        words: whether every column is set to the left.
+        label: what a screen reader calls the box.
+    """
+    head = "".join(f'<th scope="col">{escape(str(name))}</th>' for name in content.columns)
+    columns = [[sort_value(str(cell)) for cell in content.iloc[:, column]] for column in range(content.shape[1])]
+    numbers = [any(isinstance(value, float) for value in column) and None not in column for column in columns]
+    rows = []
+    for place, cells in enumerate(content.to_numpy().tolist()):
+        shown = []
+        for column, cell in enumerate(cells):
+            value = f' data-sort="{columns[column][place]}"' if numbers[column] else ""
+            shown.append(f"<td{value}>{escape(str(cell))}</td>")
+        rows.append(f"<tr>{''.join(shown)}</tr>")
+    box = (
+        f'<div class="wide {"words" if words else "numbers"}" role="region" tabindex="0" aria-label="{escape(label)}">'
+    )
+    return f'{box}<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def sort_value(text: str) -> "float | str | None":
+    """Return what a cell is sorted by: its number in the smallest unit, "" where there is none to sort, None for words.
+
+    `98 s` stands before `12.5 min`; a spread or quartiles behind a number are no part of it.
+    """
+    if text.strip() in ("", "–", "nan", "inf"):
+        return ""
+    found = CELL.fullmatch(text.strip())
+    if not found or found[2] not in UNITS:
+        return None
+    return float(found[1].replace(",", "")) * UNITS[found[2]]
 
 
 def figure(alternative: str, caption: str, light: bytes, dark: bytes) -> str:
-    """Return a figure that follows the reader's light or dark screen."""
+    """Return a figure for browsers that run no scripts, for light and for dark screens."""
     sources = [f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in (light, dark)]
     picture = f'<picture><source media="(prefers-color-scheme: dark)" srcset="{sources[1]}">'
     picture += f'<img alt="{escape(alternative)}" width="{_width(light)}" src="{sources[0]}"></picture>'
-    return f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>"
+    return f"<noscript><figure>{picture}<figcaption>{escape(caption)}</figcaption></figure></noscript>"
 
 
 def _width(png: bytes) -> int:

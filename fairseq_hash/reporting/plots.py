@@ -1,6 +1,7 @@
 """How figures look, each drawn for a light and for a dark page."""
 
 import io
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from matplotlib.figure import Figure
 
 from fairseq_hash.reporting.runs import Run
 
-# Okabe and Ito's colours, told apart by colour-blind readers, then three of Tol's; the markers differ as well.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933", "#332288")
+# The order of Okabe and Ito's colours, each dark enough to be read as text on white (WCAG: 4.5 to 1); dashes or markers
+# differ as well, because no nine such colours are told apart by everybody.
+COLOURS = ("#0072B2", "#C24E00", "#007F5C", "#B5478B", "#8A6200", "#6B5BD2", "#882255", "#6B7000", "#332288")
 MARKERS = "osD^vPX"
 DPI = 144
 
@@ -30,7 +32,7 @@ class Theme:
 
 
 LIGHT = Theme(paper="#ffffff", ink="#1c2024", faint="#d5d9de", neutral="#5b6570", lighten=0.0)
-DARK = Theme(paper="#15181c", ink="#e4e7eb", faint="#3a4149", neutral="#a4adb8", lighten=0.3)
+DARK = Theme(paper="#15181c", ink="#e4e7eb", faint="#3a4149", neutral="#a4adb8", lighten=0.45)
 
 
 @contextmanager
@@ -62,6 +64,16 @@ def colours_of(models: dict[str, list[Run]], theme: Theme) -> dict[str, Any]:
         neutral = matplotlib.colors.to_rgb(theme.neutral)
         chosen[model] = neutral if is_dense(runs) else lightened(next(palette), theme)
     return chosen
+
+
+def styles_of(models: dict[str, list[Run]]) -> dict[str, tuple["int | None", int]]:
+    """Return each model's colour and dashes on a page: its place in the palette (None: neutral), and its number."""
+    numbers = {True: itertools.count(), False: itertools.count()}
+    styles = {}
+    for model, runs in models.items():
+        number = next(numbers[is_dense(runs)])
+        styles[model] = None if is_dense(runs) else number % len(COLOURS), number
+    return styles
 
 
 def lightened(colour: str, theme: Theme) -> tuple[float, ...]:

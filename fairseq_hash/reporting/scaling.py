@@ -1,4 +1,4 @@
-"""The figure of perplexity against the number of experts."""
+"""Perplexity against the number of experts, as a figure and as a chart of a page."""
 
 import math
 import re
@@ -6,11 +6,13 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from fairseq_hash.reporting import plots
+from fairseq_hash.reporting.charts import Chart, Line
 from fairseq_hash.reporting.labels import Label, label_ends
 from fairseq_hash.reporting.naming import router_name, told_apart
 from fairseq_hash.reporting.plots import COLOURS, MARKERS, Theme, is_dense, lightened, styled
@@ -40,8 +42,7 @@ def perplexity_by_experts(models: dict[str, list[Run]], theme: Theme) -> "bytes 
 
     Returns None where no two models differ in that only, or the runs were not evaluated.
     """
-    subset = _subset(models)
-    lines = {name: points for name, points in _lines(models, subset).items() if len(points) > 1} if subset else {}
+    subset, lines = _subset_and_lines(models)
     if not lines:
         return None
     dense = {name: _point(runs, subset) for name, runs in models.items() if is_dense(runs)}
@@ -71,6 +72,46 @@ def perplexity_by_experts(models: dict[str, list[Run]], theme: Theme) -> "bytes 
         published = any(point.published for points in [*lines.values(), dense.values()] for point in points)
         figure.text(0.005, -0.005, _key(published), va="top")
         return plots.png(figure)
+
+
+def scaling_charts(models: dict[str, list[Run]]) -> list[Chart]:
+    """Return the same as one chart of a page, none where there is no line."""
+    subset, points_by_line = _subset_and_lines(models)
+    if not points_by_line:
+        return []
+    counts = sorted({point.experts for points in points_by_line.values() for point in points})
+    lines, values, shown = [], [], {name: f"{points[-1].mean:.1f}" for name, points in points_by_line.items()}
+    for number, (name, points) in enumerate(points_by_line.items()):
+        x, y = (np.array([getattr(point, key) for point in points], dtype=float) for key in ("experts", "mean"))
+        spread = np.array([(min(point.perplexities), max(point.perplexities)) for point in points], dtype=float)
+        style = number % len(COLOURS), number
+        lines.append(Line(name, "mean over the seeds", x, y, *style, spread=spread))
+        known = [(point.experts, point.published.perplexity) for point in points if point.published]
+        if known:
+            lines.append(Line(name, "published, not measured here", *np.array(known, dtype=float).T, *style, "points"))
+        values += [*spread.flatten(), *(value for _, value in known)]
+    ends = np.array([counts[0] / 1.25, counts[-1] * 1.25])
+    for number, (name, runs) in enumerate((name, runs) for name, runs in models.items() if is_dense(runs)):
+        point = _point(runs, subset)
+        shown[name] = f"{point.mean:.1f}"
+        level = {"mean over the seeds": ("strong", point.mean)}
+        if point.published:
+            level["published, not measured here"] = "faint", point.published.perplexity
+        for what, (style, value) in level.items():
+            lines.append(Line(name, what, ends, np.full(2, value), None, number, style))
+            values.append(value)
+    room = 0.08 * (max(values) - min(values) or 1)
+    y_range = min(values) - room, max(values) + room
+    labels = "Experts in a layer", f"{subset.capitalize()} perplexity per token"
+    ticks = list(map(float, counts))
+    title = "Perplexity by the number of experts"
+    return [Chart(title, *labels, lines, (ends[0], ends[1]), y_range, log_x=True, x_ticks=ticks, values=shown)]
+
+
+def _subset_and_lines(models: dict[str, list[Run]]) -> tuple["str | None", dict[str, list[Point]]]:
+    subset = _subset(models)
+    lines = _lines(models, subset) if subset else {}
+    return subset, {name: points for name, points in lines.items() if len(points) > 1}
 
 
 def _draw(axes: Axes, points: Sequence[Point], colour: object, marker: str) -> None:

@@ -1,0 +1,126 @@
+"""Charts of a page as plain data, which `assets/charts.js` draws."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import Any
+
+import numpy as np
+
+# More points of one chart make a page slow, and no screen shows them.
+MOST_POINTS = 20_000
+DASHES = 4  # kinds that `assets/charts.js` knows
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points by ascending `x`; a `y` that is not finite is a gap.
+
+    Attributes:
+        name: what the legend shows; lines of one name are shown and hidden together.
+        what: which line of that name it is, such as "validation, seed 1".
+        x: float [N].
+        y: float [N].
+        colour: place in the palette (`plots.COLOURS`), None for the neutral colour of dense models.
+        dash: the kind of dashes, any number of 0 or more; lines of near colours have different ones.
+        style: "strong", "faint", or "points" (hollow, not joined).
+        spread: lowest and highest value at each point, float [N, 2], or None.
+    """
+
+    name: str
+    what: str
+    x: np.ndarray
+    y: np.ndarray
+    colour: "int | None"
+    dash: int = 0
+    style: str = "strong"
+    spread: "np.ndarray | None" = None
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines over two named axes.
+
+    Attributes:
+        title: the heading.
+        x_label: with the unit.
+        y_label: with the unit.
+        lines: in the legend's order.
+        values: what the legend shows beside a name.
+        x_range: what is shown before a reader zooms.
+        y_range: the same; above 0 where the axis is logarithmic.
+        log_x: whether the axis is logarithmic (base 2).
+        log_y: the same (base 10).
+        x_ticks: where labels stand; None for round numbers.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: list[Line]
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+    log_x: bool = False
+    log_y: bool = False
+    x_ticks: "list[float] | None" = None
+    values: dict[str, str] = field(default_factory=dict)
+
+
+def figure_of(chart: Chart) -> str:
+    """Return a chart as HTML: its heading, and its numbers for the script of the page."""
+    content = json.dumps(as_json(chart), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    # No text may end the script's element.
+    content = content.replace("<", "\\u003c")
+    script = f'<script type="application/json">{content}</script>'
+    return f'<figure class="chart"><h3>{escape(chart.title)}</h3>{script}</figure>'
+
+
+def figures_of(charts: Sequence[Chart]) -> str:
+    """Return charts as HTML, beside one another where there is room."""
+    return f'<div class="charts">{"".join(map(figure_of, charts))}</div>'
+
+
+def as_json(chart: Chart) -> dict[str, Any]:
+    """Return what the page's script reads. Long lines are thinned out, numbers have six digits, gaps are None."""
+    most = max(100, MOST_POINTS // max(1, len(chart.lines)))
+    content = {"title": chart.title, "xLabel": chart.x_label, "yLabel": chart.y_label}
+    content |= {"xRange": list(map(_number, chart.x_range)), "yRange": list(map(_number, chart.y_range))}
+    content |= {"logX": chart.log_x, "logY": chart.log_y}
+    content["xTicks"] = None if chart.x_ticks is None else list(map(_number, chart.x_ticks))
+    return content | {"values": chart.values, "lines": [_line(line, most) for line in chart.lines]}
+
+
+def _line(line: Line, most: int) -> dict[str, Any]:
+    kept = thinned_out(line.y, most)
+    content = {"name": line.name, "what": line.what, "style": line.style}
+    content |= {"colour": line.colour, "dash": line.dash % DASHES}
+    content |= {"x": list(map(_number, line.x[kept])), "y": list(map(_number, line.y[kept]))}
+    if line.spread is not None:
+        content["spread"] = [list(map(_number, ends)) for ends in line.spread[kept]]
+    return content
+
+
+def thinned_out(values: np.ndarray, most: int) -> np.ndarray:
+    """Return the places to keep of a long line, ascending, int [at most `most`]: the first, the last, and of each
+    stretch the lowest, the highest and a gap where there is one. Of a line of `most` points or fewer, all.
+    """
+    if len(values) <= most:
+        return np.arange(len(values))
+    finite = np.isfinite(values)
+    kept = [np.array([0, len(values) - 1])]
+    for stretch in np.array_split(np.arange(len(values)), (most - 2) // 3):
+        drawn, gaps = stretch[finite[stretch]], stretch[~finite[stretch]]
+        if len(drawn):
+            kept.append(drawn[[values[drawn].argmin(), values[drawn].argmax()]])
+        kept.append(gaps[:1])
+    return np.unique(np.concatenate(kept))
+
+
+def _number(value: float) -> "float | int | None":
+    """Return a number of six digits, a whole one as int, None for one that JSON does not know."""
+    if not math.isfinite(value):
+        return None
+    rounded = float(f"{value:.6g}") if abs(value) < 1e6 or value % 1 else value
+    return int(rounded) if rounded == int(rounded) else float(rounded)

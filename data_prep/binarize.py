@@ -25,7 +25,7 @@ BLOCK = 1 << 20
 # number of tokens of every line (int32) and the byte where it starts (int64).
 HEADER = struct.Struct("<9sQBQ")
 MAGIC = b"MMIDIDX\x00\x00"
-TOKEN_BYTES = {8: 2, 9: 4, 5: 8}  # by dtype code: uint16 up to 65,499 symbols, uint32, int64
+TOKEN_TYPES = {8: "<u2", 9: "<u4", 5: "<i8"}  # by dtype code: up to 65,499 symbols, more, many more
 
 
 def make_dictionary(counts: Counter[str], pieces: "Iterable[str] | None", most: "int | None", least: int) -> Dictionary:
@@ -42,6 +42,8 @@ def make_dictionary(counts: Counter[str], pieces: "Iterable[str] | None", most: 
     for token in counts if pieces is None else pieces:
         dictionary.add_symbol(token, n=counts[token])
     dictionary.finalize(threshold=-1 if pieces is not None else least, nwords=most or -1, padding_factor=8)
+    # A rare word can be one of those that fill up the last symbols (madeupword0000).
+    dictionary.count[dictionary.nspecial :] = [counts[symbol] for symbol in dictionary.symbols[dictionary.nspecial :]]
     return dictionary
 
 
@@ -98,16 +100,37 @@ def join(parts: Sequence[Path], target: Path) -> None:
         for part, (_, length) in zip(parts, heads, strict=True):
             bounds = np.zeros(length + 1, dtype="<i8")
             np.cumsum(_sizes(part, length), out=bounds[1:])
-            bounds = start + bounds * TOKEN_BYTES[code]
+            bounds = start + bounds * np.dtype(TOKEN_TYPES[code]).itemsize
             out.write(bounds[:-1].tobytes())
             start = bounds[-1]
     os.replace(partial, target.with_suffix(".idx"))
 
 
+def count_symbols(data: Path, symbols: int) -> tuple[int, int, np.ndarray]:
+    """Count what binarized data (a path without suffix) holds, in blocks.
+
+    Returns:
+        Lines and tokens by `DATA.idx`, ends of lines among the tokens; and how often each of a dictionary's `symbols`
+        occurs in `DATA.bin`, int64 `[V]`.
+
+    Raises:
+        UserError: where the index is none of fairseq's, or a token is no symbol.
+    """
+    code, lines = _read_header(data)
+    count_V = np.zeros(symbols, dtype=np.int64)
+    with data.with_suffix(".bin").open("rb") as file:
+        while len(block := np.fromfile(file, dtype=TOKEN_TYPES[code], count=BLOCK)):
+            found = np.bincount(block, minlength=symbols)
+            if len(found) > symbols:
+                raise UserError(f"{data}.bin has a token that is no symbol; delete its folder and start again")
+            count_V += found
+    return lines, int(_sizes(data, lines).sum(dtype=np.int64)), count_V
+
+
 def _read_header(part: Path) -> tuple[int, int]:
     with part.with_suffix(".idx").open("rb") as file:
         magic, version, code, length = HEADER.unpack(file.read(HEADER.size))
-    if magic != MAGIC or version != 1 or code not in TOKEN_BYTES:
+    if magic != MAGIC or version != 1 or code not in TOKEN_TYPES:
         raise UserError(f"{part}.idx is not an index of fairseq's; delete its folder and start again")
     return code, length
 

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from data_prep.pieces import Batch
+from .pieces import Batch
 
 # fairseq-preprocess holds some 80 bytes a line in memory, so a chunk has an end by lines, too.
 CHUNK_BYTES, CHUNK_LINES = 128 << 20, 2_000_000
@@ -16,7 +16,7 @@ class ChunkWriter:
     def __init__(self, folder: Path, split: str) -> None:
         self.folder, self.split = folder, split
         self.names: list[str] = []
-        self.lines = self.tokens = self.words = self.characters = 0
+        self.lines = self.tokens = self.words = self.characters = self.reserved = 0
         self.counts = Counter[str]()
         self._room_bytes = self._room_lines = 0
 
@@ -44,9 +44,10 @@ class ChunkWriter:
         self.tokens += batch.tokens
         self.words += batch.words
         self.characters += batch.characters
+        self.reserved += batch.reserved
         self.counts.update(batch.counts)
 
     def totals(self) -> dict[str, Any]:
         """Return what the split holds; tokens are without the ends of lines."""
-        names = ("lines", "tokens", "words", "characters")
+        names = ("lines", "tokens", "words", "characters", "reserved")
         return {**{name: getattr(self, name) for name in names}, "chunks": self.names}

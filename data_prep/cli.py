@@ -6,14 +6,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.binarize import SPLITS
-from data_prep.corpora import CORPORA
-from data_prep.dialogue import DialogueText
-from data_prep.prepare import Options, prepare
-from data_prep.sources import EmbeddedText, GivenText, PublicText, Source
 from fairseq_hash.cli import Parser
 from fairseq_hash.errors import UserError
 from fairseq_hash.provenance import usable_cores
+
+from .binarize import SPLITS
+from .corpora import CORPORA
+from .dialogue import DialogueText
+from .prepare import Options, prepare
+from .sources import EmbeddedText, GivenText, PublicText, Source
 
 
 def build_parser() -> Parser:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from data_prep.download import OnProgress, RemoteFile, download, exclusive, mismatch
 from fairseq_hash.errors import UserError
+
+from .download import OnProgress, RemoteFile, download, exclusive, mismatch
 
 SPLITS = ("train", "valid", "test")
 BLOCK = 1 << 20  # bytes

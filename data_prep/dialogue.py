@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources import GivenText
-from data_prep.text import read_lines
 from fairseq_hash.errors import UserError
+
+from .sources import GivenText
+from .text import read_lines
 
 SPEAKERS = ("user", "system")
 UTTERANCE = re.compile(rf"({'|'.join(SPEAKERS)}):( |$)")  # some say nothing

@@ -4,41 +4,65 @@ This file imports nothing of `fairseq_hash`: worker processes start in a fractio
 """
 
 import io
+import multiprocessing
 import os
+import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import TypeVar
 
 import sentencepiece
 
+Result = TypeVar("Result")
+
 BATCH_CHARACTERS = 1 << 20
+
+# Words that have a place of their own in fairseq's dictionary. As text they would be padding, or ends of lines.
+RESERVED = ("<s>", "<pad>", "</s>")
+UNKNOWN = "<unk>"
+# SentencePiece leaves a line with this character out of its training, without a word.
+LEFT_OUT = "\u2585"
 
 _processor: "sentencepiece.SentencePieceProcessor | None" = None
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some lines of tokens, and what they add up to. `text` has a space between tokens and ends every line."""
+    """Some lines of tokens, and what they add up to. `text` has a space between tokens and ends every line.
+
+    `reserved`: how many of the tokens are `<unk>` because fairseq's dictionary has their words for itself.
+    """
 
     text: str
     lines: int
     tokens: int
     words: int
     characters: int
+    reserved: int
     counts: Counter[str]
+
+
+def plain(line: str) -> str:
+    """Return a line with one space wherever it has white space, and none at its ends.
+
+    White space is what `str.split` and fairseq take for it. SentencePiece knows less of it: it would join the words at
+    both sides of a vertical tab, and keep U+0085 inside of pieces, which fairseq-preprocess then splits.
+    """
+    return " ".join(line.split())
 
 
 def train_model(sample: Path, model: Path, vocabulary: int) -> None:
     """Train a byte-pair encoding (Sennrich et al. 2016) on the lines of a file and write it to `model`.
 
     `vocabulary` is the number of pieces, the 256 bytes that rare characters fall back to among them. The text is
-    normalised as SentencePiece does by default (NFKC; control characters and runs of spaces become one space).
+    normalised as SentencePiece does by default (NFKC; control characters go, runs of spaces become one space).
 
     Raises:
         RuntimeError: where `vocabulary` does not fit the text.
@@ -47,7 +71,7 @@ def train_model(sample: Path, model: Path, vocabulary: int) -> None:
     with sample.open(encoding="utf-8", newline="\n") as lines:
         # By names of files the model would hold these names, and be another one in another folder.
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line.rstrip("\n") for line in lines),
+            sentence_iterator=(line.rstrip("\n").replace(LEFT_OUT, " ") for line in lines),
             model_writer=trained,
             model_type="bpe",
             vocab_size=vocabulary,
@@ -69,18 +93,19 @@ def model_pieces(model: Path) -> list[str]:
 def encode(lines: list[str]) -> Batch:
     """Return lines as pieces, or as words where this process was given no model.
 
-    Words are what white space separates, as fairseq's own `tokenize_line` sees them.
+    Words are what white space separates, as fairseq's own `tokenize_line` sees them. `RESERVED` ones become `<unk>`.
     """
-    if _processor is None:
-        rows = [line.split() for line in lines]
-    else:
-        rows = _processor.encode(lines, out_type=str)
+    words = [line.split() for line in lines]
+    rows = words if _processor is None else _processor.encode([" ".join(row) for row in words], out_type=str)
     counts = Counter[str]()
     for row in rows:
         counts.update(row)
+    if reserved := sum(counts.pop(word, 0) for word in RESERVED):
+        rows = [[UNKNOWN if word in RESERVED else word for word in row] for row in rows]
+        counts[UNKNOWN] += reserved
     text = "".join(" ".join(row) + "\n" for row in rows)
-    words, characters = sum(len(line.split()) for line in lines), sum(map(len, lines))
-    return Batch(text, len(lines), sum(map(len, rows)), words, characters, counts)
+    tokens, characters = sum(map(len, rows)), sum(map(len, lines))
+    return Batch(text, len(lines), tokens, sum(map(len, words)), characters, reserved, counts)
 
 
 def batches(lines: Iterable[str]) -> Iterator[list[str]]:
@@ -99,13 +124,27 @@ def batches(lines: Iterable[str]) -> Iterator[list[str]]:
 
 @contextmanager
 def workers(count: int, model: "Path | None") -> "Iterator[ProcessPoolExecutor]":
-    """Start `count` processes that encode with a model, or by words where it is None."""
+    """Start `count` processes that encode with a model, or by words where it is None. An error ends them at once."""
     context = get_context("spawn")  # a forked copy of a process with threads can hang
     pool = ProcessPoolExecutor(count, context, _start_worker, (model and str(model),))
+    others = set(multiprocessing.active_children())
     try:
         yield pool
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()  # SentencePiece's training would go on for minutes
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def submit(pool: ProcessPoolExecutor, function: Callable[..., Result], *arguments: object) -> "Future[Result]":
+    """Give a pool some work. Ctrl-C on a terminal goes to every process: the pool's, which inherit this mask, wait."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(function, *arguments)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(model: "str | None") -> None:
@@ -128,7 +167,7 @@ def encode_in_order(lines: Iterable[str], pool: ProcessPoolExecutor, count: int)
     """Encode lines in a pool of `count` processes; batches come in the lines' order, and only a few wait at a time."""
     waiting: deque[Future[Batch]] = deque()
     for batch in batches(lines):
-        waiting.append(pool.submit(encode, batch))
+        waiting.append(submit(pool, encode, batch))
         if len(waiting) > 2 * count:
             yield waiting.popleft().result()
     while waiting:

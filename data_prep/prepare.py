@@ -12,74 +12,29 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fairseq.data import Dictionary
 
-from data_prep import pieces
-from data_prep.binarize import SPLITS, join, make_dictionary, preprocess
-from data_prep.chunks import ChunkWriter
-from data_prep.download import exclusive
-from data_prep.sources import TEXT_WORK, Source
-from data_prep.text import read_lines
 from fairseq_hash.errors import UserError
 from fairseq_hash.hashing import dictionary_fingerprint
 from fairseq_hash.progress import Display
 from fairseq_hash.provenance import provenance, sha256_of_file
 
-MODEL, DICTIONARY, PROVENANCE = "sentencepiece.model", "dict.txt", "provenance.json"
+from . import pieces
+from .binarize import SPLITS, join, make_dictionary, preprocess
+from .chunks import ChunkWriter
+from .download import exclusive
+from .options import DICTIONARY, MODEL, PROVENANCE, Options, read_json
+from .sources import TEXT_WORK, Source
+from .text import read_lines
+from .verify import check_counts
+
+STATE = "state.json"
 SAMPLE_BYTES = 100 << 20  # of text the SentencePiece model is trained on; its training holds them in memory
 BYTES_A_WORKER = 16 << 20  # starting a process pays from there on
 MODEL_WORK, PIECES_WORK, BINARIZE_WORK = 10.0, 40.0, 40.0
-
-
-@dataclass(frozen=True)
-class Options:
-    """How text becomes data. Raises `UserError` where a value is out of range.
-
-    Attributes:
-        words: tokens are words, not SentencePiece pieces.
-        vocabulary: pieces of the model, or the largest number of symbols in the dictionary of words (None: no limit).
-        least_count: occurrences that a word needs to be in the dictionary.
-        like: a folder of prepared data whose model and dictionary are used.
-        seed: of the sample that the model is trained on, where the text is larger than the sample.
-        workers: processes.
-    """
-
-    words: bool = False
-    vocabulary: "int | None" = None
-    least_count: int = 1
-    like: "Path | None" = None
-    seed: int = 1
-    workers: int = 1
-
-    def __post_init__(self) -> None:
-        if self.vocabulary is not None and not 8 <= self.vocabulary <= 10_000_000:
-            raise UserError(f"--vocab-size {self.vocabulary} is out of range; give a number from 8 to 10,000,000")
-        for name, value in (("min-count", self.least_count), ("workers", self.workers)):
-            if not 1 <= value <= 1_000_000:
-                raise UserError(f"--{name} {value} is out of range; give a number of 1 or more")
-        if self.seed < 0:
-            raise UserError(f"--seed {self.seed} is out of range; give a number of 0 or more")
-        if self.least_count > 1 and not self.words:
-            raise UserError(
-                f"--min-count {self.least_count} is for --words; a SentencePiece model has a fixed vocabulary"
-            )
-        if self.like and (self.vocabulary is not None or self.least_count > 1):
-            raise UserError(
-                "--like takes model and dictionary from that folder; leave out --vocab-size and --min-count"
-            )
-        if self.like:
-            needed = [DICTIONARY, PROVENANCE] + ([] if self.words else [MODEL])
-            if missing := [name for name in needed if not (self.like / name).is_file()]:
-                raise UserError(f"--like {self.like} has no {missing[0]}; give a folder that python -m data_prep made")
-
-    def identity(self) -> dict[str, Any]:
-        """Return what makes the data what it is, JSON-ready."""
-        kept = {key: value for key, value in asdict(self).items() if key not in ("workers", "like")}
-        return kept | {"like": self.like and sha256_of_file(self.like / DICTIONARY)}
 
 
 def prepare(source: Source, out: Path, options: Options, display_for: Callable[[float], Display] = Display) -> bool:
@@ -88,21 +43,36 @@ def prepare(source: Source, out: Path, options: Options, display_for: Callable[[
     Raises:
         UserError: where the text cannot be used, `out` holds something else, or a step fails.
     """
+    place = _place(out)
     identity = {**source.identity(), **options.identity()}
     if out.is_dir() and any(out.iterdir()):
-        if _read_json(out / PROVENANCE).get("identity") == identity:
+        if read_json(out / PROVENANCE).get("identity") == identity:
             return False
         raise UserError(f"--out {out} holds something else; give another folder, or delete it")
-    work = out.with_name(f"{out.name}.partial")
+    work = place.with_name(f"{place.name}.partial")
     work.mkdir(parents=True, exist_ok=True)
     lock = work.with_name(f"{work.name}.lock")
     with exclusive(lock):
         steps = Preparation(source, work, options, identity)
         with display_for(TEXT_WORK + MODEL_WORK + PIECES_WORK + BINARIZE_WORK) as display:
             steps.run(display)
-        os.replace(work, out)
+        os.replace(work, place)
+        (place / STATE).unlink()
         lock.unlink()
     return True
+
+
+def _place(out: Path) -> Path:
+    """Return the folder that `out` names, links followed. Raises `UserError` where no folder can get that name."""
+    if out.is_symlink() and not out.exists():
+        raise UserError(f"--out {out} is a link to what does not exist; make that folder, or give another")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; give a folder that is not there yet")
+    place = out.resolve()
+    if place == Path.cwd() or os.path.ismount(place):
+        what = "where you are" if place == Path.cwd() else "where a file system begins"
+        raise UserError(f"--out {out} is {what}, and cannot be replaced; give a folder in it: --out {out / 'data'}")
+    return place
 
 
 class Preparation:
@@ -110,7 +80,7 @@ class Preparation:
 
     def __init__(self, source: Source, work: Path, options: Options, identity: dict[str, Any]) -> None:
         self.source, self.work, self.options, self.identity = source, work, options, identity
-        self.state = _read_json(work / "state.json")
+        self.state = read_json(work / STATE)
         if self.state.get("identity") != identity:
             # Of another preparation, or stopped before its first step was done.
             for path in work.iterdir():
@@ -137,7 +107,7 @@ class Preparation:
         display.end(result)
 
     def _save_state(self) -> None:
-        _write_json(self.work / "state.json", self.state)
+        _write_json(self.work / STATE, self.state)
 
     def _make_model(self, display: Display) -> str:
         if self.options.words:
@@ -152,7 +122,7 @@ class Preparation:
         try:
             # In a process of its own: its memory is given back.
             with pieces.workers(1, None) as pool:
-                pool.submit(pieces.train_model, sample, self.work / MODEL, size).result()
+                pieces.submit(pool, pieces.train_model, sample, self.work / MODEL, size).result()
         except (RuntimeError, OSError) as error:
             reason = " ".join(str(error).split()).rpartition("] ")[2] or type(error).__name__
             raise UserError(f"--vocab-size {size} does not fit this text: {reason}") from error
@@ -171,8 +141,9 @@ class Preparation:
             lines = read_lines(self.files["train"], lambda done: display.advance(0.5 * done / total, "reading"))
             for line in lines:
                 if line.strip() and (share == 1.0 or generator.random() < share) and taken < SAMPLE_BYTES:
-                    file.write(line + "\n")
-                    taken += len(line.encode()) + 1
+                    written = pieces.plain(line) + "\n"
+                    file.write(written)
+                    taken += len(written.encode())
         return taken
 
     def _make_tokens(self, display: Display) -> str:
@@ -196,6 +167,11 @@ class Preparation:
                     for batch in batches:
                         writer.add(batch)
                 counts[split], splits[split] = writer.counts, writer.totals()
+                if writer.reserved:
+                    display.say(
+                        f"{split}: {writer.reserved:,} words are <unk>: fairseq's dictionary keeps "
+                        f"{', '.join(pieces.RESERVED)} for itself"
+                    )
                 self._check_expected(split, writer.lines + writer.tokens)
                 done_before += self.bytes[split]
         dictionary = self._make_dictionary(counts["train"], model)
@@ -246,6 +222,8 @@ class Preparation:
         for split, totals in splits.items():
             if not (self.work / f"{split}.idx").exists():
                 join([self._part(part) / split for part in range(len(totals["chunks"]))], self.work / split)
+            counted = split == "train" and not self.options.like
+            check_counts(self.work / split, self.work / DICTIONARY, totals, counted)
         shutil.rmtree(self.work / "parts", ignore_errors=True)
         return f"{parts} {'part' if parts == 1 else 'parts'}"
 
@@ -263,7 +241,7 @@ class Preparation:
         preprocess(chunks, self.work / DICTIONARY, self._part(part), running)
 
     def _finish(self) -> None:
-        made = sorted(path for path in self.work.iterdir() if path.is_file() and path.name != "state.json")
+        made = sorted(path for path in self.work.iterdir() if path.is_file() and path.name not in (STATE, PROVENANCE))
         record = {
             "identity": self.identity,
             **provenance(),
@@ -275,14 +253,6 @@ class Preparation:
             "sha256": {path.name: sha256_of_file(path) for path in made if path.suffix != ".log"},
         }
         _write_json(self.work / PROVENANCE, record)
-        (self.work / "state.json").unlink()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from data_prep.corpora import Corpus, fetch_text
-from data_prep.embedded import write_embedded_corpus
-from data_prep.text import check_files
 from fairseq_hash.errors import UserError
 from fairseq_hash.progress import Display
 from fairseq_hash.provenance import sha256_of_file
+
+from .corpora import Corpus, fetch_text
+from .embedded import write_embedded_corpus
+from .text import check_files
 
 TEXT_WORK = 10.0
 

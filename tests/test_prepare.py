@@ -131,11 +131,11 @@ def test_a_killed_preparation_goes_on(tmp_path):
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        while step not in preparation._read_json(work / "state.json") and child.poll() is None:
+        while step not in preparation.read_json(work / "state.json") and child.poll() is None:
             time.sleep(0.01)
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
-        assert not out.exists() and step in preparation._read_json(work / "state.json")
+        assert not out.exists() and step in preparation.read_json(work / "state.json")
     # Stopped while the parts were joined: a torn file under the name of the whole.
     (work / "train.tmp").write_bytes(b"torn")
     model_made = (work / "sentencepiece.model").stat().st_mtime_ns

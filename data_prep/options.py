@@ -1,0 +1,89 @@
+"""How text becomes data: the options, and what of them is checked before work starts."""
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fairseq_hash.errors import UserError
+from fairseq_hash.provenance import sha256_of_file
+from fairseq_hash.tables.dictionary import read_dictionary
+
+MODEL, DICTIONARY, PROVENANCE = "sentencepiece.model", "dict.txt", "provenance.json"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How text becomes data. Raises `UserError` where a value is out of range.
+
+    Attributes:
+        words: tokens are words, not SentencePiece pieces.
+        vocabulary: pieces of the model, or the largest number of symbols in the dictionary of words (None: no limit).
+        least_count: occurrences that a word needs to be in the dictionary.
+        like: a folder of prepared data whose model and dictionary are used.
+        seed: of the sample that the model is trained on, where the text is larger than the sample.
+        workers: processes.
+    """
+
+    words: bool = False
+    vocabulary: "int | None" = None
+    least_count: int = 1
+    like: "Path | None" = None
+    seed: int = 1
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        if self.vocabulary is not None and not 8 <= self.vocabulary <= 10_000_000:
+            raise UserError(f"--vocab-size {self.vocabulary} is out of range; give a number from 8 to 10,000,000")
+        for name, value in (("min-count", self.least_count), ("workers", self.workers)):
+            if not 1 <= value <= 1_000_000:
+                raise UserError(f"--{name} {value} is out of range; give a number of 1 or more")
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed} is out of range; give a number of 0 or more")
+        if self.least_count > 1 and not self.words:
+            raise UserError(
+                f"--min-count {self.least_count} is for --words; a SentencePiece model has a fixed vocabulary"
+            )
+        if self.like and (self.vocabulary is not None or self.least_count > 1):
+            raise UserError(
+                "--like takes model and dictionary from that folder; leave out --vocab-size and --min-count"
+            )
+        if self.like:
+            check_like(self.like, self.words)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what makes the data what it is, JSON-ready."""
+        kept = {key: value for key, value in asdict(self).items() if key not in ("workers", "like")}
+        return kept | {"like": self.like and sha256_of_file(self.like / DICTIONARY)}
+
+
+def check_like(folder: Path, words: bool) -> None:
+    """Raise `UserError` where the model and the dictionary of a folder cannot serve for other text.
+
+    Args:
+        folder: of data prepared before.
+        words: whether the other text is to be taken by words.
+    """
+    needed = [DICTIONARY, PROVENANCE] + ([] if words else [MODEL])
+    if missing := [name for name in needed if not (folder / name).is_file()]:
+        raise UserError(f"--like {folder} has no {missing[0]}; give a folder that fairseq-hash data made")
+    made_by_words = read_json(folder / PROVENANCE).get("identity", {}).get("words")
+    if made_by_words is not None and made_by_words != words:
+        remedy = "leave out --words" if words else "give --words, too"
+        raise UserError(f"--like {folder} was made of {'words' if made_by_words else 'pieces'}; {remedy}")
+    symbols, _ = read_dictionary(folder / DICTIONARY)
+    if twice := [symbol for symbol, count in Counter(symbols).items() if count > 1]:
+        # fairseq-preprocess reads it, but writes it without the mark, and fairseq-train refuses what it wrote.
+        raise UserError(
+            f"--like {folder}: {DICTIONARY} has {twice[0]!r} twice (#fairseq:overwrite), which fairseq-preprocess does "
+            "not keep; give a dictionary with one line a symbol"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what a JSON file holds, nothing where it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

@@ -51,16 +51,43 @@ def read(path: Path, with_optimizer: bool = True) -> tuple[dict[str, Any], "Mani
     return state, manifest
 
 
-def merge(source: Path, out: Path, with_optimizer: bool) -> None:
+def merge(source: Path, out: Path, with_optimizer: bool, is_average: bool = False) -> None:
     """Write a plain checkpoint, which holds all experts itself.
 
+    Args:
+        source: main file of the checkpoint.
+        out: file to write.
+        with_optimizer: whether the optimizer's state goes into it, too.
+        is_average: take the running average of the weights (`--store-ema`) in place of the weights.
+
     Raises:
-        UserError: where the source cannot be used, or `out` cannot be written.
+        UserError: where the source cannot be used or has no such average, or `out` cannot be written.
     """
-    state, manifest = read(source, with_optimizer)
+    state, manifest = read(source, with_optimizer and not is_average)
+    if is_average:
+        take_running_average(state, source)
     _read_in(state["model"])
     _read_in(state.get(OPTIMIZER) or {})
     _write_plain(state, manifest, out)
+
+
+def take_running_average(state: dict[str, Any], path: Path) -> None:
+    """Make the running average of the weights (`--store-ema`) the weights of a state, all experts among them.
+
+    The optimizer's state, which is that of the weights as they were trained, goes.
+
+    Raises:
+        UserError: where the checkpoint at `path` has no such average.
+    """
+    extra = state.get("extra_state") or {}
+    if "ema" not in extra:
+        raise UserError(f"{path} has no running average of its weights; fairseq-train saves one with --store-ema")
+    state["model"] = dict(extra["ema"])
+    state["extra_state"] = {key: value for key, value in extra.items() if key not in ("ema", "ema_fp32_params")}
+    state.pop(OPTIMIZER, None)
+    manifest = Manifest.of(state, path)
+    if manifest is not None:
+        state[KEY] = replace(manifest, shards=(), numbers={}).to_plain()
 
 
 def _read_in(values: dict[Any, Any]) -> None:

@@ -25,6 +25,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     merge = verbs.add_parser("merge", help="write one plain fairseq file that has all experts")
     merge.add_argument("checkpoint", type=Path, metavar="CKPT", help="main file")
     merge.add_argument("--no-optimizer", action="store_true", help="leave the optimizer's state out")
+    merge.add_argument(
+        "--ema", action="store_true", help="the running average of --store-ema as the weights, without optimizer state"
+    )
     _add_out(merge, "checkpoint to write")
     merge.set_defaults(run=run_merge)
 
@@ -80,7 +83,7 @@ def run_merge(arguments: argparse.Namespace) -> None:
     from fairseq_hash.checkpoint.convert import merge
 
     _check_out(arguments)
-    merge(arguments.checkpoint, arguments.out, with_optimizer=not arguments.no_optimizer)
+    merge(arguments.checkpoint, arguments.out, not arguments.no_optimizer, is_average=arguments.ema)
     print(f"wrote {arguments.out}")
 
 

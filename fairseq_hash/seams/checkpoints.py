@@ -18,6 +18,7 @@ from fairseq_hash.checkpoint.mainfile import duplicate, write_main
 from fairseq_hash.checkpoint.training import TrainingCheckpoints
 from fairseq_hash.errors import UserError
 from fairseq_hash.evaluation import loading_to_evaluate
+from fairseq_hash.seams.averaging import go_on_averaging
 from fairseq_hash.seams.override import one_line_errors, override, replaced
 
 
@@ -52,14 +53,18 @@ def _load_on_every_rank(
     _checkpoints(trainer).check_own_file(filename)
     if not reset_optimizer:
         _checkpoints(trainer).check_freeze(filename)
+    averages = trainer.cfg.ema.store_ema
     with (
         replaced(trainer.cfg.checkpoint, "load_checkpoint_on_all_dp_ranks", True),
+        replaced(trainer.cfg.ema, "store_ema", False),
         loading_weights_only(is_needed=reset_optimizer),
     ):
         try:
             extra_state = original(trainer, filename, reset_optimizer, *args, **kw)
         except UserError as error:
             raise UserError(f"{filename}: {error}") from error
+    if averages and extra_state is not None:
+        go_on_averaging(trainer, extra_state)
     return _checkpoints(trainer).loaded(filename, extra_state)
 
 

@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 
 RELEASE = "0.12.2"
-VERSION = f"{RELEASE}+rebuilt.2"
+VERSION = f"{RELEASE}+rebuilt.3"
 SDIST_SHA256 = "34f1b18426bf3844714534162f065ab733e049597476daa35fffb4d06a92b524"
 PYTHONS = ((3, 10), (3, 13))
 
@@ -75,6 +75,26 @@ REWRITES = [
         'np.float("inf")',
         'float("inf")',
         "NumPy 1.24 and later have no such alias",
+    ),
+    (
+        "fairseq_cli/hydra_train.py",
+        'config_name="config")',
+        'config_name="config", version_base="1.1")',
+        "Hydra 1.3 takes the same for granted, with six lines about it before every training",
+    ),
+    (
+        "fairseq/distributed/fully_sharded_data_parallel.py",
+        "try:\n    from fairscale.nn.data_parallel import FullyShardedDataParallel as FSDP\n",
+        "import warnings\n\ntry:\n    with warnings.catch_warnings():\n"
+        '        warnings.simplefilter("ignore", FutureWarning)\n'
+        "        from fairscale.nn.data_parallel import FullyShardedDataParallel as FSDP\n",
+        "fairscale's last release uses `torch.cuda.amp`, and torch warns of it before every training",
+    ),
+    (
+        "fairseq/tasks/text_to_speech.py",
+        'logger.info("Please install tensorboardX',
+        'logger.debug("Please install tensorboardX',
+        "a speech task's need, said before every training; --tensorboard-logdir takes torch's own writer",
     ),
     (
         "pyproject.toml",

@@ -7,7 +7,6 @@ and the kept fairseq wheel make that quick, and no half-repaired state can arise
 """
 
 import argparse
-import contextlib
 import csv
 import fcntl
 import hashlib
@@ -20,10 +19,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import build_fairseq
+from setup_steps import SetupError, Steps, say
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -35,15 +34,6 @@ PINNED_PYTHON = (3, 11)
 TORCH = "2.13.0"
 OLDEST_TORCH = (2, 11)
 DISK_GB = 3  # the environment with a CPU build of torch takes 1.7 GB
-
-
-class SetupError(Exception):
-    """A reason why the environment cannot be made, in one line that says what to do."""
-
-
-def say(text: str) -> None:
-    """Print a line of progress on standard error, which leaves standard output to the script's own command."""
-    print(f"setup: {text}", file=sys.stderr, flush=True)
 
 
 def requirements() -> str:
@@ -186,37 +176,27 @@ def clear() -> None:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def run(*command: "str | Path") -> None:
-    """Run a command in the project folder; its output goes to standard error as it comes."""
-    if subprocess.run(list(map(str, command)), cwd=ROOT, stdout=sys.stderr, close_fds=False).returncode:
-        raise SetupError(f"`{' '.join(map(str, command[1:4]))}` failed; the reason stands above")
-
-
-@contextlib.contextmanager
-def step(number: int, text: str) -> Iterator[None]:
-    """Announce a step and say how long it took."""
-    start = time.monotonic()
-    say(f"[{number}/3] {text}")
-    yield
-    say(f"[{number}/3] done in {time.monotonic() - start:.0f} s")
-
-
 def make(torch: str) -> None:
     """Make the environment from nothing."""
     python, venv_python = base_python(), VENV / "bin" / "python"
     state = {"complete": False, "folder": str(ROOT), "python": python, "torch": torch, "requirements": requirements()}
     write_state(state)
-    with step(1, f"clearing .venv and making it with {python}"):
-        clear()
-        run(python, "-m", "venv", VENV)
-    with step(2, f"building the fairseq wheel {build_fairseq.VERSION}, unless it is kept from an earlier set-up"):
-        if not fairseq_wheel():
-            run(venv_python, ROOT / "scripts" / "build_fairseq.py", "--out", WHEELS)
-    pins = ["-c", PINS.relative_to(ROOT)] if sys.version_info[:2] == PINNED_PYTHON and not torch else []
-    with step(3, f"installing torch {torch or TORCH} and the packages" + (f" pinned in {PINS.name}" if pins else "")):
-        # Relative paths: pip reads brackets, '#' and '%' in an argument as more than a path.
-        packages = [f"torch=={torch or TORCH}", f"./{fairseq_wheel().relative_to(ROOT)}", "-e", ".[test,sweeps]"]
-        run(venv_python, "-m", "pip", "install", "--no-input", "--disable-pip-version-check", *pins, *packages)
+    clear()
+    steps = Steps(ROOT, VENV / "logs", 3)
+    steps.run(f"a virtual environment of {python}", {"venv": [python, "-m", "venv", VENV]})
+    pinned = sys.version_info[:2] == PINNED_PYTHON and not torch
+    # Python compiles a module when it is first imported: pip would compile all of them, one after another.
+    install = [venv_python, "-m", "pip", "install", "--no-input", "--no-compile", "--progress-bar", "off"]
+    install += ["--disable-pip-version-check", *(["-c", PINS.relative_to(ROOT)] if pinned else [])]
+    commands = {"packages": [*install, f"torch=={torch or TORCH}", "-e", ".[test,sweeps]"]}
+    text = f"torch {torch or TORCH} and the packages" + (f" pinned in {PINS.name}" if pinned else "")
+    if not fairseq_wheel():
+        commands["fairseq"] = [venv_python, ROOT / "scripts" / "build_fairseq.py", "--out", WHEELS]
+        text += f"; beside it, a wheel of fairseq {build_fairseq.VERSION} is built"
+    steps.run(text, commands)
+    # A relative path: pip reads brackets, '#' and '%' in an argument as more than a path.
+    wheel = f"./{fairseq_wheel().relative_to(ROOT)}"
+    steps.run(f"fairseq {build_fairseq.VERSION} and what it needs", {"fairseq-install": [*install, wheel]})
     write_state({**state, "complete": True, "packages": installed()})
 
 
@@ -249,7 +229,7 @@ def set_up(in_use: int) -> None:
             if not any(lock(in_use, fcntl.LOCK_EX | fcntl.LOCK_NB) or time.sleep(0.5) for _ in range(3)):
                 raise SetupError(f".venv must be made anew ({reason}), but another script uses it; wait for its end")
             start = time.monotonic()
-            say(f"making the environment in {VENV}: {reason}")
+            say(f"making the environment in {VENV}: {reason}; this takes about two minutes")
             make(torch)
             left = problem(read_state(), torch)
             if left:

@@ -124,7 +124,7 @@ def page(title: str, subtitle: str, samples: Sequence[tuple[pd.DataFrame, int]])
     """Return a self-contained page of samples: of each its routes, and how many of its tokens were given."""
     body = [f"<h1>{escape(title)}</h1>", f'<p class="soft">{escape(subtitle)}</p>']
     body.append(
-        "<p>Each token stands on the colour of its expert, (of the heaviest, where there are "
+        "<p>Each token stands on the colour of its expert (of the heaviest, where there are "
         "several), with their numbers behind it. What the model was given is underlined.</p>"
     )
     for number, (routes, given) in enumerate(samples, 1):

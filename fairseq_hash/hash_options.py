@@ -122,9 +122,6 @@ class HashOptions(FairseqDataclass):
             )
         if not 0 < self.hash_scale < float("inf"):
             raise UserError(f"--hash-scale {self.hash_scale} is out of range; give a number above 0")
-        if self.experts_per_token == 1 and (self.hash_weights == "learned" or self.hash_scale != 1):
-            what = "--hash-weights learned" if self.hash_weights == "learned" else f"--hash-scale {self.hash_scale}"
-            raise UserError(f"{what} weighs several experts of a token; give --experts-per-token 2 or more")
         if self.multi_hash > 1 and self.experts_per_token > 1:
             raise UserError(
                 f"--multi-hash {self.multi_hash} and --experts-per-token {self.experts_per_token} do not go together; "

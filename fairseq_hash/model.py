@@ -18,7 +18,7 @@ from fairseq.models.transformer_lm import (
 from fairseq.tasks import FairseqTask
 from torch import nn
 
-from fairseq_hash import seams
+from fairseq_hash import acting, seams
 from fairseq_hash.agreement import check_same, together
 from fairseq_hash.checkpoint.loading import SavedState, one_line
 from fairseq_hash.checkpoint.manifest import Manifest
@@ -90,6 +90,7 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
             logger.info("expert_parallel | %s", parallel.describe())
         record = model_record(model, args, options, task)
         check_same({key: record[key] for key in SAME_ON_ALL_RANKS})
+        model.options = options
         model.from_dense, model.freeze = options.from_dense, options.freeze
         model.is_oracle = options.is_sparse and model.decoder.is_oracle
         model.facts = {key: record[key] for key in FACTS}
@@ -140,11 +141,9 @@ def check_options(args: Any, options: SparseOptions) -> None:
     check_device(is_sharded=ConfigAutoWrap.in_autowrap_context, on_cpu=False)
     if options.map_experts and not is_evaluation():
         raise UserError("--map-experts is for evaluation: fairseq-eval-lm --model-overrides \"{'map_experts': True}\"")
+    if not is_evaluation() and (texts := acting.check_model(options)):
+        logger.warning(acting.in_vain(texts))
     if not options.is_sparse:
-        if options.from_dense:
-            raise UserError("--from-dense makes a sparse model of a dense one; to go on dense: --finetune-from-model")
-        if options.freeze != "none":
-            raise UserError(f"--freeze {options.freeze} is for a model with experts, this one is dense; leave it out")
         return
     if options.freeze != "none" and ConfigAutoWrap.in_autowrap_context:
         raise UserError(
@@ -216,6 +215,7 @@ def model_record(model: nn.Module, args: Any, options: SparseOptions, task: Fair
     return {
         **provenance(),
         **{key: value for key, value in asdict(options).items() if key != "_name"},
+        "router": options.router or "none",
         "num_experts": options.num_experts if sparse else 1,
         "expert_parallel_size": model.decoder.parallel.size if sparse else 1,
         "sparse_layers": list(options.layer_numbers(args.decoder_layers)) if sparse else [],

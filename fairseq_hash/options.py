@@ -22,11 +22,12 @@ class SparseOptions(HashOptions):
     """What the sparse layers of a `hash_transformer_lm` are. `check` raises `UserError` for a value out of range."""
 
     router: str = field(
-        default="none",
+        default="",
         metadata={
             "help": "what picks a token's expert: none (a dense model, fairseq's transformer_lm), hash (a fixed table "
             "over a feature of the tokens), switch (learned top-1), base (learned, balanced assignment); one for all "
-            "sparse layers, or one for each, comma separated, such as hash,hash,switch"
+            "sparse layers, or one for each, comma separated, such as hash,hash,switch; default: none, and then no "
+            "other option of experts may be given"
         },
     )
     num_experts: int = field(default=16, metadata={"help": "number of experts of each sparse layer, 1 or more"})
@@ -149,7 +150,18 @@ class SparseOptions(HashOptions):
     @property
     def is_sparse(self) -> bool:
         """Whether there are sparse layers at all."""
-        return self.router != "none"
+        return self.routers != ("none",)
+
+    @property
+    def is_dense_by_name(self) -> bool:
+        """Whether `--router none` is given: a dense model is then meant, and not one whose router was forgotten."""
+        return bool(self.router) and not self.is_sparse
+
+    @property
+    def hash_layers(self) -> int:
+        """How many of the layers that `sparse_layers` names have a hash router."""
+        layers = len([number for number in self.sparse_layers.split(",") if number.strip()])
+        return layers if self.routers == ("hash",) else self.routers.count("hash")
 
     def layer_routers(self, decoder_layers: int) -> dict[int, str]:
         """Return the router of each sparse decoder layer, in ascending order, for a decoder of `decoder_layers` layers.
@@ -170,8 +182,8 @@ class SparseOptions(HashOptions):
 
     @property
     def routers(self) -> tuple[str, ...]:
-        """The routers that `router` names."""
-        return tuple(name.strip() for name in self.router.split(","))
+        """The routers that `router` names; `none` where it names nothing."""
+        return tuple(name.strip() for name in (self.router or "none").split(","))
 
     def layer_numbers(self, decoder_layers: int) -> tuple[int, ...]:
         """Return the sparse decoder layers in ascending order, for a decoder of `decoder_layers` layers."""
@@ -208,17 +220,8 @@ class SparseOptions(HashOptions):
         check_one_of("--freeze", self.freeze, FREEZES)
         check_at_least("--num-experts", self.num_experts, 1)
         check_at_least("--expert-sublayers", self.expert_sublayers, 1)
-        if self.expert_sublayers > 1 and self.sparse_placement == "replace":
-            raise UserError(
-                f"--expert-sublayers {self.expert_sublayers} needs --sparse-placement insert; "
-                "an expert in place of an FFN is one sub-layer"
-            )
         self.check_hash(self.num_experts)
-        if "hash" not in self.routers and (self.experts_per_token > 1 or self.multi_hash > 1):
-            raise UserError(f"--experts-per-token and --multi-hash are of hash layers; --router {self.router} has none")
         check_at_least("--swiglu-limit", self.swiglu_limit, 0)
-        if self.swiglu_limit and self.expert_form != "swiglu":
-            raise UserError(f"--swiglu-limit {self.swiglu_limit} needs --expert-form swiglu")
         if self.multi_hash > 1 and self.expert_form != "plain":
             raise UserError(f"--multi-hash {self.multi_hash} needs --expert-form plain")
         if self.sparse_placement == "insert":

@@ -217,7 +217,7 @@ def test_refusals(data, monkeypatch):
     for words, message in (
         (
             ("--router", "none", "--freeze", "experts"),
-            "--freeze experts is for a model with experts, this one is dense",
+            "--freeze experts needs experts (--router hash, switch or base)",
         ),
         ((*HASH, "--freeze", "router"), "--freeze router is unknown; use one of none, experts, all-but-experts"),
     ):

@@ -36,7 +36,7 @@ def facts(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
         "kind": kind,
         "update": manifest.update if manifest is not None else history.get("num_updates"),
         "epoch": (state.get("extra_state") or {}).get("train_iterator", {}).get("epoch"),
-        "router": manifest.router if manifest is not None else options.get("router"),
+        "router": manifest.router if manifest is not None else _router(options),
         "experts": 0 if first is None else len(first),
         "sparse_layers": _sparse_layers(model),
         "model_width": first.shape[2] if first is not None else options.get("decoder_embed_dim"),
@@ -49,6 +49,11 @@ def facts(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
         "provenance": manifest.provenance if manifest is not None else {},
         "shards": [asdict(shard) for shard in shards],
     }
+
+
+def _router(options: Mapping[str, Any]) -> "str | None":
+    """Return the router that was asked for; None for a model that has no such option."""
+    return "none" if options.get("router") == "" else options.get("router")
 
 
 def model_options(state: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -106,7 +106,7 @@ def print_all(config_dir: Path, tflops: float) -> None:
         missing = ["checkpoint.finetune_from_model=checkpoint_best.pt"] if name.endswith("finetune") else []
         experiment = compose(config_dir, name, missing)
         of = sizes(experiment)
-        is_dense = experiment.config.model.router == "none"
+        is_dense = experiment.config.model.router in ("", "none")
         published = experiment.about["published"]
         rows.append(
             {

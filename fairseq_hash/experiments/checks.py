@@ -3,6 +3,10 @@
 import os
 from pathlib import Path
 
+from fairseq.criterions import CRITERION_REGISTRY
+from omegaconf import DictConfig
+
+from fairseq_hash import acting
 from fairseq_hash.errors import UserError
 from fairseq_hash.experiments.compose import Experiment
 from fairseq_hash.hashing.build import BUILDERS
@@ -16,6 +20,7 @@ def check_experiment(experiment: Experiment, ranks: int) -> None:
     config = experiment.config
     options = SparseOptions.from_config(config.model)
     options.check()
+    in_vain(config)
     if config.dataset.max_tokens < config.task.tokens_per_sample:
         raise UserError(
             f"dataset.max_tokens={config.dataset.max_tokens} holds no sample of task.tokens_per_sample="
@@ -29,6 +34,12 @@ def check_experiment(experiment: Experiment, ranks: int) -> None:
         choose_size(options.num_experts, ranks, options.expert_parallel_size)
     check_data(config.task.data, (config.dataset.train_subset, *config.dataset.valid_subset.split(",")))
     check_files(experiment, options)
+
+
+def in_vain(config: DictConfig) -> list[str]:
+    """Return the options that a dense experiment has in vain; raise `UserError` where others cannot act."""
+    options, kind = SparseOptions.from_config(config.model), CRITERION_REGISTRY[config.criterion._name]
+    return acting.check_model(options) + acting.check_criterion(kind, config.criterion, options)
 
 
 def check_data(folders: "str | None", subsets: tuple[str, ...]) -> None:

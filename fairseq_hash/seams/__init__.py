@@ -2,10 +2,14 @@
 
 # Importing them makes the changes.
 from fairseq_hash.seams import (
+    averaging,
     checkpoints,
     configuration,
+    cpu,
     distributed,
     half_precision,
+    objective,
+    places,
     sharded,
     start,
     stopping,
@@ -25,15 +29,19 @@ from fairseq_hash.seams.start import ignore_warnings
 
 __all__ = [
     "allow_bf16_without_tpu",
+    "averaging",
     "checkpoints",
     "configuration",
+    "cpu",
     "distributed",
     "half_precision",
     "ignore_warnings",
     "language_model_decoder",
     "let_gloo_finish",
     "name_oracle",
+    "objective",
     "one_line_errors",
+    "places",
     "require_supported_fairseq",
     "set_architecture",
     "sharded",

@@ -1,0 +1,39 @@
+"""What is trained for: a criterion that goes with the model."""
+
+import logging
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+from fairseq.trainer import Trainer
+from torch import nn
+
+from fairseq_hash import acting
+from fairseq_hash.options import SparseOptions
+from fairseq_hash.seams.override import one_line_errors, override
+
+logger = logging.getLogger("fairseq_hash.model")
+
+
+@override(Trainer, "__init__")
+@one_line_errors
+def _check_criterion(
+    original: Callable[..., None],
+    trainer: Trainer,
+    cfg: Any,
+    task: Any,
+    model: nn.Module,
+    criterion: nn.Module,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Refuse a criterion that leaves out what the model's routers need, and options of ours that cannot act.
+
+    Upstream: `main` in fairseq_cli/train.py builds model and criterion apart, and neither sees the other before the
+    first batch.
+    """
+    given = vars(cfg.criterion) if isinstance(cfg.criterion, Namespace) else cfg.criterion
+    options = getattr(model, "options", SparseOptions(router="none"))  # a model of fairseq's is dense
+    if texts := acting.check_criterion(type(criterion), given, options):
+        logger.warning(acting.in_vain(texts))
+    original(trainer, cfg, task, model, criterion, *args, **kwargs)

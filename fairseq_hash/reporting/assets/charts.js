@@ -183,7 +183,7 @@
       const pointsOf = (line) => [...line.x.keys()].filter((point) => inRange(line, point));
       let line = at ? at.line : visible[0], points = pointsOf(line), point = at ? at.point : points[0];
       if (key === "Home" || key === "End") point = key === "Home" ? points[0] : points[points.length - 1];
-      else if (key === "ArrowUp" || key === "ArrowDown") {
+      else if (at && (key === "ArrowUp" || key === "ArrowDown")) {
         const x = line.x[point], next = visible.indexOf(line) + (key === "ArrowDown" ? 1 : visible.length - 1);
         line = visible[next % visible.length];
         point = pointsOf(line).reduce((a, b) => (Math.abs(line.x[b] - x) < Math.abs(line.x[a] - x) ? b : a));

@@ -3,19 +3,18 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text  # plain strings would be read as markup
 
 from fairseq_hash.provenance import provenance
-from fairseq_hash.reporting import page
-from fairseq_hash.reporting.plots import DARK, LIGHT
-from fairseq_hash.tables.figures import loads_of_one, loads_of_several
 from fairseq_hash.tables.files import write_folder
 from fairseq_hash.tables.judging import JudgedTable
+
+if TYPE_CHECKING:  # what is printed needs none of the packages that draw and write pages
+    import pandas as pd
 
 MOST_SHOWN = 10  # overloading keys on the terminal; the files have them all
 ON_PAGE = 50
@@ -123,8 +122,10 @@ def _show_several(console: Console, tables: Sequence[JudgedTable]) -> None:
     console.print(shown)
 
 
-def frame(tables: Sequence[JudgedTable]) -> pd.DataFrame:
+def frame(tables: Sequence[JudgedTable]) -> "pd.DataFrame":
     """Return one row for each table and what it was judged on."""
+    import pandas as pd
+
     rows = []
     for table in tables:
         record, expert_HK = table.table.record, table.table.expert_HK
@@ -136,6 +137,9 @@ def frame(tables: Sequence[JudgedTable]) -> pd.DataFrame:
 
 def write(tables: Sequence[JudgedTable], symbols: list[str], out: Path) -> list[Path]:
     """Write loads.png, index.html, balance.csv and balance.json to a folder; return their paths."""
+    from fairseq_hash.reporting.plots import DARK, LIGHT
+    from fairseq_hash.tables.figures import loads_of_one, loads_of_several
+
     draw = (lambda theme: loads_of_one(tables[0], theme)) if len(tables) == 1 else None
     light, dark = ((draw or (lambda theme: loads_of_several(tables, theme)))(theme) for theme in (LIGHT, DARK))
     origin = provenance()
@@ -162,6 +166,10 @@ def _facts(tables: Sequence[JudgedTable], symbols: list[str], origin: dict[str, 
 
 
 def _page(tables: Sequence[JudgedTable], symbols: list[str], origin: dict[str, Any], light: bytes, dark: bytes) -> str:
+    import pandas as pd
+
+    from fairseq_hash.reporting import page
+
     names = ", ".join(table.name for table in tables)
     title = f"Hash table {names}" if len(tables) == 1 else "Hash tables compared"
     balance = frame(tables).drop(columns=["entropy"])

@@ -67,7 +67,6 @@ def model_of(path: object, state: Mapping[str, Any]) -> Model:
     if not given or "decoder_embed_dim" not in given or any(not name.startswith("decoder.") for name in tensors):
         raise UserError(f"{path} is no language model of this package or of fairseq's transformer_lm; give such a one")
     options = SparseOptions.from_config(given)
-    options.check()
     _check_exportable(path, given, options)
     if given.get("share_decoder_input_output_embed"):
         tensors.pop("decoder.output_projection.weight", None)  # the embedding of tokens

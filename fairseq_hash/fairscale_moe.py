@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from fairscale.nn import MOELayer
 from torch import Tensor, nn
 
 from fairseq_hash.dispatch import DispatchPlan
@@ -101,6 +100,8 @@ def fairscale_moe(
         experts: this rank's.
         parallel: who shares the experts.
     """
+    from fairscale.nn import MOELayer  # here, because few need it, and torch warns of what fairscale imports
+
     gate = _ByRank(Gate(lambda _: (assignment, plan), parallel.group), parallel.size)
     layer = MOELayer(gate, _ExpertsOfRank(experts, parallel), parallel.group)
     return layer(x_TD.unsqueeze(1)).squeeze(1)

@@ -1,14 +1,16 @@
 """Which tensors of a model and its optimizer are experts', and go to shards."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from fairseq.optim import FairseqOptimizer
 from torch import Tensor, nn
 
 from fairseq_hash.checkpoint.saved import SavedExperts
 from fairseq_hash.layer import SparseLayer
+
+if TYPE_CHECKING:  # checkpoints are read, merged and shown without fairseq
+    from fairseq.optim import FairseqOptimizer
 
 EXPERT = ".experts."  # in the name of every tensor that has a row for each expert
 
@@ -28,7 +30,7 @@ def optimized(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def expert_numbers(optimizer: FairseqOptimizer, model: nn.Module) -> dict[str, int]:
+def expert_numbers(optimizer: "FairseqOptimizer", model: nn.Module) -> dict[str, int]:
     """Return the number by which the optimizer's state knows each expert parameter.
 
     Empty where the optimizer has no state of its own for them: all parameters are flattened into one (`--fp16`), or

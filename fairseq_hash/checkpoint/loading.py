@@ -4,10 +4,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from fairseq.optim import FairseqOptimizer
 from torch import nn
 
 from fairseq_hash.agreement import together
@@ -18,6 +17,9 @@ from fairseq_hash.checkpoint.own_experts import fit_experts
 from fairseq_hash.checkpoint.saved import SavedExperts, open_shards, saved_tensors, take
 from fairseq_hash.errors import UserError
 from fairseq_hash.parallel import ExpertParallel
+
+if TYPE_CHECKING:  # checkpoints are read, merged and shown without fairseq
+    from fairseq.optim import FairseqOptimizer
 
 _with_optimizer = True
 
@@ -87,7 +89,7 @@ def one_line(error: RuntimeError) -> str:
 
 
 def loading_own_state(
-    optimizer: FairseqOptimizer, model: nn.Module, parallel: "ExpertParallel | None", load: Callable[..., None]
+    optimizer: "FairseqOptimizer", model: nn.Module, parallel: "ExpertParallel | None", load: Callable[..., None]
 ) -> Callable[..., None]:
     """Return `load`, an optimizer's `load_state_dict`, made to read this rank's share of a state of all experts.
 
@@ -101,7 +103,7 @@ def loading_own_state(
 
 
 def _own_state(
-    state: dict[str, Any], optimizer: FairseqOptimizer, model: nn.Module, parallel: "ExpertParallel | None"
+    state: dict[str, Any], optimizer: "FairseqOptimizer", model: nn.Module, parallel: "ExpertParallel | None"
 ) -> dict[str, Any]:
     parameters = optimized(optimizer.optimizer)
     saved = sum(len(group["params"]) for group in state["param_groups"])

@@ -9,10 +9,9 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from fairseq.optim import FairseqOptimizer
 from torch import Tensor, nn
 
 from fairseq_hash.agreement import gather, together
@@ -24,6 +23,9 @@ from fairseq_hash.checkpoint.shards import Shard, write_shard
 from fairseq_hash.errors import UserError
 from fairseq_hash.parallel import ExpertParallel
 from fairseq_hash.provenance import now, provenance
+
+if TYPE_CHECKING:  # checkpoints are read, merged and shown without fairseq
+    from fairseq.optim import FairseqOptimizer
 
 WRITE, DONE = "write", "done"
 
@@ -44,7 +46,7 @@ class Saver:
         model: nn.Module,
         parallel: "ExpertParallel | None",
         facts: Mapping[str, Any],
-        optimizer: Callable[[], FairseqOptimizer],
+        optimizer: "Callable[[], FairseqOptimizer]",
     ) -> None:
         """Take the model, who shares its experts (None: it has none), what a manifest says of it, and its optimizer."""
         self.model, self.parallel, self.facts, self.optimizer = model, parallel, facts, optimizer

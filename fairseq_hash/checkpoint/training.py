@@ -3,9 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-from fairseq.optim import FairseqOptimizer
+from typing import TYPE_CHECKING, Any
 
 from fairseq_hash.agreement import together
 from fairseq_hash.checkpoint.dense import start_from_dense
@@ -17,6 +15,9 @@ from fairseq_hash.checkpoint.manifest import KEY
 from fairseq_hash.checkpoint.saving import Saver
 from fairseq_hash.errors import UserError
 from fairseq_hash.layer import SparseLayer
+
+if TYPE_CHECKING:
+    from fairseq.optim import FairseqOptimizer
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ class TrainingCheckpoints:
             logger.info("the number of ranks has changed: %d batches of this epoch come a second time", again)
         return {**extra_state, "train_iterator": iterator}
 
-    def loading_own_state(self, optimizer: FairseqOptimizer) -> Callable[..., None]:
+    def loading_own_state(self, optimizer: "FairseqOptimizer") -> Callable[..., None]:
         """Return the optimizer's `load_state_dict`, made to read this rank's share."""
         return loading_own_state(optimizer, self.trainer.get_model(), self.parallel, optimizer.load_state_dict)
 

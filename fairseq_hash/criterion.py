@@ -42,7 +42,8 @@ class HashMoECriterionConfig(CrossEntropyCriterionConfig):
     log_expert_loads: bool = field(
         default=False,
         metadata={
-            "help": "also log each expert's share of the tokens as a list, for every sparse layer (JSON log only)"
+            "help": "also log each expert's share of the tokens as a list, for every sparse layer: in the JSON log, "
+            "and as histograms in TensorBoard"
         },
     )
     update_freq_ranks: int = field(

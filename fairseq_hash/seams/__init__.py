@@ -14,6 +14,7 @@ from fairseq_hash.seams import (
     start,
     stopping,
     sweeps,
+    tensorboard,
     training,
 )
 from fairseq_hash.seams.building import (
@@ -48,5 +49,6 @@ __all__ = [
     "start",
     "stopping",
     "sweeps",
+    "tensorboard",
     "training",
 ]

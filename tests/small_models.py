@@ -4,7 +4,9 @@ import functools
 import tempfile
 from pathlib import Path
 
+import plugin
 import recorded
+import sentencepiece
 from fairseq import checkpoint_utils
 
 import fairseq_hash
@@ -68,3 +70,30 @@ def checkpoint(data, name):
 def loaded(data, name):
     """Return the model of a kind of `OPTIONS`."""
     return fairseq_hash.load(checkpoint(data, name))
+
+
+@functools.cache
+def pieces(data):
+    """Return a folder of binarized data whose tokens are SentencePiece pieces, with the model beside `dict.txt`."""
+    from data_prep.pieces import train_model
+
+    folder = Path(tempfile.mkdtemp(prefix="a corpus of pieces ", dir=Path(data).parent))
+    lines = (Path(data).parent / "train.txt").read_text().splitlines()[:200] + ["a naïve café"] * 5
+    (folder / "text").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    train_model(folder / "text", folder / "sentencepiece.model", 330)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "sentencepiece.model"))
+    words = [" ".join(processor.encode(line, out_type=str)) for line in lines]
+    # Every piece once, so that the dictionary has all: the bytes of rare characters, too.
+    words.append(" ".join(processor.id_to_piece(number) for number in range(3, processor.get_piece_size())))
+    (folder / "pieces").write_text("\n".join(words) + "\n", encoding="utf-8")
+    prefixes = [f"--{split}pref={folder / 'pieces'}" for split in ("train", "valid")]
+    plugin.command("preprocess", "--only-source", *prefixes, "--destdir", folder / "bin")
+    (folder / "sentencepiece.model").rename(folder / "bin" / "sentencepiece.model")
+    return folder / "bin"
+
+
+@functools.cache
+def checkpoint_of_pieces(data):
+    """Return the checkpoint of a small hash model of pieces, and their folder."""
+    folder = pieces(data)
+    return train(folder, folder.parent / "model", "--tokens-per-sample", "32", *OPTIONS["hash"]), folder

@@ -65,5 +65,6 @@ def tokenizer_for(folder: Path, given: "Path | None", dictionary: Dictionary) ->
     found = [given] if given is not None else [folder / name for name in MODELS if (folder / name).is_file()]
     if found:
         return Pieces(found[0])
-    marked = sum(symbol.startswith(BEGIN) or symbol.endswith(JOIN) for symbol in dictionary.symbols)
-    return None if 10 * marked > len(dictionary) else Words()
+    counted = zip(dictionary.symbols, dictionary.count, strict=True)
+    marked = sum(count for symbol, count in counted if symbol.startswith(BEGIN) or symbol.endswith(JOIN))
+    return None if 100 * marked > sum(dictionary.count) else Words()  # a stray symbol among words is no mark

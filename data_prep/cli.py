@@ -1,25 +1,30 @@
-"""The command `python -m data_prep`."""
+"""The commands `python -m data_prep` and `fairseq-hash data`."""
 
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
+import fairseq_hash
 from fairseq_hash.cli import Parser
 from fairseq_hash.errors import UserError
 from fairseq_hash.provenance import usable_cores
 
-from .binarize import SPLITS
-from .corpora import CORPORA
+from .corpora import CORPORA, SPLITS
 from .dialogue import DialogueText
-from .prepare import Options, prepare
+from .options import Options
 from .sources import EmbeddedText, GivenText, PublicText, Source
 
+DESCRIPTION = "From text to data for fairseq-train, in one folder (docs/data.md)."
+INTERRUPTED = "interrupted; the same command goes on from the last step done"
 
-def build_parser() -> Parser:
-    """Return the parser of the command line."""
-    parser = Parser(prog="python -m data_prep", description="From text to data for fairseq-train, in one folder.")
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the corpora and the options of each."""
     corpora = parser.add_subparsers(dest="corpus", required=True, metavar="CORPUS")
     text = corpora.add_parser("text", help="text files of your own: a line of text is a line of data")
     dialogue = corpora.add_parser(
@@ -69,7 +74,6 @@ def build_parser() -> Parser:
         parsed.add_argument(
             "--workers", type=int, default=usable_cores(), metavar="N", help="processes (default: cores)"
         )
-    return parser
 
 
 def source_of(arguments: argparse.Namespace) -> Source:
@@ -83,29 +87,61 @@ def source_of(arguments: argparse.Namespace) -> Source:
     return PublicText(corpus, arguments.downloads, arguments.local, arguments.max_bytes, arguments.words)
 
 
-def main(argv: "Sequence[str] | None" = None) -> int:
-    """Run the command. Returns 0, 1 after one line on standard error where the input is bad, 130 where interrupted."""
-    arguments = build_parser().parse_args(argv)
-    # A plain SIGTERM would leave the processes that this one started running.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+def run(arguments: argparse.Namespace) -> None:
+    """Prepare what the arguments ask for.
+
+    Raises:
+        UserError: with one line, where the input is bad or a file cannot be written.
+        KeyboardInterrupt: where it was interrupted, when its processes have ended.
+    """
+    options = Options(
+        arguments.words,
+        arguments.vocab_size,
+        arguments.min_count,
+        arguments.like,
+        arguments.seed,
+        arguments.workers,
+    )
+    with _ended_by_one_signal():
+        fairseq_hash.register()  # before fairseq is imported, whose words it keeps back
+        from .prepare import prepare
+
+        try:
+            made = prepare(source_of(arguments), arguments.out, options)
+        except OSError as error:
+            raise UserError(f"{error}; make room or set permissions, then run again") from error
+    print(f"{arguments.out}: {'ready' if made else 'done before'}; train with fairseq-train {arguments.out}")
+
+
+@contextmanager
+def _ended_by_one_signal() -> Iterator[None]:
+    """Let SIGINT and SIGTERM end the processes that this one started, and a second Ctrl-C not end that."""
+
+    def interrupt(number: int, frame: "FrameType | None") -> NoReturn:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    def terminate(number: int, frame: "FrameType | None") -> NoReturn:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGINT, interrupt), signal.signal(signal.SIGTERM, terminate)
     try:
-        options = Options(
-            arguments.words,
-            arguments.vocab_size,
-            arguments.min_count,
-            arguments.like,
-            arguments.seed,
-            arguments.workers,
-        )
-        made = prepare(source_of(arguments), arguments.out, options)
+        yield
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)
+
+
+def main(argv: "Sequence[str] | None" = None) -> int:
+    """Run `python -m data_prep`. Returns 0, 1 after one line on standard error for bad input, 130 if interrupted."""
+    try:
+        parser = Parser(prog="python -m data_prep", description=DESCRIPTION)
+        add_arguments(parser)
+        run(parser.parse_args(argv))
     except UserError as error:
         print(f"data_prep: {error}", file=sys.stderr)
         return 1
-    except OSError as error:
-        print(f"data_prep: {error}; make room or set permissions, then run again", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        print("data_prep: interrupted; the same command goes on from the last step done", file=sys.stderr)
+        print(f"data_prep: {INTERRUPTED}", file=sys.stderr)
         return 130
-    print(f"{arguments.out}: {'ready' if made else 'done before'}; train with fairseq-train {arguments.out}")
     return 0

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from fairseq.data import Dictionary, indexed_dataset
+from prepared import SPLITS, arguments, write_text
 
 from data_prep import chunks
 from data_prep import prepare as preparation
@@ -22,24 +22,6 @@ from fairseq_hash.hashing import dictionary_fingerprint
 from fairseq_hash.provenance import sha256_of_file
 
 ROOT = Path(__file__).resolve().parent.parent
-SPLITS = ("train", "valid", "test")
-
-
-def write_text(folder, lines=300):
-    """Three files of sentences of 40 words, with blank lines between paragraphs."""
-    folder.mkdir(parents=True, exist_ok=True)
-    generator = random.Random(0)
-    words = ["".join(generator.choices("abcdefghij", k=generator.randint(1, 8))) for _ in range(40)]
-    for split, count in zip(SPLITS, (lines, 30, 20), strict=True):
-        text = [" ".join(generator.choices(words, k=generator.randint(1, 12))) for _ in range(count)]
-        text[5] = ""
-        (folder / f"{split}.txt").write_text("\n".join(text) + "\n")
-    return {split: [folder / f"{split}.txt"] for split in SPLITS}
-
-
-def arguments(files, out, *more):
-    named = [word for split in SPLITS for word in (f"--{split}", *map(str, files[split]))]
-    return ["text", *named, "--out", str(out), "--workers", "2", *more]
 
 
 def run(*words, **options):

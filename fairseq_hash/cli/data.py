@@ -1,0 +1,31 @@
+"""`fairseq-hash data`: from text to data for fairseq-train; what `python -m data_prep` does in a checkout."""
+
+import argparse
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+
+def preparation() -> ModuleType:
+    """Return the module `data_prep.cli`: in an installed package it lies inside, in a checkout beside it."""
+    package = "fairseq_hash.data_prep" if find_spec("fairseq_hash.data_prep") else "data_prep"
+    return import_module(f"{package}.cli")
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the verb `data`."""
+    command = preparation()
+    parser = subparsers.add_parser("data", description=command.DESCRIPTION)
+    command.add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prepare the data. Exits with 130 where it was interrupted."""
+    command = preparation()
+    try:
+        command.run(arguments)
+    except KeyboardInterrupt:
+        print(f"fairseq-hash: {command.INTERRUPTED}", file=sys.stderr)
+        sys.exit(130)

@@ -24,7 +24,7 @@ FILES = ["expert_loads.png", "index.html", "learning_curves.png"]
 FILES += ["results.csv", "results.json", "results.md", "runs.csv"]
 SPARSE = ("--sparse-layers", "1", "--num-experts", "4")
 ROUTERS = {
-    "dense": (),
+    "dense": ("--router", "none"),
     "hash": ("--router", "hash", *SPARSE),
     "switch": ("--router", "switch", *SPARSE, "--capacity-factor", "1.25"),
 }
@@ -57,9 +57,9 @@ def _make(data, folder):
         _evaluate(data, folder / f"{router}5")
 
     def two_sessions():
-        _train(data, folder / "dense6", "--seed", "6", "--max-update", "6")
+        _train(data, folder / "dense6", *ROUTERS["dense"], "--seed", "6", "--max-update", "6")
         shutil.copy(folder / "dense6" / "checkpoint_1_4.pt", folder / "dense6" / "checkpoint_last.pt")
-        _train(data, folder / "dense6", "--seed", "6")
+        _train(data, folder / "dense6", *ROUTERS["dense"], "--seed", "6")
         _evaluate(data, folder / "dense6")
 
     def hydra():

@@ -2,6 +2,8 @@
 
 import argparse
 import functools
+import math
+import sys
 from pathlib import Path
 
 TITLE = "Sparse language models compared"
@@ -13,8 +15,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "report",
         description="Compare runs by their own logs. Runs that differ in their seed only are averaged; runs that are "
-        "incomplete or were evaluated otherwise than the others are listed with the reason and left out. With "
-        "--benchmarks: show what benchmarks measured.",
+        "incomplete or were evaluated otherwise than the others are left out, which stderr and the page say with the "
+        "reason. With --benchmarks: show what benchmarks measured.",
     )
     parser.add_argument(
         "runs",
@@ -35,6 +37,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to, made where missing")
     parser.add_argument("--title", help=f"heading of the page (default: {TITLE}; of benchmarks: {BENCHMARKS_TITLE})")
     parser.add_argument("--note", type=Path, metavar="FILE", help="text for the page: what these runs can show")
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        const="30",
+        metavar="SECONDS",
+        help="keep index.html current while runs train, a new page after so many seconds (30, or 1 and more); the page "
+        "reloads itself; Ctrl-C ends it. Write the report without --watch when the runs are done",
+    )
     parser.set_defaults(run=functools.partial(run, parser))
 
 
@@ -44,14 +54,36 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
         parser.error("the following arguments are required: RUN or --benchmarks FILE")
     if arguments.runs and arguments.benchmarks:
         parser.error("RUN does not go with --benchmarks; write two reports")
+    if arguments.watch is not None:
+        _watch(parser, arguments)
+        return
     if arguments.benchmarks:
         from fairseq_hash.reporting.benchmarks import write_benchmarks
 
         title = arguments.title or BENCHMARKS_TITLE
         paths = write_benchmarks(arguments.benchmarks, arguments.out, title, arguments.note)
     else:
-        from fairseq_hash.reporting.report import write_report
+        from fairseq_hash.reporting.comparison import compare
+        from fairseq_hash.reporting.report import read_note, write_comparison
 
-        paths = write_report(arguments.runs, arguments.out, arguments.title or TITLE, arguments.note)
+        comparison = compare(arguments.runs, arguments.title or TITLE, read_note(arguments.note))
+        paths = write_comparison(comparison, arguments.out)
+        print("\n".join(comparison.summary), file=sys.stderr)
     for path in paths:
         print(f"wrote {path}")
+
+
+def _watch(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.benchmarks:
+        parser.error("--watch does not go with --benchmarks, whose files do not grow; leave it out")
+    try:
+        seconds = float(arguments.watch)
+    except ValueError:
+        seconds = math.nan
+    if not 1 <= seconds < math.inf:
+        parser.error(f"--watch {arguments.watch} is no time to wait; give 1 or more seconds, or none for 30")
+    from fairseq_hash.reporting.report import read_note
+    from fairseq_hash.reporting.watching import watch
+
+    tell = functools.partial(print, flush=True)
+    watch(arguments.runs, arguments.out, arguments.title or TITLE, read_note(arguments.note), seconds, tell)

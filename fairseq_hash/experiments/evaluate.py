@@ -42,23 +42,22 @@ def evaluate_run(
         UserError: where the run is not complete, its checkpoint is missing, or an evaluation fails.
     """
     run = load_run(folder)
-    if run.training.finished is None:
-        raise UserError(
-            f"{folder}: its training is not done (update {run.training.updates:,}); give its command again, which goes "
-            "on from its last checkpoint"
-        )
+    if run.not_done:
+        raise UserError(f"{folder} cannot be evaluated: {run.not_done}")
     checkpoint = folder / f"checkpoint_{which}.pt"
     if not checkpoint.is_file():
         raise UserError(f"{folder} has no {checkpoint.name}; train it, or evaluate another (--checkpoint)")
     for subset in subsets:
         known = run.evaluations.get(subset)
-        is_done = known is not None and known.perplexity is not None and known.time >= run.training.finished
-        if is_done and Path(known.checkpoint).name == checkpoint.name and not again:
+        if known is not None and Path(known.checkpoint).name == checkpoint.name and not again:
             tell(f"{folder} {subset}: perplexity {known.perplexity:.2f}, as evaluated before")
             continue
         log = folder / f"eval-{subset}.log"
         _run(evaluation_command(run, checkpoint, subset), log)
-        done = load_run(folder).evaluations.get(subset)
+        evaluated = load_run(folder)
+        done = evaluated.evaluations.get(subset)
+        if done is None:
+            raise UserError(f"{log} is no result: it {evaluated.faults.get(subset, 'tells of no evaluation')}")
         tell(f"{folder} {subset}: perplexity {done.perplexity:.2f}")
 
 

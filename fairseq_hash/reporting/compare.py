@@ -7,52 +7,57 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_hash.reporting.checkpoints import contradiction
-from fairseq_hash.reporting.options import STOPS, stable
+from fairseq_hash.reporting.options import stable
 from fairseq_hash.reporting.runs import Run
 
 
-def sort_out(runs: Sequence[Run]) -> tuple[list[Run], dict[Path, str]]:
-    """Return the runs that may be compared, and why each other one may not, by its folder."""
-    reasons = {run.folder: reason for run in runs if (reason := why_incomplete(run))}
-    complete = [run for run in runs if run.folder not in reasons]
-    subsets = {subset: None for run in complete for subset in run.evaluations}
-    for run in complete:
-        if missing := [subset for subset in subsets if subset not in run.evaluations]:
-            reasons[run.folder] = f"not evaluated on {' and '.join(missing)}"
-    complete = [run for run in complete if run.folder not in reasons]
-    reasons |= _odd_ones(complete)
-    complete = [run for run in complete if run.folder not in reasons]
-    first: dict[tuple[str, int], Run] = {}
-    for run in complete:
-        same = first.setdefault((run.model, run.seed), run)
-        if same is not run:
-            reasons[run.folder] = f"same options and seed as {same.folder}"
-    return [run for run in complete if run.folder not in reasons], reasons
+def sort_out(runs: Sequence[Run], unfinished: bool = False) -> tuple[list[Run], dict[Path, str]]:
+    """Return the runs that may be compared, and why each other one may not, by its folder.
+
+    Args:
+        runs: of one dictionary.
+        unfinished: whether a run may be compared whose training is not done.
+    """
+    reasons = {run.folder: reason for run in runs if (reason := why_incomplete(run, unfinished))}
+    for left_out in (_odd_ones, _not_evaluated_as_their_like, _repeated):
+        reasons |= left_out([run for run in runs if run.folder not in reasons])
+    return [run for run in runs if run.folder not in reasons], reasons
 
 
-def why_incomplete(run: Run) -> "str | None":
+def why_incomplete(run: Run, unfinished: bool = False) -> "str | None":
     """Return why a run cannot be compared with any other, None where it can."""
     training = run.training
+    if run.not_done and (training.model is None or not unfinished):
+        return run.not_done
     if training.model is None:
         return "its log has no model_record: trained without --arch hash_transformer_lm"
-    if training.finished is None:
-        by = f" by {training.stopped_by}" if training.stopped_by else ""
-        stop = training.config[STOPS[0]]
-        return f"training stopped{by} at update {training.updates:,}" + (f" of {stop:,}" if stop else "")
     if changed := _changed_on_resuming(training.configs):
         return f"resumed with other options: {', '.join(sorted(changed))}"
     if not training.intervals:
         return "its log has no train_inner lines; train with --log-format json and a smaller --log-interval"
     for subset, evaluation in run.evaluations.items():
-        if evaluation.perplexity is None:
-            return f"the evaluation on {subset} has no result"
         if not math.isfinite(evaluation.perplexity):
             return f"its perplexity on {subset} is {evaluation.perplexity}"
-        if evaluation.time < training.finished:
-            return f"evaluated on {subset} before training was done"
-        if (evaluation.model or training.model)["dictionary_fingerprint"] != training.model["dictionary_fingerprint"]:
-            return f"evaluated on {subset} with another dictionary than it was trained with"
     return contradiction(run)
+
+
+def _not_evaluated_as_their_like(runs: Sequence[Run]) -> dict[Path, str]:
+    """Return the runs that lack an evaluation that another one of their model has: all means are of the same runs."""
+    reasons = {}
+    for run in runs:
+        wanted = {subset: None for other in runs if other.model == run.model for subset in other.evaluations}
+        if missing := [subset for subset in wanted if subset not in run.evaluations]:
+            faults = [f"the evaluation on {subset} {run.faults[subset]}" for subset in missing if subset in run.faults]
+            others = f"not evaluated on {' and '.join(missing)}, as another run of its model is"
+            reasons[run.folder] = faults[0] if faults else others
+    return reasons
+
+
+def _repeated(runs: Sequence[Run]) -> dict[Path, str]:
+    """Return the runs that repeat an earlier one."""
+    first: dict[tuple[str, int], Run] = {}
+    same = {run.folder: first.setdefault((run.model, run.seed), run).folder for run in runs}
+    return {folder: f"same options and seed as {other}" for folder, other in same.items() if other != folder}
 
 
 def _changed_on_resuming(configs: Sequence[dict[str, Any]]) -> set[str]:
@@ -70,11 +75,12 @@ def _odd_ones(runs: Sequence[Run]) -> dict[Path, str]:
     circumstances = {run.folder: _circumstances(run) for run in runs}
     reasons: dict[Path, str] = {}
     for name in dict.fromkeys(name for values in circumstances.values() for name in values):
-        counts = Counter(values.get(name) for values in circumstances.values())
+        known = {folder: values[name] for folder, values in circumstances.items() if name in values}
+        counts = Counter(known.values())
         usual = max(counts, key=counts.__getitem__)
-        for folder, values in circumstances.items():
-            if values.get(name) != usual:
-                reasons.setdefault(folder, f"{name} is {values.get(name)}, in the other runs {usual}")
+        for folder, value in known.items():
+            if value != usual:
+                reasons.setdefault(folder, f"{name} is {value}, in the other runs {usual}")
     return reasons
 
 

@@ -14,8 +14,9 @@ from fairseq_hash.reporting.noise import words_on_noise
 from fairseq_hash.reporting.runs import Run, load_runs
 
 COLUMNS = """
-Perplexity is per token of the dictionary, of the cross-entropy alone, as fairseq-eval-lm printed it (where no run was
-evaluated: of the training's last validation); with more than one seed it is the mean ± the sample standard deviation.
+Perplexity is per token of the dictionary, of the cross-entropy alone, as fairseq-eval-lm printed it; where (training)
+stands beside it, it is of the best validation in training, which checkpoint_best.pt is of. With more than one seed it
+is the mean ± the sample standard deviation.
 Active parameters are those that one token uses. Tokens/s is the median over the training's log intervals without the
 first tenth, updates/s as well; the time is all of the training, validation included. Peak memory is that of the first
 rank, of its GPU where there is one. Max load is the largest demand for an expert over the
@@ -23,6 +24,10 @@ mean demand (1 is even), in the first table of the worst layer: in training the 
 at the end. Load variation is the coefficient of variation. Dropped is the share of training tokens that found their
 expert full.
 """
+
+
+# Where no run can be compared, so many reasons are told.
+MOST_REASONS = 5
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Comparison:
         title: the heading.
         note: what these runs can show, in the words of who made them.
         models: the compared runs by the name of their model.
-        reasons: why each other run is left out, by its folder.
+        reasons: why something is left out: a run by its folder, an evaluation by `FOLDER, evaluation on SUBSET`.
         of_runs: one row a run.
         of_models: one row a model.
         caution: what the seeds say of chance.
@@ -43,7 +48,7 @@ class Comparison:
     title: str
     note: str
     models: dict[str, list[Run]]
-    reasons: dict[Path, str]
+    reasons: dict[str, str]
     of_runs: pd.DataFrame
     of_models: pd.DataFrame
     caution: str
@@ -56,19 +61,45 @@ class Comparison:
 
     @property
     def left_out(self) -> pd.DataFrame:
-        """The other runs with the reason."""
-        return pd.DataFrame([(str(folder), why) for folder, why in self.reasons.items()], columns=["Run", "Why"])
+        """What is left out, with the reason."""
+        return pd.DataFrame(list(self.reasons.items()), columns=["Run", "Why"])
+
+    @property
+    def summary(self) -> list[str]:
+        """What is compared and what is left out, in lines for a terminal."""
+        compared = f"compared {_number(len(self.runs), 'run')} of {_number(len(self.models), 'model')}"
+        reasons = [f"left out: {what}: {why}" for what, why in self.reasons.items()]
+        return [f"{compared}, left out {len(reasons)}" if reasons else compared, *reasons]
 
 
-def compare(folders: Sequence[Path], title: str, note: str = "") -> Comparison:
-    """Read and compare the runs in folders and below them. Raises `UserError` where no run can be compared."""
+def compare(folders: Sequence[Path], title: str, note: str = "", unfinished: bool = False) -> Comparison:
+    """Read and compare the runs in folders and below them, also those whose training is not done where `unfinished`.
+
+    Raises `UserError` where no run can be compared.
+    """
     runs = load_runs(folders)
-    compared, reasons = sort_out(runs)
+    compared, left_out = sort_out(runs, unfinished)
     if not compared:
-        folder, reason = next(iter(reasons.items()))
-        raise UserError(f"no run can be reported; the first of {len(runs)}, {folder}: {reason}")
+        first = [f"{folder}: {reason}" for folder, reason in list(left_out.items())[:MOST_REASONS]]
+        more = [f"and {len(runs) - len(first)} more"] if len(runs) > len(first) else []
+        raise UserError(f"no run can be reported; {'; '.join([*first, *more])}")
     models = group_by_model(compared)
+    reasons = {str(folder): reason for folder, reason in left_out.items()} | _faults(compared)
     of_runs = table.table_of_runs(models)
     of_models = published.with_published(table.table_of_models(of_runs), models)
     caution, legend = words_on_noise(of_models), published.legend(models)
     return Comparison(title, note, models, reasons, of_runs, of_models, caution, legend)
+
+
+def _faults(runs: Sequence[Run]) -> dict[str, str]:
+    """Return why figures of compared runs are left out."""
+    faults = {}
+    for run in runs:
+        faults |= {f"{run.folder}, evaluation on {subset}": f"it {why}" for subset, why in run.faults.items()}
+        if "valid" not in run.evaluations and (why := table.why_partial(run)):
+            faults[f"{run.folder}, validation in training"] = why
+    return faults
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"

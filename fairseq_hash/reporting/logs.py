@@ -20,6 +20,9 @@ LINE = re.compile(
 # An oracle's result says that it is one (`seams.name_oracle`).
 RESULT = r"Loss \(base 2\): (\S+), Perplexity(?: of an oracle, which sees the next token)?: (\S+)"
 MODEL_RECORD = "model_record | "
+# What leaves a part of a text out says so: fairseq in an evaluation, `seams.lengths` in a training.
+SKIPPED = r"([\d,]+) samples have invalid sizes and will be skipped"
+LEFT_OUT = r"[\d,]+ of [\d,]+ samples of (\S+), with .* and left out$"
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class TrainingLog:
         finished: when the training was done, None while it is not.
         stopped_by: the signal that ended the last session (`SIGTERM`), None where none did.
         dictionary_types: the number of the dictionary's symbols, fairseq's own included; None where the log has none.
+        left_out_of: the texts (`train`, `valid`) of which samples were left out because they were too long.
     """
 
     configs: list[dict[str, Any]] = field(default_factory=list)
@@ -54,6 +58,7 @@ class TrainingLog:
     finished: "datetime | None" = None
     stopped_by: "str | None" = None
     dictionary_types: "int | None" = None
+    left_out_of: set[str] = field(default_factory=set)
     _resumed: "tuple[datetime, float] | None" = field(default=None, repr=False, compare=False)
 
     @property
@@ -87,7 +92,10 @@ class TrainingLog:
 
 @dataclass
 class Evaluation:
-    """One output of fairseq-eval-lm. `perplexity` is None where it was stopped before its end."""
+    """One output of fairseq-eval-lm.
+
+    `perplexity` is None where it was stopped before its end; `skipped` are samples that it left out.
+    """
 
     config: dict[str, Any]
     time: datetime
@@ -95,6 +103,7 @@ class Evaluation:
     checkpoint: str = ""
     model: "dict[str, Any] | None" = None
     tokens: int = 0
+    skipped: int = 0
     loss_bits: "float | None" = None
     perplexity: "float | None" = None
 
@@ -157,6 +166,8 @@ def read_training(lines: Iterable[Line]) -> "TrainingLog | None":
             log.resume(int(loaded[1]), line.time)
         elif not evaluating and (types := re.match(r"dictionary: (\d+) types", line.message)):
             log.dictionary_types = int(types[1])
+        elif not evaluating and (text := re.match(LEFT_OUT, line.message)):
+            log.left_out_of.add(text[1])
         elif stopped := re.match(r"stopped by (SIG\w+) at update", line.message):
             log.stopped_by = stopped[1]
         elif line.source in ("train_inner", "valid", "train"):
@@ -199,6 +210,8 @@ def read_evaluations(lines: Iterable[Line]) -> list[Evaluation]:
             found.append(Evaluation(config, line.time, config["dataset.gen_subset"], checkpoint))
         elif found and (record := _model_record(line)):
             found[-1].model = record
+        elif found and (skipped := re.match(SKIPPED, line.message)):
+            found[-1].skipped += int(skipped[1].replace(",", ""))
         elif found and (tokens := re.match(r"Evaluated ([\d,]+) tokens", line.message)):
             found[-1].tokens = int(tokens[1].replace(",", ""))
         elif found and (result := re.match(RESULT, line.message)):

@@ -9,11 +9,13 @@ import pandas as pd
 
 def words_on_noise(models: pd.DataFrame) -> str:
     """Return what the seeds say of chance: the pairs of models whose difference lies within two standard errors."""
-    column = next((name for name in ("test_perplexity", "valid_perplexity") if name in models), None)
-    if column is None:
+    columns = [name for name in ("test_perplexity", "valid_perplexity") if name in models]
+    if not columns:
         return "These runs were not evaluated."
+    # Of all models where there is such a subset.
+    column = next((name for name in columns if models[name].notna().all()), columns[0])
     subset = column.removesuffix("_perplexity")
-    rows = models.to_dict("records")
+    rows = models[models[column].notna()].to_dict("records")
     if any(row["runs"] < 2 for row in rows):
         alone = [row["model"] for row in rows if row["runs"] < 2]
         return (

@@ -30,11 +30,15 @@ DRAWN = {
 
 
 def write_report(folders: Sequence[Path], out: Path, title: str, note: "Path | None" = None) -> list[Path]:
-    """Write results.json, results.csv, runs.csv, results.md, the figures and index.html; return their paths.
+    """Compare runs and write what `write_comparison` writes; return the paths.
 
     Raises `UserError` with one line for bad input, and where no run can be compared, before anything is written.
     """
-    comparison = compare(folders, title, read_note(note))
+    return write_comparison(compare(folders, title, read_note(note)), out)
+
+
+def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
+    """Write results.json, results.csv, runs.csv, results.md, the figures and index.html; return their paths."""
     drawn = {name: [draw(comparison.models, theme) for theme in (LIGHT, DARK)] for name, draw in DRAWN.items()}
     figures = {name: pictures for name, pictures in drawn.items() if pictures[0] is not None}
     files: dict[str, bytes] = {name: light for name, (light, _) in figures.items()}
@@ -75,7 +79,7 @@ def _json(comparison: Comparison) -> bytes:
 
     content = {"title": comparison.title, "report": provenance(), "legend": comparison.legend}
     content |= {"models": records(comparison.of_models), "runs": records(comparison.of_runs)}
-    content |= {"left_out": {str(folder): reason for folder, reason in comparison.reasons.items()}}
+    content |= {"left_out": comparison.reasons}
     content["raw"] = {str(run.folder): _raw(run) for run in comparison.runs}
     return json.dumps(_finite(content), indent=1, default=str).encode()
 

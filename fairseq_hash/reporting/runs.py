@@ -1,12 +1,15 @@
 """Runs: what the logs in a folder tell of one training and its evaluations."""
 
 import json
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fairseq_hash.errors import UserError
+from fairseq_hash.reporting.endings import last_error, why_not_done
+from fairseq_hash.reporting.evaluations import why_no_result
 from fairseq_hash.reporting.folders import find_runs, log_files
 from fairseq_hash.reporting.logs import Evaluation, Line, TrainingLog, read_evaluations, read_lines, read_training
 from fairseq_hash.reporting.options import STOPS, stable
@@ -21,20 +24,31 @@ class Run:
     Attributes:
         folder: as it was given.
         training: the training's log.
-        evaluations: the last evaluation of each subset.
+        evaluations: the last evaluation of each subset that is a result.
+        faults: why the evaluations of each other subset are no result.
         record: what the folder's `run.json` says, {} without one; known are `commands` (step to list of words),
             `data_fingerprint` and `data` (what the corpus is).
+        grown: when the training's log last grew, in seconds since 1970.
+        error: what the training's log ends with, None where that is no error.
     """
 
     folder: Path
     training: TrainingLog
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    faults: dict[str, str] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
+    grown: float = field(default=0.0, compare=False)
+    error: "str | None" = None
 
     @property
     def seed(self) -> int:
         """The seed of the training."""
         return self.training.config["common.seed"]
+
+    @property
+    def not_done(self) -> "str | None":
+        """Why the training is not done, None where it is."""
+        return why_not_done(self.training, self.grown, self.error, time.time())
 
     @property
     def options(self) -> dict[str, Any]:
@@ -59,8 +73,18 @@ def load_run(folder: Path) -> Run:
     training = read_training(lines)
     if training is None:
         raise UserError(f"{folder} holds no training log ({', '.join(path.name for path in paths)})")
-    found = sorted((one for file in files for one in read_evaluations(file)), key=lambda one: one.time)
-    return Run(folder, training, {one.subset: one for one in found}, _read_record(folder / RECORD))
+    run = Run(folder, training, record=_read_record(folder / RECORD))
+    for one in sorted((one for file in files for one in read_evaluations(file)), key=lambda one: one.time):
+        fault = why_no_result(one, training)
+        if fault is None:
+            run.evaluations[one.subset] = one
+        else:
+            run.faults[one.subset] = fault
+    run.faults = {subset: fault for subset, fault in run.faults.items() if subset not in run.evaluations}
+    of_training = [path for path, lines in zip(paths, files, strict=True) if read_training(lines)]
+    newest = max(of_training, key=lambda path: path.stat().st_mtime)
+    run.grown, run.error = newest.stat().st_mtime, last_error(newest)
+    return run
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from fairseq_hash.reporting.runs import Run
 
 # Start-up, first allocations and empty caches are not the model's speed or balance.
 SETTLING_SHARE = 0.1
+PERPLEXITY = "_perplexity"
 
 
 def settled_intervals(run: Run) -> list[dict[str, Any]]:
@@ -25,6 +26,21 @@ def last_validation(run: Run) -> dict[str, Any]:
     return run.training.validations[max(run.training.validations)] if run.training.validations else {}
 
 
+def best_validation(run: Run) -> "float | None":
+    """Return the lowest perplexity of a validation in training, None where none was of all of the text."""
+    perplexities = [values["ppl"] for values in run.training.validations.values() if "ppl" in values]
+    return (
+        min((value for value in perplexities if math.isfinite(value)), default=None) if not why_partial(run) else None
+    )
+
+
+def why_partial(run: Run) -> "str | None":
+    """Return why the validations in training were of a part of the text, None where they were of all of it."""
+    if steps := run.training.config.get("dataset.max_valid_steps"):
+        return f"it was of {steps} batches of the text (--max-valid-steps)"
+    return "it left out samples that were too long" if "valid" in run.training.left_out_of else None
+
+
 def sparse_layers(run: Run) -> list[int]:
     """Return the sparse layers that the training's log tells of."""
     keys = {key for values in run.training.intervals.values() for key in values}
@@ -34,6 +50,7 @@ def sparse_layers(run: Run) -> list[int]:
 def measure(model: str, run: Run) -> dict[str, Any]:
     """Return one row: what a run's logs say of it. Perplexities are per token of the dictionary, times in seconds.
 
+    `valid_from` says what `valid_perplexity` is of: "evaluation", or "training" for its best validation.
     `peak_gb` is the largest of the log, NaN for logs without it. `load_max` is the largest demand for an expert over
     the mean demand: the mean over the training's log intervals, and of the last validation; `dropped` is the mean share
     of the training's tokens that found their expert full. Without a layer's number they are those of the worst layer.
@@ -42,8 +59,10 @@ def measure(model: str, run: Run) -> dict[str, Any]:
     peaks = [values["peak_gb"] for values in run.training.intervals.values() if "peak_gb" in values]
     row: dict[str, Any] = {"model": model, "router": record["router"], "seed": run.seed, "folder": str(run.folder)}
     row |= {f"{subset}_perplexity": run.evaluations[subset].perplexity for subset in ordered(run.evaluations)}
-    if not run.evaluations and "ppl" in validation:
-        row["valid_perplexity"] = validation["ppl"]
+    if "valid" in run.evaluations:
+        row["valid_from"] = "evaluation"
+    elif (best := best_validation(run)) is not None:
+        row |= {"valid_perplexity": best, "valid_from": "training"}
     row |= {
         "parameters_total": record["parameters_total"],
         "parameters_active": record["parameters_active"],
@@ -78,7 +97,11 @@ def _mean(intervals: Sequence[dict[str, Any]], key: str) -> float:
 
 def table_of_runs(models: dict[str, list[Run]]) -> pd.DataFrame:
     """Return one row a run, in the order of the models."""
-    return pd.DataFrame([measure(model, run) for model, runs in models.items() for run in runs])
+    rows = pd.DataFrame([measure(model, run) for model, runs in models.items() for run in runs])
+    known = ordered(name.removesuffix(PERPLEXITY) for name in rows if name.endswith(PERPLEXITY))
+    others = [name for name in rows if not name.endswith(PERPLEXITY)]
+    place = others.index("folder") + 1
+    return rows[[*others[:place], *(f"{subset}{PERPLEXITY}" for subset in known), *others[place:]]]
 
 
 def table_of_models(runs: pd.DataFrame) -> pd.DataFrame:
@@ -91,6 +114,8 @@ def table_of_models(runs: pd.DataFrame) -> pd.DataFrame:
     table.insert(0, "runs", groups.size())
     for column in [column for column in table if column.endswith("_perplexity")]:
         table.insert(table.columns.get_loc(column) + 1, f"{column}_sd", groups[column].std(ddof=1))
+    if "valid_from" in runs:
+        table.insert(table.columns.get_loc("valid_perplexity_sd") + 1, "valid_from", groups["valid_from"].first())
     if "peak_gb" in table:
         table["peak_gb"] = groups["peak_gb"].max()
     return table.reset_index()
@@ -107,6 +132,9 @@ def for_readers(models: pd.DataFrame) -> pd.DataFrame:
         spread = ["" if pd.isna(value) else f" ± {value:.2f}" for value in models[f"{name}_sd"]]
         heading = f"{name.removesuffix('_perplexity').capitalize()} perplexity"
         shown[heading] = [value + sd for value, sd in zip(column(name, "{:.2f}"), spread, strict=True)]
+        if name == "valid_perplexity" and "valid_from" in models:
+            origins = [" (training)" if origin == "training" else "" for origin in models["valid_from"]]
+            shown[heading] = [value + origin for value, origin in zip(shown[heading], origins, strict=True)]
     for name in [name for name in models if f"{name}_mark" in models]:
         marks = ["" if pd.isna(mark) else f" ({mark})" for mark in models[f"{name}_mark"]]
         values = [text + mark for text, mark in zip(column(name, "{:.2f}"), marks, strict=True)]

@@ -1,0 +1,46 @@
+"""How a training ended, or that it seems to run still."""
+
+import re
+from datetime import datetime
+from pathlib import Path
+
+from fairseq_hash.reporting.logs import TrainingLog, parse_line
+
+# A log that grew within this time is taken for that of a running training, in seconds.
+ALIVE = 600.0
+ERROR = re.compile(r"(fairseq_hash: |\w[\w.]*(Error|Exception|Interrupt)\b|slurmstepd: error|Killed).*")
+
+
+def why_not_done(training: TrainingLog, grown: float, error: "str | None", now: float) -> "str | None":
+    """Return why a training is not done, None where it is.
+
+    Args:
+        training: its log.
+        grown: when its log last grew, in seconds since 1970.
+        error: what its log ends with (`last_error`).
+        now: in seconds since 1970.
+    """
+    if training.finished is not None:
+        return None
+    updates, stop = training.updates, training.config.get("optimization.max_update") or 0
+    epochs = training.config.get("optimization.max_epoch") or 0
+    where = f"at update {updates:,}" + (f" of {stop:,}" if stop else f" ({epochs} epochs are wanted)" if epochs else "")
+    again = "its command, given again, goes on from its last checkpoint"
+    if training.stopped_by:
+        return f"its training was stopped by {training.stopped_by} {where}; {again}"
+    if error:
+        return f"its training failed {where}: {error}"
+    if now - grown < ALIVE:
+        return f"its training is {where}: its log grew {max(0, now - grown):.0f} s ago, so it seems to run still"
+    since = f"its log has not grown since {datetime.fromtimestamp(grown):%Y-%m-%d %H:%M}"
+    if 0 < stop <= updates:
+        return f"its training did not end after update {updates:,}, its last one, and {since}; {again}"
+    return f"its training broke off {where}, and {since}; {again}"
+
+
+def last_error(path: Path) -> "str | None":
+    """Return the error that a log ends with: a line of this project, else the last line of a traceback."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    end = next((place for place in range(len(lines), 0, -1) if parse_line(lines[place - 1])), 0)
+    errors = [line.strip() for line in lines[end:] if ERROR.match(line)]
+    return next((line for line in errors if line.startswith("fairseq_hash: ")), errors[-1] if errors else None)

@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -138,6 +139,25 @@ def test_a_pool_keeps_the_order(model, monkeypatch):
     with pieces.workers(2, model) as pool:
         found = list(pieces.encode_in_order(lines, pool, 2))
     assert len(found) > 40 and "".join(batch.text for batch in found) == expected
+
+
+def test_workers_leave_ctrl_c_to_their_parent():
+    """A terminal sends it to every process of a command; theirs would each print a traceback."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, set())
+    with pieces.workers(1, None) as pool:
+        mask = pieces.submit(pool, signal.pthread_sigmask, signal.SIG_BLOCK, set()).result()
+    assert signal.SIGINT in mask
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, set()) == before and signal.SIGINT not in before
+
+
+def test_an_error_ends_workers_at_once():
+    """Not only when they have done their work, which can take SentencePiece minutes."""
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), pieces.workers(1, None) as pool:
+        pieces.submit(pool, time.sleep, 0).result()
+        pieces.submit(pool, time.sleep, 300)
+        raise KeyboardInterrupt
+    assert time.monotonic() - began < 150
 
 
 def test_workers_end_with_their_parent(tmp_path):

@@ -285,7 +285,8 @@ def data_of(arguments: argparse.Namespace, folder: Path) -> Path:
         return arguments.data
     data = folder / "data"
     make = [sys.executable, "-m", "data_prep", "embedded", "--vocab-size", str(arguments.vocabulary)]
-    made = subprocess.run([*make, "--out", str(data)], capture_output=True, text=True)
+    checkout = Path(__file__).resolve().parent.parent
+    made = subprocess.run([*make, "--out", str(data.resolve())], cwd=checkout, capture_output=True, text=True)
     if made.returncode:
         sys.exit(f"{sys.argv[0]}: making the embedded corpus failed: {made.stderr.strip().splitlines()[-1:]}")
     return data

@@ -11,6 +11,7 @@ from fairseq_hash.provenance import __version__
 
 # Verb -> what it does. Its module is `fairseq_hash.cli.VERB`, with an underscore for a hyphen.
 VERBS = {
+    "data": "from text to data for fairseq-train",
     "tables": "build hash tables, judge their balance, exchange them",
     "plan": "sizes, cost and checks of an experiment's configuration, and the same experiment as flags",
     "evaluate": "evaluate trained runs by fairseq-eval-lm, each with its own data, context and device",
@@ -20,6 +21,7 @@ VERBS = {
     "sample": "let a model go on from a text, and show which expert served each token",
     "experts": "which experts serve the tokens of a text, as a table",
     "report": "compare runs: tables, learning curves, perplexity by experts, expert loads, and a page with all of it",
+    "user-dir": "print the package's folder, for fairseq's --user-dir",
 }
 
 

@@ -1,10 +1,17 @@
-"""The names of experiments: they need no fairseq."""
+"""Where experiments are, and their names: they need no fairseq."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 # Folders of parts. Every file in another folder is an experiment, but for those that start with an underscore.
 GROUPS = ("data", "size", "router", "training", "cluster")
+
+
+def own_configs() -> Path:
+    """Return the folder of the project's configurations: inside of the installed package, or beside it in a checkout."""
+    package = Path(__file__).parent.parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
 
 
 def experiment_names(config_dir: Path) -> list[str]:

@@ -1,0 +1,26 @@
+"""`fairseq-hash user-dir`: where the package is, as fairseq's commands want to know it."""
+
+import argparse
+from pathlib import Path
+
+import fairseq_hash
+from fairseq_hash.experiments.names import own_configs
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the verb `user-dir`."""
+    parser = subparsers.add_parser(
+        "user-dir",
+        description="Print the package's folder: fairseq-train --user-dir $(fairseq-hash user-dir) works anywhere.",
+    )
+    parser.add_argument(
+        "--configs",
+        action="store_true",
+        help="print the folder of its configurations: --config-dir $(fairseq-hash user-dir --configs)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the folder."""
+    print(own_configs() if arguments.configs else Path(fairseq_hash.__file__).parent)

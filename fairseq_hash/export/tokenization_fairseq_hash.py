@@ -5,20 +5,20 @@ space separates. This file needs transformers, and sentencepiece where there is 
 """
 
 import json
-import re
 import shutil
 from pathlib import Path
 
 from transformers import PreTrainedTokenizer
 
-SPACE = re.compile(r"\s+")  # what separates tokens for fairseq: also U+0085 and the like within a piece
+RESERVED = ("<s>", "<pad>", "</s>")  # in a text they are no tokens of their own, as in the data of the training
 
 
 class FairseqHashTokenizer(PreTrainedTokenizer):
     """Text to ids, and back.
 
     A text begins with `bos_token`, as every sample does in training (fairseq begins with `</s>`, the end of the line
-    before); `add_special_tokens=False` leaves it out. A special token that is written in a text is text.
+    before); `add_special_tokens=False` leaves it out. The end of a line is `</s>`. White space within a line separates
+    tokens and no more. A special token that is written in a text is text.
     """
 
     vocab_files_names = {"vocab_file": "vocab.json", "model_file": "sentencepiece.model"}
@@ -46,9 +46,13 @@ class FairseqHashTokenizer(PreTrainedTokenizer):
         return {**self.ids, **self.added_tokens_encoder}
 
     def _tokenize(self, text: str, **kwargs: object) -> "list[str]":
-        if self.processor is not None:
-            text = " ".join(self.processor.encode(text, out_type=str))
-        return SPACE.sub(" ", text).strip().split()
+        tokens = []
+        for number, line in enumerate(text.split("\n")):
+            found = line.split()
+            if self.processor is not None:
+                found = self.processor.encode(" ".join(found), out_type=str)
+            tokens += [self.eos_token] * (number > 0) + ["<unk>" if token in RESERVED else token for token in found]
+        return tokens
 
     def _convert_token_to_id(self, token: str) -> int:
         return self.ids.get(token, self.ids["<unk>"])
@@ -57,8 +61,14 @@ class FairseqHashTokenizer(PreTrainedTokenizer):
         return self.symbols[index]
 
     def convert_tokens_to_string(self, tokens: "list[str]") -> str:
-        """Join tokens: pieces to words, bytes to characters."""
-        return " ".join(tokens) if self.processor is None else self.processor.decode(list(tokens))
+        """Join tokens: pieces to words, bytes to characters, lines with their ends."""
+        lines = [[]]
+        for token in tokens:
+            if token == self.eos_token:
+                lines.append([])
+            else:
+                lines[-1].append(token)
+        return "\n".join(" ".join(line) if self.processor is None else self.processor.decode(line) for line in lines)
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: "list[int]", token_ids_1: "list[int] | None" = None

@@ -12,7 +12,7 @@ from fairseq_hash.export.config import TOKENIZATION
 from fairseq_hash.hashing import dictionary_fingerprint
 from fairseq_hash.tables.dictionary import read_dictionary
 
-DICTIONARY, PIECES = "dict.txt", "sentencepiece.model"  # in the folder of the data
+DICTIONARY, PIECES = "dict.txt", "sentencepiece.model"  # in the folder of the data, as data_prep writes them
 BEGIN = "\u2581"  # SentencePiece's mark of a word's beginning
 
 
@@ -69,17 +69,20 @@ def find_tokens(
         state: what it holds, which says where the data of the training was.
         fingerprint: of its dictionary; None where it does not say.
         vocabulary: rows of its embedding.
-        data: the folder with dict.txt and, for pieces, sentencepiece.model; None for that of the training.
+        data: the folder with dict.txt and, for pieces, sentencepiece.model; None for that of the training, or the
+            checkpoint's own.
         pieces: the SentencePiece model; None for that in the folder.
 
     Raises:
         UserError: where one of them is missing, or belongs to other data.
     """
     task = (state.get("cfg") or {}).get("task") or {}
-    where = data if data is not None else Path(str(task.get("data") or "").split(":")[0] or ".")
+    where = data if data is not None else Path(str(task.get("data") or "").split(":")[0])
+    if data is None and not (where / DICTIONARY).is_file() and (path.parent / DICTIONARY).is_file():
+        where = path.parent
     if not (where / DICTIONARY).is_file():
         raise UserError(f"{where / DICTIONARY} does not exist; give the folder of the training's data by --data")
-    symbols, _ = read_dictionary(where / DICTIONARY)
+    symbols, counts = read_dictionary(where / DICTIONARY)
     if len(symbols) != vocabulary or fingerprint not in (None, dictionary_fingerprint(symbols)):
         raise UserError(
             f"{where / DICTIONARY} is not the dictionary that {path} was trained with; give the folder of the "
@@ -89,12 +92,18 @@ def find_tokens(
         pieces = where / PIECES
     if pieces is not None:
         _check_pieces(pieces, symbols)
-    elif any(symbol.startswith(BEGIN) for symbol in symbols):
+    elif _has_pieces(symbols, counts):
         raise UserError(
             f"{where / DICTIONARY} has pieces of SentencePiece ({BEGIN}) and {where / PIECES} does not exist; give the "
             "model by --sentencepiece"
         )
     return Tokens(symbols, pieces, "<s>" if task.get("add_bos_token") else "</s>")
+
+
+def _has_pieces(symbols: Sequence[str], counts: Sequence[int]) -> bool:
+    """Return whether the symbols are pieces of words; a stray one among words is not enough."""
+    marked = sum(count for symbol, count in zip(symbols, counts, strict=True) if symbol.startswith(BEGIN))
+    return 100 * marked > sum(counts)
 
 
 def _check_pieces(path: Path, symbols: Sequence[str]) -> None:

@@ -14,9 +14,11 @@ from plain import PlainLoop, PlainModel
 from rounds import reset_peak, resident
 from torch import Tensor, nn
 
-from fairseq_hash.experiments.sizes import BACKWARD, BYTES
+from fairseq_hash.experiments.memory import KEPT
+from fairseq_hash.experiments.sizes import BACKWARD
 from fairseq_hash.model import count_parameters
 
+ADAM = 8  # bytes of its two moments of a parameter, in fp32
 ROUTERS = {
     "dense": ("--router", "none"),
     "hash": ("--router", "hash"),
@@ -58,7 +60,8 @@ class FairseqTraining:
     def __init__(self, trainer: Any, precision: str) -> None:
         self.trainer = trainer
         self.parameters, self.active = count_parameters(trainer.get_model())
-        self.planned_bytes = BYTES[precision] * self.parameters if precision in BYTES else None
+        weight, copies = KEPT.get(precision, (None, None))
+        self.planned_bytes = None if weight is None else (2 * weight + copies + ADAM) * self.parameters
 
     def update(self, batch: Any) -> float:
         """Return the seconds of one update."""
@@ -86,7 +89,7 @@ class PlainTraining:
     def __init__(self, loop: PlainLoop) -> None:
         self.loop = loop
         self.parameters = self.active = sum(parameter.numel() for parameter in loop.model.parameters())
-        self.planned_bytes = BYTES["fp32"] * self.parameters  # autocast keeps everything in fp32
+        self.planned_bytes = (2 * KEPT["fp32"][0] + ADAM) * self.parameters  # autocast keeps everything in fp32
 
     def update(self, batch: Any) -> float:
         """Return the seconds of one update."""

@@ -136,6 +136,23 @@ def choose_size(num_experts: int, world_size: int, size: int) -> int:
     return size
 
 
+def planned(num_experts: int, size: int, dispatch: str, rank: int, world_size: int) -> ExpertParallel:
+    """Return the place that a rank would have in a world: who holds what, without process groups.
+
+    Raises:
+        UserError: where `size` does not divide both the world and E, or where fairscale has no ranks to exchange with.
+    """
+    size = choose_size(num_experts, world_size, size)
+    if size == 1:
+        if dispatch == "fairscale":
+            raise UserError(
+                "--expert-dispatch fairscale exchanges rows between ranks that share experts; here each of "
+                f"{world_size} holds all: leave it out (the result is the same), or use more ranks"
+            )
+        return ExpertParallel(num_experts, 1, rank, world_size)
+    return ExpertParallel(num_experts, size, rank, world_size, dispatch=dispatch)
+
+
 def expert_parallel(num_experts: int, size: int, dispatch: str = "all-to-all") -> ExpertParallel:
     """Return this rank's place, and make its process groups: every rank has to call this, with the same arguments.
 
@@ -146,24 +163,20 @@ def expert_parallel(num_experts: int, size: int, dispatch: str = "all-to-all") -
             no say.
 
     Raises:
-        UserError: where `size` does not divide both the world and E, or where fairscale has no ranks to exchange with.
+        UserError: as `planned`.
     """
     if is_evaluation():
         return ExpertParallel(num_experts)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    size = choose_size(num_experts, world_size, size)
-    if size == 1:
-        if dispatch == "fairscale":
-            raise UserError(
-                "--expert-dispatch fairscale exchanges rows between ranks that share experts; here each of "
-                f"{world_size} holds all: leave it out (the result is the same), or use more ranks"
-            )
-        return ExpertParallel(num_experts, 1, rank, world_size)
+    place = planned(num_experts, size, dispatch, rank, world_size)
+    if not place.is_shared:
+        return place
+    size = place.size
     groups = [dist.new_group(list(range(start, start + size))) for start in range(0, world_size, size)]
     replicas = None
     if size < world_size:
         replicas = [dist.new_group(list(range(place, world_size, size))) for place in range(size)][rank % size]
-    return ExpertParallel(num_experts, size, rank, world_size, groups[rank // size], replicas, dispatch)
+    return replace(place, group=groups[rank // size], replicas=replicas)
 
 
 class Alone:

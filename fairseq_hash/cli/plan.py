@@ -63,11 +63,15 @@ def run(arguments: argparse.Namespace) -> None:
 
 def print_one(experiment: Any, ranks: int, tflops: float) -> None:
     """Print one experiment's sizes and cost, and whether it could start."""
-    from fairseq_hash.experiments.checks import check_experiment
+    from fairseq_hash.experiments.checks import check_experiment, in_vain
+    from fairseq_hash.experiments.memory import describe
     from fairseq_hash.experiments.sizes import sizes
 
-    of = sizes(experiment)
-    precision = "bf16" if experiment.config.common.bf16 else "fp32"
+    of = sizes(experiment, ranks)
+    try:
+        memory = describe(of, experiment.config, ranks)
+    except UserError:  # which `check_experiment` says below
+        memory = "not known: so many ranks cannot share the experts so"
     try:
         check_experiment(experiment, ranks)
         state = f"all is there for {ranks} rank{'s' if ranks > 1 else ''}"
@@ -81,12 +85,13 @@ def print_one(experiment: Any, ranks: int, tflops: float) -> None:
         "Batch": f"{of.tokens_per_update:,} tokens, {of.updates:,} updates, "
         f"{of.tokens_per_update * of.updates / 1e9:.3g} billion tokens",
         "Training": f"{of.training_flops:.3g} FLOPs: {gpu_hours(of.training_flops, tflops)} at {tflops:g} TFLOPs/s",
-        "Weights, gradients and Adam": f"{of.state_bytes(ranks, precision) / 1e9:.3g} GB a rank, {precision}, with the "
-        f"experts shared by {ranks}; activations come on top",
+        "Weights, gradients, optimizer": memory,
         "Published": ", ".join(f"{key} {value}" for key, value in experiment.about["published"].items()) or "–",
         "Folder": str(experiment.folder),
         "To start": state,
     }
+    if unused := in_vain(experiment.config):
+        rows["Of no use here"] = ", ".join(unused)
     print(experiment.name)
     for heading, text in rows.items():
         print(f"  {heading:<30}{text}")

@@ -9,10 +9,10 @@ from omegaconf import DictConfig
 from fairseq_hash import acting
 from fairseq_hash.errors import UserError
 from fairseq_hash.experiments.compose import Experiment
+from fairseq_hash.experiments.memory import place_of
 from fairseq_hash.hashing.build import BUILDERS
 from fairseq_hash.options import SparseOptions
-from fairseq_hash.parallel import choose_size
-from fairseq_hash.training import scaled_update_freq
+from fairseq_hash.training import check_training, scaled_update_freq
 
 
 def check_experiment(experiment: Experiment, ranks: int) -> None:
@@ -31,7 +31,9 @@ def check_experiment(experiment: Experiment, ranks: int) -> None:
         scaled_update_freq(list(config.optimization.update_freq), meant_for, ranks)
     if options.is_sparse:
         options.layer_routers(config.model.decoder_layers)
-        choose_size(options.num_experts, ranks, options.expert_parallel_size)
+        place = place_of(config, ranks)
+        if place.is_shared:
+            check_training(config, place.dispatch)
     check_data(config.task.data, (config.dataset.train_subset, *config.dataset.valid_subset.split(",")))
     check_files(experiment, options)
 

@@ -19,11 +19,8 @@ from fairseq_hash.errors import UserError
 from fairseq_hash.experiments.compose import Experiment
 from fairseq_hash.hashing.build import BUILDERS
 from fairseq_hash.layer import SparseLayer
-from fairseq_hash.model import HashTransformerLanguageModel, count_parameters
+from fairseq_hash.model import HashTransformerLanguageModel, count_parameters, count_trained
 
-# Bytes a parameter while training with Adam. fp32: weight, gradient, two moments. bf16: those, and weight and gradient
-# in half precision besides (fairseq keeps a copy of both in fp32).
-BYTES = {"fp32": 16, "bf16": 20}
 BACKWARD = 2  # a backward pass is two products for each of the forward pass
 
 
@@ -35,6 +32,9 @@ class Sizes:
         total: parameters.
         active: parameters that one token uses.
         expert_parameters: parameters of all experts, of `total`.
+        trained: parameters that are not frozen, of `total`.
+        trained_experts: those of all experts that are not frozen.
+        buffer_bytes: of hash tables and other buffers, on every rank.
         flops_per_token: of a forward pass, without attention over the context.
         attention_flops_per_token: of the products of attention over a full context.
         tokens_per_update: the batch of all ranks, as the configuration means it.
@@ -44,6 +44,9 @@ class Sizes:
     total: int
     active: int
     expert_parameters: int
+    trained: int
+    trained_experts: int
+    buffer_bytes: int
     flops_per_token: int
     attention_flops_per_token: int
     tokens_per_update: int
@@ -55,13 +58,9 @@ class Sizes:
         per_token = (1 + BACKWARD) * (self.flops_per_token + self.attention_flops_per_token)
         return float(per_token) * self.tokens_per_update * self.updates
 
-    def state_bytes(self, ranks: int, precision: str) -> float:
-        """Return the bytes of weights, gradients and Adam's state on one of `ranks` ranks that share the experts."""
-        return BYTES[precision] * (self.total - self.expert_parameters + self.expert_parameters / ranks)
 
-
-def sizes(experiment: Experiment) -> Sizes:
-    """Return the sizes of an experiment, for the vocabulary that it states.
+def sizes(experiment: Experiment, ranks: int = 1) -> Sizes:
+    """Return the sizes of an experiment, for the vocabulary that it states, trained on so many ranks.
 
     Raises:
         UserError: for what the model refuses, and where the experiment states no vocabulary.
@@ -70,11 +69,15 @@ def sizes(experiment: Experiment) -> Sizes:
     config, layers = experiment.config, sparse_layers(model)
     total, active = count_parameters(model)
     attention = 4 * config.model.decoder_embed_dim * config.task.tokens_per_sample * config.model.decoder_layers
-    batches = config.optimization.update_freq[0] * max(1, config.criterion.update_freq_ranks)
+    # Without --update-freq-ranks the batch grows with the ranks.
+    batches = config.optimization.update_freq[0] * (config.criterion.get("update_freq_ranks", 0) or ranks)
     return Sizes(
         total,
         active,
         sum(layer.parallel.num_experts * layer.expert_size for layer in layers),
+        count_trained(model),
+        sum(p.numel() for layer in layers for p in layer.experts.parameters() if p.requires_grad),
+        sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
         2 * _multiplications(model),
         attention,
         config.dataset.max_tokens * batches,
@@ -85,7 +88,7 @@ def sizes(experiment: Experiment) -> Sizes:
 def dense_twin(experiment: Experiment) -> Experiment:
     """Return the experiment without its experts: all else is the same."""
     config = OmegaConf.create(OmegaConf.to_container(experiment.config))
-    config.model.router = "none"
+    config.model.router, config.model.freeze, config.model.from_dense = "none", "none", ""
     return replace(experiment, config=config)
 
 
@@ -103,8 +106,10 @@ def _multiplications(model: nn.Module) -> int:
     layers = sparse_layers(model)
     stacked = {id(parameter) for layer in layers for parameter in layer.experts.parameters()}
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    count = model.decoder.output_projection.weight.numel()
-    counted = stacked | embeddings | {id(model.decoder.output_projection.weight)}
+    # An adaptive softmax has matrices of its own; a rare word needs them all.
+    outputs = [] if model.decoder.output_projection is None else [model.decoder.output_projection.weight]
+    count = sum(weight.numel() for weight in outputs)
+    counted = stacked | embeddings | {id(weight) for weight in outputs}
     count += sum(p.numel() for p in model.parameters() if p.dim() == 2 and id(p) not in counted)
     for layer in layers:
         matrices = sum(p[0].numel() for p in layer.experts.parameters() if p.dim() == 3)
@@ -115,7 +120,7 @@ def _multiplications(model: nn.Module) -> int:
 
 
 def build_on_meta(experiment: Experiment) -> nn.Module:
-    """Build an experiment's model on PyTorch's meta device: all shapes, no memory.
+    """Build an experiment's model on PyTorch's meta device: all shapes, no memory, and all experts in one place.
 
     A table file, and a model that predicts, need not be there: neither changes a size.
     """
@@ -128,6 +133,7 @@ def build_on_meta(experiment: Experiment) -> nn.Module:
         model.hash_table, model.hash_feature = "random", "token"
     if model.hash_predictor:
         model.hash_predictor, model.hash_feature = "", "token"
+    model.expert_parallel_size, model.expert_dispatch = 0, "all-to-all"
     with torch.device("meta"), _quiet():
         return HashTransformerLanguageModel.build_model(model, _task(config, vocabulary))
 

@@ -1,0 +1,71 @@
+"""What one rank of a training keeps in memory, by the rules of the run: experts as they are shared, states as fairseq
+keeps them. Activations, the buffers of data parallelism and what a library holds come on top.
+"""
+
+from omegaconf import DictConfig
+
+from fairseq_hash.experiments.sizes import Sizes
+from fairseq_hash.options import SparseOptions
+from fairseq_hash.parallel import ExpertParallel, planned
+
+# Bytes of a weight, and of its copy and its gradient's in fp32, by precision. A gradient is of its weight's type.
+KEPT = {"fp32": (4, 0), "amp": (4, 0), "fp16": (2, 8), "bf16": (2, 8)}
+KEPT |= {"memory-efficient fp16": (2, 0), "memory-efficient bf16": (2, 0)}
+# Values that an optimizer keeps for each parameter, besides the parameter.
+STATES = {"adam": 2, "fused_adam": 2, "adamax": 2, "adadelta": 2, "adagrad": 1, "nag": 1}
+
+
+def place_of(config: DictConfig, ranks: int) -> ExpertParallel:
+    """Return who holds which experts on so many ranks, as the run chooses it; a dense model has one, on every rank.
+
+    Raises:
+        UserError: where so many ranks cannot share the experts as the options say.
+    """
+    options = SparseOptions.from_config(config.model)
+    if not options.is_sparse:
+        return ExpertParallel(1, world_size=ranks)
+    return planned(options.num_experts, options.expert_parallel_size, options.expert_dispatch, 0, ranks)
+
+
+def precision_of(config: DictConfig) -> str:
+    """Return in what a training computes: fp32, amp, fp16 or bf16, memory-efficient or not."""
+    common = config.common
+    for form in ("fp16", "bf16"):
+        if common[f"memory_efficient_{form}"]:
+            return f"memory-efficient {form}"
+        if common[form]:
+            return form
+    return "amp" if common.amp else "fp32"
+
+
+def state_bytes(of: Sizes, config: DictConfig, place: ExpertParallel) -> int:
+    """Return the bytes of weights, gradients, optimizer state and buffers on one rank.
+
+    In half precision fairseq keeps weights and gradients in fp32 besides, unless it is memory-efficient. Frozen weights
+    have neither gradient nor state. Fully sharded data parallel shares out all that is not of the experts; it keeps
+    weights in fp32, and those in half precision for a moment only.
+    """
+    precision = precision_of(config)
+    is_sharded = config.distributed_training.ddp_backend == "fully_sharded"
+    holders = place.world_size if is_sharded else 1
+    held = (of.total - of.expert_parameters) / holders + of.expert_parameters / place.size
+    trained = (of.trained - of.trained_experts) / holders + of.trained_experts / place.size
+    weight, copies = KEPT["fp32" if is_sharded and precision == "fp16" else precision]
+    state = 4 if not config.optimizer.get("fp16_adam_stats", False) else 2
+    states = STATES.get(config.optimizer._name, 0)
+    if config.optimizer._name == "sgd":
+        states = int(config.optimizer.momentum > 0)
+    return round(weight * held + (weight + copies + state * states) * trained + of.buffer_bytes)
+
+
+def describe(of: Sizes, config: DictConfig, ranks: int) -> str:
+    """Return for people what a rank keeps, and which experts.
+
+    Raises:
+        UserError: as `place_of`.
+    """
+    place, name = place_of(config, ranks), config.optimizer._name
+    lacks = "" if name == "sgd" or name in STATES else f", without the state of {name}"
+    experts = f", {place.describe()}" if of.expert_parameters else ""
+    gigabytes = state_bytes(of, config, place) / 1e9
+    return f"{gigabytes:.3g} GB a rank, {precision_of(config)}{lacks}{experts}; activations come on top"

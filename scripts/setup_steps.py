@@ -8,7 +8,8 @@ from pathlib import Path
 
 EVERY = 10  # seconds between two lines about one step
 LAST = 15  # lines that are shown of a command that failed
-WIDTH = 90  # columns of such a line
+WIDTH = 100  # columns of a line about running commands
+ASIDE = ("WARNING", "DEPRECATION", "Attempting", "Found", "Uninstalling", "Successfully")  # what pip says in passing
 
 
 class SetupError(Exception):
@@ -89,6 +90,6 @@ class Steps:
                 raise SetupError(f"the step `{name}` failed; its last lines stand above, all are in {self.log(name)}")
 
     def _now(self, name: str) -> str:
-        """Return the last line of what a command said, warnings left out."""
+        """Return the last line of what a command said, but for what it said in passing."""
         lines = [line.strip() for line in self.log(name).read_text(errors="replace").splitlines()]
-        return next((line for line in reversed(lines) if line and not line.startswith("WARNING")), "starting")
+        return next((line for line in reversed(lines) if line and not line.startswith(ASIDE)), "starting")

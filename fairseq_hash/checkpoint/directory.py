@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from fairseq_hash.checkpoint.mainfile import read_main
+from fairseq_hash.checkpoint.mainfile import not_here, read_main
 from fairseq_hash.checkpoint.manifest import Manifest
 from fairseq_hash.errors import UserError
 from fairseq_hash.provenance import now
@@ -133,7 +133,7 @@ def check_start(folder: Path, path: Path, is_chosen: bool) -> None:
     if path.is_file():
         return
     if is_chosen:
-        raise UserError(f"{path} does not exist; give an existing checkpoint, or leave the option out to start anew")
+        raise UserError(f"{not_here(path)}; give an existing checkpoint, or leave the option out to start anew")
     others = sorted(other.name for other in folder.glob("checkpoint*.pt")) if folder.is_dir() else []
     if others or os.path.lexists(path):
         shown = ", ".join(others[:3]) + (" and more" if len(others) > 3 else "")

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import shutil
 import zipfile
 import zlib
@@ -96,6 +97,22 @@ def duplicate(source: "str | os.PathLike[str]", target: "str | os.PathLike[str]"
         partial.unlink(missing_ok=True)
 
 
+def is_url(path: "str | os.PathLike[str]") -> bool:
+    """Return whether this is on another machine, such as https://... or s3://..., of which pathlib drops a slash."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(path)) is not None
+
+
+def not_here(path: "str | os.PathLike[str]") -> str:
+    """Return the message for a checkpoint that is no file of this machine."""
+    if not is_url(path):
+        return f"{path} does not exist"
+    scheme, _, rest = os.fspath(path).partition(":")
+    return (
+        f"{scheme}://{rest.lstrip('/')} is no file of this machine; download it, with the folder experts/ beside it, "
+        "and give its path"
+    )
+
+
 def read_main(path: "str | os.PathLike[str]", is_checked: bool = True) -> dict[str, Any]:
     """Read a main file, or any checkpoint of fairseq: tensors and plain values, memory-mapped.
 
@@ -106,6 +123,10 @@ def read_main(path: "str | os.PathLike[str]", is_checked: bool = True) -> dict[s
     Raises:
         UserError: where it is missing, damaged, no checkpoint, or needs code from the file to be run.
     """
+    if os.path.isdir(path):
+        inside = [name for name in ("checkpoint_best.pt", "checkpoint_last.pt") if (Path(path) / name).is_file()]
+        example = f", such as {Path(path) / inside[0]}" if inside else ""
+        raise UserError(f"{path} is a folder; give the file of a checkpoint{example}")
     try:
         is_zip = zipfile.is_zipfile(path)
         if is_zip and is_checked:
@@ -115,7 +136,7 @@ def read_main(path: "str | os.PathLike[str]", is_checked: bool = True) -> dict[s
         # What torch wrote before version 1.6 is no archive and cannot be mapped.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
+        raise UserError(not_here(path)) from None
     except pickle.UnpicklingError as error:
         if "Unsupported global" in str(error) or "GLOBAL" in str(error):
             raise UserError(
@@ -123,7 +144,9 @@ def read_main(path: "str | os.PathLike[str]", is_checked: bool = True) -> dict[s
                 "tensors and plain values"
             ) from error
         raise UserError(f"{path} is damaged or no checkpoint; use another checkpoint") from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except EOFError:
+        raise UserError(f"{path} is empty, or has lost its end; use another checkpoint") from None
+    except (OSError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged or no checkpoint ({_reason(error)}); use another checkpoint") from error
     if not isinstance(state, dict) or "model" not in state:
         raise UserError(f"{path} is no checkpoint: it has no model")

@@ -1,5 +1,6 @@
 """Saving and loading checkpoints."""
 
+import argparse
 import functools
 import re
 from collections.abc import Callable
@@ -8,13 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, options
 from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
 
 from fairseq_hash.agreement import gather, together
 from fairseq_hash.checkpoint.loading import loading_weights_only, read_checkpoint
-from fairseq_hash.checkpoint.mainfile import duplicate, write_main
+from fairseq_hash.checkpoint.mainfile import duplicate, not_here, write_main
 from fairseq_hash.checkpoint.training import TrainingCheckpoints
 from fairseq_hash.errors import UserError
 from fairseq_hash.evaluation import loading_to_evaluate
@@ -86,14 +87,40 @@ def _read_without_running_code(
 
 
 @override(checkpoint_utils, "load_model_ensemble_and_task")
-def _evaluate_with_all_experts(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+@one_line_errors
+def _evaluate_with_all_experts(original: Callable[..., Any], filenames: list[str], *args: Any, **kwargs: Any) -> Any:
     """Load models for evaluation and generation with all experts on every rank, and without the optimizer's state.
 
     Upstream: with several ranks these commands give each rank its own batches and skip empty ones, so the ranks call
-    the layers unequally often.
+    the layers unequally often. A file that does not exist is a traceback.
     """
     with loading_to_evaluate(), loading_weights_only():
-        return original(*args, **kwargs)
+        try:
+            return original(filenames, *args, **kwargs)
+        except OSError as error:
+            missing = str(error).removeprefix("Model file not found: ")
+            if missing == str(error):
+                raise
+            raise UserError(f"--path {not_here(missing)}") from error
+
+
+@override(options, "parse_args_and_arch")
+@one_line_errors
+def _require_path(
+    original: Callable[..., Any],
+    parser: argparse.ArgumentParser,
+    input_args: "list[str] | None" = None,
+    *args: Any,
+    **kw: Any,
+) -> Any:
+    """Say in one line that a command which evaluates or generates was given no model.
+
+    Upstream: an assertion, or an error about `None`, each in a traceback.
+    """
+    parsed = original(parser, input_args, *args, **kw)
+    if input_args is None and getattr(parsed, "path", "") is None:  # a training has no such option
+        raise UserError("--path is missing; give the checkpoint, such as --path runs/hash/checkpoint_best.pt")
+    return parsed
 
 
 @override(Trainer, "_build_optimizer")

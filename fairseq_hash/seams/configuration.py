@@ -1,9 +1,12 @@
 """What a user got wrong before anything is built: options that do not exist, data that is not there."""
 
 import difflib
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from fairseq import utils
 from fairseq.dataclass import utils as dataclass_utils
 from fairseq.tasks.language_modeling import LanguageModelingTask
 from omegaconf.errors import ConfigKeyError, ValidationError
@@ -30,6 +33,24 @@ def _name_unknown_options(original: Callable[..., Any], known: Any, given: Any, 
     except ValidationError as error:
         line = str(error).splitlines()[0]
         raise UserError(f"{given._get_full_key(error.key)}={given.get(error.key)}: {line}") from error
+
+
+@override(utils, "import_user_module")
+@one_line_errors
+def _know_this_package(original: Callable[..., None], args: Any) -> None:
+    """Take `--user-dir fairseq_hash` for this package, which has been imported, wherever the command runs.
+
+    Upstream: names are compared as text, so that a link to the folder, or the name alone in another folder, is a
+    traceback.
+    """
+    given, own = getattr(args, "user_dir", None), Path(__file__).parent.parent
+    if given is None or Path(given).name != own.name:
+        return original(args)
+    if os.path.exists(given) and not os.path.samefile(given, own):
+        raise UserError(f"--user-dir {given} is another copy than {own}, which is imported already; give that one")
+    if not os.path.exists(given) and given != own.name:
+        raise UserError(f"--user-dir {given} does not exist; fairseq_hash is in {own}")
+    return None
 
 
 @override(LanguageModelingTask, "setup_dictionary")

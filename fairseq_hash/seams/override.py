@@ -4,6 +4,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -26,6 +27,12 @@ def override(owner: Any, name: str) -> Callable[[Callable[..., Any]], Callable[.
         return function
 
     return replace
+
+
+def training_loops() -> list[ModuleType]:
+    """Return fairseq_cli/train.py as it is imported: under `python -m` it is `__main__`, and a second time itself."""
+    modules = [sys.modules[name] for name in ("__main__", "fairseq_cli.train") if name in sys.modules]
+    return [module for module in modules if hasattr(module, "validate_and_save")]
 
 
 @contextmanager

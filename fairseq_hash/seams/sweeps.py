@@ -1,6 +1,5 @@
 """Several trainings one after the other in one process, as joblib's workers do them in a sweep."""
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +7,7 @@ from fairseq import checkpoint_utils
 from fairseq.logging import progress_bar
 from fairseq.trainer import Trainer
 
-from fairseq_hash.seams.override import override
+from fairseq_hash.seams.override import override, training_loops
 
 
 @override(Trainer, "__init__")
@@ -20,8 +19,7 @@ def _start_afresh(original: Callable[..., None], trainer: Trainer, *args: Any, *
     folder.
     """
     original(trainer, *args, **kwargs)
-    loops = [sys.modules[name] for name in ("__main__", "fairseq_cli.train") if name in sys.modules]
-    kept = [checkpoint_utils.save_checkpoint, *(getattr(loop, "should_stop_early", None) for loop in loops)]
+    kept = [checkpoint_utils.save_checkpoint, *(loop.should_stop_early for loop in training_loops())]
     for function in kept:
         for name in ("best", "num_runs"):
             getattr(function, "__dict__", {}).pop(name, None)

@@ -83,11 +83,13 @@ REWRITES = [
         "Hydra 1.3 takes the same for granted, with six lines about it before every training",
     ),
     (
-        "fairseq/distributed/fully_sharded_data_parallel.py",
-        "try:\n    from fairscale.nn.data_parallel import FullyShardedDataParallel as FSDP\n",
+        "fairseq/models/distributed_fairseq_model.py",
+        "try:\n    from fairscale.experimental.nn.data_parallel import (\n"
+        "        SlowMoBaseAlgorithm,\n        SlowMoDistributedDataParallel,\n    )\n",
         "import warnings\n\ntry:\n    with warnings.catch_warnings():\n"
         '        warnings.simplefilter("ignore", FutureWarning)\n'
-        "        from fairscale.nn.data_parallel import FullyShardedDataParallel as FSDP\n",
+        "        from fairscale.experimental.nn.data_parallel import (\n"
+        "            SlowMoBaseAlgorithm,\n            SlowMoDistributedDataParallel,\n        )\n",
         "fairscale's last release uses `torch.cuda.amp`, and torch warns of it before every training",
     ),
     (

@@ -22,8 +22,9 @@ RELEASE = {
     "fairseq/data/data_utils.py": "lens = np.fromiter(\n                    np.int,\n                )\n",
     "fairseq/modules/dynamic_crf_layer.py": 'scatter(2, targets, np.float("inf"))\n',
     "fairseq_cli/hydra_train.py": '@hydra.main(config_path="x", config_name="config")\n',
-    "fairseq/distributed/fully_sharded_data_parallel.py": "import torch\n\n\ntry:\n"
-    "    from fairscale.nn.data_parallel import FullyShardedDataParallel as FSDP\n\n    has_FSDP = True\n",
+    "fairseq/models/distributed_fairseq_model.py": "_SLOWMO_DDP_DISABLED = False\ntry:\n"
+    "    from fairscale.experimental.nn.data_parallel import (\n        SlowMoBaseAlgorithm,\n"
+    "        SlowMoDistributedDataParallel,\n    )\nexcept ImportError:\n",
     "fairseq/tasks/text_to_speech.py": '    logger.info("Please install tensorboardX: pip install tensorboardX")\n',
 }
 EDITED = {
@@ -35,9 +36,10 @@ EDITED = {
     "fairseq/data/data_utils.py": "lens = np.fromiter(\n                    int,\n                )\n",
     "fairseq/modules/dynamic_crf_layer.py": 'scatter(2, targets, float("inf"))\n',
     "fairseq_cli/hydra_train.py": '@hydra.main(config_path="x", config_name="config", version_base="1.1")\n',
-    "fairseq/distributed/fully_sharded_data_parallel.py": "import torch\n\n\nimport warnings\n\ntry:\n"
+    "fairseq/models/distributed_fairseq_model.py": "_SLOWMO_DDP_DISABLED = False\nimport warnings\n\ntry:\n"
     '    with warnings.catch_warnings():\n        warnings.simplefilter("ignore", FutureWarning)\n'
-    "        from fairscale.nn.data_parallel import FullyShardedDataParallel as FSDP\n\n    has_FSDP = True\n",
+    "        from fairscale.experimental.nn.data_parallel import (\n            SlowMoBaseAlgorithm,\n"
+    "            SlowMoDistributedDataParallel,\n        )\nexcept ImportError:\n",
     "fairseq/tasks/text_to_speech.py": '    logger.debug("Please install tensorboardX: pip install tensorboardX")\n',
 }
 CONFIGS = """\

@@ -125,11 +125,11 @@ def test_ink_is_readable_on_every_colour():
 
 def test_terminals_get_colours_and_numbers():
     tokens = [Token("▁do", (3,), (1.0,), True, False), Token("ne", (1, 2), (0.2, 0.8), False, False)]
-    tokens.append(Token("▁it", (0,), (1.0,), False, True))
+    tokens += [Token("▁it", (0,), (1.0,), False, True), Token("▁", (1,), (1.0,), False, False)]
     out = io.StringIO()
     print_text(Console(file=out, force_terminal=True, color_system="truecolor", width=200), tokens)
     plain = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue())
-    assert plain == "do/3ne/1+2 it/0\n"
+    assert plain == "do/3ne/1+2 it/0 ␣/1\n"
     red, green, blue = (int(color(2)[at : at + 2], 16) for at in (1, 3, 5))
     assert f"48;2;{red};{green};{blue}mne" in out.getvalue()  # of the heavier one
     assert tokens[2].description == "▁it: expert 0 (weight 1), dropped: over capacity"
@@ -140,6 +140,7 @@ def test_samples_of_several_kinds(data):
     assert done(*words) == done(*words, "--seed", 1) != done(*words, "--seed", 2)
     assert len(done(*words, "--number", 3).split("\n\n")) == 3
     assert done(*words, "--beam", 1) == done(*words, "--top-k", 1) == done(*words, "--beam", 1, "--seed", 9)
+    assert done(*words, "--map-experts") == done(*words)
     assert done("sample", checkpoint(data, "none"), "--length", 2).strip()
     model = loaded(data, "switch")
     assert (

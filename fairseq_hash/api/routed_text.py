@@ -25,8 +25,9 @@ STYLE = """
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 60rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif; color-scheme: light dark }
 h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .25rem } h3 { font-size: 1rem }
+p { overflow-wrap: anywhere }
 .soft { color: var(--soft) }
-.text { line-height: 2.1; overflow-wrap: anywhere }
+.text { line-height: 2.1 }
 .token, .key { padding: .1rem .2rem; border-radius: .2rem; color: #1c2024 }
 .given { text-decoration: underline; text-underline-offset: .2em }
 sub { font-size: .68em; font-variant-numeric: tabular-nums }
@@ -58,8 +59,8 @@ class Token:
 
     @property
     def word(self) -> str:
-        """The symbol without SentencePiece's mark of a word's beginning."""
-        return self.symbol.replace(BEGIN, " ").strip() or " "
+        """The symbol without SentencePiece's mark of a word's beginning, which is shown where it stands alone."""
+        return self.symbol.replace(BEGIN, " ").strip() or "␣"
 
     @property
     def label(self) -> str:

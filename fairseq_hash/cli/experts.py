@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from fairseq_hash.cli.sample import add_model
+from fairseq_hash.cli.sample import add_model, load_model
 from fairseq_hash.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,9 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
         check_out(out, arguments.overwrite)
     text = read_text(arguments.text)
 
-    from fairseq_hash.api import load
-
-    model = load(arguments.checkpoint, arguments.data, arguments.sentencepiece, arguments.device, arguments.map_experts)
+    model = load_model(arguments)
     if not model.num_experts:
         raise UserError(f"{arguments.checkpoint} has no experts; give a checkpoint of a model with --sparse-layers")
     blocks = blocks_of(model, text, arguments.tokens_per_sample)

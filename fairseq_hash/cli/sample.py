@@ -2,8 +2,12 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fairseq_hash.errors import UserError
+
+if TYPE_CHECKING:
+    from fairseq_hash.api import LanguageModel
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -42,6 +46,19 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add("--sentencepiece", type=Path, metavar="FILE", help="its SentencePiece model (default: beside dict.txt)")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     add("--map-experts", action="store_true", help="leave the experts in the checkpoint's files: for large models")
+    add(
+        "--hash-predictor", type=Path, metavar="CKPT", help="the predicting model of --hash-feature predicted, if moved"
+    )
+
+
+def load_model(arguments: argparse.Namespace) -> "LanguageModel":
+    """Load the checkpoint of a command line that `add_model` has read."""
+    from fairseq_hash.api import load
+
+    given = arguments
+    return load(
+        given.checkpoint, given.data, given.sentencepiece, given.device, given.map_experts, given.hash_predictor
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -53,14 +70,13 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from fairseq_hash.api import load
     from fairseq_hash.api.routed_text import by_layer, page, print_text
     from fairseq_hash.api.sampling import Sampling
     from fairseq_hash.tables.files import write_whole
 
     names = ("length", "number", "temperature", "top_k", "top_p", "beam", "seed")
     sampling = Sampling(**{name: getattr(arguments, name) for name in names})
-    model = load(arguments.checkpoint, arguments.data, arguments.sentencepiece, arguments.device, arguments.map_experts)
+    model = load_model(arguments)
     shows = arguments.show_experts or arguments.html is not None
     if shows and not model.num_experts:
         raise UserError(f"{arguments.checkpoint} has no experts to show; leave out --show-experts and --html")

@@ -8,6 +8,7 @@ import statistics
 import pytest
 from made_runs import NAMES, edit, markdown_table, model_record, perplexity, raw
 
+from fairseq_hash.cli import main
 from fairseq_hash.errors import UserError
 from fairseq_hash.reporting.report import write_report
 
@@ -127,14 +128,15 @@ def test_the_raw_numbers_are_kept(made, results):
 
 @pytest.mark.parametrize("names", [["dense5", "dense6"], ["hydra"]])
 def test_dense_models_alone(made, tmp_path, names):
-    """No loads to show: neither columns nor a figure. A run that was not evaluated shows its last validation."""
+    """No loads to show: neither columns nor a figure. A run that was not evaluated shows its best validation."""
     paths = write_report([made / name for name in names], tmp_path, "T")
     assert "expert_loads.png" not in [path.name for path in paths]
     (row,) = strict_json(tmp_path / "results.json")["models"]
     expected = [perplexity(made / name, "valid") for name in names] if names != ["hydra"] else None
-    expected = expected or [float(raw(made / "hydra", "valid")[-1]["valid_ppl"])]
+    expected = expected or [min(float(record["valid_ppl"]) for record in raw(made / "hydra", "valid"))]
     assert row["valid_perplexity"] == pytest.approx(statistics.fmean(expected))
     (cells,) = markdown_table((tmp_path / "results.md").read_text()).values()
+    assert cells["Valid perplexity"].endswith(" (training)") == (names == ["hydra"])
     assert not any("load" in heading or heading == "Dropped" for heading in cells)
 
 
@@ -147,6 +149,63 @@ def test_without_validation_in_training(copies, tmp_path):
     assert row["load_max_valid"] is None and row["load_max_train"] > 1
     (cells,) = markdown_table((tmp_path / "results.md").read_text()).values()
     assert cells["Max load, validation"] == "–" and cells["Max load, training"] != "–"
+
+
+def test_what_readme_tells_to_type(copies, tmp_path, capsys):
+    """One run evaluated on test, another one not at all, one with an evaluation of nothing: none of them is lost."""
+    for name in ("hash5", "switch5", "dense5"):
+        (copies / name / "eval-valid.log").unlink()
+    (copies / "switch5" / "eval-test.log").unlink()
+    log = copies / "dense5" / "eval-test.log"
+    log.write_text(
+        re.sub("Perplexity: .*", "Perplexity: 1.00", re.sub("Evaluated [0-9,]+", "Evaluated 0", log.read_text()))
+    )
+    edit(copies / "dense6" / "train.log", "done training", "going on")
+    folders = [str(copies / name) for name in NAMES]
+    main(["report", *folders, "--out", str(tmp_path / "out")])
+    said = capsys.readouterr()
+    first, *left_out = said.err.splitlines()
+    assert first == "compared 3 runs of 3 models, left out 2"
+    assert re.match(f"left out: {re.escape(folders[1])}: its training .* at update 8 of 8", left_out[0])
+    assert left_out[1] == (
+        f"left out: {folders[0]}, evaluation on test: it scored no token; repeat it with --tokens-per-sample 16"
+    )
+    assert len(left_out) == 2 and "wrote" in said.out and "wrote" not in said.err
+    shown = markdown_table((tmp_path / "out" / "results.md").read_text())
+    assert list(shown) == ["Dense", "Hash", "Switch"]
+    for name, cells in shown.items():
+        best = min(float(record["valid_ppl"]) for record in raw(copies / f"{name.lower()}5", "valid"))
+        assert cells["Valid perplexity"] == f"{best:.2f} (training)"
+    assert [cells["Test perplexity"] for cells in shown.values()] == [
+        *("–", f"{perplexity(copies / 'hash5', 'test'):.2f}", "–"),
+    ]
+    results = strict_json(tmp_path / "out" / "results.json")
+    assert [row["valid_from"] for row in results["runs"]] == ["training"] * 3
+    assert [f"left out: {what}: {why}" for what, why in results["left_out"].items()] == left_out
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "it scored no token" in page
+
+
+@pytest.mark.parametrize("how", ["steps", "samples"])
+def test_validations_of_a_part_are_no_result(copies, tmp_path, how, capsys):
+    """With --max-valid-steps, or with samples left out."""
+    folder = copies / "hydra"
+    log = folder / "train.log"
+    if how == "steps":
+        edit(log, "'max_valid_steps': None", "'max_valid_steps': 3")
+    else:
+        words = "3 of 9 samples of valid, with 70 of 90 tokens, are longer than 8 tokens (the positions) and left out"
+        edit(
+            log,
+            "[fairseq_cli.train][INFO] - training on",
+            f"[fairseq_hash.seams.lengths][WARNING] - {words}\n"
+            + ("[2026-01-01 00:00:00,000][fairseq_cli.train][INFO] - training on"),
+        )
+    main(["report", str(folder), str(copies / "hash5"), "--out", str(tmp_path / "out")])
+    _, left_out = capsys.readouterr().err.splitlines()
+    assert left_out.startswith(f"left out: {folder}, validation in training: it ")
+    rows = {row["folder"]: row for row in strict_json(tmp_path / "out" / "results.json")["runs"]}
+    assert rows[str(folder)]["valid_perplexity"] is None and rows[str(copies / "hash5")]["valid_perplexity"] > 1
 
 
 def test_numbers_that_are_not_finite_are_json(copies, tmp_path):
@@ -167,7 +226,7 @@ def test_a_second_report_replaces_the_first(made, tmp_path):
 
 def test_refusals_write_nothing(made, copies, tmp_path):
     """In one line that names what to mend."""
-    edit(copies / "dense5" / "eval-test.log", "Perplexity:", "Killed:")
+    edit(copies / "dense5" / "eval-test.log", "Perplexity:", "Perplexity: nan")
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     (tmp_path / "file").touch()
     for runs, out, note, message in (
@@ -175,7 +234,7 @@ def test_refusals_write_nothing(made, copies, tmp_path):
             [copies / "dense5"],
             "out",
             None,
-            r"no run can be reported; the first of 1, \S+/dense5: the evaluation on tes",
+            r"no run can be reported; \S+/dense5: its perplexity on test is nan$",
         ),
         ([made / "dense5"], "out", tmp_path / "none", r"cannot read --note \S+/none \(.*\); give a text file in UTF-8"),
         (

@@ -1,11 +1,13 @@
 """fairseq_hash.reporting.runs: real run folders, each spoiled in one way, are left out with the reason or refused."""
 
 import json
+import os
 import re
 import shutil
+import time
 
 import pytest
-from made_runs import NAMES, edit, perplexity
+from made_runs import NAMES, edit, perplexity, write_run
 
 from fairseq_hash.errors import UserError
 from fairseq_hash.reporting.compare import sort_out
@@ -47,30 +49,25 @@ def test_complete_runs_are_compared(made):
 
 
 def test_a_run_that_was_not_evaluated(made):
-    """As such it is compared with its like only."""
-    assert reasons(made, [*NAMES, "hydra"]) == (list(NAMES), {"hydra": "not evaluated on valid and test"})
+    """It is compared with others by its validations; only of one model all runs are evaluated alike."""
+    assert reasons(made, [*NAMES, "hydra"]) == ([*NAMES, "hydra"], {})
     assert reasons(made, ["hydra"]) == (["hydra"], {})
 
 
+def grew_long_ago(path):
+    """Let a log be an old one, of a time that this machine's clock calls 2001."""
+    os.utime(path, (1e9, 1e9))
+
+
+SINCE = r"its log has not grown since 2001-09-0\d \d\d:46; its command, given again, goes on from its last checkpoint"
 SPOILED = {
     "cut in the middle of a line": (
-        lambda run: cut(run / "train.log", '"num_updates": "7"'),
-        "training stopped at update 6 of 8",
+        lambda run: (cut(run / "train.log", '"num_updates": "7"'), grew_long_ago(run / "train.log")),
+        f"its training broke off at update 6 of 8, and {SINCE}",
     ),
     "killed before its end": (
-        lambda run: cut(run / "train.log", "Stopping training due to"),
-        "training stopped at update 8 of 8",
-    ),
-    "no evaluation on test": (lambda run: (run / "eval-test.log").unlink(), "not evaluated on test"),
-    "evaluation killed": (
-        lambda run: cut(run / "eval-test.log", "Evaluated"),
-        "the evaluation on test has no result",
-    ),
-    "evaluation repeated and killed": (
-        lambda run: (run / "eval-test.log").write_text(
-            (run / "eval-test.log").read_text() + (run / "eval-test.log").read_text().replace("Loss (base 2)", "Killed")
-        ),
-        "the evaluation on test has no result",
+        lambda run: (cut(run / "train.log", "Stopping training due to"), grew_long_ago(run / "train.log")),
+        f"its training did not end after update 8, its last one, and {SINCE}",
     ),
     "nan": (
         lambda run: edit(run / "eval-valid.log", f"Perplexity: {perplexity(run, 'valid')}", "Perplexity: nan"),
@@ -79,16 +76,6 @@ SPOILED = {
     "inf": (
         lambda run: edit(run / "eval-test.log", f"Perplexity: {perplexity(run, 'test')}", "Perplexity: inf"),
         "its perplexity on test is inf",
-    ),
-    "evaluation older than the training": (
-        lambda run: (run / "eval-test.log").write_text(
-            re.sub(r"(?m)^20\d\d", "2001", (run / "eval-test.log").read_text())
-        ),
-        "evaluated on test before training was done",
-    ),
-    "evaluation with another dictionary": (
-        lambda run: edit(run / "eval-test.log", '"dictionary_fingerprint": "', '"dictionary_fingerprint": "9'),
-        "evaluated on test with another dictionary than it was trained with",
     ),
     "evaluation with another context": (
         lambda run: edit(run / "eval-test.log", "'tokens_per_sample': 16", "'tokens_per_sample': 32"),
@@ -126,6 +113,145 @@ def test_a_spoiled_run_is_left_out_with_the_reason(copies, name, how):
     compared, left_out = reasons(copies)
     assert list(left_out) == [name] and re.fullmatch(reason, left_out[name])
     assert compared == [other for other in NAMES if other != name]
+
+
+def of_nothing(log, scored="0", skipped=38):
+    """Make an evaluation one that left samples out, in the words that fairseq itself has for it."""
+    warning = (
+        r"\1WARNING | fairseq.tasks.fairseq_task | {} samples have invalid sizes and will be skipped, max_positions=16"
+    )
+    text = re.sub(
+        r"(?m)^(.*)INFO \| (.*Evaluated )[\d,]+",
+        warning.format(skipped) + r"\n\1INFO | \g<2>" + scored,
+        log.read_text(),
+    )
+    log.write_text(re.sub("Perplexity: .*", "Perplexity: 1.00", text))
+
+
+FAULTY = {
+    "killed": (
+        lambda log: cut(log, "Evaluated"),
+        "has no result: its log ends without one",
+    ),
+    "refused": (
+        lambda log: (cut(log, "| Evaluated"), log.open("a").write(" it\nfairseq_hash: no room; make some\n")),
+        "has no result: fairseq_hash: no room; make some",
+    ),
+    "no token": (
+        lambda log: of_nothing(log),
+        "left out 38 samples that were too long for the model; repeat it with --tokens-per-sample 16",
+    ),
+    "a few tokens": (
+        lambda log: of_nothing(log, "7", 1),
+        "left out 1 samples that were too long for the model; repeat it with --tokens-per-sample 16",
+    ),
+    "no token, no warning": (
+        lambda log: log.write_text(re.sub("Evaluated [0-9,]+", "Evaluated 0", log.read_text())),
+        "scored no token; repeat it with --tokens-per-sample 16",
+    ),
+    "a shard": (
+        lambda log: edit(log, "'num_shards': 1", "'num_shards': 4"),
+        "scored one of 4 parts of the text; repeat it in one process, without --num-shards",
+    ),
+    "one of two ranks": (
+        lambda log: edit(log, "'distributed_world_size': 1", "'distributed_world_size': 2"),
+        "scored one of 2 parts of the text; repeat it in one process, without --num-shards",
+    ),
+    "older than the training": (
+        lambda log: log.write_text(re.sub(r"(?m)^20\d\d", "2001", log.read_text())),
+        "was made before training was done; repeat it",
+    ),
+    "another dictionary": (
+        lambda log: edit(log, '"dictionary_fingerprint": "', '"dictionary_fingerprint": "9'),
+        "was made with another dictionary than the training",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", FAULTY)
+def test_a_faulty_evaluation_is_left_out_with_the_reason(copies, how):
+    """The run stays, unless another run of its model was evaluated: means are over the same runs."""
+    spoil, reason = FAULTY[how]
+    for name in ("dense6", "switch5"):
+        spoil(copies / name / "eval-test.log")
+    compared, left_out = reasons(copies)
+    assert compared == ["dense5", "hash5", "switch5"]
+    assert left_out == {"dense6": f"the evaluation on test {reason}"}
+    run = load_run(copies / "switch5")
+    assert run.faults == {"test": reason} and list(run.evaluations) == ["valid"]
+
+
+def test_faulty_evaluations_never_displace_a_good_one(copies):
+    """Three of four runs scored nothing: the fourth one's figure stands, alone."""
+    for name in NAMES[1:]:
+        of_nothing(copies / name / "eval-test.log")
+        of_nothing(copies / name / "eval-valid.log")
+    compared, left_out = reasons(copies)
+    assert compared == ["dense5", "hash5", "switch5"] and list(left_out) == ["dense6"]
+    found = {name: load_run(copies / name).evaluations for name in compared}
+    assert found["dense5"]["test"].perplexity == perplexity(copies / "dense5", "test") != 1
+    assert found["hash5"] == found["switch5"] == {}
+
+
+def test_a_later_evaluation_that_failed_does_not_displace_a_good_one(copies):
+    """It was repeated, and killed, or given the wrong length."""
+    log = copies / "hash5" / "eval-test.log"
+    good, whole = perplexity(copies / "hash5", "test"), log.read_text()
+    log.write_text(whole + whole.replace("Loss (base 2)", "Killed"))
+    shutil.copy(log, copies / "hash5" / "z.log")
+    of_nothing(copies / "hash5" / "z.log")
+    run = load_run(copies / "hash5")
+    assert run.evaluations["test"].perplexity == good and run.faults == {}
+
+
+def test_a_run_that_is_not_evaluated_as_its_like(copies):
+    (copies / "dense6" / "eval-test.log").unlink()
+    (copies / "switch5" / "eval-test.log").unlink()
+    compared, left_out = reasons(copies)
+    assert compared == ["dense5", "hash5", "switch5"]
+    assert left_out == {"dense6": "not evaluated on test, as another run of its model is"}
+
+
+@pytest.mark.parametrize(
+    ("options", "end", "age", "reason"),
+    [
+        ({}, "", 30, r"its training is at update 4 of 8: its log grew \d+ s ago, so it seems to run still"),
+        ({"optimization.max_update": 4}, "", 30, r"its training is at update 4 of 4: its log grew \d+ s ago, so it .*"),
+        ({"optimization.max_update": 4}, "", 1e4, r"its training did not end after update 4, its last one, and its .*"),
+        (
+            {"optimization.max_update": 0, "optimization.max_epoch": 3},
+            "",
+            1e4,
+            r"its training broke off at update 4 \(3 epochs are wanted\), and its log has not .*",
+        ),
+        (
+            {},
+            "[2026-01-02 03:30:00,123][fairseq_hash.seams.stopping][INFO] - stopped by SIGTERM at update 4; saved",
+            1,
+            "its training was stopped by SIGTERM at update 4 of 8; its command, given again, goes on from its last .*",
+        ),
+        (
+            {},
+            "Traceback (most recent call last):\n  File\nOSError: [Errno 28] No space left on device",
+            1,
+            r"its training failed at update 4 of 8: OSError: \[Errno 28\] No space left on device",
+        ),
+        (
+            {},
+            "fairseq_hash: give another one",
+            1,
+            "its training failed at update 4 of 8: fairseq_hash: give another one",
+        ),
+    ],
+)
+def test_how_a_training_ended(tmp_path, options, end, age, reason):
+    """A log that grew within ten minutes and ends with no error is that of a running training."""
+    run = write_run(tmp_path / "run", options={"optimization.max_update": 8, **options})
+    log = run / "rank0.log"
+    log.write_text(re.sub(".*done training.*\n", "", log.read_text()) + (f"{end}\n" if end else ""))
+    os.utime(log, (time.time() - age,) * 2)
+    _, left_out = reasons(tmp_path, ["run"])
+    assert re.fullmatch(reason, left_out["run"]), left_out["run"]
 
 
 def test_resumed_with_other_options(copies):

@@ -7,7 +7,7 @@ def why_no_result(evaluation: Evaluation, training: TrainingLog) -> "str | None"
     """Return why an evaluation is no result of a training, None where it is one."""
     config, again = evaluation.config, f"repeat it with --tokens-per-sample {_length(training)}"
     if evaluation.perplexity is None:
-        return "has no result: its log ends without one"
+        return f"has no result: {evaluation.error or 'its log ends without one'}"
     if evaluation.skipped:
         return f"left out {evaluation.skipped:,} samples that were too long for the model; {again}"
     if evaluation.tokens == 0:

@@ -45,7 +45,7 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 
 
 def _runs_from(folder: Path) -> Iterator[Path]:
-    if any(_tells_of_training(path) for path in log_files(folder)):
+    if any(tells_of_training(path) for path in log_files(folder)):
         yield folder
         return
     with os.scandir(folder) as entries:
@@ -55,7 +55,8 @@ def _runs_from(folder: Path) -> Iterator[Path]:
             yield from _runs_from(folder / name)
 
 
-def _tells_of_training(path: Path) -> bool:
+def tells_of_training(path: Path) -> bool:
+    """Return whether a file is a training's log, or cannot be read."""
     try:
         return TRAINING.search(path.read_bytes()) is not None
     except OSError:

@@ -94,7 +94,8 @@ class TrainingLog:
 class Evaluation:
     """One output of fairseq-eval-lm.
 
-    `perplexity` is None where it was stopped before its end; `skipped` are samples that it left out.
+    `perplexity` is None where it was stopped before its end, by an `error` where its log ends with one; `skipped` are
+    samples that it left out.
     """
 
     config: dict[str, Any]
@@ -106,6 +107,7 @@ class Evaluation:
     skipped: int = 0
     loss_bits: "float | None" = None
     perplexity: "float | None" = None
+    error: "str | None" = None
 
 
 def read_lines(path: Path) -> list[Line]:

@@ -10,7 +10,7 @@ from typing import Any
 from fairseq_hash.errors import UserError
 from fairseq_hash.reporting.endings import last_error, why_not_done
 from fairseq_hash.reporting.evaluations import why_no_result
-from fairseq_hash.reporting.folders import find_runs, log_files
+from fairseq_hash.reporting.folders import find_runs, log_files, tells_of_training
 from fairseq_hash.reporting.logs import Evaluation, Line, TrainingLog, read_evaluations, read_lines, read_training
 from fairseq_hash.reporting.options import STOPS, stable
 
@@ -74,17 +74,24 @@ def load_run(folder: Path) -> Run:
     if training is None:
         raise UserError(f"{folder} holds no training log ({', '.join(path.name for path in paths)})")
     run = Run(folder, training, record=_read_record(folder / RECORD))
-    for one in sorted((one for file in files for one in read_evaluations(file)), key=lambda one: one.time):
+    evaluations = [one for path, file in zip(paths, files, strict=True) for one in _evaluations(path, file)]
+    for one in sorted(evaluations, key=lambda one: one.time):
         fault = why_no_result(one, training)
         if fault is None:
             run.evaluations[one.subset] = one
         else:
             run.faults[one.subset] = fault
     run.faults = {subset: fault for subset, fault in run.faults.items() if subset not in run.evaluations}
-    of_training = [path for path, lines in zip(paths, files, strict=True) if read_training(lines)]
-    newest = max(of_training, key=lambda path: path.stat().st_mtime)
+    newest = max(filter(tells_of_training, paths), key=lambda path: path.stat().st_mtime)
     run.grown, run.error = newest.stat().st_mtime, last_error(newest)
     return run
+
+
+def _evaluations(path: Path, lines: Sequence[Line]) -> list[Evaluation]:
+    found = read_evaluations(lines)
+    if found and found[-1].perplexity is None:
+        found[-1].error = last_error(path)
+    return found
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -64,11 +64,12 @@ def modules():
 
 
 def load(folder, **options):
-    """Return the exported model, in evaluation."""
+    """Return the exported model, in evaluation; with `output_loading_info`, and what transformers says of it."""
     from transformers import AutoModelForCausalLM
 
     modules()
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)
+    return loaded if options.get("output_loading_info") else loaded.eval()
 
 
 def sentences(task, rows=3, length=10, seed=0):

@@ -14,6 +14,7 @@ INSERT = ("--sparse-placement", "insert")
 UNSHARED = ("--arch", "hash_transformer_lm", "--decoder-normalize-before")
 MODELS = {
     "dense": (),
+    "fairseq's transformer_lm": ("--arch", "transformer_lm", "--criterion", "cross_entropy"),
     "dense, gelu, learned positions": (*UNSHARED, "--activation-fn", "gelu", "--decoder-learned-pos"),
     "dense, gelu_accurate, norm of the embedding": (
         *UNSHARED,

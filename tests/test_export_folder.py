@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -142,6 +144,8 @@ def test_what_is_in_the_folder(saved, data, tmp_path):
     assert not list(tmp_path.glob(".*"))
     for path in folder.glob("*.py"):
         assert "import fairseq" not in path.read_text() and "from fairseq" not in path.read_text()
+    _, report = load(folder, output_loading_info=True)
+    assert not any(report.values()), report
     config = json.loads((folder / "config.json").read_text())
     assert (config["vocab_size"], config["hidden_size"], config["num_experts"]) == (len(task.source_dictionary), 32, 4)
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (2, 2, 1)
@@ -219,9 +223,40 @@ def test_refusals(saved, data, tmp_path):
     )
     (tmp_path / "there" / "dict.txt").write_text("a 5\n")
     assert "is not the dictionary that" in line("--data", tmp_path / "there")
-    assert "--sentencepiece" in line("--sentencepiece", tmp_path / "there" / "dict.txt")
+    file = tmp_path / "there" / "dict.txt"
+    assert f"--sentencepiece {file} is no SentencePiece model; give" in line("--sentencepiece", file)
+    assert "--sentencepiece nowhere does not exist; give" in line("--sentencepiece", "nowhere")
     status, _, err = call("export", checkpoint, "--to", "onnx", out)
     assert status == 2 and "invalid choice: 'onnx'" in err
+
+
+def test_other_checkpoints(saved, tmp_path):
+    """A smaller output dictionary; a model that is no language model."""
+    state = torch.load(saved[0], weights_only=True)
+    small, other = saved[0].with_name("small.pt"), saved[0].with_name("other.pt")
+    model = dict(state["model"])
+    torch.save({**state, "model": {**model, "decoder.output_projection.weight": torch.zeros(9, 32)}}, small)
+    said = refused("export", small, "--to", "hf", tmp_path / "out")
+    assert f"predicts 9 of {len(saved[2].source_dictionary)} symbols (--output-dictionary-size)" in said
+    torch.save({**state, "model": {**model, "encoder.version": torch.zeros(1)}}, other)
+    said = refused("export", other, "--to", "hf", tmp_path / "out")
+    assert f"{other} is no language model of this package or of fairseq's transformer_lm" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_half_precision_stays(saved, tmp_path):
+    """A checkpoint of bfloat16 weights has a folder of such, and is loaded as such."""
+    assert call("checkpoint", "merge", saved[0], "--no-optimizer", "--out", tmp_path / "plain.pt")[0] == 0
+    state = torch.load(tmp_path / "plain.pt", weights_only=True)
+    state["model"] = {
+        name: value.bfloat16() if value.is_floating_point() else value for name, value in state["model"].items()
+    }
+    torch.save(state, tmp_path / "half.pt")
+    folder = export(tmp_path / "half.pt", tmp_path / "out")
+    assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    theirs = load(folder, dtype="auto")
+    for name, parameter in theirs.named_parameters():
+        assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, state["model"][name]), name
 
 
 def changed(checkpoint, path, **options):
@@ -242,6 +277,7 @@ def changed(checkpoint, path, **options):
         ({"scale_heads": True}, "was trained with --scale-heads True, which"),
         ({"quant_noise_pq": 0.1}, "was trained with --quant-noise-pq 0.1, which"),
         ({"activation_fn": "swish"}, "was trained with --activation-fn swish; the exported model has "),
+        ({"decoder_layers_to_keep": "0"}, "was trained with --decoder-layers-to-keep 0, which"),
         ({"hash_feature": "predicted", "hash_predictor": "p.pt"}, "its routes are what another model (p.pt) predicts"),
     ],
 )
@@ -263,3 +299,27 @@ def test_a_damaged_expert(saved, tmp_path):
     shard.write_bytes(content)
     assert "fails its checksum" in refused("export", checkpoint, "--to", "hf", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from fairseq_hash.export.hf import export
+megabyte = 1 << (10 if sys.platform == "linux" else 20)  # of ru_maxrss
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+export(Path(sys.argv[1]), Path(sys.argv[2]))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / megabyte)
+"""
+
+
+def test_memory_is_that_of_one_expert(data, tmp_path):
+    """134 MB of experts, 2 MB the largest tensor of one: the process grows by less than a fifth of them all."""
+    wide = ("--decoder-embed-dim", "64", "--decoder-input-dim", "64", "--decoder-output-dim", "64")
+    one_layer = ("--router", "hash", "--sparse-layers", "1", "--num-experts", "32", "--decoder-ffn-embed-dim", "8192")
+    checkpoint, _, _ = save(data, tmp_path / "run", *wide, *one_layer)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", MEASURE, checkpoint, tmp_path / "out"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size > 134e6
+    assert float(done.stdout.splitlines()[-1]) < 25, done.stdout

@@ -29,9 +29,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "decoder_xformers_att_config": (None, ""),
 }
 # What is in a state beside the model's parameters and tables.
-LEFT_OUT = re.compile(
-    r"decoder\.(version|embed_positions\._float_tensor|hash_tables\.\d+\.dictionary_fingerprint)|.*\.hash_tables\._.*"
-)
+LEFT_OUT = re.compile(r"decoder\.(version|embed_positions\._float_tensor|hash_tables\.\d+\.dictionary_fingerprint)")
 TABLE = re.compile(r"decoder\.hash_tables\.(\d+)\.(\w+)")
 
 
@@ -43,7 +41,6 @@ class Model:
         config: of `config.json`, all but the tokens.
         tensors: weights and tables by name; experts in shards are not read yet.
         options: of the sparse layers.
-        is_oracle: whether it sees the token that it is to predict.
     """
 
     config: dict[str, Any]
@@ -68,6 +65,12 @@ def model_of(path: object, state: Mapping[str, Any]) -> Model:
         raise UserError(f"{path} is no language model of this package or of fairseq's transformer_lm; give such a one")
     options = SparseOptions.from_config(given)
     _check_exportable(path, given, options)
+    rows = [len(tensors[f"decoder.{name}.weight"]) for name in ("embed_tokens", "output_projection")]
+    if rows[0] != rows[1]:
+        raise UserError(
+            f"{path} predicts {rows[1]} of {rows[0]} symbols (--output-dictionary-size), which the exported model does "
+            "not have; export a model without it"
+        )
     if given.get("share_decoder_input_output_embed"):
         tensors.pop("decoder.output_projection.weight", None)  # the embedding of tokens
     config = {**_dense(given, tensors), **(_sparse(path, given, options, tensors) if options.is_sparse else {})}

@@ -110,10 +110,14 @@ def _check_pieces(path: Path, symbols: Sequence[str]) -> None:
     """Raise `UserError` where a file is no SentencePiece model, or one of another dictionary."""
     import sentencepiece
 
+    if not path.is_file():
+        raise UserError(f"--sentencepiece {path} does not exist; give the model that the data was cut by")
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
-        raise UserError(f"--sentencepiece {path} is no SentencePiece model ({type(error).__name__})") from error
+        raise UserError(
+            f"--sentencepiece {path} is no SentencePiece model; give the one that the data was cut by"
+        ) from error
     known = {processor.id_to_piece(number) for number in range(processor.get_piece_size())}
     # Characters that a model does not know are symbols all the same, unless it falls back to bytes.
     own = [symbol for symbol in symbols[4:] if not symbol.startswith("madeupword")]

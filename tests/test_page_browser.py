@@ -11,6 +11,7 @@ from fairseq_hash.reporting import page
 from fairseq_hash.reporting.comparison import compare
 from fairseq_hash.reporting.comparison_page import comparison_page
 from fairseq_hash.reporting.plots import DARK, LIGHT
+from fairseq_hash.reporting.watching import current_page
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -224,6 +225,26 @@ def test_zoom_and_legend(look):
     box = chart.locator(".u-over").bounding_box()
     tab.mouse.dblclick(box["x"] + 20, box["y"] + 20)
     assert ranges(chart) == whole
+
+
+def test_a_watched_page_reloads_where_it_was_left(look, pages):
+    """After a second it shows what was written meanwhile, scrolled, zoomed and sorted as before."""
+    folder = pages / "watched"
+    folder.mkdir()
+    before, fault = current_page([pages / "several"], "First", "", 1)
+    assert not fault
+    (folder / "index.html").write_text(before.replace('data-reload="1"', 'data-reload="4"'), encoding="utf-8")
+    tab = look("watched")
+    chart = tab.locator("figure.chart").nth(1)
+    tab.get_by_role("button", name="Model", exact=True).first.click()
+    chart.get_by_role("button", name="Zoom in").click()
+    tab.evaluate("scrollTo(0, 500)")
+    zoomed, scrolled = ranges(chart), tab.evaluate("scrollY")
+    assert scrolled == 500
+    (folder / "index.html").write_text(before.replace("First", "Second"), encoding="utf-8")
+    tab.get_by_role("heading", name="Second").wait_for(timeout=20_000)
+    assert ranges(tab.locator("figure.chart").nth(1)) == zoomed and tab.evaluate("scrollY") == scrolled
+    assert tab.locator("th").first.get_attribute("aria-sort") == "ascending"
 
 
 def test_tables_are_sorted(look):

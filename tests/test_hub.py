@@ -118,6 +118,18 @@ def test_fairseq_interactive_reads_pieces(data, tmp_path):
     assert len(found) == 2 and all(text.startswith("word3 a") for _, text in found)
 
 
+def test_fairseq_interactive_says_in_a_line_what_it_cannot_read(data, tmp_path):
+    fixed = (data, "--task", "language_modeling", "--user-dir", USER_DIR, "--cpu", "--input", tmp_path / "long.txt")
+    (tmp_path / "long.txt").write_text(f"{TEXT}\n{'word1 ' * 30}\n")
+    for path, line in (
+        (checkpoint(data, "hash"), "a text of 31 tokens is too long: the model, or --max-tokens, takes 16 at once"),
+        (tmp_path / "none.pt", "none.pt does not exist"),
+    ):
+        done = command("interactive", *fixed, "--path", path, "--buffer-size", 2, check=False)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert line in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith("fairseq_hash: ")
+
+
 def test_wandb_gets_our_statistics(data, tmp_path):
     """By their names, as numbers, at the updates of the log; the lists of --log-expert-loads are left out."""
     (tmp_path / "site" / "wandb").mkdir(parents=True)

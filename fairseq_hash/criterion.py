@@ -19,7 +19,7 @@ from fairseq_hash.errors import UserError
 from fairseq_hash.layer import RoutingReport
 from fairseq_hash.provenance import peak_gigabytes
 from fairseq_hash.ranges import check_at_least
-from fairseq_hash.token_loss import token_cross_entropy
+from fairseq_hash.token_loss import adaptive_cross_entropy, token_cross_entropy
 
 # A meter's name says of which layer and router it is; fairseq shows no meter whose name starts with an underscore.
 REPORT_KEY = "_layer{}_{}"
@@ -116,6 +116,12 @@ class HashMoECriterion(CrossEntropyCriterion):
         self, model: nn.Module, net_output: Any, sample: dict[str, Any], reduce: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy twice, as fairseq does: the sum over tokens (nats), or one a token."""
+        softmax = getattr(getattr(model, "decoder", None), "adaptive_softmax", None)
+        if softmax is not None:
+            target_N = model.get_targets(sample, net_output).view(-1)
+            feature_ND = net_output[0].reshape(len(target_N), -1)
+            loss = adaptive_cross_entropy(softmax, feature_ND, target_N, ignore_index=self.padding_idx, reduce=reduce)
+            return loss, loss
         if not has_plain_logits(model, net_output):
             return super().compute_loss(model, net_output, sample, reduce=reduce)
         logits_BLV = net_output[0]

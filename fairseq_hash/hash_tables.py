@@ -1,6 +1,7 @@
 """The hash tables of a model: buffers, saved with it, and checked when a checkpoint is loaded."""
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,10 @@ from fairseq_hash.hashing import (
     placeholder_table,
     table_fingerprint,
 )
+from fairseq_hash.hashing.balance import complaint, judge
+from fairseq_hash.hashing.features import OF_TOKENS
+
+logger = logging.getLogger("fairseq_hash.model")
 
 NO_INDEX = ("dictionary_fingerprint", "expert")  # buffers of a table that are not of its index
 
@@ -142,7 +147,18 @@ def build_tables(
     if is_evaluation():
         return HashTables(placeholder_table(symbols, shape) for _ in names)
     with torch.device("cpu"):  # also where the model is built on another device, or on none
-        return HashTables(
+        tables = [
             build_table(name, symbols, counts, shape, seed, is_first=number == 0 or not options.hash_per_layer)
             for number, (name, seed) in enumerate(zip(names, seeds, strict=True))
-        )
+        ]
+    for name, table in dict(zip(names, tables, strict=True)).items():
+        if text := complaint_of(table, counts):
+            logger.warning("--hash-table %s: by the dictionary's counts %s", name, text)
+    return HashTables(tables)
+
+
+def complaint_of(table: HashTable, counts: Sequence[int]) -> "str | None":
+    """Return what is wrong with a table's loads by a dictionary's counts; None, too, where it counts other keys."""
+    if table.index or table.record.feature not in OF_TOKENS or not any(counts):
+        return None
+    return complaint(judge(table.expert_HK, counts, table.record.num_experts, table.record.is_multi_hash))

@@ -16,6 +16,7 @@ from fairseq.models.transformer_lm import (
     base_lm_architecture,
 )
 from fairseq.tasks import FairseqTask
+from torch import distributed as dist
 from torch import nn
 
 from fairseq_hash import acting, seams
@@ -25,11 +26,12 @@ from fairseq_hash.checkpoint.manifest import Manifest
 from fairseq_hash.decoder import HashTransformerDecoder
 from fairseq_hash.errors import UserError
 from fairseq_hash.evaluation import is_evaluation
+from fairseq_hash.fits import check_fits_here
 from fairseq_hash.freezing import freeze
 from fairseq_hash.hashing import dictionary_fingerprint
 from fairseq_hash.layer import SparseLayer
 from fairseq_hash.options import SparseOptions
-from fairseq_hash.parallel import expert_names, expert_parallel, reduce_expert_gradients
+from fairseq_hash.parallel import choose_size, expert_names, expert_parallel, reduce_expert_gradients
 from fairseq_hash.predictor import load_predictor
 from fairseq_hash.provenance import provenance
 from fairseq_hash.training import check_device
@@ -73,6 +75,8 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
         if not options.is_sparse:
             model = together(functools.partial(super().build_model, args, task))
         else:
+            if not is_evaluation():
+                together(functools.partial(check_size, args, options, task))
             parallel = expert_parallel(options.num_experts, options.expert_parallel_size, options.expert_dispatch)
             if parallel.is_shared:  # from here on a rank that fails ends the job: the others wait for it
                 watchdog_of(parallel.rank, parallel.world_size)
@@ -102,6 +106,15 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
         for layer in self.modules():
             if isinstance(layer, SparseLayer) and layer.parallel.is_shared:
                 reduce_expert_gradients(layer.experts.parameters(), layer.parallel)
+
+    def upgrade_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Upgrade a saved state as fairseq does, but for the output projection that an adaptive softmax does not have.
+
+        fairseq's decoder adds one wherever embeddings are shared, and cannot load the state then.
+        """
+        super().upgrade_state_dict(state_dict)
+        if getattr(self.decoder, "adaptive_softmax", None) is not None:
+            state_dict.pop("decoder.output_projection.weight", None)
 
     @seams.one_line_errors
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -174,6 +187,13 @@ def check_options(args: Any, options: SparseOptions) -> None:
         )
     if args.scale_fc and options.sparse_placement == "replace":
         raise UserError("--scale-fc does not apply to experts; leave it out or use --sparse-placement insert")
+
+
+def check_size(args: Any, options: SparseOptions, task: FairseqTask) -> None:
+    """Raise `UserError` where a rank cannot hold its experts and tables, before any is made."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    shared_by = choose_size(options.num_experts, ranks, options.expert_parallel_size)
+    check_fits_here(args, options, len(task.source_dictionary), shared_by)
 
 
 def whole_size(parameter: nn.Parameter) -> int:

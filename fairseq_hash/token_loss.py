@@ -8,6 +8,7 @@ rows of a chunk.
 
 import torch
 import torch.nn.functional as F
+from fairseq.modules import AdaptiveSoftmax
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
@@ -45,6 +46,33 @@ def rows_of_chunk(logits_NV: Tensor) -> int:
     else:
         step = max(DEVICE_CHUNK // width, 1)
     return max(min(step, rows), 1)
+
+
+def adaptive_cross_entropy(
+    softmax: AdaptiveSoftmax, feature_ND: Tensor, target_N: Tensor, ignore_index: int, reduce: bool = True
+) -> Tensor:
+    """Return the same as `token_cross_entropy` for fairseq's adaptive softmax (Grave et al. 2017), in fp32.
+
+    -log p(word) is that of its cluster in the head, and of the word in its cluster. Only words of a cluster are
+    multiplied with its matrix. fairseq's own `adaptive_loss` leaves out the second word of every rare cluster: it takes
+    its place there, 1, for padding.
+
+    Args:
+        softmax: the model's, in training or evaluation.
+        feature_ND: what it multiplies.
+        target_N: int64, each from 0 to V - 1 or `ignore_index`.
+        ignore_index: the target of tokens that do not count; it is of the head.
+        reduce: whether to add up.
+    """
+    logits, targets = softmax(feature_ND, target_N)
+    loss_N = F.cross_entropy(logits[0].float(), targets[0], ignore_index=ignore_index, reduction="none")
+    clusters = zip(softmax.cutoff, softmax.cutoff[1:], logits[1:], targets[1:], strict=False)  # the head is none
+    for start, end, logits_MC, target_M in clusters:
+        if target_M is not None:
+            rows_M = ((target_N >= start) & (target_N < end)).nonzero().squeeze(1)
+            rare_M = F.cross_entropy(logits_MC.float(), target_M, reduction="none")
+            loss_N = loss_N.index_add(0, rows_M, rare_M)
+    return loss_N.sum() if reduce else loss_N
 
 
 class _TokenCrossEntropy(torch.autograd.Function):

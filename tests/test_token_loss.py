@@ -1,17 +1,22 @@
 """The cross-entropy over chunks of rows: value, gradient, memory, and that it waits for nothing."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from fairseq import utils
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from made_tensors import LargeTensors
-from plugin import build
+from plugin import USER_DIR, build, command, records, train
 from torch import nn
 
 from fairseq_hash import criterion as criteria
 from fairseq_hash import token_loss
-from fairseq_hash.token_loss import token_cross_entropy
+from fairseq_hash.errors import UserError
+from fairseq_hash.seams.objective import check_data_parallel
+from fairseq_hash.token_loss import adaptive_cross_entropy, token_cross_entropy
 
 IGNORE = 1
 # Rounding of the result: fp32 computes losses of some nats, and the gradient is rounded to the logits' type.
@@ -219,15 +224,87 @@ def test_other_log_probabilities_are_left_to_fairseq(data, monkeypatch):
     assert not criteria.has_plain_logits(model, net_output)
 
 
-def test_an_adaptive_softmax(data):
-    adaptive = ("--adaptive-softmax-cutoff", "6,8", "--no-decoder-final-norm")
-    _, task, model, criterion = build(data, *adaptive)
-    assert model.decoder.adaptive_softmax is not None
-    model.eval()
-    sample = sample_of(task)
-    theirs = CrossEntropyCriterion(task, sentence_avg=False)
-    assert not criteria.has_plain_logits(model, model(**sample["net_input"]))
-    assert torch.equal(criterion(model, sample)[0], theirs(model, sample)[0])
+def adaptive_by_hand(softmax, feature_ND, target_N):
+    """The definition, word by word, out of fairseq's matrices: the cluster's probability times the word's in it."""
+    first, losses = softmax.cutoff[0], []
+    for feature_D, target in zip(feature_ND, target_N.tolist(), strict=True):
+        head = softmax.head(feature_D[None])[0].log_softmax(0)
+        if target == IGNORE:
+            losses.append(head.new_zeros(()))
+        elif target < first:
+            losses.append(-head[target])
+        else:
+            cluster = next(n for n, end in enumerate(softmax.cutoff[1:]) if target < end)
+            tail = softmax.tail[cluster](feature_D[None])[0].log_softmax(0)
+            losses.append(-head[first + cluster] - tail[target - softmax.cutoff[cluster]])
+    return torch.stack(losses)
+
+
+ADAPTIVE = ("--adaptive-softmax-cutoff", "6,18", "--router", "hash,switch", "--sparse-layers", "0,1")
+ADAPTIVE += ("--num-experts", "4", "--no-decoder-final-norm")
+
+
+@pytest.mark.parametrize(
+    "which", ["all clusters", "frequent words only", "second words of clusters, which fairseq drops"]
+)
+def test_an_adaptive_softmax(data, which):
+    """Losses and every gradient are those of the definition; a sum is that of the tokens'."""
+    _, task, model, _ = build(data, *ADAPTIVE)
+    softmax = model.decoder.adaptive_softmax
+    generator = torch.Generator().manual_seed(3)
+    feature_ND = torch.randn(40, 16, generator=generator)
+    last = {"all clusters": len(task.source_dictionary), "frequent words only": 6}.get(which)
+    target_N = torch.tensor([7, 19] * 20) if last is None else torch.randint(last, (40,), generator=generator)
+    target_N[::4] = IGNORE
+    results = []
+    for loss in (adaptive_by_hand, lambda *args: adaptive_cross_entropy(*args, IGNORE, reduce=False)):
+        x_ND = feature_ND.clone().requires_grad_()
+        softmax.zero_grad()
+        loss_N = loss(softmax, x_ND, target_N)
+        loss_N.sum().backward()
+        results.append((loss_N.detach(), x_ND.grad, *(p.grad for p in softmax.parameters() if p.grad is not None)))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    total = adaptive_cross_entropy(softmax, feature_ND, target_N, IGNORE)
+    torch.testing.assert_close(total, results[0][0].sum(), rtol=1e-6, atol=0)
+
+
+def test_the_criterion_with_an_adaptive_softmax(data):
+    """The cross-entropy that fairseq gets from all log-probabilities; every parameter has a gradient."""
+    _, task, model, criterion = build(data, *ADAPTIVE)
+    sample, theirs = sample_of(task), CrossEntropyCriterion(task, sentence_avg=False)
+    with torch.no_grad():
+        model.eval()
+        criterion.eval()  # without the switch router's loss
+        torch.testing.assert_close(criterion(model, sample)[0], theirs(model, sample)[0], rtol=1e-5, atol=0)
+    model.train()
+    criterion.train()
+    criterion(model, sample)[0].backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if ".experts." not in name)
+
+
+def test_an_adaptive_softmax_trains_and_evaluates(data, tmp_path):
+    """By the commands; data parallelism that waits for gradients which no word of a batch gives is refused."""
+    done = train(data, tmp_path, *ADAPTIVE, "--max-update", "2")
+    trained = float(records(done, "valid")[-1]["valid_loss"])
+    options = (
+        "--user-dir",
+        USER_DIR,
+        "--cpu",
+        "--tokens-per-sample",
+        "16",
+        "--gen-subset",
+        "valid",
+        "--max-tokens",
+        "256",
+    )
+    done = command("eval_lm", data, "--path", tmp_path / "checkpoint_last.pt", *options)
+    found = float(re.search(r"Loss \(base 2\): ([\d.]+)", done.stdout + done.stderr)[1])
+    assert found == pytest.approx(trained, abs=2e-3)
+    _, _, model, _ = build(data, *ADAPTIVE)
+    several = {"distributed_world_size": 2, "find_unused_parameters": False}
+    with pytest.raises(UserError, match="--adaptive-softmax-cutoff with --ddp-backend pytorch_ddp waits"):
+        check_data_parallel(SimpleNamespace(ddp_backend="pytorch_ddp", **several), model)
+    check_data_parallel(SimpleNamespace(ddp_backend="legacy_ddp", **several), model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -214,15 +214,17 @@ def run_export(arguments: argparse.Namespace) -> None:
 def run_import(arguments: argparse.Namespace) -> None:
     """Make a table of another framework's, and write it."""
     from fairseq_hash.hashing import save_table
-    from fairseq_hash.tables.dictionary import read_vocabulary
+    from fairseq_hash.tables.dictionary import read_vocabulary, token_counts
     from fairseq_hash.tables.files import check_out
     from fairseq_hash.tables.foreign import import_table, read_tensor
+    from fairseq_hash.tables.judging import Judge
+    from fairseq_hash.tables.report import show
 
     _check_seed(arguments)
     if arguments.num_experts < 1:
         raise UserError(f"--num-experts {arguments.num_experts} is out of range; give a number of 1 or more")
     check_out(arguments.out, arguments.overwrite)
-    symbols = read_dictionary(arguments.dictionary)[0]
+    symbols, listed = read_dictionary(arguments.dictionary)
     vocabulary = read_vocabulary(arguments.vocabulary) if arguments.vocabulary is not None else None
     expert_WK, name = read_tensor(arguments.file, arguments.tensor)
     table, missing = import_table(expert_WK, name, symbols, arguments.num_experts, vocabulary, arguments.seed)
@@ -230,6 +232,8 @@ def run_import(arguments: argparse.Namespace) -> None:
         _say_missing(missing, len(symbols), f"{arguments.dictionary}", "the vocabulary")
     save_table(table, arguments.out)
     print(f"wrote {arguments.out}")
+    counts = token_counts(None, arguments.dictionary, symbols, listed, print)
+    show([Judge(symbols, counts).judge(arguments.out.name, table)], symbols)
 
 
 def _check_seed(arguments: argparse.Namespace) -> None:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from fairseq_hash.errors import UserError
 
+FAR = 2
+
 
 @dataclass(frozen=True, eq=False)
 class Balance:
@@ -68,6 +70,20 @@ class Balance:
     def entropy_share(self) -> float:
         """The entropy over log E: 1 is perfect."""
         return self.entropy / math.log(len(self.load_E)) if len(self.load_E) > 1 else 1.0
+
+
+def complaint(balance: Balance) -> "str | None":
+    """Return in words what is wrong with the loads; None where all experts have tokens and none has far too many.
+
+    Far too many: more than `FAR` times the largest load of the best table for these keys, as far as that is proven.
+    """
+    parts = []
+    if idle := int((balance.load_E == 0).sum()):
+        parts.append(f"{idle:,} of {len(balance.load_E):,} experts get no token")
+    largest, bound = balance.largest_over_mean, balance.bound_over_mean
+    if largest > FAR * bound:
+        parts.append(f"the largest load is {largest:.2f} times the mean, where a table could have {bound:.2f}")
+    return "; ".join(parts) or None
 
 
 def judge(expert_HK: Tensor, counts: Sequence[int], num_experts: int, is_multi_hash: bool = False) -> Balance:

@@ -9,6 +9,7 @@ from torch import Tensor
 from fairseq_hash.errors import UserError
 from fairseq_hash.hashing.builders import (
     balanced_experts,
+    equal_count,
     modulo_experts,
     random_experts,
     round_robin_experts,
@@ -20,6 +21,7 @@ from fairseq_hash.hashing.table import (
     HashTable,
     TableRecord,
     check_rows,
+    check_table_size,
     counts_fingerprint,
     dictionary_fingerprint,
 )
@@ -83,6 +85,13 @@ def build_table(
             f"--multi-hash {shape.columns} needs tables that differ; use balanced, {' or '.join(DRAWN)}, not {kind}"
         )
     num_keys = len(symbols) if of_tokens else shape.num_keys
+    check_table_size(num_keys, shape.columns, shape.num_experts)
+    if kind in OF_COUNTS and (count := equal_count(counts)):
+        raise UserError(
+            f"the dictionary counts every symbol {count:,} times, as no text does, and --hash-table {kind} balances by "
+            "counts; count the training text (fairseq-hash tables build DATA/dict.txt --text DATA --num-experts "
+            f"{shape.num_experts} --out FILE, and --hash-table FILE), or use --hash-table random"
+        )
 
     def build(columns: int, number: int) -> Tensor:
         if kind == "balanced":

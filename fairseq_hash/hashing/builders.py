@@ -14,6 +14,9 @@ from fairseq_hash.errors import UserError
 from fairseq_hash.hashing.balance import expert_loads
 from fairseq_hash.hashing.mixing import draws
 
+SPECIAL_SYMBOLS = 4  # of every dictionary of fairseq
+FEWEST_SYMBOLS = 16
+
 
 def random_experts(num_keys: int, num_experts: int, columns: int = 1, seed: int = 42) -> Tensor:
     """Draw K distinct experts for every key, each set of K with the same chance.
@@ -166,6 +169,20 @@ def check_counts(counts: Sequence[int]) -> np.ndarray:
             "use a dict.txt that fairseq-preprocess made from the training text, or --hash-table random"
         )
     return count_H
+
+
+def equal_count(counts: Sequence[int]) -> "int | None":
+    """Return how often a dictionary counts each of its symbols, where it counts all alike; None where it does not.
+
+    No text of `FEWEST_SYMBOLS` symbols or more has each equally often: such counts were written by hand. The four
+    special symbols of a dictionary come first and are not counted in any; words that fill it up count 0.
+
+    Args:
+        counts: of a dictionary's symbols, `[V]`, the special ones first.
+    """
+    own = np.asarray(counts, dtype=np.int64)[SPECIAL_SYMBOLS:]
+    own = own[own > 0]
+    return int(own[0]) if len(own) >= FEWEST_SYMBOLS and own.min() == own.max() else None
 
 
 def check_columns(num_experts: int, columns: int) -> None:

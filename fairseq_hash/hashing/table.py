@@ -11,6 +11,9 @@ from torch import Tensor
 
 from fairseq_hash.errors import UserError
 from fairseq_hash.hashing.features import OF_TOKENS, Feature
+from fairseq_hash.memory import check_fits
+
+ENTRY = 3 * 8  # bytes for one entry while a table is built: itself, what it is drawn from, and a copy
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,20 @@ def check_table(expert_HK: Tensor, num_experts: int, is_multi_hash: bool = False
             f"the hash table names an expert twice for one token (row {row}: {expert_HK[row].tolist()}); "
             "give K distinct experts a row"
         )
+
+
+def check_table_size(rows: int, columns: int, num_experts: int) -> None:
+    """Raise `UserError` where a table cannot be built: more experts than it has entries, or more than memory holds."""
+    if num_experts > rows * columns:
+        raise UserError(
+            f"{num_experts:,} experts are more than the {rows * columns:,} entries of the hash table ({rows:,} rows of "
+            f"{columns:,}), so that some would never have a token; give {rows * columns:,} experts or fewer"
+        )
+    check_fits(
+        ENTRY * rows * columns,
+        f"a hash table of {rows:,} rows of {columns:,} experts",
+        "give fewer rows (--hash-buckets; tables build: --keys) or columns (--multi-hash, --experts-per-token)",
+    )
 
 
 def check_rows(table: HashTable, vocabulary: int) -> None:

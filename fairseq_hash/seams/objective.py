@@ -9,6 +9,7 @@ from fairseq.trainer import Trainer
 from torch import nn
 
 from fairseq_hash import acting
+from fairseq_hash.errors import UserError
 from fairseq_hash.options import SparseOptions
 from fairseq_hash.seams.override import one_line_errors, override
 
@@ -32,8 +33,24 @@ def _check_criterion(
     Upstream: `main` in fairseq_cli/train.py builds model and criterion apart, and neither sees the other before the
     first batch.
     """
+    check_data_parallel(cfg.distributed_training, model)
     given = vars(cfg.criterion) if isinstance(cfg.criterion, Namespace) else cfg.criterion
     options = getattr(model, "options", SparseOptions(router="none"))  # a model of fairseq's is dense
     if texts := acting.check_criterion(type(criterion), given, options):
         logger.warning(acting.in_vain(texts))
     original(trainer, cfg, task, model, criterion, *args, **kwargs)
+
+
+def check_data_parallel(config: Any, model: nn.Module) -> None:
+    """Raise `UserError` where ranks would wait for gradients that an adaptive softmax has only for some batches."""
+    has_clusters = getattr(getattr(model, "decoder", None), "adaptive_softmax", None) is not None
+    waits = (
+        config.distributed_world_size > 1
+        and config.ddp_backend in ("pytorch_ddp", "c10d")
+        and not config.find_unused_parameters
+    )
+    if has_clusters and waits:
+        raise UserError(
+            f"--adaptive-softmax-cutoff with --ddp-backend {config.ddp_backend} waits for gradients of words that a "
+            "batch may not have; use --ddp-backend legacy_ddp, or add --find-unused-parameters"
+        )

@@ -22,10 +22,11 @@ from fairseq_hash.hashing import (
     round_robin_experts,
     scattered_experts,
 )
-from fairseq_hash.hashing.builders import best_of
+from fairseq_hash.hashing.builders import best_of, equal_count
 from fairseq_hash.hashing.clusters import cluster_keys, clustered_experts, dispersed_experts
 from fairseq_hash.hashing.features import OF_TOKENS
 from fairseq_hash.hashing.spread import heavy_tokens, spread_table
+from fairseq_hash.hashing.table import check_table_size
 from fairseq_hash.hashing.words import word_index
 from fairseq_hash.tables.counting import count_keys, count_pairs
 from fairseq_hash.tables.dictionary import SPECIAL, read_dictionary, token_counts
@@ -74,6 +75,7 @@ def build(options: Options, say: Callable[[str], object] = print) -> Built:
         num_keys += len(index["word_hash"])
     elif feature.name not in OF_TOKENS:
         num_keys = options.keys or (options.tokens_per_sample if feature.name == "position" else BUCKETS)
+    check_table_size(num_keys, options.columns, options.num_experts)
     text = open_text(options.text, options.subset, symbols) if options.text else None
     embedding_VD = _embeddings(options, symbols, say) if options.embeddings else None
     if feature.is_oracle:
@@ -83,6 +85,11 @@ def build(options: Options, say: Callable[[str], object] = print) -> Built:
         raise UserError(
             f"{source} has no token counts (none is above 1), and --builder {options.builder} needs them; "
             "use a dict.txt that fairseq-preprocess made from the training text, --counts, --text, or --builder random"
+        )
+    if options.builder in OF_COUNTS and text is None and (count := equal_count(count_H)):
+        raise UserError(
+            f"{source} counts every symbol {count:,} times, as no text does, and --builder {options.builder} balances "
+            "by counts; count the training text (--text DATA), or use --builder random"
         )
     expert_HK, settings = _experts(options, num_keys, count_H, embedding_VD)
     if text is not None and options.tokens_per_sample:

@@ -29,8 +29,8 @@ def read_dictionary(path: Path) -> tuple[list[str], list[int]]:
             raise UserError(f"{path} is no fairseq dictionary: line {number} is not a symbol and its count")
         if word in known and not overwrites:
             raise UserError(
-                f"{path} is no fairseq dictionary: line {number} repeats the symbol {word!r}; "
-                f"remove it, or end the line with {OVERWRITE}"
+                f"{path} is no fairseq dictionary: line {number} repeats the symbol {word!r}; end that line with "
+                f"{OVERWRITE}, which fairseq-preprocess leaves out of the dict.txt that it writes"
             )
         known.add(word)
         symbols.append(word)

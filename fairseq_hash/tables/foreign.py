@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fairseq_hash.errors import UserError
 from fairseq_hash.hashing import HashTable, TableRecord, dictionary_fingerprint, random_experts
+from fairseq_hash.hashing.table import check_table_size
 from fairseq_hash.tables.dictionary import indices
 from fairseq_hash.tables.files import write_whole
 
@@ -150,6 +151,7 @@ def import_table(
         raise UserError(
             f"{name} has {len(expert_WK)} rows, the {whose} {rows} symbols; give the one of this table{hint}"
         )
+    check_table_size(len(symbols), expert_WK.shape[1], num_experts)
     record = TableRecord("imported", num_experts, dictionary_fingerprint(symbols), settings={"tensor": name})
     table, missing = HashTable(expert_WK, record), 0  # checked as it stands in the file: errors name its rows
     if vocabulary is not None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text  # plain strings would be read as markup
 
+from fairseq_hash.hashing.balance import complaint
 from fairseq_hash.provenance import provenance
 from fairseq_hash.tables.files import write_folder
 from fairseq_hash.tables.judging import JudgedTable
@@ -46,6 +47,10 @@ def show(tables: Sequence[JudgedTable], symbols: list[str]) -> None:
         _show_several(console, tables)
     else:
         _show_one(console, tables[0], symbols)
+    for table in tables:
+        for judged in table.judged:
+            if text := complaint(judged.balance):
+                print(f"note: {table.name}, on {judged.source}: {text}")
 
 
 def _show_one(console: Console, table: JudgedTable, symbols: list[str]) -> None:

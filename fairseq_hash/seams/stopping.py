@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,8 @@ from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
 from torch.utils.data._utils import worker
 
-from fairseq_hash.seams.override import override
-from fairseq_hash.stopping import end_by_parent_only, stop_signals
+from fairseq_hash.seams.override import override, training_loops
+from fairseq_hash.stopping import end_by_parent_only, show_interrupt_in_one_line, stop_signals
 
 logger = logging.getLogger(__name__)
 
@@ -23,17 +24,26 @@ logger = logging.getLogger(__name__)
 def _listen(original: Callable[..., None], trainer: Trainer, *args: Any, **kwargs: Any) -> None:
     """Listen for signals from here on, in the training loop that makes this trainer.
 
-    Upstream: signals end the process wherever it is. The loop's module is `__main__` under `python -m`, and may be
-    imported after the plugin: here it is there.
+    Upstream: signals end the process wherever it is. The loop's module may be imported after the plugin: here it is
+    there.
     """
     original(trainer, *args, **kwargs)
     trainer.saved_update = None
     stop_signals()
-    for name in ("__main__", "fairseq_cli.train"):
-        after_update = getattr(sys.modules.get(name), "validate_and_save", None)
-        if after_update is not None and not hasattr(after_update, "stops"):
-            override(sys.modules[name], "validate_and_save")(_stop_after_update)
-            sys.modules[name].validate_and_save.stops = True  # the next training of this process finds it done
+    for loop in training_loops():
+        if not hasattr(loop.validate_and_save, "stops"):
+            override(loop, "train")(_finish_update)
+            override(loop, "validate_and_save")(_stop_after_update)
+            loop.validate_and_save.stops = True  # the next training of this process finds it done
+
+
+def _finish_update(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Let a Ctrl-C wait for the end of an update.
+
+    Upstream: a traceback, and what was trained since the last checkpoint is lost. `train` goes through one epoch.
+    """
+    with stop_signals().training():
+        return original(*args, **kwargs)
 
 
 def _stop_after_update(
@@ -86,9 +96,22 @@ def _remember_update(original: Callable[..., None], cfg: Any, trainer: Trainer, 
 def _keep_working(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """Let data loader workers live until the process that started them ends them.
 
-    Upstream: torch's handler in a worker takes SIGTERM from anyone, and SLURM sends it to all processes of a job. The
-    training then fails for want of data before it can save.
+    Upstream: torch's handler in a worker takes SIGTERM from anyone, and SLURM sends it to all processes of a job, as
+    a terminal does with SIGINT. The training then fails for want of data before it can save.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if "SLURM_JOB_ID" in os.environ:
         end_by_parent_only()
     original(*args, **kwargs)
+
+
+def _is_command() -> bool:
+    """Return whether this process is one of fairseq's commands: `fairseq-train`, or `python -m fairseq_cli.train`."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    name = Path(getattr(main, "__file__", None) or "").name if spec is None else spec.name
+    return name.startswith(("fairseq-", "fairseq_cli."))
+
+
+if _is_command():
+    show_interrupt_in_one_line()

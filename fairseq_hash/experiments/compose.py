@@ -1,6 +1,7 @@
 """Compose an experiment's configuration, as `fairseq-hydra-train` does, without training."""
 
 import difflib
+import importlib
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -53,6 +54,7 @@ def compose(config_dir: Path, name: str, overrides: Sequence[str] = ()) -> Exper
         raise UserError(
             f"the configurations need Hydra 1.3, this is {hydra.__version__}; use the project's set-up, or flags"
         )
+    importlib.import_module("fairseq_hash.experiments.run_folder")  # as Hydra does, which this needs
     if not config_dir.is_dir():
         raise UserError(f"{config_dir} is no folder; give the folder of the configurations (--config-dir configs)")
     if not (config_dir / f"{name}.yaml").is_file():

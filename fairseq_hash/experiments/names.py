@@ -8,7 +8,7 @@ GROUPS = ("data", "size", "router", "training", "cluster")
 
 
 def own_configs() -> Path:
-    """Return the folder of the project's configurations: inside of the installed package, or beside it in a checkout."""
+    """Return the folder of the configurations: inside of the installed package, beside it in a checkout."""
     package = Path(__file__).parent.parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"

@@ -73,13 +73,12 @@ class Steps:
 
     def _wait(self, running: Mapping[str, subprocess.Popen]) -> None:
         said = time.monotonic()
-        while any(process.poll() is None for process in running.values()):
-            time.sleep(0.05)
+        while busy := [name for name, process in running.items() if process.poll() is None]:
             self._check(running)
             if time.monotonic() - said > EVERY:
                 said = time.monotonic()
-                doing = [f"{name}: {self._now(name)}" for name, process in running.items() if process.poll() is None]
-                self.say("; ".join(doing)[:WIDTH])
+                self.say("; ".join(f"{name}: {self._now(name)}" for name in busy)[:WIDTH])
+            time.sleep(0.05)
         self._check(running)
 
     def _check(self, running: Mapping[str, subprocess.Popen]) -> None:

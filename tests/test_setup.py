@@ -114,6 +114,8 @@ def assert_made(result, project, reason):
     assert status == 0, errors
     assert output == f"ready {project}/.venv/bin/python\n"
     assert f"setup: making the environment in {project}/.venv: {reason}" in errors
+    assert all(line.startswith("setup: ") for line in errors.splitlines()), errors  # pip's own words are in a file
+    assert "Successfully installed" in (project / ".venv" / "logs" / "packages.txt").read_text()
     imports = "import torch, fairseq, fairseq_hash"
     subprocess.run([project / ".venv" / "bin" / "python", "-c", imports], cwd="/", check=True)
 
@@ -190,7 +192,9 @@ def test_an_end_in_the_middle_is_mended_by_the_next_run(tmp_path):
     status, output, errors = use(project, FAIRSEQ_HASH_TORCH="2.99.0")
     assert (status, output) == (1, "")
     assert "No matching distribution found for torch==2.99.0" in errors
-    assert errors.splitlines()[-1].startswith("setup: `-m pip install` failed; the reason stands above")
+    assert errors.splitlines()[-1] == (
+        f"setup: the step `packages` failed; its last lines stand above, all are in {project}/.venv/logs/packages.txt"
+    )
     assert "Traceback" not in errors
     moved = project.rename(tmp_path / "moved")
     assert_made(use(moved, FAIRSEQ_HASH_TORCH="2.14.0"), moved, "the last set-up was not completed")

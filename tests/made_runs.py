@@ -96,7 +96,8 @@ def reported(made, tmp_path_factory):
     """The folder of a report on the four runs, with a note and one run left out."""
     folder = tmp_path_factory.mktemp("report")
     (folder / "note.txt").write_text("A first paragraph,\nof < 3 lines.\n\nA second one.\n")
-    runs = [made / name for name in (*NAMES, "hydra")]
+    again = shutil.copytree(made / "hash5", folder / "again", ignore=shutil.ignore_patterns("*.pt"))
+    runs = [*(made / name for name in NAMES), again]
     paths = write_report(runs, folder / "new" / "out", "Runs & <b>more</b>", folder / "note.txt")
     assert sorted(path.name for path in paths) == FILES and all(path.is_file() for path in paths)
     assert sorted(path.name for path in (folder / "new" / "out").iterdir()) == FILES

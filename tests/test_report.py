@@ -190,17 +190,15 @@ def test_what_readme_tells_to_type(copies, tmp_path, capsys):
 def test_validations_of_a_part_are_no_result(copies, tmp_path, how, capsys):
     """With --max-valid-steps, or with samples left out."""
     folder = copies / "hydra"
-    log = folder / "train.log"
-    if how == "steps":
-        edit(log, "'max_valid_steps': None", "'max_valid_steps': 3")
-    else:
-        words = "3 of 9 samples of valid, with 70 of 90 tokens, are longer than 8 tokens (the positions) and left out"
-        edit(
-            log,
-            "[fairseq_cli.train][INFO] - training on",
-            f"[fairseq_hash.seams.lengths][WARNING] - {words}\n"
-            + ("[2026-01-01 00:00:00,000][fairseq_cli.train][INFO] - training on"),
-        )
+    for log in folder.glob("*.log"):
+        if how == "steps":
+            edit(log, "'max_valid_steps': None", "'max_valid_steps': 3")
+        else:
+            line = next(line for line in log.read_text().splitlines() if "training on" in line)
+            said = (
+                "3 of 9 samples of valid, with 70 of 90 tokens, are longer than 8 tokens (the positions) and left out"
+            )
+            edit(log, line, f"{line.partition('][')[0]}][fairseq_hash.seams.lengths][WARNING] - {said}\n{line}")
     main(["report", str(folder), str(copies / "hash5"), "--out", str(tmp_path / "out")])
     _, left_out = capsys.readouterr().err.splitlines()
     assert left_out.startswith(f"left out: {folder}, validation in training: it ")

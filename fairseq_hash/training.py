@@ -1,5 +1,6 @@
 """What fairseq's trainer needs while ranks share experts. `seams` puts it in place."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from fairseq_hash.layer import SparseLayer
 from fairseq_hash.parallel import ExpertParallel, norm_of_shards, norm_with_experts
 from fairseq_hash.watchdog import Watchdog, watchdog_of
 
+MOST_RANKS = 4096  # of those that are named where a batch cannot be shared
 BACKENDS = ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d", "fully_sharded")
 
 
@@ -56,12 +58,13 @@ def check_training(cfg: Any, dispatch: str) -> None:
             f"--zero-sharding {cfg.distributed_training.zero_sharding} gives experts to ranks that do not hold them; "
             f"leave it out{instead}"
         )
+    if cfg.ema.store_ema:
+        raise UserError(f"--store-ema does not go with shared experts: a rank has its own alone; leave it out{instead}")
     for option, is_set in (
         ("--use-bmuf", cfg.optimization.use_bmuf),
         ("--model-parallel-size", common.model_parallel_size > 1),
         ("--pipeline-model-parallel", cfg.distributed_training.pipeline_model_parallel),
         ("--tpu", common.tpu),
-        ("--store-ema", cfg.ema.store_ema),
     ):
         if is_set:
             raise UserError(f"{option} does not go with shared experts; leave it out")
@@ -76,7 +79,8 @@ def scaled_update_freq(update_freq: Sequence[int], meant_for: int, ranks: int) -
     for freq in update_freq:
         if freq * meant_for % ranks:
             batches = [freq * meant_for for freq in update_freq]
-            fitting = [count for count in range(1, min(batches) + 1) if all(n % count == 0 for n in batches)]
+            common = math.gcd(*batches)
+            fitting = [count for count in range(1, min(common, MOST_RANKS) + 1) if common % count == 0]
             raise UserError(
                 f"an update is of {freq * meant_for} batches (--update-freq {freq} on --update-freq-ranks {meant_for} "
                 f"ranks), which {ranks} ranks cannot share; use {', '.join(map(str, fitting))} ranks, or another "

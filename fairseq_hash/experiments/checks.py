@@ -10,8 +10,10 @@ from fairseq_hash import acting
 from fairseq_hash.errors import UserError
 from fairseq_hash.experiments.compose import Experiment
 from fairseq_hash.experiments.memory import place_of
+from fairseq_hash.hash_tables import build_tables
 from fairseq_hash.hashing.build import BUILDERS
 from fairseq_hash.options import SparseOptions
+from fairseq_hash.tables.dictionary import read_dictionary
 from fairseq_hash.training import check_training, scaled_update_freq
 
 
@@ -36,6 +38,8 @@ def check_experiment(experiment: Experiment, ranks: int) -> None:
             check_training(config, place.dispatch)
     check_data(config.task.data, (config.dataset.train_subset, *config.dataset.valid_subset.split(",")))
     check_files(experiment, options)
+    if "hash" in options.routers:
+        check_tables(config, options)
 
 
 def in_vain(config: DictConfig) -> list[str]:
@@ -52,9 +56,16 @@ def check_data(folders: "str | None", subsets: tuple[str, ...]) -> None:
         missing = [name for name in names if not (Path(folder) / name).is_file()]
         if not folder or missing:
             raise UserError(
-                f"task.data={folder} holds no {missing[0]}; prepare the data (python -m data_prep, docs/experiments.md "
+                f"task.data={folder} holds no {missing[0]}; prepare the data (fairseq-hash data, docs/experiments.md "
                 "has the command), or give their folder as task.data=DIR"
             )
+
+
+def check_tables(config: DictConfig, options: SparseOptions) -> None:
+    """Raise `UserError` where the hash tables cannot be built for this data's dictionary, or do not fit."""
+    symbols, counts = read_dictionary(Path(config.task.data.split(os.pathsep)[0]) / "dict.txt")
+    shape = options.table_shape(options.num_experts, config.task.tokens_per_sample)
+    build_tables(options, symbols, counts, shape, options.hash_layers)
 
 
 def check_files(experiment: Experiment, options: SparseOptions) -> None:

@@ -13,6 +13,7 @@ from omegaconf.errors import ConfigKeyError, ValidationError
 
 from fairseq_hash.errors import UserError
 from fairseq_hash.seams.override import one_line_errors, override
+from fairseq_hash.tables.dictionary import read_dictionary
 
 
 @override(dataclass_utils, "merge_with_parent")
@@ -56,17 +57,22 @@ def _know_this_package(original: Callable[..., None], args: Any) -> None:
 @override(LanguageModelingTask, "setup_dictionary")
 @one_line_errors
 def _name_missing_data(original: Callable[..., Any], cfg: Any, **kwargs: Any) -> Any:
-    """Say in one line that a folder holds no binarized data.
+    """Say in one line that a folder holds no binarized data, or a dictionary that cannot be read.
 
-    Upstream: `Dictionary.load` raises `FileNotFoundError`, which shows as a traceback.
+    Upstream: `Dictionary.load` raises `FileNotFoundError`, or another error where a line is no symbol and its count or
+    repeats a symbol, which shows as a traceback.
     """
     try:
         return original(cfg, **kwargs)
     except FileNotFoundError as error:
         raise UserError(
-            f"{cfg.data} holds no binarized data (no {error.filename}); give a folder that python -m data_prep or "
+            f"{cfg.data} holds no binarized data (no {error.filename}); give a folder that fairseq-hash data or "
             "fairseq-preprocess made"
         ) from error
+    except (RuntimeError, ValueError) as error:
+        path = Path(cfg.data.split(os.pathsep)[0]) / "dict.txt"
+        read_dictionary(path)  # it names the line
+        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 @override(LanguageModelingTask, "load_dataset")

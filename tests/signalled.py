@@ -1,6 +1,7 @@
 """`fairseq-train` that signals itself: python signalled.py SIGNAL RANK UPDATE ARGUMENTS...
 
-The rank (or `group`: the process group, data loader workers included) gets the signal within the given update.
+The rank (or `group`: the process group, data loader workers included) gets the signal within the given update; 0 is
+while the model is built.
 """
 
 import os
@@ -14,21 +15,28 @@ from fairseq.tasks.fairseq_task import FairseqTask
 
 def main(name, whom, update, *arguments):
     """Be the real command, run as a module."""
-    original = FairseqTask.train_step
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+    original, build = FairseqTask.train_step, FairseqTask.build_model
+
+    def send():
+        if whom == "group":
+            # By another process, as SLURM does.
+            group = str(-os.getpgid(0))
+            subprocess.run(["kill", "-s", name.removeprefix("SIG"), "--", group], check=True, start_new_session=True)
+        elif whom == os.environ.get("RANK", "0"):
+            os.kill(os.getpid(), signal.Signals[name])
 
     def train_step(task, sample, model, criterion, optimizer, update_num, *others, **more):
         if update_num == int(update) - 1:
-            if whom == "group":
-                # By another process, as SLURM does.
-                group = str(-os.getpgid(0))
-                subprocess.run(
-                    ["kill", "-s", name.removeprefix("SIG"), "--", group], check=True, start_new_session=True
-                )
-            elif whom == os.environ.get("RANK", "0"):
-                os.kill(os.getpid(), signal.Signals[name])
+            send()
         return original(task, sample, model, criterion, optimizer, update_num, *others, **more)
 
-    FairseqTask.train_step = train_step
+    def build_model(*others, **more):
+        if update == "0":
+            send()
+        return build(*others, **more)
+
+    FairseqTask.train_step, FairseqTask.build_model = train_step, build_model
     sys.argv = ["fairseq-train", *arguments]
     runpy.run_module("fairseq_cli.train", run_name="__main__", alter_sys=True)
 

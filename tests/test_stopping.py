@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from plugin import losses, train, train_arguments
 from torch.utils.data import DataLoader
 
 from fairseq_hash import stopping
-from fairseq_hash.seams.stopping import _what_was_saved
+from fairseq_hash.seams.stopping import _is_command, _what_was_saved
 
 SIGNALLED = str(Path(__file__).parent / "signalled.py")
 SPARSE = ("--router", "hash", "--num-experts", "4", "--sparse-layers", "0,1", "--disable-validation")
@@ -65,6 +66,38 @@ def test_all_ranks_stop_where_one_is_signalled(data, tmp_path, uninterrupted):
     assert len(losses(done)) == 3
 
 
+def test_ctrl_c_saves_and_ends_of_it(data, tmp_path, uninterrupted):
+    """A terminal sends it to data loader workers, too; a shell ends its loop for a process that ended of SIGINT."""
+    options = (*SPARSE, "--update-freq", "2", "--num-workers", "2")
+    done = run(SIGNALLED, "SIGINT", "group", "3", *train_arguments(data, tmp_path, *options))
+    said = done.stdout + done.stderr
+    assert done.returncode == -signal.SIGINT, said[-3000:]
+    assert f"stopped by SIGINT at update 3; saved {tmp_path}/checkpoint_last.pt, from which the same" in said
+    assert re.findall("^fairseq_hash: (.*)$", said, re.M) == [
+        "interrupted: stops after this update; Ctrl-C once more stops now"
+    ]
+    assert "Traceback" not in said
+    assert losses(done) + losses(train(data, tmp_path, *options)) == uninterrupted
+
+
+def test_all_ranks_stop_for_a_ctrl_c(data, tmp_path, uninterrupted):
+    folder = tmp_path / "saved"
+    given = train_arguments(data, folder, *SPARSE, *GLOO)
+    done = run(*TWO_RANKS, SIGNALLED, "SIGINT", "1", "3", *given)
+    said = done.stdout + done.stderr
+    assert f"stopped by SIGINT at update 3; saved {folder}/checkpoint_last.pt" in said, said[-3000:]
+    assert "Signal 2 (SIGINT) received" in said and "fairseq_hash: rank" not in said, said[-3000:]
+    rest = train(data, folder, *SPARSE, "--update-freq", "2")
+    assert losses(done) + losses(rest) == pytest.approx(uninterrupted, abs=2e-3)  # they are logged in thousandths
+
+
+def test_ctrl_c_before_training_is_one_line(data, tmp_path):
+    done = run(SIGNALLED, "SIGINT", "0", "0", *train_arguments(data, tmp_path, *SPARSE))
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr.splitlines()[-1] == "fairseq_hash: interrupted"
+    assert "Traceback" not in done.stdout + done.stderr and "train_inner" not in done.stdout + done.stderr
+
+
 @pytest.fixture
 def handlers():
     """Leave this process's handlers as they were."""
@@ -96,6 +129,75 @@ def test_sigterm_ends_at_once_outside_of_slurm(handlers, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == handlers[signal.SIGTERM]
 
 
+def interrupt(times):
+    """Send this process SIGINT so often."""
+    for _ in range(times):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_one_ctrl_c_waits_for_the_update_and_a_second_does_not(handlers, monkeypatch, capfd):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signals = stopping.StopSignals()
+    with pytest.raises(KeyboardInterrupt):  # there is no update to wait for
+        interrupt(1)
+    assert signals.agreed("cpu") is None
+    now = 100.0
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now)
+    with signals.training():
+        interrupt(2)  # one, that torchrun has passed on
+        assert signals.agreed("cpu") is signal.SIGINT
+        now += 2.0
+        with pytest.raises(KeyboardInterrupt) as end:
+            interrupt(1)
+    assert capfd.readouterr().err.count("Ctrl-C once more stops now") == 1
+    assert end.value.args == ()
+    with pytest.raises(KeyboardInterrupt, match=stopping.SAID):
+        signals.hand_on(signal.SIGINT)
+    with signals.training():  # the next one, in a program that goes on
+        assert signals.agreed("cpu") is None
+        interrupt(1)
+        assert signals.agreed("cpu") is signal.SIGINT
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, print], ids=["ignored", "a program's"])
+def test_other_handlers_of_ctrl_c_stay(handlers, handler):
+    signal.signal(signal.SIGINT, handler)
+    stopping.StopSignals()
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.parametrize(
+    ("error", "rank", "shown"),
+    [
+        (KeyboardInterrupt(), "0", "fairseq_hash: interrupted\n"),
+        (KeyboardInterrupt(), "1", ""),
+        (KeyboardInterrupt(stopping.SAID), "0", ""),
+        (ValueError("other"), "0", "as before: other\n"),
+    ],
+)
+def test_what_an_interrupted_command_says(monkeypatch, capsys, error, rank, shown):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: print("as before:", error, file=sys.stderr))
+    stopping.show_interrupt_in_one_line()
+    sys.excepthook(type(error), error, None)
+    assert capsys.readouterr().err == shown
+
+
+@pytest.mark.parametrize(
+    ("main", "is_command"),
+    [
+        ({"__file__": "/a/bin/fairseq-train", "__spec__": None}, True),
+        ({"__spec__": SimpleNamespace(name="fairseq_cli.train")}, True),
+        ({"__file__": "/a/experiment.py", "__spec__": None}, False),
+        ({"__spec__": SimpleNamespace(name="pytest.__main__")}, False),
+        ({"__spec__": None}, False),  # at the prompt
+    ],
+)
+def test_only_commands_hide_the_traceback_of_a_ctrl_c(monkeypatch, main, is_command):
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(**main))
+    assert _is_command() == is_command
+
+
 def wait_for_end(child):
     """Return the exit code of a child process."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -117,6 +219,14 @@ def test_forked_workers_end_for_their_parent_only(handlers):
     assert os.read(ready, 1) == b"0"
     os.kill(worker, signal.SIGTERM)
     assert wait_for_end(worker) == 0
+
+
+def test_data_loader_workers_live_through_a_ctrl_c():
+    items = iter(DataLoader(range(50), batch_size=None, num_workers=1))
+    got = [next(items)]
+    [loader] = multiprocessing.active_children()
+    os.kill(loader.pid, signal.SIGINT)
+    assert got + list(items) == list(range(50))
 
 
 def test_data_loader_workers_live_through_a_sigterm_of_the_job(monkeypatch):

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/laptop.md"
 PICTURE = ROOT / "docs/pictures/overview.svg"
 SHOWN = ("Dense", "BASE", "Switch", "Hash")  # equal work a token, 16 experts
+COUNTS = {"Trigram": "end", "Bigram": "start"}  # and where the words stand beside the line
 EXAMPLE = (("the", 2), ("old", 0), ("man", 3), ("sat", 2))
 STYLE = """
 svg { --paper: #ffffff; --ink: #1c2024; --soft: #5b6570; --line: #d5d9de; --hash: #0072b2; --other: #8a94a0;
@@ -24,6 +25,7 @@ svg { --paper: #ffffff; --ink: #1c2024; --soft: #5b6570; --line: #d5d9de; --hash
 .box { fill: none; stroke: var(--soft); stroke-width: 1.3 } .way { fill: none; stroke: var(--hash); stroke-width: 2 }
 .used { fill: var(--hash); fill-opacity: .16; stroke: var(--hash) }
 .hash { fill: var(--hash) } .other { fill: var(--other) } .spread { stroke: var(--ink); stroke-width: 1.6 }
+.counts { stroke: var(--ink); stroke-width: 1.3; stroke-dasharray: 4 3 }
 """
 
 
@@ -34,6 +36,12 @@ def measured() -> dict[str, tuple[str, str]]:
     for name, mean, spread in rows:
         found.setdefault(name, (mean, spread))
     return {name: found[name] for name in SHOWN}
+
+
+def counted() -> dict[str, str]:
+    """Return the valid perplexity of n-gram models of as many tokens, as it is written."""
+    results = RESULTS.read_text(encoding="utf-8")
+    return {name: re.search(rf"^\| {name} \| ([\d.]+) \|", results, re.MULTILINE)[1] for name in COUNTS}
 
 
 def text(x: float, y: float, words: str, kind: str = "", anchor: str = "start") -> str:
@@ -77,7 +85,13 @@ def results() -> str:
         parts.append(
             f'<path class="spread" d="M{low:.1f} {y + 15}H{high:.1f}M{low:.1f} {y + 9}v12M{high:.1f} {y + 9}v12"/>'
         )
-        parts.append(text(end + 10, y + 20, f"{mean} ± {spread}", "strong" if name == "Hash" else ""))
+        beside = max(end, 556 + width * float(counted()["Bigram"])) + 10
+        parts.append(text(beside, y + 20, f"{mean} ± {spread}", "strong" if name == "Hash" else ""))
+    for name, value in counted().items():
+        x, anchor = 556 + width * float(value), COUNTS[name]
+        parts.append(f'<path class="counts" d="M{x:.1f} 74V262"/>')
+        words = f"{name.lower()} counts {value}"
+        parts.append(text(x + (10 if anchor == "end" else -24), 68, words, "soft", anchor))
     parts.append(text(484, 288, "English novels; 4 layers, two with 16 experts, 500 updates;", "soft"))
     return "".join([*parts, text(484, 307, "mean of 3 seeds ± standard deviation, on a CPU.", "soft")])
 
@@ -85,8 +99,10 @@ def results() -> str:
 def picture() -> str:
     """Return the whole picture as SVG; text in it stands for what it shows."""
     values = ", ".join(f"{name} {mean}" for name, (mean, _) in measured().items())
+    counts = ", ".join(f"{name.lower()} {value}" for name, value in counted().items())
     alternative = (
-        f"Each token's expert is looked up in a fixed table. Valid perplexity at equal work a token: {values}."
+        "Each token's expert is looked up in a fixed table. Valid perplexity at equal work a token: "
+        f"{values}; of counts: {counts}."
     )
     head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 920 328" width="920" height="328" role="img" '
     head += f'aria-label="{alternative}"><title>{alternative}</title><style>{STYLE}</style>'

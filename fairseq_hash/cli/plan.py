@@ -7,7 +7,7 @@ from typing import Any
 
 import fairseq_hash
 from fairseq_hash.errors import UserError
-from fairseq_hash.experiments.names import experiment_names
+from fairseq_hash.experiments.names import experiment_names, own_configs
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -17,7 +17,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description="Compose a configuration as fairseq-hydra-train does, and say what it means: parameters, work, "
         "memory. Without a choice below, the table of one experiment.",
     )
-    parser.add_argument("--config-dir", type=Path, default=Path("configs"), metavar="DIR", help="default: configs")
+    parser.add_argument(
+        "--config-dir", type=Path, default=own_configs(), metavar="DIR", help="default: the project's own"
+    )
     parser.add_argument("--config-name", metavar="NAME", help="experiment, such as reddit/hash_1x64")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as fairseq-hydra-train takes them")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks (GPUs) that are to train, default 1")

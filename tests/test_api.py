@@ -300,6 +300,7 @@ def test_what_is_no_language_model_is_refused(data, tmp_path):
         "text.pt": ("no checkpoint", "is damaged or no checkpoint"),
         "code.pt": ({**state, "extra_state": Code()}, "would run code from the file"),
         "nothing.pt": ({"model": {}, "cfg": None}, "does not say how its model was made"),
+        "bare.pt": ({"model": {}, "cfg": state["cfg"]}, "is no checkpoint of fairseq-train: it lacks 'best_loss'"),
         "other.pt": ({"model": {}, "cfg": {"task": {"_name": "translation"}}}, "trained for the task translation"),
         "sizes.pt": (
             {**state, "model": {**state["model"], "decoder.embed_tokens.weight": torch.ones(3, 3)}},
@@ -330,8 +331,10 @@ def test_fairseqs_own_model_is_loaded(data, tmp_path):
     model = fairseq_hash.load(small_models.train(data, tmp_path, *options, "--decoder-output-dim", "16"))
     assert model.num_experts == 0 and model.tables == {} and len(model.routes(TEXT)) == 0
     assert model.next_token_probabilities(TEXT, top=64)["probability"].sum() == pytest.approx(1, abs=1e-5)
-    with pytest.raises(UserError, match="has no experts of this package; leave map_experts out"):
+    with pytest.raises(UserError, match="has no experts of this package; leave out map_experts"):
         fairseq_hash.load(tmp_path / "checkpoint_last.pt", map_experts=True)
+    with pytest.raises(UserError, match="leave out map_experts and hash_predictor"):
+        fairseq_hash.load(checkpoint(data, "none"), map_experts=True, hash_predictor="other.pt")
 
 
 def test_an_oracle_predicts_no_text(data, tmp_path):

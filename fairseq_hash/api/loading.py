@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from fairseq import checkpoint_utils, utils
 from fairseq.models import FairseqLanguageModel
 from fairseq.tasks.language_modeling import LanguageModelingTask
-from omegaconf import OmegaConf, open_dict
+from omegaconf import open_dict
 
 from fairseq_hash.api.language_model import LanguageModel
 from fairseq_hash.api.tokenizer import tokenizer_for
@@ -56,21 +56,18 @@ def load(
         raise UserError(f"sentencepiece {sentencepiece} does not exist; give the model that the data was prepared with")
     try:
         with _quiet(), loading_to_evaluate(), loading_weights_only():
-            state = read_checkpoint(path)
-            configuration = configuration_of(state, path)
-            folder = dictionary_folder(path, configuration.task.data, data)
-            changed = {"data": str(folder)}
-            if map_experts:
-                changed["map_experts"] = True
-            if hash_predictor is not None:
-                changed["hash_predictor"] = str(hash_predictor)
-            _change(configuration, changed, path)
-            state["cfg"] = configuration
+            task_options = task_of(read_checkpoint(path, is_checked=False), path)
+            folder = dictionary_folder(path, task_options.get("data"), data)
+            state = checkpoint_utils.load_checkpoint_to_cpu(str(path))
+            changed = {"map_experts": map_experts or None, "hash_predictor": hash_predictor and str(hash_predictor)}
+            _change(state["cfg"], folder, {name: value for name, value in changed.items() if value is not None}, path)
             (model,), configuration, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], state=state)
     except SystemExit as error:  # the one line of what fairseq calls
         raise UserError(str(error).removeprefix("fairseq_hash: ")) from error
     except RuntimeError as error:
         raise UserError(f"{path} does not fit the model of its own options: {one_line(error)}") from error
+    except KeyError as error:
+        raise UserError(f"{path} is no checkpoint of fairseq-train: it lacks {error}") from error
     if not isinstance(model, FairseqLanguageModel) or not isinstance(task, LanguageModelingTask):
         raise UserError(f"{path} is a {type(model).__name__}, no language model; give a checkpoint of one")
     given = Path(sentencepiece) if sentencepiece is not None else None
@@ -102,15 +99,14 @@ def check_device(device: "str | torch.device") -> torch.device:
     return known
 
 
-def configuration_of(state: dict[str, Any], path: Path) -> Any:
-    """Return the options of a checkpoint. Raises `UserError` where it is no language model's."""
+def task_of(state: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """Return the task's options of a checkpoint. Raises `UserError` where it is no language model's."""
     if state.get("cfg") is None:
         raise UserError(f"{path} does not say how its model was made (no cfg); give a checkpoint of fairseq-train")
-    configuration = OmegaConf.create(state["cfg"], flags={"allow_objects": True})
-    task = configuration.get("task") or {}
-    if task.get("_name") != "language_modeling":
-        raise UserError(f"{path} was trained for the task {task.get('_name')}; give a model of language_modeling")
-    return configuration
+    options = state["cfg"].get("task") or {}
+    if options.get("_name") != "language_modeling":
+        raise UserError(f"{path} was trained for the task {options.get('_name')}; give a model of language_modeling")
+    return options
 
 
 def dictionary_folder(path: Path, trained_on: "str | None", given: "PathLike | None") -> Path:
@@ -135,11 +131,11 @@ def dictionary_folder(path: Path, trained_on: "str | None", given: "PathLike | N
     raise UserError(f"{path}: its dictionary is not there ({where}); give its folder as data")
 
 
-def _change(configuration: Any, changed: dict[str, Any], path: Path) -> None:
-    """Set options of task and model. Raises `UserError` for one that the model does not have."""
+def _change(configuration: Any, folder: Path, changed: Mapping[str, Any], path: Path) -> None:
+    """Set the data's folder and options of the model. Raises `UserError` where it has no experts to set options of."""
+    if changed and configuration.model.get("router") in (None, "", "none"):
+        raise UserError(f"{path} has no experts of this package; leave out {' and '.join(changed)}")
     with open_dict(configuration):
-        configuration.task.data = changed.pop("data")
+        configuration.task.data = str(folder)
         for name, value in changed.items():
-            if name not in configuration.model:
-                raise UserError(f"{path} has no experts of this package; leave {name} out")
             configuration.model[name] = value

@@ -78,9 +78,11 @@ REWRITES = [
     ),
     (
         "fairseq_cli/hydra_train.py",
-        'config_name="config")',
-        'config_name="config", version_base="1.1")',
-        "Hydra 1.3 takes the same for granted, with six lines about it before every training",
+        '@hydra.main(config_path=os.path.join("..", "fairseq", "config"), config_name="config")\n',
+        "import warnings\n\nwith warnings.catch_warnings():\n"
+        '    warnings.simplefilter("ignore")\n'
+        '    main = hydra.main(config_path=os.path.join("..", "fairseq", "config"), config_name="config")\n\n\n@main\n',
+        "Hydra 1.3 says six lines about the behaviour of 1.1, which fairseq asks for, before every training",
     ),
     (
         "fairseq/models/distributed_fairseq_model.py",

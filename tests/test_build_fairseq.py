@@ -21,7 +21,8 @@ RELEASE = {
     "fairseq/data/language_pair_dataset.py": "np.vectorize(self.num_tokens, otypes=[np.compat.long])\n",
     "fairseq/data/data_utils.py": "lens = np.fromiter(\n                    np.int,\n                )\n",
     "fairseq/modules/dynamic_crf_layer.py": 'scatter(2, targets, np.float("inf"))\n',
-    "fairseq_cli/hydra_train.py": '@hydra.main(config_path="x", config_name="config")\n',
+    "fairseq_cli/hydra_train.py": '@hydra.main(config_path=os.path.join("..", "fairseq", "config"), '
+    'config_name="config")\ndef hydra_main(cfg):\n',
     "fairseq/models/distributed_fairseq_model.py": "_SLOWMO_DDP_DISABLED = False\ntry:\n"
     "    from fairscale.experimental.nn.data_parallel import (\n        SlowMoBaseAlgorithm,\n"
     "        SlowMoDistributedDataParallel,\n    )\nexcept ImportError:\n",
@@ -35,7 +36,10 @@ EDITED = {
     "fairseq/data/language_pair_dataset.py": "np.vectorize(self.num_tokens, otypes=[int])\n",
     "fairseq/data/data_utils.py": "lens = np.fromiter(\n                    int,\n                )\n",
     "fairseq/modules/dynamic_crf_layer.py": 'scatter(2, targets, float("inf"))\n',
-    "fairseq_cli/hydra_train.py": '@hydra.main(config_path="x", config_name="config", version_base="1.1")\n',
+    "fairseq_cli/hydra_train.py": "import warnings\n\nwith warnings.catch_warnings():\n"
+    '    warnings.simplefilter("ignore")\n'
+    '    main = hydra.main(config_path=os.path.join("..", "fairseq", "config"), config_name="config")\n\n\n'
+    "@main\ndef hydra_main(cfg):\n",
     "fairseq/models/distributed_fairseq_model.py": "_SLOWMO_DDP_DISABLED = False\nimport warnings\n\ntry:\n"
     '    with warnings.catch_warnings():\n        warnings.simplefilter("ignore", FutureWarning)\n'
     "        from fairscale.experimental.nn.data_parallel import (\n            SlowMoBaseAlgorithm,\n"

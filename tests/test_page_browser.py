@@ -157,6 +157,19 @@ def test_values_by_pointer(look):
     assert "Valid perplexity per token: 89.15 (89.1 to 89.2)" in experts.locator(".tip").inner_text()
 
 
+def test_all_of_a_tip_is_in_sight(look):
+    """Of long names, on a narrow screen, at both ends of the axis."""
+    tab = look("many", 390)
+    chart = tab.locator("figure.chart").first
+    chart.scroll_into_view_if_needed()
+    plot = chart.locator(".plot").bounding_box()
+    for point in (3, 18, 20, 39):
+        tab.mouse.move(*point_at(chart, 29, point)[:2])
+        tip = chart.locator(".tip").bounding_box()
+        assert plot["x"] <= tip["x"] and tip["x"] + tip["width"] <= plot["x"] + plot["width"]
+        assert plot["y"] <= tip["y"] and tip["y"] + tip["height"] <= plot["y"] + plot["height"]
+
+
 def test_values_by_keys(look):
     """Each key's value is said; the plot can be reached by Tab."""
     tab = look("several")
@@ -319,7 +332,8 @@ def test_what_a_page_asks_for_is_refused(browser, pages):
     tab = context.new_page()
     tab.goto((pages / "one" / "index.html").as_uri())
     asked = """() => new Promise((resolve) => {
-        const refused = []; document.addEventListener("securitypolicyviolation", (e) => {
+        const refused = []; setTimeout(() => resolve(refused), 5000);
+        document.addEventListener("securitypolicyviolation", (e) => {
             refused.push(e.effectiveDirective); if (refused.length === 2) resolve(refused.sort()) });
         new Image().src = "http://127.0.0.1:9/x"; fetch("http://127.0.0.1:9/x").catch(() => null) })"""
     assert tab.evaluate(asked) == ["connect-src", "img-src"]

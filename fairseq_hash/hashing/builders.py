@@ -175,14 +175,15 @@ def equal_count(counts: Sequence[int]) -> "int | None":
     """Return how often a dictionary counts each of its symbols, where it counts all alike; None where it does not.
 
     No text of `FEWEST_SYMBOLS` symbols or more has each equally often: such counts were written by hand. The four
-    special symbols of a dictionary come first and are not counted in any; words that fill it up count 0.
+    special symbols of a dictionary come first and are not counted in any; words that fill it up count 0. Counts of 1
+    are none: `check_counts` says so.
 
     Args:
         counts: of a dictionary's symbols, `[V]`, the special ones first.
     """
     own = np.asarray(counts, dtype=np.int64)[SPECIAL_SYMBOLS:]
     own = own[own > 0]
-    return int(own[0]) if len(own) >= FEWEST_SYMBOLS and own.min() == own.max() else None
+    return int(own[0]) if len(own) >= FEWEST_SYMBOLS and 1 < own.min() == own.max() else None
 
 
 def check_columns(num_experts: int, columns: int) -> None:

@@ -11,12 +11,13 @@ import subprocess
 import sys
 
 from fairseq.tasks.fairseq_task import FairseqTask
+from fairseq.tasks.language_modeling import LanguageModelingTask
 
 
 def main(name, whom, update, *arguments):
     """Be the real command, run as a module."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
-    original, build = FairseqTask.train_step, FairseqTask.build_model
+    original, build = FairseqTask.train_step, LanguageModelingTask.build_model
 
     def send():
         if whom == "group":
@@ -36,7 +37,7 @@ def main(name, whom, update, *arguments):
             send()
         return build(*others, **more)
 
-    FairseqTask.train_step, FairseqTask.build_model = train_step, build_model
+    FairseqTask.train_step, LanguageModelingTask.build_model = train_step, build_model
     sys.argv = ["fairseq-train", *arguments]
     runpy.run_module("fairseq_cli.train", run_name="__main__", alter_sys=True)
 

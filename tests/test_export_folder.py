@@ -231,13 +231,15 @@ def test_refusals(saved, data, tmp_path):
 
 
 def test_other_checkpoints(saved, tmp_path):
-    """A smaller output dictionary; a model that is no language model."""
+    """A smaller output dictionary; one rank's experts; a model that is no language model."""
     state = torch.load(saved[0], weights_only=True)
     small, other = saved[0].with_name("small.pt"), saved[0].with_name("other.pt")
     model = dict(state["model"])
     torch.save({**state, "model": {**model, "decoder.output_projection.weight": torch.zeros(9, 32)}}, small)
     said = refused("export", small, "--to", "hf", tmp_path / "out")
     assert f"predicts 9 of {len(saved[2].source_dictionary)} symbols (--output-dictionary-size)" in said
+    torch.save({**state, "fairseq_hash": {"rank": 0}}, small)
+    assert "has the experts of one rank only, as --ddp" in refused("export", small, "--to", "hf", tmp_path / "out")
     torch.save({**state, "model": {**model, "encoder.version": torch.zeros(1)}}, other)
     said = refused("export", other, "--to", "hf", tmp_path / "out")
     assert f"{other} is no language model of this package or of fairseq's transformer_lm" in said

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fairseq_hash.checkpoint.facts import model_options
-from fairseq_hash.checkpoint.layout import EXPERT
+from fairseq_hash.checkpoint.manifest import KEY
 from fairseq_hash.errors import UserError
 from fairseq_hash.export.tensors import Value
 from fairseq_hash.options import SparseOptions
@@ -59,6 +59,11 @@ def model_of(path: object, state: Mapping[str, Any]) -> Model:
     Raises:
         UserError: where it is no language model, or one that the exported files cannot be.
     """
+    if state["model"].manifest is None and KEY in state:
+        raise UserError(
+            f"{path} has the experts of one rank only, as --ddp-backend fully_sharded saves them; give a checkpoint of "
+            "all experts, such as a training with another --ddp-backend saves"
+        )
     given = model_options(state)
     tensors = {name: value for name, value in state["model"].items() if not LEFT_OUT.fullmatch(name)}
     if not given or "decoder_embed_dim" not in given or any(not name.startswith("decoder.") for name in tensors):
@@ -142,12 +147,6 @@ def _sparse(
             if place["table"] not in tables:
                 raise UserError(f"{path} has no hash table for layer {layer}; use another checkpoint")
         places.append(place)
-    experts = next(len(value) for name, value in tensors.items() if EXPERT in name)
-    if experts != options.num_experts:
-        raise UserError(
-            f"{path} holds {experts} of {options.num_experts} experts, as --ddp-backend fully_sharded saves them; give "
-            "a checkpoint of all experts"
-        )
     names = ("sparse_placement", "num_experts", "expert_form", "expert_sublayers", "swiglu_limit", "shared_expert")
     names += ("eval_capacity_factor", "hash_feature", "hash_length", "multi_hash", "experts_per_token")
     names += ("hash_weights", "hash_score", "hash_scale")

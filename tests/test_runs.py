@@ -7,7 +7,7 @@ import shutil
 import time
 
 import pytest
-from made_runs import NAMES, edit, perplexity, write_run
+from made_runs import NAMES, edit, perplexity, raw, write_run
 
 from fairseq_hash.errors import UserError
 from fairseq_hash.reporting.compare import sort_out
@@ -97,9 +97,9 @@ SPOILED = {
         lambda run: without(run / "train.log", "model_record"),
         "its log has no model_record: trained without --arch hash_transformer_lm",
     ),
-    "no log intervals": (
-        lambda run: without(run / "train.log", "| train_inner |"),
-        "its log has no train_inner lines; train with --log-format json and a smaller --log-interval",
+    "no statistics": (
+        lambda run: (without(run / "train.log", "| train_inner |"), without(run / "train.log", "| train |")),
+        "its log has no statistics of the training; train with --log-format json",
     ),
 }
 
@@ -210,6 +210,17 @@ def test_a_run_that_is_not_evaluated_as_its_like(copies):
     compared, left_out = reasons(copies)
     assert compared == ["dense5", "hash5", "switch5"]
     assert left_out == {"dense6": "not evaluated on test, as another run of its model is"}
+
+
+def test_a_training_that_is_shorter_than_a_log_interval(copies):
+    """fairseq logs its epochs only."""
+    log = copies / "hash5" / "train.log"
+    (epoch,) = raw(copies / "hash5", "train")
+    without(log, "| train_inner |")
+    assert reasons(copies) == (list(NAMES), {})
+    (values,) = load_run(copies / "hash5").training.intervals.values()
+    for key in ("wps", "ppl", "layer1_load_max"):
+        assert values[key] == float(epoch[f"train_{key}"])
 
 
 @pytest.mark.parametrize(

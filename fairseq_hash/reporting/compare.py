@@ -34,7 +34,7 @@ def why_incomplete(run: Run, unfinished: bool = False) -> "str | None":
     if changed := _changed_on_resuming(training.configs):
         return f"resumed with other options: {', '.join(sorted(changed))}"
     if not training.intervals:
-        return "its log has no train_inner lines; train with --log-format json and a smaller --log-interval"
+        return "its log has no statistics of the training; train with --log-format json"
     for subset, evaluation in run.evaluations.items():
         if not math.isfinite(evaluation.perplexity):
             return f"its perplexity on {subset} is {evaluation.perplexity}"

@@ -41,7 +41,8 @@ class TrainingLog:
     Attributes:
         configs: the configuration of every session, flat (`optimization.max_update`), in the order they ran.
         model: the model's record (fairseq_hash.model), None where the log has none.
-        intervals: statistics of every log interval by its last update, numbers as int or float.
+        intervals: statistics of every log interval by its last update, numbers as int or float; those of every epoch
+            where the training was shorter than a log interval.
         validations: statistics of every validation by its update, without their prefix `valid_`.
         wall_seconds: time over all sessions: of a resumed one from its checkpoint on, without what was done again.
         finished: when the training was done, None while it is not.
@@ -59,6 +60,7 @@ class TrainingLog:
     stopped_by: "str | None" = None
     dictionary_types: "int | None" = None
     left_out_of: set[str] = field(default_factory=set)
+    _epochs: dict[int, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
     _resumed: "tuple[datetime, float] | None" = field(default=None, repr=False, compare=False)
 
     @property
@@ -88,6 +90,7 @@ class TrainingLog:
         """Forget what came after an update: a session starts from there."""
         self.intervals = {number: values for number, values in self.intervals.items() if number <= update}
         self.validations = {number: values for number, values in self.validations.items() if number <= update}
+        self._epochs = {number: values for number, values in self._epochs.items() if number <= update}
 
 
 @dataclass
@@ -176,6 +179,7 @@ def read_training(lines: Iterable[Line]) -> "TrainingLog | None":
             _add_statistics(log, line)
         elif line.message.startswith("done training"):
             log.finished = line.time
+    log.intervals = log.intervals or log._epochs
     return log if log.configs else None
 
 
@@ -197,8 +201,9 @@ def _add_statistics(log: TrainingLog, line: Line) -> None:
     if "wall" in values:
         values["wall"] = log.wall_at(line.time, values["wall"])
     update = values.get("num_updates")
-    if isinstance(update, int) and line.source != "train":
-        (log.intervals if line.source == "train_inner" else log.validations)[update] = values
+    if isinstance(update, int):
+        of_source = {"train_inner": log.intervals, "valid": log.validations, "train": log._epochs}
+        of_source[line.source][update] = values
     log.wall_seconds = values.get("wall", log.wall_seconds)
 
 

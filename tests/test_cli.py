@@ -3,16 +3,18 @@
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 from made_runs import FILES
 
-from fairseq_hash.cli import main
+from fairseq_hash.cli import VERBS, main
 from fairseq_hash.provenance import __version__
 
 WORDS = ("the", "of", "and", "hash", "table")
@@ -105,6 +107,73 @@ def test_help_and_version():
     for verb in ((), ("tables",), ("tables", "build"), ("tables", "show"), ("report",)):
         status, out, err = call(*verb, "--help")
         assert (status, err) == (0, "") and re.match("usage: fairseq-hash", out)
+
+
+HEAVY = ("torch", "fairseq", "fairscale", "transformers", "numpy", "pandas", "matplotlib", "sklearn", "rich", "hydra")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "allowed"),
+    [
+        (["--version"], ()),
+        (["--help"], ()),
+        (["nonsense"], ()),
+        (["plan", "--list", "--config-dir", str(Path(__file__).parent.parent / "configs")], ()),
+        *(([verb, "--help"], ("numpy", "rich")) for verb in VERBS),
+        (["tables", "build", "DICT", "--num-experts", "2", "--out", "OUT"], ("torch", "numpy", "rich")),
+    ],
+)
+def test_what_a_verb_imports(arguments, allowed, dictionary, tmp_path):
+    """What a verb does not need is not imported, so that it starts at once."""
+    given = [{"DICT": str(dictionary), "OUT": str(tmp_path / "out")}.get(word, word) for word in arguments]
+    program = f"""
+import contextlib, sys
+from fairseq_hash.cli import main
+with contextlib.suppress(SystemExit):
+    main(sys.argv[1:])
+print("loaded", *(name for name in {HEAVY} if name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", program, *given], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.splitlines()[-1].split()[1:]) <= set(allowed)
+
+
+def test_each_verb_has_its_module():
+    """The table of verbs is all that the first help knows."""
+    status, out, _ = call("--help")
+    assert status == 0
+    for verb in VERBS:
+        assert re.search(rf"^    {verb}\b", out, re.MULTILINE)
+        assert call(verb, "--help")[1].startswith(f"usage: fairseq-hash {verb}")
+
+
+def test_interrupted_during_imports(monkeypatch):
+    def interrupt(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fairseq_hash.cli.import_module", interrupt)
+    assert refused("tables", "show", "t", "d", status=130) == "fairseq-hash: interrupted"
+
+
+@pytest.mark.parametrize("end", ["at the first line", "at the end"])
+def test_nobody_reads_on(end, tmp_path):
+    """`fairseq-hash plan --list | head -1`, with more output than a pipe holds, or less."""
+    number = 20_000 if end == "at the first line" else 3
+    (tmp_path / "of_mine").mkdir()
+    for name in range(number):
+        (tmp_path / "of_mine" / f"experiment{name}.yaml").touch()
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from fairseq_hash.cli import main; sys.exit(main())",
+        "plan",
+        "--list",
+    ]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([*command, "--config-dir", tmp_path], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_interrupted(dictionary, monkeypatch):

@@ -1,6 +1,7 @@
 """The command `fairseq-hash`: each verb is a module with `add_parser`, imported when the verb is called."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -58,10 +59,14 @@ def main(argv: "Sequence[str] | None" = None) -> int:
         if rest:  # argparse takes those between two options, but not those after a third
             arguments.overrides += rest
         arguments.run(arguments)
+        sys.stdout.flush()
     except UserError as error:
         print(f"fairseq-hash: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("fairseq-hash: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # nobody reads on, as with `| head`; what is left over must not be an error at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return 0

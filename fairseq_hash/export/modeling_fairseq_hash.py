@@ -460,7 +460,7 @@ class Decoder(nn.Module):
             x_BLD = self.layernorm_embedding(x_BLD)
         place_P = torch.arange(token_BP.shape[1], device=token_BP.device)
         earlier_LP = place_P <= place_P[-length:, None]
-        # Padding looks at itself: it has nothing else, and a softmax over nothing is NaN.
+        # Padding looks at itself: it has nothing else, and a softmax over nothing may be NaN (it is in older torch).
         itself_LP = place_P == place_P[-length:, None]
         mask_B1LP = (earlier_LP & real_BP[:, None, None, :]) | itself_LP
         routes = [table(token_BP)[:, -length:] for table in self.hash_tables]

@@ -133,7 +133,7 @@ def test_what_is_no_checkpoint(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint_best.pt").touch()
     for path, line in (
-        (tmp_path / "empty.pt", "empty.pt is empty, or has lost its end; use another checkpoint"),
+        (tmp_path / "empty.pt", r"empty.pt is damaged or no checkpoint \(it ends too early\); use another checkpoint"),
         (tmp_path, f"{tmp_path} is a folder; give the file of a checkpoint"),
         (tmp_path / "run", f"is a folder; give the file of a checkpoint, such as {tmp_path}/run/checkpoint_best.pt"),
         ("https://a.b/c.pt", "--path https://a.b/c.pt is no file of this machine"),

@@ -145,7 +145,7 @@ def read_main(path: "str | os.PathLike[str]", is_checked: bool = True) -> dict[s
             ) from error
         raise UserError(f"{path} is damaged or no checkpoint; use another checkpoint") from error
     except EOFError:
-        raise UserError(f"{path} is empty, or has lost its end; use another checkpoint") from None
+        raise UserError(f"{path} is damaged or no checkpoint (it ends too early); use another checkpoint") from None
     except (OSError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged or no checkpoint ({_reason(error)}); use another checkpoint") from error
     if not isinstance(state, dict) or "model" not in state:

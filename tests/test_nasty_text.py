@@ -20,6 +20,7 @@ from data_prep.binarize import make_dictionary
 from data_prep.chunks import ChunkWriter
 from data_prep.cli import main
 from data_prep.verify import check_counts
+from fairseq_hash.api.tokenizer import Pieces, Words
 from fairseq_hash.errors import UserError
 from fairseq_hash.tables.dictionary import read_dictionary
 
@@ -222,3 +223,17 @@ def test_a_torn_file_is_refused(tmp_path):
     data.with_suffix(".bin").write_bytes(b"\xff\xff" * 6)
     with pytest.raises(UserError, match="has a token that is no symbol"):
         check_counts(data, dictionary, totals, counted=True)
+
+
+@settings(max_examples=150, deadline=None)
+@given(lines=LINES)
+@example(lines=["a\x85b </s> <pad>\v<s>"])
+def test_a_loaded_model_reads_text_as_the_data_was_made(model, lines):
+    """`fairseq_hash.load`, `sample` and `experts` cut text as `data_prep` did."""
+    for path, tokenizer in ((None, Words()), (model, Pieces(model))):
+        pieces._load_model(path and str(path))
+        try:
+            made = pieces.encode(lines)
+        finally:
+            pieces._load_model(None)
+        assert [" ".join(tokenizer.encode(line)) for line in lines] == made.text.split("\n")[:-1]

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import sentencepiece
 from fairseq.data import Dictionary
-from fairseq.tokenizer import tokenize_line
 
 from fairseq_hash.errors import UserError
 from fairseq_hash.hashing.words import BEGIN, JOIN
@@ -14,12 +13,16 @@ from fairseq_hash.hashing.words import BEGIN, JOIN
 MODELS = ("sentencepiece.model", "sentencepiece.bpe.model")
 
 
+# Words that fairseq's dictionary keeps for itself: in a text they are `<unk>`, as in the data of the training.
+RESERVED = ("<s>", "<pad>", "</s>")
+
+
 class Words:
-    """Words are what white space separates, as fairseq's own `tokenize_line` sees them."""
+    """Words are what white space separates, as fairseq sees them."""
 
     def encode(self, line: str) -> list[str]:
         """Return the words of a line."""
-        return tokenize_line(line)
+        return _without_reserved(line.split())
 
     def decode(self, symbols: Sequence[str]) -> str:
         """Return words as a line."""
@@ -44,11 +47,16 @@ class Pieces:
 
     def encode(self, line: str) -> list[str]:
         """Return the pieces of a line."""
-        return self._processor.encode(line, out_type=str)
+        # One space for any white space, as `data_prep` does it: SentencePiece knows less of it than fairseq.
+        return _without_reserved(self._processor.encode(" ".join(line.split()), out_type=str))
 
     def decode(self, symbols: Sequence[str]) -> str:
         """Return pieces as a line; the bytes of rare characters are put together."""
         return self._processor.decode_pieces(list(symbols))
+
+
+def _without_reserved(symbols: list[str]) -> list[str]:
+    return ["<unk>" if symbol in RESERVED else symbol for symbol in symbols]
 
 
 def tokenizer_for(folder: Path, given: "Path | None", dictionary: Dictionary) -> "Words | Pieces | None":

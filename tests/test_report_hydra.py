@@ -103,7 +103,8 @@ def test_a_preempted_run_is_one_run(tmp_path):
     write_run(tmp_path / "other", EXPERIMENT, {"optimization.update_freq": [2], "common.seed": 2})
     assert models(run, tmp_path / "other") == ({"Hash 1x4": ["run", "other"]}, {})
     (run / "rank0.log").write_text("".join([*lines[:12], stop]))
-    assert models(tmp_path)[1] == {"run": "training stopped by SIGTERM at update 4 of 4"}
+    again = "its command, given again, goes on from its last checkpoint"
+    assert models(tmp_path)[1] == {"run": f"its training was stopped by SIGTERM at update 4 of 4; {again}"}
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,10 @@ def test_other_data_and_missing_evaluations_by_hydra(tmp_path):
     (tmp_path / "c" / "eval-valid.log").unlink()
     assert models(tmp_path) == (
         {"Hash 1x4": ["a", "d"]},
-        {"b": "the number of test tokens is 901, in the other runs 900", "c": "not evaluated on valid"},
+        {
+            "b": "the number of test tokens is 901, in the other runs 900",
+            "c": "not evaluated on valid, as another run of its model is",
+        },
     )
 
 

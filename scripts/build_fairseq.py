@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 
 RELEASE = "0.12.2"
-VERSION = f"{RELEASE}+rebuilt.3"
+VERSION = f"{RELEASE}+rebuilt.4"
 SDIST_SHA256 = "34f1b18426bf3844714534162f065ab733e049597476daa35fffb4d06a92b524"
 PYTHONS = ((3, 10), (3, 13))
 
@@ -99,6 +99,15 @@ REWRITES = [
         'logger.info("Please install tensorboardX',
         'logger.debug("Please install tensorboardX',
         "a speech task's need, said before every training; --tensorboard-logdir takes torch's own writer",
+    ),
+    (
+        "fairseq/utils.py",
+        "raise FileNotFoundError(module_path)",
+        "raise SystemExit(\n"
+        '                        f"fairseq: --user-dir {args.user_dir} is no folder here; give that of a plugin, "\n'
+        '                        "as $(fairseq-hash user-dir) prints it"\n'
+        "                    )",
+        "a traceback for a folder that is not there, before any code of a plugin can run",
     ),
     (
         "pyproject.toml",

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -26,12 +27,13 @@ RELEASE = {
     "fairseq/models/distributed_fairseq_model.py": "_SLOWMO_DDP_DISABLED = False\ntry:\n"
     "    from fairscale.experimental.nn.data_parallel import (\n        SlowMoBaseAlgorithm,\n"
     "        SlowMoDistributedDataParallel,\n    )\nexcept ImportError:\n",
+    "fairseq/utils.py": "                else:\n                    raise FileNotFoundError(module_path)\n",
     "fairseq/tasks/text_to_speech.py": '    logger.info("Please install tensorboardX: pip install tensorboardX")\n',
 }
 EDITED = {
     "setup.py": 'x = [\n            "hydra-core>=1.3",\n            "omegaconf>=2.3",\n            "bitarray",\n]\n',
     "pyproject.toml": '[build-system]\nrequires = ["setuptools<85", "wheel<1", "cython<4"]\n',
-    "fairseq/version.txt": "0.12.2+rebuilt.3\n",
+    "fairseq/version.txt": "0.12.2+rebuilt.4\n",
     "fairseq/data/token_block_dataset.py": "len(sizes), dtype=int\n",
     "fairseq/data/language_pair_dataset.py": "np.vectorize(self.num_tokens, otypes=[int])\n",
     "fairseq/data/data_utils.py": "lens = np.fromiter(\n                    int,\n                )\n",
@@ -44,6 +46,9 @@ EDITED = {
     '    with warnings.catch_warnings():\n        warnings.simplefilter("ignore", FutureWarning)\n'
     "        from fairscale.experimental.nn.data_parallel import (\n            SlowMoBaseAlgorithm,\n"
     "            SlowMoDistributedDataParallel,\n        )\nexcept ImportError:\n",
+    "fairseq/utils.py": "                else:\n                    raise SystemExit(\n"
+    '                        f"fairseq: --user-dir {args.user_dir} is no folder here; give that of a plugin, "\n'
+    '                        "as $(fairseq-hash user-dir) prints it"\n                    )\n',
     "fairseq/tasks/text_to_speech.py": '    logger.debug("Please install tensorboardX: pip install tensorboardX")\n',
 }
 CONFIGS = """\
@@ -97,7 +102,7 @@ def run_script(*arguments, **environment):
 def test_edits_exactly_the_listed_lines(recipe, source):
     recipe.rewrite(source)
     assert {name: (source / name).read_text() for name in EDITED} == EDITED
-    assert len(recipe.REWRITES) == 12, "add the new edit to RELEASE and EDITED above"
+    assert len(recipe.REWRITES) == 13, "add the new edit to RELEASE and EDITED above"
 
 
 def test_configurations_import_after_the_edit(recipe, source):
@@ -200,9 +205,9 @@ def test_the_wheel_appears_whole_under_its_name(recipe, source, tmp_path, monkey
     def fake_pip(command, *arguments):
         folder, unpacked = Path(arguments[-2]), Path(arguments[-1])
         assert command == "wheel"
-        assert (unpacked / "fairseq" / "version.txt").read_text() == "0.12.2+rebuilt.3\n"
+        assert (unpacked / "fairseq" / "version.txt").read_text() == "0.12.2+rebuilt.4\n"
         folder.mkdir()
-        (folder / "fairseq-0.12.2+rebuilt.3-cp311-cp311-any.whl").write_bytes(b"wheel")
+        (folder / "fairseq-0.12.2+rebuilt.4-cp311-cp311-any.whl").write_bytes(b"wheel")
 
     def full_disk(source, target):
         Path(target).write_bytes(b"wh")
@@ -210,7 +215,7 @@ def test_the_wheel_appears_whole_under_its_name(recipe, source, tmp_path, monkey
 
     monkeypatch.setattr(recipe, "run_pip", fake_pip)
     wheel = recipe.build(tmp_path / "out", sdist)
-    assert wheel == tmp_path / "out" / "fairseq-0.12.2+rebuilt.3-cp311-cp311-any.whl"
+    assert wheel == tmp_path / "out" / "fairseq-0.12.2+rebuilt.4-cp311-cp311-any.whl"
     assert wheel.read_bytes() == b"wheel"
     assert list((tmp_path / "out").iterdir()) == [wheel]
     monkeypatch.setattr(recipe.shutil, "copyfile", full_disk)
@@ -226,7 +231,7 @@ def test_the_release_builds(tmp_path):
     assert done.returncode == 0, done.stderr
     (wheel,) = (tmp_path / "out").glob("*.whl")
     assert done.stdout.splitlines()[-1] == str(wheel)
-    assert wheel.name.startswith("fairseq-0.12.2+rebuilt.3-cp{}{}-".format(*sys.version_info[:2]))
+    assert wheel.name.startswith("fairseq-0.12.2+rebuilt.4-cp{}{}-".format(*sys.version_info[:2]))
 
 
 def run_fairseq(folder, command, *arguments):
@@ -278,3 +283,14 @@ def test_hydra_train_runs(corpus):
     )
     run_fairseq(corpus, "hydra-train", "--config-dir", corpus, "--config-name", "toy", f"task.data={corpus}/bin")
     assert (corpus / "hydra" / "checkpoint_last.pt").is_file()
+
+
+@pytest.mark.skipif("rebuilt.4" not in version("fairseq"), reason="needs the build of scripts/build_fairseq.py")
+def test_a_user_dir_that_is_not_there_is_one_line(tmp_path):
+    """No code of a plugin runs before fairseq looks for the folder."""
+    program = Path(sys.executable).with_name("fairseq-train")
+    done = subprocess.run([program, "data", "--user-dir", "nowhere"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "fairseq: --user-dir nowhere is no folder here; give that of a plugin, as $(fairseq-hash user-dir) prints it"
+    ]

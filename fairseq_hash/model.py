@@ -16,7 +16,6 @@ from fairseq.models.transformer_lm import (
     base_lm_architecture,
 )
 from fairseq.tasks import FairseqTask
-from torch import distributed as dist
 from torch import nn
 
 from fairseq_hash import acting, seams
@@ -31,7 +30,7 @@ from fairseq_hash.freezing import freeze
 from fairseq_hash.hashing import dictionary_fingerprint
 from fairseq_hash.layer import SparseLayer
 from fairseq_hash.options import SparseOptions
-from fairseq_hash.parallel import choose_size, expert_names, expert_parallel, reduce_expert_gradients
+from fairseq_hash.parallel import expert_names, expert_parallel, reduce_expert_gradients
 from fairseq_hash.predictor import load_predictor
 from fairseq_hash.provenance import provenance
 from fairseq_hash.training import check_device
@@ -75,9 +74,10 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
         if not options.is_sparse:
             model = together(functools.partial(super().build_model, args, task))
         else:
-            if not is_evaluation():
-                together(functools.partial(check_size, args, options, task))
             parallel = expert_parallel(options.num_experts, options.expert_parallel_size, options.expert_dispatch)
+            if not is_evaluation():
+                vocabulary = len(task.source_dictionary)
+                together(functools.partial(check_fits_here, args, options, vocabulary, parallel.size))
             if parallel.is_shared:  # from here on a rank that fails ends the job: the others wait for it
                 watchdog_of(parallel.rank, parallel.world_size)
             with seams.language_model_decoder(functools.partial(HashTransformerDecoder, parallel=parallel)):
@@ -187,13 +187,6 @@ def check_options(args: Any, options: SparseOptions) -> None:
         )
     if args.scale_fc and options.sparse_placement == "replace":
         raise UserError("--scale-fc does not apply to experts; leave it out or use --sparse-placement insert")
-
-
-def check_size(args: Any, options: SparseOptions, task: FairseqTask) -> None:
-    """Raise `UserError` where a rank cannot hold its experts and tables, before any is made."""
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    shared_by = choose_size(options.num_experts, ranks, options.expert_parallel_size)
-    check_fits_here(args, options, len(task.source_dictionary), shared_by)
 
 
 def whole_size(parameter: nn.Parameter) -> int:

@@ -59,7 +59,7 @@ def test_report_writes_and_says_where(made, tmp_path):
     note.write_text("What these runs can show.")
     runs = [made / "dense5", made / "hash5"]
     status, out, err = call("report", *runs, "--out", tmp_path / "out", "--title", "A title", "--note", note)
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, "compared 2 runs of 2 models\n")
     assert sorted(out.splitlines()) == [f"wrote {tmp_path / 'out' / name}" for name in FILES]
     assert json.loads((tmp_path / "out" / "results.json").read_text())["title"] == "A title"
     assert "What these runs can show." in (tmp_path / "out" / "results.md").read_text()

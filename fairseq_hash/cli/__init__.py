@@ -55,7 +55,10 @@ def main(argv: "Sequence[str] | None" = None) -> int:
         parser = parser_for(words)
         arguments, rest = parser.parse_known_args(words)
         if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "overrides")):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            verb = next(word for word in words if not word.startswith("-"))
+            parser.exit(
+                2, f"fairseq-hash {verb}: unrecognized arguments: {' '.join(rest)} (see fairseq-hash {verb} --help)\n"
+            )
         if rest:  # argparse takes those between two options, but not those after a third
             arguments.overrides += rest
         arguments.run(arguments)

@@ -11,12 +11,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add the verb `user-dir`."""
     parser = subparsers.add_parser(
         "user-dir",
-        description="Print the package's folder: fairseq-train --user-dir $(fairseq-hash user-dir) works anywhere.",
+        description='Print the package\'s folder: fairseq-train --user-dir "$(fairseq-hash user-dir)" works anywhere.',
     )
     parser.add_argument(
         "--configs",
         action="store_true",
-        help="print the folder of its configurations: --config-dir $(fairseq-hash user-dir --configs)",
+        help='print the folder of its configurations: --config-dir "$(fairseq-hash user-dir --configs)"',
     )
     parser.set_defaults(run=run)
 

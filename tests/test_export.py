@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from exported import NEAR, PADDING, POSITIONS, SPARSE, export, feature, hash_layers, load, save, sentences
 from fairseq.sequence_generator import SequenceGenerator
+from made_exports import NEAR, PADDING, POSITIONS, SPARSE, export, feature, hash_layers, load, save, sentences
 from test_hash_layers import words_of
 
 transformers = pytest.importorskip("transformers")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from exported import NEAR, PADDING, POSITIONS, export, feature, hash_layers, load, save, sentences
+from made_exports import NEAR, PADDING, POSITIONS, export, feature, hash_layers, load, save, sentences
 from safetensors import safe_open
 from test_cli import call, refused
 

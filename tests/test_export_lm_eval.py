@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from exported import export, hash_layers, modules, save
+from made_exports import export, hash_layers, modules, save
 
 lm_eval = pytest.importorskip("lm_eval")
 

@@ -8,10 +8,10 @@ import unicodedata
 import pytest
 import sentencepiece
 import torch
-from exported import export, hash_layers, load, modules, save
 from fairseq.data import Dictionary
 from hypothesis import given
 from hypothesis import strategies as st
+from made_exports import export, hash_layers, load, modules, save
 from test_cli import refused
 from test_prepare import arguments, write_text
 

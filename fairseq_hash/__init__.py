@@ -49,5 +49,5 @@ def __getattr__(name: str) -> Any:
 
 
 # `--user-dir` only imports this package, from inside of fairseq.
-if "fairseq" in sys.modules:
+if sys.modules.get("fairseq") is not None:
     register()

@@ -70,7 +70,7 @@ def test_it_is_the_table_that_a_model_builds(dictionary, tmp_path):  # noqa: F81
 
 @given(
     st.lists(st.integers(0, 10**9), min_size=5, max_size=5),
-    st.integers(1, 12),
+    st.integers(1, 9),
     st.sampled_from(["balanced", "random"]),
     st.integers(0, 2**31),
 )

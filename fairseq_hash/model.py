@@ -86,7 +86,6 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
                 load = functools.partial(load_predictor, options.hash_predictor, task)
                 model.decoder.set_predictor(together(load))
             if model.decoder.is_oracle:
-                seams.name_oracle()
                 logger.warning("--hash-feature %s sees the next token: its perplexity is an oracle's", options.feature)
             if not is_evaluation():
                 freeze(model, options.freeze)

@@ -93,6 +93,16 @@ def test_a_context_window_and_batches_of_the_softmax(data, trained, evaluate, wi
     assert result(batched) == result(said)
 
 
+def test_an_oracle_is_named_in_its_own_result_alone(data, trained, evaluate, tmp_path):
+    """Other models that this process evaluates before and after it have a perplexity."""
+    before = result(evaluate(trained["blocks"]))
+    train(data, tmp_path, *HASH, "--hash-feature", "future", "--disable-validation")
+    for _ in range(2):
+        said = evaluate(tmp_path / "checkpoint_last.pt")
+        assert "Perplexity of an oracle, which sees the next token: " in said and "Perplexity: " not in said
+    assert result(evaluate(trained["blocks"])) == before
+
+
 def test_a_part_of_the_text_is_no_result(trained, evaluate):
     """Each in one line with the remedy."""
     blocks = trained["blocks"]

@@ -17,7 +17,7 @@ from fairseq_hash.errors import UserError
 LINE = re.compile(
     r".*(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?: \| [A-Z]+ \| ([\w.]+) \| |,\d+\]\[([\w.]+)\]\[[A-Z]+\] - )(.*)",
 )
-# An oracle's result says that it is one (`seams.name_oracle`).
+# An oracle's result says that it is one (`seams/evaluation.py`).
 RESULT = r"Loss \(base 2\): (\S+), Perplexity(?: of an oracle, which sees the next token)?: (\S+)"
 MODEL_RECORD = "model_record | "
 # What leaves a part of a text out says so: fairseq in an evaluation, `seams.lengths` in a training.

@@ -7,6 +7,7 @@ from fairseq_hash.seams import (
     configuration,
     cpu,
     distributed,
+    evaluation,
     generation,
     half_precision,
     model_overrides,
@@ -26,7 +27,6 @@ from fairseq_hash.seams.building import (
     set_architecture,
 )
 from fairseq_hash.seams.distributed import let_gloo_finish
-from fairseq_hash.seams.evaluation import name_oracle
 from fairseq_hash.seams.override import one_line_errors
 from fairseq_hash.seams.start import ignore_warnings
 
@@ -37,13 +37,13 @@ __all__ = [
     "configuration",
     "cpu",
     "distributed",
+    "evaluation",
     "generation",
     "half_precision",
     "ignore_warnings",
     "language_model_decoder",
     "let_gloo_finish",
     "model_overrides",
-    "name_oracle",
     "objective",
     "one_line_errors",
     "places",

@@ -12,6 +12,7 @@ from fairseq import options
 from fairseq.data import MonolingualDataset
 from fairseq.sequence_scorer import SequenceScorer
 from fairseq.tasks.language_modeling import LanguageModelingTask
+from torch import nn
 
 from fairseq_hash.checkpoint.mainfile import read_main
 from fairseq_hash.errors import UserError
@@ -25,20 +26,21 @@ AS_TRAINED = ("tokens_per_sample", "sample_break_mode", "add_bos_token")
 logger = logging.getLogger(__name__)
 
 
-def name_oracle() -> None:
-    """Let `fairseq-eval-lm` say of its result that it is an oracle's.
+class _NameOracle(logging.Filter):
+    """Let `fairseq-eval-lm` say of the next result that it is an oracle's.
 
     Upstream: `main` in fairseq_cli/eval_lm.py logs "Perplexity: ..." for any model, and asks no model or criterion.
     """
-    logger = logging.getLogger("fairseq_cli.eval_lm")
-    if not any(isinstance(known, _NameOracle) for known in logger.filters):
-        logger.addFilter(_NameOracle())
 
+    def __init__(self, of: logging.Logger) -> None:
+        super().__init__()
+        self.of = of
+        of.addFilter(self)
 
-class _NameOracle(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        if isinstance(record.msg, str):
+        if isinstance(record.msg, str) and "Perplexity:" in record.msg:
             record.msg = record.msg.replace("Perplexity:", ORACLE)
+            self.of.removeFilter(self)
         return True
 
 
@@ -116,13 +118,16 @@ def _evaluate_all_of_it(
 
 
 @one_line_errors
-def _score_every_token(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Refuse a perplexity where a token has no finite score.
+def _score_every_token(original: Callable[..., Any], models: "list[nn.Module]", *args: Any, **kwargs: Any) -> Any:
+    """Refuse a perplexity where a token has no finite score, and name that of an oracle.
 
     Upstream: tokens that the model gives no probability are left out, and "Perplexity: nan" is a result.
     """
     with replaced(SequenceScorer, "generate", functools.partialmethod(_finite_scores, SequenceScorer.generate)):
-        return original(*args, **kwargs)
+        result = original(models, *args, **kwargs)
+    if any(getattr(model, "is_oracle", False) for model in models):  # fairseq's own models have no such attribute
+        _NameOracle(logging.getLogger("fairseq_cli.eval_lm"))
+    return result
 
 
 def _finite_scores(scorer: SequenceScorer, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

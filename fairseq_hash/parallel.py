@@ -18,6 +18,7 @@ from fairseq_hash.errors import UserError
 from fairseq_hash.evaluation import is_evaluation
 
 DISPATCHES = ("all-to-all", "fairscale")
+MOST_PLACES = 8  # that a line of the log names
 
 
 @dataclass
@@ -102,11 +103,15 @@ class ExpertParallel:
         """Return who holds what, for the log."""
         if not self.is_shared:
             return f"every rank of {self.world_size} holds all {self.num_experts} experts"
-        places = "; ".join(
+        places = [
             f"rank {_ranges(range(place, self.world_size, self.size))}: {_first_to_last(self.experts_at(place))}"
             for place in range(self.size)
-        )
-        return f"{self.world_size // self.size} groups of {self.size} ranks share {self.num_experts} experts: {places}"
+        ]
+        if len(places) > MOST_PLACES:
+            places = [*places[: MOST_PLACES - 2], "...", places[-1]]
+        groups = self.world_size // self.size
+        who = f"{self.size} ranks share" if groups == 1 else f"{groups} groups of {self.size} ranks share"
+        return f"{who} {self.num_experts} experts: {'; '.join(places)}"
 
 
 def _first_to_last(ids: range) -> str:

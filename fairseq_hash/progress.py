@@ -7,7 +7,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as EtaColumn
 
+# Elsewhere than on a terminal: a line a fifth of a step, and one after so many seconds.
 LINES_A_STEP = 5
+SECONDS_A_LINE = 30.0
+# An estimate of the time left waits for so much of the whole work: the first updates tell little.
+LEAST_DONE = 0.02
 
 
 class Display:
@@ -50,18 +54,20 @@ class Display:
 
     def begin(self, name: str, work: float) -> None:
         """A step begins."""
-        self.name, self.work, self.share, self.told = name, work, 0.0, 0.0
+        self.name, self.work, self.share, self.told, self.told_at = name, work, 0.0, 0.0, time.monotonic()
         self.current = self.bars.add_task(name, total=work, detail="")
         if not self.console.is_terminal:
-            self.say(f"{name} ({self._elapsed()})")
+            self.say(f"{name}: begins after {time.monotonic() - self.start:.0f} s")
 
     def advance(self, share: float, detail: str) -> None:
         """The current step has come to a share (0 to 1) of its work."""
         self.share = share
         self.bars.update(self.current, completed=share * self.work, detail=detail)
         self.bars.update(self.overall, completed=self.done + share * self.work)
-        if not self.console.is_terminal and share - self.told >= 1 / LINES_A_STEP:
-            self.told = share
+        now = time.monotonic()
+        is_due = share - self.told >= 1 / LINES_A_STEP or now - self.told_at >= SECONDS_A_LINE
+        if not self.console.is_terminal and is_due:
+            self.told, self.told_at = share, now
             self.say(f"  {self.name}: {detail}{self._remaining()}")
 
     def detail(self, text: str) -> None:
@@ -75,11 +81,8 @@ class Display:
         self.bars.remove_task(self.current)
         self.say(f"{self.name}: {result}")
 
-    def _elapsed(self) -> str:
-        return f"{time.monotonic() - self.start:.0f} s so far"
-
     def _remaining(self) -> str:
         done = self.done + self.share * self.work
-        return (
-            f", about {(time.monotonic() - self.start) * (self.total - done) / done / 60:.0f} min left" if done else ""
-        )
+        if done < LEAST_DONE * self.total:
+            return ""
+        return f", about {(time.monotonic() - self.start) * (self.total - done) / done / 60:.0f} min left"

@@ -72,7 +72,9 @@ def parse_options(argv: "Sequence[str] | None") -> Options:
         "documentation that every Python brings)",
     )
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "demo", metavar="DIR", help="default: runs/demo")
-    parser.add_argument("--updates", type=int, default=200, metavar="N", help="updates of each training (default: 200)")
+    parser.add_argument(
+        "--updates", type=int, default=200, metavar="N", help="updates of each training, 10 or more (default: 200)"
+    )
     arguments = vars(parser.parse_args(argv))
     return Options(
         **{name: value.absolute() if isinstance(value, Path) else value for name, value in arguments.items()}

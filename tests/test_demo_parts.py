@@ -172,12 +172,12 @@ def play(progress, terminal):
 def test_progress_elsewhere_is_a_line_now_and_then(progress):
     """About five lines a step with the time left, and no control characters: this goes to files."""
     text, _ = play(progress, terminal=False)
-    text = re.sub(r"\(\d+ s so far\)|about \d+ min left", "TIME", text)
+    text = re.sub(r"begins after \d+ s|about \d+ min left", "TIME", text)
     lines = text.splitlines()
-    assert lines[:2] == ["data: done before", "a [b] TIME"] and "\x1b" not in text
+    assert lines[:2] == ["data: done before", "a [b]: TIME"] and "\x1b" not in text
     told = [line for line in lines if "update" in line]
     assert 4 <= len(told) <= 5 and all(re.fullmatch(r"  a \[b\]: update \d+, TIME", line) for line in told)
-    assert lines[-3:] == ["a [b]: done [c]", "evaluation TIME", "evaluation: perplexity 5"]
+    assert lines[-3:] == ["a [b]: done [c]", "evaluation: TIME", "evaluation: perplexity 5"]
 
 
 def test_progress_on_a_terminal_is_bars(progress):
@@ -185,7 +185,7 @@ def test_progress_on_a_terminal_is_bars(progress):
     text, _ = play(progress, terminal=True)
     plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text)
     assert re.search(r"In all .*\d+%", plain) and "━" in plain and "\x1b" in text
-    assert "a [b]: done [c]" in plain and "data: done before" in plain and not re.search("so far|min left", plain)
+    assert "a [b]: done [c]" in plain and "data: done before" in plain and not re.search("begins|min left", plain)
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -205,5 +205,19 @@ def test_the_time_left_is_in_proportion(progress, monkeypatch):
         display.end("done")
         display.begin("b", 50)
     assert shown.file.getvalue().splitlines() == [
-        *("a (60 s so far)", "  a: half, about 3 min left", "a: done", "b (60 s so far)"),
+        *("a: begins after 60 s", "  a: half, about 3 min left", "a: done", "b: begins after 60 s"),
+    ]
+
+
+def test_a_slow_step_tells_where_it_is_every_half_minute(progress, monkeypatch):
+    """Also where that is less than a fifth of it; the time left is told when there is something to tell it by."""
+    shown, now = console(False), [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.Display(100, shown) as display:
+        display.begin("a", 100)
+        for place in range(1, 9):
+            now[0] += 10
+            display.advance(place / 400, f"update {place}")
+    assert shown.file.getvalue().splitlines() == [
+        *("a: begins after 0 s", "  a: update 3", "  a: update 6"),
     ]

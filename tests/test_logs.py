@@ -2,7 +2,7 @@
 
 import math
 import re
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import pytest
 from hypothesis import given
@@ -40,6 +40,9 @@ EVALUATION = """\
 """
 
 
+STOPPED = "stopped by SIGTERM at update 1; the same command goes on from the checkpoint"
+
+
 def read(text):
     return [line for line in map(parse_line, text.splitlines()) if line]
 
@@ -60,6 +63,18 @@ def test_a_training_of_two_sessions_by_hand():
     }
     assert log.validations == {3: {"epoch": 1, "ppl": 65, "num_updates": 3}}
     assert (log.updates, log.wall_seconds, log.finished) == (3, 9, datetime(2026, 1, 2, 4, 0, 6))
+
+
+@pytest.mark.parametrize(("session", "seconds"), [(0, 7), (1, 5 + 3)])
+def test_the_time_of_a_training_that_a_signal_stops(session, seconds):
+    """Also before its first logged line: from its first line on, or from the checkpoint's time on."""
+    lines = read(TRAINING)
+    headers = [place for place, line in enumerate(lines) if line.message.startswith("{")]
+    kept = lines[: headers[session] + 1]
+    if session:
+        kept.append(next(line for line in lines[headers[1] :] if "Loaded checkpoint" in line.message))
+    stop = Line(kept[-1].time + timedelta(seconds=seconds - 5 * session), "fairseq_hash.stopping", STOPPED)
+    assert read_training([*kept, stop]).wall_seconds == seconds
 
 
 def test_a_session_from_the_start_forgets_all():

@@ -85,5 +85,9 @@ def test_log_says_who_holds_what():
     assert ExpertParallel(6, 2, 0, 4).describe() == (
         "2 groups of 2 ranks share 6 experts: rank 0, 2: 0 to 2; rank 1, 3: 3 to 5"
     )
+    assert ExpertParallel(64, 32, 0, 32).describe() == (
+        "32 ranks share 64 experts: rank 0: 0 to 1; rank 1: 2 to 3; rank 2: 4 to 5; rank 3: 6 to 7; rank 4: 8 to 9; "
+        "rank 5: 10 to 11; ...; rank 31: 62 to 63"
+    )
     assert "rank 0, 4, ... 508: 0;" in ExpertParallel(4, 4, 0, 512).describe()
     assert ExpertParallel(6, 1, 0, 3).describe() == "every rank of 3 holds all 6 experts"

@@ -72,7 +72,7 @@ def test_three_ranks_hold_all_of_sixteen_experts():
     of = sizes(experiment, 3)
     assert "every rank of 3 holds all 16 experts" in describe(of, experiment.config, 3)
     assert state_bytes(of, experiment.config, place_of(experiment.config, 3)) == 16 * of.total + of.buffer_bytes
-    assert "1 groups of 4 ranks share 16 experts" in describe(of, experiment.config, 4)
+    assert "4 ranks share 16 experts: rank 0: 0 to 3" in describe(of, experiment.config, 4)
     dense = compose(CONFIGS, "laptop/dense")
     assert "expert" not in describe(sizes(dense), dense.config, 3)
 

@@ -7,6 +7,7 @@ from made_runs import edit, write_run
 
 from fairseq_hash.errors import UserError
 from fairseq_hash.reporting.compare import sort_out
+from fairseq_hash.reporting.comparison import compare
 from fairseq_hash.reporting.folders import find_runs
 from fairseq_hash.reporting.naming import group_by_model
 from fairseq_hash.reporting.options import stable
@@ -155,6 +156,20 @@ def test_run_folders_below(tmp_path):
     found = [str(path.relative_to(tmp_path / "runs")) for path in find_runs([tmp_path / "runs"])]
     assert found == ["a", "b/x/seed2", "b/x/seed10"]
     assert find_runs([tmp_path / "runs" / "a", tmp_path / "runs" / "b"]) == find_runs([tmp_path / "runs"])
+
+
+def test_trainings_that_did_not_start_are_named(tmp_path):
+    """Their logs are empty, or end with an error before the first line; what holds an evaluation alone is none."""
+    write_run(tmp_path / "runs" / "a")
+    for name, text in (("empty", ""), ("failed", "fairseq_hash: --num-experts 0 is out of range\n"), ("other", "hm\n")):
+        (tmp_path / "runs" / name).mkdir()
+        (tmp_path / "runs" / name / "train.log").write_text(text)
+    (tmp_path / "runs" / "evaluated").mkdir()
+    shutil.copy(tmp_path / "runs" / "a" / "eval-test.log", tmp_path / "runs" / "evaluated")
+    assert compare([tmp_path / "runs"], "title").reasons == {
+        str(tmp_path / "runs" / "empty"): "its training has written nothing yet (train.log is empty)",
+        str(tmp_path / "runs" / "failed"): "its training did not start: fairseq_hash: --num-experts 0 is out of range",
+    }
 
 
 def test_the_other_ranks_logs_are_not_read(tmp_path):

@@ -74,14 +74,16 @@ def print_lines(lines: "list[Line]") -> None:
         )
     # The same on each subset, and the lower orders' counts differ with the highest order.
     missing = {
-        f"{order} in the model of order {line.order}"
+        (line.order, order)
         for line in lines
         for order, discounts in enumerate(line.discounts, 1)
         if not discounts.estimated
     }
-    if missing:
-        orders = ", ".join(sorted(missing))
-        print(f"Too few counts of 1 to 4 to estimate discounts from, so 0.5, 1 and 1.5: order {orders}")
+    for model, order in sorted(missing):
+        print(
+            f"note: in the model of order {model} too few n-grams of order {order} were seen 1 to 4 times to estimate "
+            "their discounts; 0.5, 1 and 1.5 are taken"
+        )
 
 
 def write_json(path: Path, data: Path, symbols: list[str], lines: "list[Line]") -> None:

@@ -9,6 +9,7 @@ import pandas as pd
 from fairseq_hash.errors import UserError
 from fairseq_hash.reporting import published, table
 from fairseq_hash.reporting.compare import sort_out
+from fairseq_hash.reporting.folders import find_failed_starts
 from fairseq_hash.reporting.naming import group_by_model
 from fairseq_hash.reporting.noise import words_on_noise
 from fairseq_hash.reporting.runs import Run, load_runs
@@ -84,7 +85,8 @@ def compare(folders: Sequence[Path], title: str, note: str = "", unfinished: boo
         more = [f"and {len(runs) - len(first)} more"] if len(runs) > len(first) else []
         raise UserError(f"no run can be reported; {'; '.join([*first, *more])}")
     models = group_by_model(compared)
-    reasons = {str(folder): reason for folder, reason in left_out.items()} | _faults(compared)
+    reasons = {str(folder): reason for folder, reason in (find_failed_starts(folders) | left_out).items()}
+    reasons |= _faults(compared)
     of_runs = table.table_of_runs(models)
     of_models = published.with_published(table.table_of_models(of_runs), models)
     caution, legend = words_on_noise(of_models), published.legend(models)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fairseq_hash.errors import UserError
+from fairseq_hash.reporting.endings import last_error
 
 LOG_SUFFIXES = (".log", ".out")
 # Hydra's folder of a run has a file a rank; the first one tells all.
@@ -34,7 +35,7 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder; give the folders that hold the runs' logs")
-        runs = list(_runs_from(folder))
+        runs = [below for below, is_run in _logs_from(folder) if is_run]
         if not runs:
             raise UserError(_what_it_holds(folder))
         for run in runs:
@@ -44,15 +45,35 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     return list(found.values())
 
 
-def _runs_from(folder: Path) -> Iterator[Path]:
-    if any(tells_of_training(path) for path in log_files(folder)):
-        yield folder
+def find_failed_starts(folders: Sequence[Path]) -> dict[Path, str]:
+    """Return why folders among the given ones and below them hold no run, although one was meant to be there.
+
+    Their logs are empty or end with an error before the training's first line. A folder that holds an evaluation alone,
+    or a launcher's output, is none of them.
+    """
+    failed = {}
+    for folder in (below for given in folders for below, is_run in _logs_from(given) if not is_run):
+        for path in log_files(folder):
+            if path.stat().st_size == 0:
+                failed[folder] = f"its training has written nothing yet ({path.name} is empty)"
+            elif error := last_error(path):
+                failed[folder] = f"its training did not start: {error}"
+    return failed
+
+
+def _logs_from(folder: Path) -> Iterator[tuple[Path, bool]]:
+    """Yield the folders with logs, and whether they hold a training's, inside of which is not looked."""
+    logs = log_files(folder)
+    is_run = any(map(tells_of_training, logs))
+    if logs:
+        yield folder, is_run
+    if is_run:
         return
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
     for name in sorted(names, key=_by_numbers):
         if name != SKIPPED and not name.startswith("."):
-            yield from _runs_from(folder / name)
+            yield from _logs_from(folder / name)
 
 
 def tells_of_training(path: Path) -> bool:

@@ -61,6 +61,7 @@ class TrainingLog:
     dictionary_types: "int | None" = None
     left_out_of: set[str] = field(default_factory=set)
     _epochs: dict[int, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
+    _started: "datetime | None" = field(default=None, repr=False, compare=False)  # of the last session
     _resumed: "tuple[datetime, float] | None" = field(default=None, repr=False, compare=False)
 
     @property
@@ -85,6 +86,11 @@ class TrainingLog:
             return logged
         start, before = self._resumed
         return before + (time - start).total_seconds()
+
+    def stop(self, signal: str, time: datetime) -> None:
+        """A signal ended the session: its time counts up to then, also where that is before its first logged line."""
+        start, before = self._resumed or (self._started, 0.0)
+        self.stopped_by, self.wall_seconds = signal, before + (time - start).total_seconds()
 
     def rewind(self, update: int) -> None:
         """Forget what came after an update: a session starts from there."""
@@ -157,6 +163,7 @@ def read_training(lines: Iterable[Line]) -> "TrainingLog | None":
         if line.source == "fairseq_cli.train" and line.message.startswith("{"):
             log.configs.append(parse_config(line.message))
             log.finished, log.stopped_by, log._resumed, evaluating = None, None, None, False
+            log._started = line.time
         elif line.source == "fairseq_cli.eval_lm":
             evaluating = True
         elif not log.configs:
@@ -174,7 +181,7 @@ def read_training(lines: Iterable[Line]) -> "TrainingLog | None":
         elif not evaluating and (text := re.match(LEFT_OUT, line.message)):
             log.left_out_of.add(text[1])
         elif stopped := re.match(r"stopped by (SIG\w+) at update", line.message):
-            log.stopped_by = stopped[1]
+            log.stop(stopped[1], line.time)
         elif line.source in ("train_inner", "valid", "train"):
             _add_statistics(log, line)
         elif line.message.startswith("done training"):

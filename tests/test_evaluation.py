@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from fairseq.logging import metrics
 from fairseq.models.fairseq_model import BaseFairseqModel
 from fairseq_cli import eval_lm, validate
 from fairseq_cli import train as fairseq_train
@@ -37,6 +38,7 @@ def evaluate(data, monkeypatch, caplog):
         fixed += ["--gen-subset", "test"] if main is eval_lm.cli_main else []
         monkeypatch.setattr(sys, "argv", [str(word) for word in (*fixed, *options)])
         caplog.clear()
+        metrics.reset()  # fairseq-validate adds to what the process has logged before, of models of other sizes
         with caplog.at_level(logging.INFO):
             main()
         return "\n".join(caplog.messages)

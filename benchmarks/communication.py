@@ -103,7 +103,7 @@ def draw_tokens(tokens: int, num_experts: int, seed: int) -> tuple[Tensor, Tenso
     generator = torch.Generator().manual_seed(seed)
     token_PT = torch.multinomial(zipf_V.expand(dist.get_world_size(), -1), tokens, True, generator=generator)
     token_T = token_PT[dist.get_rank()]
-    return token_T, table.expert_HK[token_T]
+    return token_T, torch.from_numpy(table.expert_HK)[token_T]
 
 
 def feed_forward(width: int, hidden: int) -> nn.Sequential:

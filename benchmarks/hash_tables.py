@@ -64,12 +64,12 @@ def in_this_process(
     if name == "spread":
         base = hashing.balanced_experts(counts, experts, columns)
         base = hashing.HashTable(base, hashing.TableRecord("balanced", experts, ""))
-        pairs = tuple(torch.from_numpy(np.load(folder / f"{part}.npy")) for part in ("pair", "pair_count"))
+        pairs = tuple(np.load(folder / f"{part}.npy") for part in ("pair", "pair_count"))
     text = np.load(folder / "text.npy") if name == "count_pairs" else None
     heavy = hashing.heavy_tokens(counts, experts, columns)
     clusters = hashing.random_experts(symbols, experts, seed=7).flatten()
 
-    def balanced(number: int) -> torch.Tensor:
+    def balanced(number: int) -> np.ndarray:
         return hashing.balanced_experts(counts, experts, columns, number or None)
 
     calls: dict[str, Callable[[], object]] = {
@@ -93,7 +93,7 @@ def in_this_process(
     if isinstance(built, hashing.HashTable):
         settings = built.record.settings
         result |= {"largest": settings["largest_over_mean"], "bound": settings["bound_over_mean"], **settings}
-    elif isinstance(built, torch.Tensor):
+    elif isinstance(built, np.ndarray):
         balance = hashing.judge(built, counts, experts)
         result |= {"largest": balance.largest_over_mean, "bound": balance.bound_over_mean}
     return result
@@ -112,7 +112,7 @@ def lookups(experts: int, columns: int, folder: Path) -> dict[str, float]:
     counts, text = np.load(folder / "counts.npy"), np.load(folder / "text.npy", mmap_mode="r")
     record = hashing.TableRecord("balanced", experts, "00" * 32)
     base = hashing.HashTable(hashing.balanced_experts(counts, experts, columns), record)
-    pairs = tuple(torch.from_numpy(np.load(folder / f"{part}.npy")) for part in ("pair", "pair_count"))
+    pairs = tuple(np.load(folder / f"{part}.npy") for part in ("pair", "pair_count"))
     spread = hashing.spread_table(base, counts, pairs)
     # Here, as it imports fairseq, and builders are measured without.
     from fairseq_hash.hash_tables import TableBuffers

@@ -83,7 +83,7 @@ class Case:
         zipf_V = 1 / torch.arange(1, VOCABULARY + 1, dtype=torch.float64)
         symbols, counts = [str(token) for token in range(VOCABULARY)], (1_000_000 * zipf_V).long().tolist()
         table = build_table("balanced", symbols, counts, TableShape(num_experts), arguments.seed)
-        self.expert_HK = table.expert_HK.to(self.device)
+        self.expert_HK = torch.from_numpy(table.expert_HK).to(self.device)
         self.token_T = torch.multinomial(zipf_V, tokens, replacement=True).to(self.device)
         self.x_LBD, self.grad_LBD = torch.randn(2, tokens, 1, self.width).to(**self.here)
         self.x_LBD.requires_grad_(self.backward)

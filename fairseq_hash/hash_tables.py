@@ -1,12 +1,14 @@
 """The hash tables of a model: buffers, saved with it, and checked when a checkpoint is loaded."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fairseq_hash.checkpoint.tables import as_array
 from fairseq_hash.errors import UserError
 from fairseq_hash.evaluation import is_evaluation
 from fairseq_hash.hash_options import HashOptions
@@ -35,10 +37,10 @@ class TableBuffers(nn.Module):
         self.num_experts = table.record.num_experts
         self.is_multi_hash = table.record.is_multi_hash
         self.feature = table.feature
-        self.register_buffer("expert", table.expert_HK)
+        self.register_buffer("expert", torch.tensor(table.expert_HK, device="cpu"))
         self.register_buffer("dictionary_fingerprint", _bytes(table.record.dictionary_fingerprint))
-        for name, tensor in table.index.items():
-            self.register_buffer(name, tensor)
+        for name, array in table.index.items():
+            self.register_buffer(name, torch.tensor(array, device="cpu"))
 
     @property
     def index(self) -> dict[str, Tensor]:
@@ -48,7 +50,7 @@ class TableBuffers(nn.Module):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of feature, entries and index."""
-        return table_fingerprint(self.expert, self.index, self.feature)
+        return table_fingerprint(as_array(self.expert), _arrays(self.index), self.feature)
 
     def rows(self, token_BL: Tensor, padding: int, predicted_BL: "Tensor | None") -> Tensor:
         """Return the row of each token, `[B, L]`."""
@@ -68,7 +70,7 @@ class TableBuffers(nn.Module):
             )
         saved = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         if "expert" in saved:
-            check_table(saved["expert"], self.num_experts, self.is_multi_hash)
+            check_table(as_array(saved["expert"]), self.num_experts, self.is_multi_hash)
             if is_evaluation():
                 # Built without knowing how many rows there are, and whether tokens are spread.
                 for name, value in saved.items():
@@ -79,13 +81,17 @@ class TableBuffers(nn.Module):
 
     def _check_same(self, saved: dict[str, Tensor]) -> None:
         own = self.fingerprint
-        index = {name: value.cpu() for name, value in saved.items() if name not in NO_INDEX}
-        other = table_fingerprint(saved["expert"], index, self.feature)
+        index = {name: value for name, value in saved.items() if name not in NO_INDEX}
+        other = table_fingerprint(as_array(saved["expert"]), _arrays(index), self.feature)
         if own != other:
             raise UserError(
                 f"it has hash table {other[:12]}, this model has {own[:12]}; write the checkpoint's by "
                 "fairseq-hash checkpoint table, and give that file as --hash-table"
             )
+
+
+def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: as_array(tensor) for name, tensor in tensors.items()}
 
 
 def _bytes(fingerprint: str) -> Tensor:
@@ -146,11 +152,10 @@ def build_tables(
         seeds = [options.hash_seed + layer * shape.columns for layer in range(hash_layers)]
     if is_evaluation():
         return HashTables(placeholder_table(symbols, shape) for _ in names)
-    with torch.device("cpu"):  # also where the model is built on another device, or on none
-        tables = [
-            build_table(name, symbols, counts, shape, seed, is_first=number == 0 or not options.hash_per_layer)
-            for number, (name, seed) in enumerate(zip(names, seeds, strict=True))
-        ]
+    tables = [
+        build_table(name, symbols, counts, shape, seed, is_first=number == 0 or not options.hash_per_layer)
+        for number, (name, seed) in enumerate(zip(names, seeds, strict=True))
+    ]
     for name, table in dict(zip(names, tables, strict=True)).items():
         if text := complaint_of(table, counts):
             logger.warning("--hash-table %s: by the dictionary's counts %s", name, text)

@@ -65,3 +65,8 @@ def embeddings(path, symbols, seed=0, **more):
     weight = torch.randn(len(symbols), 6, generator=torch.Generator().manual_seed(seed))
     torch.save({"model": {"decoder.embed_tokens.weight": weight}, **more}, path)
     return path
+
+
+def tensors(index):
+    """Return the arrays of a table's index as a model has them."""
+    return {name: torch.from_numpy(array) for name, array in index.items()}

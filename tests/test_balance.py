@@ -4,9 +4,9 @@ import math
 import statistics
 from itertools import combinations, product
 
+import numpy as np
 import pytest
 import reference
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,7 +34,7 @@ def test_no_table_is_below_the_bound(counts, shape):
 def test_no_table_on_top_of_loads_is_below_their_bound(counts, shape, loads):
     loads = loads[: shape[0]]
     best = reference.smallest_largest_load(counts, shape[0], all_rows(*shape), loads)
-    bound = filling_bound(counts, torch.tensor(loads).numpy(), shape[1])
+    bound = filling_bound(counts, np.array(loads), shape[1])
     assert max(loads) <= bound <= best
 
 
@@ -44,7 +44,7 @@ def test_no_multi_hash_table_is_below_its_bound(counts, num_experts, columns):
     """Every choice of hash functions, those that give a key the same expert twice included."""
     counts = [*counts, 1]
     rows = list(product(range(num_experts), repeat=columns))
-    table = torch.tensor([rows[-1]] * len(counts))
+    table = np.array([rows[-1]] * len(counts))
     bound = judge(table, counts, num_experts, is_multi_hash=True).bound
     assert bound <= reference.smallest_largest_load(counts, num_experts, rows)
 
@@ -57,12 +57,12 @@ def test_bounds_by_hand():
     assert lower_bound([5, 1], 2, 2) == 6
     assert lower_bound([9, 5], 3, 2) == 14  # two keys with two of three experts each: they share one
     # With MultiHash the second key may have the third expert twice.
-    assert judge(torch.tensor([[0, 1], [2, 2]]), [9, 5], 3, is_multi_hash=True).bound == 10
-    assert filling_bound([5, 5, 5], torch.tensor([0, 0, 9]).numpy()) == 10
-    assert filling_bound([5, 5, 5], torch.tensor([0, 0, 0]).numpy()) == 5
-    assert filling_bound([1, 1], torch.tensor([0, 7]).numpy()) == 7
-    assert filling_bound([5], torch.tensor([0, 8, 9]).numpy(), 2) == 13  # not twice on the empty one
-    assert filling_bound([], torch.tensor([3, 7]).numpy()) == 7
+    assert judge(np.array([[0, 1], [2, 2]]), [9, 5], 3, is_multi_hash=True).bound == 10
+    assert filling_bound([5, 5, 5], np.array([0, 0, 9])) == 10
+    assert filling_bound([5, 5, 5], np.array([0, 0, 0])) == 5
+    assert filling_bound([1, 1], np.array([0, 7])) == 7
+    assert filling_bound([5], np.array([0, 8, 9]), 2) == 13  # not twice on the empty one
+    assert filling_bound([], np.array([3, 7])) == 7
 
 
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=40), st.integers(1, 6), st.booleans(), st.data())
@@ -70,7 +70,9 @@ def test_figures_equal_their_definitions(counts, num_experts, is_multi_hash, dat
     counts = [*counts, 1]
     columns = data.draw(st.integers(1, num_experts))
     if is_multi_hash:
-        expert_HK = torch.cat([random_experts(len(counts), num_experts, 1, seed) for seed in range(columns)], dim=1)
+        expert_HK = np.concatenate(
+            [random_experts(len(counts), num_experts, 1, seed) for seed in range(columns)], axis=1
+        )
     else:
         expert_HK = random_experts(len(counts), num_experts, columns, 1)
     balance = judge(expert_HK, counts, num_experts, is_multi_hash)
@@ -92,15 +94,15 @@ def test_figures_equal_their_definitions(counts, num_experts, is_multi_hash, dat
 
 
 def test_perfect_balance():
-    balance = judge(torch.tensor([[0], [1], [2]]), [7, 7, 7], 3)
+    balance = judge(np.array([[0], [1], [2]]), [7, 7, 7], 3)
     assert balance.largest_over_mean == balance.smallest_over_mean == balance.bound_over_mean == 1
     assert balance.coefficient_of_variation == 0 and balance.entropy_share == pytest.approx(1)
     assert len(balance.overloading) == 0
-    assert str(judge(torch.tensor([[0]]), [7], 1).entropy) == "0.0"
+    assert str(judge(np.array([[0]]), [7], 1).entropy) == "0.0"
 
 
 def test_wrong_input_is_refused_in_one_line():
-    table = torch.tensor([[0], [1]])
+    table = np.array([[0], [1]])
     with pytest.raises(UserError, match="3 counts for a hash table of 2 rows; give one for each row"):
         judge(table, [1, 2, 3], 2)
     with pytest.raises(UserError, match="all counts are 0"):

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from fairseq.models.transformer import TransformerConfig
 from fake_cuda import CONDITION, EVENT, MASK, PLACES, Wait, moved, pretend
+from made_tables import tensors
 from plugin import build
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -188,7 +189,7 @@ def test_a_decoder(dictionary, options, padding):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["token", "previous", "bigram", "ngram", "history", "position", "future", "word"])
 def test_features(name, device):
-    index = word_index(["<s>", "<pad>", "▁un", "do"], ["▁undo"]) if name == "word" else {}
+    index = tensors(word_index(["<s>", "<pad>", "▁un", "do"], ["▁undo"])) if name == "word" else {}
     with pretend(device):
         index = {key: torch.empty(value.shape, dtype=value.dtype, device=device) for key, value in index.items()}
         token_BL = torch.zeros(BATCH, LENGTH, dtype=torch.int64, device=device)

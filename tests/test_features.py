@@ -6,10 +6,12 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from made_tables import tensors
 
 from fairseq_hash.errors import UserError
 from fairseq_hash.hashing import Feature
-from fairseq_hash.hashing.mixing import mix, mix_tensor
+from fairseq_hash.hashing.lookup import mix_tensor
+from fairseq_hash.hashing.mixing import mix
 from fairseq_hash.hashing.words import MOST_PIECES, word_index
 
 PAD = 1
@@ -22,7 +24,7 @@ KEYS = 97
 
 
 def index_of(feature):
-    return word_index(SYMBOLS, WORDS) if feature.name == "word" else {}
+    return tensors(word_index(SYMBOLS, WORDS)) if feature.name == "word" else {}
 
 
 def rows(feature, token_BL):
@@ -100,7 +102,7 @@ def test_buckets_are_uniform():
 def test_words_of_subword_nmt():
     """Pieces that go on end in @@: a word begins behind one that does not."""
     symbols = ["<s>", "<pad>", "</s>", "<unk>", "un@@", "do@@", "ne", "do", "ne@@"]
-    index = word_index(symbols, ["undone", "done", "do", "unrelated"])
+    index = tensors(word_index(symbols, ["undone", "done", "do", "unrelated"]))
     row = {key: len(symbols) + place for place, key in enumerate(sorted_by_hash(["undone", "done", "do", "unrelated"]))}
     for sequence, expected in (
         ([4, 5, 6], [4, 5, row["undone"]]),
@@ -119,7 +121,7 @@ def sorted_by_hash(words):
 def test_a_word_of_too_many_pieces_has_the_rows_of_its_pieces():
     symbols = ["<s>", "<pad>", "</s>", "<unk>", "▁a", "a"]
     words = ["▁" + "a" * length for length in range(1, MOST_PIECES + 4)]
-    index = word_index(symbols, words)
+    index = tensors(word_index(symbols, words))
     row_L = Feature("word").rows(torch.tensor([[4] + [5] * (MOST_PIECES + 2)]), PAD, 0, index)[0]
     assert (row_L[:MOST_PIECES] >= len(symbols)).all() and row_L[:MOST_PIECES].unique().numel() == MOST_PIECES
     assert row_L[MOST_PIECES:].tolist() == [5] * 3

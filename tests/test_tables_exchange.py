@@ -4,10 +4,9 @@ import random
 
 import numpy as np
 import pytest
-import torch
 from made_tables import done
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 from test_cli import call, refused
 
 from fairseq_hash.hashing import load_table, random_experts
@@ -60,11 +59,14 @@ def test_without_a_vocabulary(built, tmp_path):
     done("export", table, "--out", tmp_path / "a")
     done("import", tmp_path / "a", listed, "--num-experts", 7, "--out", tmp_path / "b")
     expert_VK = load_table(table).expert_HK
-    assert torch.equal(load_table(tmp_path / "b").expert_HK, expert_VK)
-    narrow = {"layers.0.gate.tid2eid": expert_VK.int(), "layers.0.gate.weight": torch.zeros(2)}
+    assert np.array_equal(load_table(tmp_path / "b").expert_HK, expert_VK)
+    narrow = {
+        "layers.0.gate.tid2eid": expert_VK.astype(np.int32),
+        "layers.0.gate.weight": np.zeros(2, dtype=np.float32),
+    }
     save_file(narrow, tmp_path / "c")
     done("import", tmp_path / "c", listed, "--num-experts", 7, "--out", tmp_path / "b", "--overwrite")
-    assert torch.equal(load_table(tmp_path / "b").expert_HK, expert_VK)
+    assert np.array_equal(load_table(tmp_path / "b").expert_HK, expert_VK)
     save_file({**narrow, "layers.1.gate.tid2eid": (expert_VK + 1) % 7}, tmp_path / "c")
     message = refused("tables", "import", tmp_path / "c", listed, "--num-experts", 7, "--out", tmp_path / "d")
     assert (
@@ -72,7 +74,7 @@ def test_without_a_vocabulary(built, tmp_path):
     )
     name = ["--tensor", "layers.1.gate.tid2eid"]
     done("import", tmp_path / "c", listed, "--num-experts", 7, *name, "--out", tmp_path / "d")
-    assert torch.equal(load_table(tmp_path / "d").expert_HK, (expert_VK + 1) % 7)
+    assert np.array_equal(load_table(tmp_path / "d").expert_HK, (expert_VK + 1) % 7)
 
 
 def test_symbols_that_one_side_lacks(built, tmp_path):
@@ -85,25 +87,25 @@ def test_symbols_that_one_side_lacks(built, tmp_path):
     out = done("export", table, listed, "--vocabulary", vocabulary, "--seed", 5, "--out", tmp_path / "o.npy")
     assert out.startswith(f"note: 2 of 4 symbols of {vocabulary} are not in the dictionary; they have random experts\n")
     drawn = random_experts(4, 7, 3, 5)
-    expected = torch.stack([drawn[0], expert_VK[6], drawn[2], expert_VK[4]])
+    expected = np.stack([drawn[0], expert_VK[6], drawn[2], expert_VK[4]])
     assert np.load(tmp_path / "o.npy").tolist() == expected.tolist()
     back = ["import", tmp_path / "o.npy", listed, "--num-experts", 7, "--vocabulary", vocabulary, "--seed", 6]
     out = done(*back, "--out", tmp_path / "back")
     assert out.startswith(f"note: 23 of 25 symbols of {listed} are not in the vocabulary; they have random experts\n")
     rows, drawn = load_table(tmp_path / "back").expert_HK, random_experts(25, 7, 3, 6)
     for row, symbol in enumerate(symbols):
-        assert torch.equal(rows[row], expert_VK[row] if symbol in wanted else drawn[row])
+        assert np.array_equal(rows[row], expert_VK[row] if symbol in wanted else drawn[row])
 
 
 def bad_rows(kind):
-    good = torch.arange(25 * 3).view(25, 3) % 7
+    good = np.arange(25 * 3).reshape(25, 3) % 7
     return {
-        "twice": torch.where(torch.arange(25)[:, None] == 9, torch.tensor([1, 5, 1]), good),
+        "twice": np.where(np.arange(25)[:, None] == 9, np.array([1, 5, 1]), good),
         "beyond": good + 1,
         "below": good - 1,
         "rows": good[:-1],
-        "floats": good.float(),
-        "flat": good[:, 0].contiguous(),
+        "floats": good.astype(np.float32),
+        "flat": good[:, 0].copy(),
         "empty": good[:0],
     }[kind]
 
@@ -126,7 +128,7 @@ def test_tensors_that_are_no_table(built, tmp_path, kind, message):
     save_file({"tid2eid": bad_rows(kind)}, tmp_path / "in")
     arguments = ["tables", "import", tmp_path / "in", listed, "--num-experts", 7, "--out", tmp_path / "out"]
     assert message in refused(*arguments)
-    np.save(tmp_path / "in.npy", bad_rows(kind).numpy())
+    np.save(tmp_path / "in.npy", bad_rows(kind))
     arguments[2] = tmp_path / "in.npy"
     assert message.replace("tid2eid", "in.npy").replace("F32", "float32") in refused(*arguments)
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "in", tmp_path / "in.npy"])

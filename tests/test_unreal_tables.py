@@ -5,7 +5,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from hydra_configs import needs_current_hydra
 from plugin import build, train
 from test_cli import refused
@@ -99,8 +98,8 @@ def test_what_is_wrong_with_loads():
         experts = int(generator.integers(2, 9))
         count_H = generator.integers(1, 50, 200)
         used = int(generator.integers(1, experts + 1))
-        expert_HK = torch.from_numpy(generator.integers(0, used, (200, 1)))
-        loads = [int(count_H[expert_HK[:, 0].numpy() == expert].sum()) for expert in range(experts)]
+        expert_HK = generator.integers(0, used, (200, 1))
+        loads = [int(count_H[expert_HK[:, 0] == expert].sum()) for expert in range(experts)]
         text = complaint(judge(expert_HK, count_H, experts))
         idle, far = loads.count(0), max(loads) / np.mean(loads)
         assert (f"{idle} of {experts} experts get no token" in (text or "")) == (idle > 0)
@@ -130,7 +129,7 @@ def test_a_table_that_sends_all_to_one_expert_is_named(data, tmp_path, capsys, c
         build(data, *HASH)
         rows = len(symbols)
         record = TableRecord("mine", 4, dictionary_fingerprint(symbols))
-        save_table(HashTable(torch.arange(rows).unsqueeze(1) % 4, record), tmp_path / "even.table")
+        save_table(HashTable(np.arange(rows)[:, None] % 4, record), tmp_path / "even.table")
         build(data, *HASH, "--hash-table", tmp_path / "even.table")
         assert not [record for record in caplog.records if "hash-table" in record.getMessage()]
 

@@ -4,10 +4,18 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from fairseq_hash.errors import UserError
 from fairseq_hash.hashing import HashTable, TableRecord
 
 NAME = r"decoder\.hash_tables\.(\d+)\.(\w+)"
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """Return a tensor of a table as an array; one of floating point, which no table has, as float32 to be refused."""
+    return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
 
 
 def tables_of(model: Mapping[str, Any], options: Mapping[str, Any], num_experts: int) -> list[HashTable]:
@@ -39,5 +47,6 @@ def tables_of(model: Mapping[str, Any], options: Mapping[str, Any], num_experts:
             length=options.get("hash_length", 0),
             is_multi_hash=options.get("multi_hash", 1) > 1,
         )
-        tables.append(HashTable(expert_HK, record, parts))
+        index = {name: as_array(tensor) for name, tensor in parts.items()}
+        tables.append(HashTable(as_array(expert_HK), record, index))
     return tables

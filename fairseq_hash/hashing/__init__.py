@@ -1,6 +1,7 @@
-"""Hash tables: which experts serve which token. Imports neither fairseq nor a GPU.
+"""Hash tables: which experts serve which token. Importing it imports neither fairseq nor torch.
 
-A table is an int64 tensor `[H, K]` of expert ids; a feature of the token says which row is looked up.
+A table is an int64 array `[H, K]` of expert ids; a feature of the token says which row is looked up (`lookup`, in
+torch).
 """
 
 from fairseq_hash.hashing.balance import Balance, judge, lower_bound

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from fairseq_hash.errors import UserError
 
@@ -86,7 +85,7 @@ def complaint(balance: Balance) -> "str | None":
     return "; ".join(parts) or None
 
 
-def judge(expert_HK: Tensor, counts: Sequence[int], num_experts: int, is_multi_hash: bool = False) -> Balance:
+def judge(expert_HK: np.ndarray, counts: Sequence[int], num_experts: int, is_multi_hash: bool = False) -> Balance:
     """Return the balance of a table.
 
     A table of MultiHash, H keys and K hash functions, loads as a table of one column does that has each key K times.
@@ -118,10 +117,10 @@ def judge(expert_HK: Tensor, counts: Sequence[int], num_experts: int, is_multi_h
     return Balance(load_E, bound, above, count_H[above])
 
 
-def expert_loads(expert_HK: Tensor, counts: Sequence[int], num_experts: int) -> np.ndarray:
+def expert_loads(expert_HK: np.ndarray, counts: Sequence[int], num_experts: int) -> np.ndarray:
     """Return the load of each expert, int64 `[E]`: the counts of the keys that it serves. Exact up to 2^53 tokens."""
     load_E = np.zeros(num_experts)
-    for expert_H in expert_HK.numpy().T:
+    for expert_H in expert_HK.T:
         load_E += np.bincount(expert_H, weights=counts, minlength=num_experts)
     return load_E.astype(np.int64)
 

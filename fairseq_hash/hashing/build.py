@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from fairseq_hash.errors import UserError
 from fairseq_hash.hashing.builders import (
@@ -93,7 +92,7 @@ def build_table(
             f"{shape.num_experts} --out FILE, and --hash-table FILE), or use --hash-table random"
         )
 
-    def build(columns: int, number: int) -> Tensor:
+    def build(columns: int, number: int) -> np.ndarray:
         if kind == "balanced":
             plain = is_first and number == 0
             return balanced_experts(counts, shape.num_experts, columns, None if plain else seed + number)
@@ -105,7 +104,7 @@ def build_table(
         return build_fixed(num_keys, shape.num_experts, columns)
 
     if shape.is_multi_hash:
-        expert_HK = torch.cat([build(1, number) for number in range(shape.columns)], dim=1)
+        expert_HK = np.concatenate([build(1, number) for number in range(shape.columns)], axis=1)
     else:
         expert_HK = build(shape.columns, 0)
     record = TableRecord(
@@ -149,9 +148,8 @@ def check_shape(table: HashTable, shape: TableShape, symbols: Sequence[str], nam
 
 def placeholder_table(symbols: Sequence[str], shape: TableShape) -> HashTable:
     """Return a table that sends every token to the first experts, for a model that takes its own from a checkpoint."""
-    expert_HK = torch.arange(shape.columns).expand(len(symbols), -1).clone()
-    if shape.is_multi_hash:
-        expert_HK.zero_()
+    expert_K = np.zeros(shape.columns, dtype=np.int64) if shape.is_multi_hash else np.arange(shape.columns)
+    expert_HK = np.tile(expert_K, (len(symbols), 1))
     record = TableRecord("placeholder", shape.num_experts, dictionary_fingerprint(symbols))
     return HashTable(
         expert_HK,

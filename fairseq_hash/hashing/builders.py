@@ -7,8 +7,6 @@ import heapq
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fairseq_hash.errors import UserError
 from fairseq_hash.hashing.balance import expert_loads
@@ -18,7 +16,7 @@ SPECIAL_SYMBOLS = 4  # of every dictionary of fairseq
 FEWEST_SYMBOLS = 16
 
 
-def random_experts(num_keys: int, num_experts: int, columns: int = 1, seed: int = 42) -> Tensor:
+def random_experts(num_keys: int, num_experts: int, columns: int = 1, seed: int = 42) -> np.ndarray:
     """Draw K distinct experts for every key, each set of K with the same chance.
 
     Hash Layers (Roller et al. 2021), section 3, random hash. A draw is a hash of seed and key (`mixing`).
@@ -43,10 +41,12 @@ def random_experts(num_keys: int, num_experts: int, columns: int = 1, seed: int 
         for taken_H in np.sort(expert_HK[:, :column], axis=1).T:
             expert_H += expert_H >= taken_H
         expert_HK[:, column] = expert_H
-    return torch.from_numpy(expert_HK)
+    return expert_HK
 
 
-def balanced_experts(counts: Sequence[int], num_experts: int, columns: int = 1, seed: "int | None" = None) -> Tensor:
+def balanced_experts(
+    counts: Sequence[int], num_experts: int, columns: int = 1, seed: "int | None" = None
+) -> np.ndarray:
     """Give the keys, by descending count, each to the K experts with the smallest loads so far.
 
     Hash Layers (Roller et al. 2021), section 3, balanced hash; K > 1 as in kexue.fm 11750. Ties go to the expert with
@@ -75,10 +75,10 @@ def balanced_experts(counts: Sequence[int], num_experts: int, columns: int = 1, 
     expert_HK = greedy_experts(
         count_H, (count_H + 1) * (1 + fraction_H / 2), np.zeros(num_experts, dtype=np.int64), columns
     )
-    return torch.from_numpy(np.argsort(draws(seed, num_experts, 1), kind="stable"))[expert_HK]
+    return np.argsort(draws(seed, num_experts, 1), kind="stable")[expert_HK]
 
 
-def greedy_experts(count_H: np.ndarray, weight_H: np.ndarray, load_E: np.ndarray, columns: int) -> Tensor:
+def greedy_experts(count_H: np.ndarray, weight_H: np.ndarray, load_E: np.ndarray, columns: int) -> np.ndarray:
     """Give the keys, by descending weight, each to the K experts with the smallest loads so far (int64 `[H, K]`).
 
     Args:
@@ -96,10 +96,10 @@ def greedy_experts(count_H: np.ndarray, weight_H: np.ndarray, load_E: np.ndarray
         for column, (load, keys, expert) in enumerate(chosen):
             expert_HK[key, column] = expert
             heapq.heappush(emptiest, (load + count, keys + 1, expert))
-    return torch.from_numpy(expert_HK)
+    return expert_HK
 
 
-def scattered_experts(counts: Sequence[int], num_experts: int, columns: int = 1, seed: int = 42) -> Tensor:
+def scattered_experts(counts: Sequence[int], num_experts: int, columns: int = 1, seed: int = 42) -> np.ndarray:
     """Draw 2 K distinct experts for every key, and give it, by descending count, the K of them with the smallest loads.
 
     Ours. Where K divides E, the K emptiest experts of `balanced_experts` stay together: they end up in E / K fixed
@@ -121,7 +121,7 @@ def scattered_experts(counts: Sequence[int], num_experts: int, columns: int = 1,
     """
     check_columns(num_experts, columns)
     count_H = check_counts(counts)
-    drawn_HC = random_experts(len(count_H), num_experts, min(num_experts, 2 * columns), seed).numpy()
+    drawn_HC = random_experts(len(count_H), num_experts, min(num_experts, 2 * columns), seed)
     load_E = np.zeros(num_experts, dtype=np.int64)
     expert_HK = np.empty((len(count_H), columns), dtype=np.int64)
     for key in np.argsort(-count_H, kind="stable").tolist():
@@ -129,12 +129,12 @@ def scattered_experts(counts: Sequence[int], num_experts: int, columns: int = 1,
         chosen = drawn_C[np.argsort(load_E[drawn_C], kind="stable")[:columns]]
         expert_HK[key] = chosen
         load_E[chosen] += count_H[key]
-    return torch.from_numpy(expert_HK)
+    return expert_HK
 
 
 def best_of(
-    restarts: int, build: Callable[[int], Tensor], counts: Sequence[int], num_experts: int
-) -> tuple[Tensor, int]:
+    restarts: int, build: Callable[[int], np.ndarray], counts: Sequence[int], num_experts: int
+) -> tuple[np.ndarray, int]:
     """Build some tables and return the one with the smallest largest load, and its number.
 
     Of equal largest loads the smaller sum of squared loads wins, then the lower number: where `build(0)` is the table
@@ -192,16 +192,16 @@ def check_columns(num_experts: int, columns: int) -> None:
         raise UserError(f"{columns} distinct experts a token of {num_experts} experts; give 1 to {num_experts}")
 
 
-def modulo_experts(num_keys: int, num_experts: int, columns: int = 1) -> Tensor:
+def modulo_experts(num_keys: int, num_experts: int, columns: int = 1) -> np.ndarray:
     """Give key h the experts (h + k) mod E: "token id mod" of Expert Choice (Zhou et al. 2022, arXiv 2202.09368)."""
     check_columns(num_experts, columns)
-    return (torch.arange(num_keys).unsqueeze(1) + torch.arange(columns)) % num_experts
+    return (np.arange(num_keys)[:, None] + np.arange(columns)) % num_experts
 
 
-def round_robin_experts(num_keys: int, num_experts: int, columns: int = 1) -> Tensor:
+def round_robin_experts(num_keys: int, num_experts: int, columns: int = 1) -> np.ndarray:
     """Deal the experts out in turn: key h has the experts (h K + k) mod E.
 
     Megatron-LM fills the tables of its DeepSeek-V4 layers so until real ones are loaded.
     """
     check_columns(num_experts, columns)
-    return torch.arange(num_keys * columns).view(num_keys, columns) % num_experts
+    return np.arange(num_keys * columns).reshape(num_keys, columns) % num_experts

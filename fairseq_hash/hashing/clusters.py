@@ -7,18 +7,20 @@ Shape suffixes: see `losses`; H is the number of keys, a table's rows.
 
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fairseq_hash.errors import UserError
 from fairseq_hash.hashing.builders import check_columns, check_counts
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 BLOCK = 4096  # rows at a time, which bounds memory
 
 
-def check_embedding(embedding_HD: Tensor, num_keys: int) -> None:
+def check_embedding(embedding_HD: "Tensor", num_keys: int) -> None:
     """Raise `UserError` unless the embedding is a matrix with one finite row for each of H keys."""
     if embedding_HD.dim() != 2 or len(embedding_HD) != num_keys:
         raise UserError(
@@ -31,7 +33,7 @@ def check_embedding(embedding_HD: Tensor, num_keys: int) -> None:
         raise UserError(f"row {row} of the embedding is not finite; give the embedding of a sound model")
 
 
-def cluster_keys(embedding_HD: Tensor, num_clusters: int, seed: int = 42) -> tuple[Tensor, Tensor]:
+def cluster_keys(embedding_HD: "Tensor", num_clusters: int, seed: int = 42) -> tuple[np.ndarray, np.ndarray]:
     """Group keys by k-means (scikit-learn's, from one k-means++ start).
 
     It runs on one thread: sums of several threads are added in the order in which these happen to end, which changes
@@ -64,10 +66,10 @@ def cluster_keys(embedding_HD: Tensor, num_clusters: int, seed: int = 42) -> tup
     found = len(np.unique(cluster_H))
     if found < num_clusters:
         raise UserError(f"the embedding's rows fall into {found} clusters, not {num_clusters}; give {found} or fewer")
-    return torch.from_numpy(cluster_H.astype(np.int64)), torch.from_numpy(means.cluster_centers_)
+    return cluster_H.astype(np.int64), means.cluster_centers_
 
 
-def clustered_experts(embedding_HD: Tensor, num_experts: int, columns: int = 1, seed: int = 42) -> Tensor:
+def clustered_experts(embedding_HD: "Tensor", num_experts: int, columns: int = 1, seed: int = 42) -> np.ndarray:
     """Make one expert of each of E clusters; a key has that of its own and those of the K - 1 next nearest means.
 
     Args:
@@ -82,8 +84,10 @@ def clustered_experts(embedding_HD: Tensor, num_experts: int, columns: int = 1, 
     Raises:
         UserError: as `cluster_keys`, or where K is not from 1 to E.
     """
+    import torch  # here, as an embedding is a tensor, and other tables are built without torch
+
     check_columns(num_experts, columns)
-    cluster_H, mean_ED = cluster_keys(embedding_HD, num_experts, seed)
+    cluster_H, mean_ED = map(torch.from_numpy, cluster_keys(embedding_HD, num_experts, seed))
     blocks = []
     for start in range(0, len(cluster_H), BLOCK):
         own_B1 = cluster_H[start : start + BLOCK].unsqueeze(1)
@@ -91,10 +95,12 @@ def clustered_experts(embedding_HD: Tensor, num_experts: int, columns: int = 1, 
         distance_BE = torch.cdist(rows_BD, mean_ED.double(), compute_mode="donot_use_mm_for_euclid_dist")
         distance_BE.scatter_(1, own_B1, -1.0)  # first, even where another one is as near
         blocks.append(distance_BE.argsort(dim=1, stable=True)[:, :columns])
-    return torch.cat(blocks)
+    return torch.cat(blocks).numpy()
 
 
-def dispersed_experts(cluster_H: Sequence[int], counts: Sequence[int], num_experts: int, columns: int = 1) -> Tensor:
+def dispersed_experts(
+    cluster_H: Sequence[int], counts: Sequence[int], num_experts: int, columns: int = 1
+) -> np.ndarray:
     """Spread the keys of each cluster over the experts as evenly as can be, and balance the loads.
 
     The keys, by descending count, go each to K of the experts that have the fewest keys of its cluster so far; among
@@ -133,4 +139,4 @@ def dispersed_experts(cluster_H: Sequence[int], counts: Sequence[int], num_exper
         expert_HK[key] = chosen
         load_E[chosen] += count_H[key]
         keys_E[chosen] += 1
-    return torch.from_numpy(np.sort(expert_HK, axis=1))
+    return np.sort(expert_HK, axis=1)

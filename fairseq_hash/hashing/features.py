@@ -10,14 +10,12 @@ Shape suffixes: see `losses`; H is the number of keys, the rows of a table.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from fairseq_hash.errors import UserError
-from fairseq_hash.hashing.mixing import mix_tensor, remainder
-from fairseq_hash.hashing.spread import spread_rows
-from fairseq_hash.hashing.words import word_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FEATURES = ("token", "previous", "bigram", "ngram", "history", "position", "future", "predicted", "word")
 
@@ -74,47 +72,21 @@ class Feature:
 
     def rows(
         self,
-        token_BL: Tensor,
+        token_BL: "Tensor",
         padding: int,
         num_keys: int,
-        index: Mapping[str, Tensor],
+        index: "Mapping[str, Tensor]",
         predicted_BL: "Tensor | None" = None,
-    ) -> Tensor:
+    ) -> "Tensor":
         """Return the row of each token (int64 `[B, L]`); where padding stands, any row.
 
         Args:
             token_BL: int64 token ids.
             padding: the id of padding.
             num_keys: H, rows of the table.
-            index: what else the table brings to find rows: of `words` or of `spread`, else empty.
+            index: what else the table brings to find rows, as tensors: of `words` or of `spread`, else empty.
             predicted_BL: for `predicted`, the ids that are predicted to follow.
         """
-        if self.name == "token":
-            return spread_rows(index, token_BL, shifted(token_BL, 1, padding)) if "pair" in index else token_BL
-        if self.name == "previous":
-            return shifted(token_BL, 1, padding)
-        if self.name == "future":
-            return shifted(token_BL, -1, padding)
-        if self.name == "predicted":
-            return predicted_BL
-        if self.name == "position":
-            return (token_BL.ne(padding).cumsum(dim=1) - 1) % num_keys
-        if self.name == "word":
-            return word_rows(index, token_BL)
-        newest, oldest = {"bigram": (0, 1), "ngram": (0, self.length - 1), "history": (1, self.length)}[self.name]
-        state_BL = torch.zeros_like(token_BL)
-        for distance in range(oldest, newest - 1, -1):
-            state_BL = mix_tensor(state_BL ^ shifted(token_BL, distance, padding))
-        return remainder(state_BL, num_keys)
+        from fairseq_hash.hashing.lookup import rows  # here, as a table is built and judged without torch
 
-
-def shifted(token_BL: Tensor, distance: int, padding: int) -> Tensor:
-    """Return the token `distance` places before each (after it, where negative); padding where there is none."""
-    if distance == 0:
-        return token_BL
-    other_BL = torch.full_like(token_BL, padding)
-    if distance > 0:
-        other_BL[:, distance:] = token_BL[:, :-distance]
-    else:
-        other_BL[:, :distance] = token_BL[:, -distance:]
-    return other_BL
+        return rows(self, token_BL, padding, num_keys, index, predicted_BL)

@@ -5,14 +5,15 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 from fairseq_hash.errors import UserError
 from fairseq_hash.hashing.table import HashTable, TableRecord
 
 FILE_FORMAT = "fairseq_hash table 1"
-EXPERT = "expert"  # the table's own tensor; all others are of its index
+EXPERT = "expert"  # the table's own array; all others are of its index
 
 
 def save_table(table: HashTable, path: "str | os.PathLike[str]") -> None:
@@ -25,8 +26,8 @@ def save_table(table: HashTable, path: "str | os.PathLike[str]") -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     metadata = {"format": FILE_FORMAT, "record": json.dumps(asdict(table.record))}
     try:
-        tensors = {EXPERT: table.expert_HK, **table.index}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        arrays = {EXPERT: table.expert_HK, **table.index}
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial, metadata)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {path} ({error}); give a file that you can write") from None
@@ -39,11 +40,11 @@ def load_table(path: "str | os.PathLike[str]") -> HashTable:
     if not Path(path).is_file():
         raise UserError(f"--hash-table {path} is neither a builder's name nor an existing table file")
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FILE_FORMAT:
                 raise UserError(f"{path} is not a hash table of this package; build one with fairseq-hash tables build")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return HashTable(tensors.pop(EXPERT), TableRecord(**json.loads(metadata["record"])), tensors)
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return HashTable(arrays.pop(EXPERT), TableRecord(**json.loads(metadata["record"])), arrays)
     except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is damaged or no table file ({type(error).__name__}); build it again") from error

@@ -1,11 +1,10 @@
 """SplitMix64 (Steele, Lea, Flood 2014): the one source of pseudo-random numbers of hash tables.
 
-It needs no generator and no library's version: the same numbers on every machine, in NumPy and in torch, on a GPU too.
+It needs no generator and no library's version: the same numbers on every machine, here in NumPy and in `lookup` in
+torch, on a GPU too.
 """
 
 import numpy as np
-import torch
-from torch import Tensor
 
 GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
@@ -19,14 +18,6 @@ def mix(key: np.ndarray) -> np.ndarray:
         return key ^ (key >> np.uint64(31))
 
 
-def mix_tensor(key: Tensor) -> Tensor:
-    """Mix 64-bit keys in an int64 tensor: the bits of `mix`, as torch has no unsigned arithmetic."""
-    key = key + _signed(GOLDEN)
-    key = (key ^ _shift(key, 30)) * _signed(FIRST)
-    key = (key ^ _shift(key, 27)) * _signed(SECOND)
-    return key ^ _shift(key, 31)
-
-
 def draws(seed: int, size: int, stream: int = 0) -> np.ndarray:
     """Return `size` pseudo-random uint64; another seed or stream (0 or more) gives others."""
     key = np.arange(size, dtype=np.uint64) + (np.uint64(seed % 2**64) << np.uint64(32))
@@ -34,17 +25,3 @@ def draws(seed: int, size: int, stream: int = 0) -> np.ndarray:
     for _ in range(stream):
         drawn = mix(drawn)
     return drawn
-
-
-def remainder(key: Tensor, divisor: int) -> Tensor:
-    """Return mixed keys as numbers from 0 to `divisor` - 1."""
-    return (key & torch.iinfo(torch.int64).max) % divisor
-
-
-def _signed(constant: int) -> int:
-    return constant - 2**64
-
-
-def _shift(key: Tensor, bits: int) -> Tensor:
-    """Shift right and fill with zeros; torch fills with the sign."""
-    return (key >> bits) & (2 ** (64 - bits) - 1)

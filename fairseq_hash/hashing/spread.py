@@ -6,56 +6,37 @@ the rows of such a token are those of its pairs with the token before it; all ot
 Rows 0 to V - 1 are the tokens', row V + i is that of the i-th pair. A pair that the building text does not have uses
 the row of the token before it, which is spread over the experts, too.
 
+`index` of such a table: `heavy`, bool `[V]`: which tokens have pairs; `pair`, int64 `[P]`, ascending: token x V +
+previous token.
+
 Shape suffixes: see `losses`; P is the number of pairs, S that of a text's tokens.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fairseq_hash.errors import UserError
 from fairseq_hash.hashing.balance import expert_loads, filling_bound, judge
 from fairseq_hash.hashing.builders import check_counts, greedy_experts
-
-if TYPE_CHECKING:
-    from fairseq_hash.hashing.table import HashTable
+from fairseq_hash.hashing.table import HashTable, counts_fingerprint
 
 BLOCK = 2**24  # tokens at a time, which bounds memory
-NO_PAIRS = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+NO_PAIRS = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
 
 
-def spread_rows(index: Mapping[str, Tensor], token_BL: Tensor, previous_BL: Tensor) -> Tensor:
-    """Return the row of each token (int64 `[B, L]`).
-
-    Args:
-        index: `heavy`, bool `[V]`: which tokens have pairs; `pair`, int64 `[P]`, ascending: token x V + previous token.
-        token_BL: int64 token ids.
-        previous_BL: the tokens before them.
-    """
-    heavy_V, pair_P = index["heavy"], index["pair"]
-    row_BL = torch.where(heavy_V[token_BL], previous_BL, token_BL)
-    if not len(pair_P):
-        return row_BL
-    pair_BL = token_BL * len(heavy_V) + previous_BL
-    place_BL = torch.searchsorted(pair_P, pair_BL).clamp(max=len(pair_P) - 1)
-    return torch.where(pair_P[place_BL] == pair_BL, len(heavy_V) + place_BL, row_BL)
-
-
-def heavy_tokens(counts: Sequence[int], num_experts: int, columns: int = 1) -> Tensor:
+def heavy_tokens(counts: Sequence[int], num_experts: int, columns: int = 1) -> np.ndarray:
     """Return which tokens overload an expert in any table (bool `[V]`): their count exceeds the mean load K N / E.
 
     Raises:
         UserError: where the counts carry no information.
     """
     count_V = check_counts(counts)
-    return torch.from_numpy(count_V > columns * int(count_V.sum()) / num_experts)
+    return count_V > columns * int(count_V.sum()) / num_experts
 
 
-def count_pairs(token_S: "Sequence[int] | Tensor", heavy_V: Tensor, padding: int = 1) -> tuple[Tensor, Tensor]:
+def count_pairs(token_S: Sequence[int], heavy_V: np.ndarray, padding: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Count the pairs of a heavy token and the token before it.
 
     Args:
@@ -76,18 +57,20 @@ def count_pairs(token_S: "Sequence[int] | Tensor", heavy_V: Tensor, padding: int
 
 
 def add_pairs(
-    pairs: tuple[Tensor, Tensor], token_S: np.ndarray, previous_S: np.ndarray, heavy_V: Tensor
-) -> tuple[Tensor, Tensor]:
+    pairs: tuple[np.ndarray, np.ndarray], token_S: np.ndarray, previous_S: np.ndarray, heavy_V: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Return counted pairs with those of some more text: of its heavy tokens, each with the token before it."""
-    places = np.flatnonzero(heavy_V.numpy()[token_S])
+    places = np.flatnonzero(heavy_V[token_S])
     new_P, new_count_P = np.unique(token_S[places] * len(heavy_V) + previous_S[places], return_counts=True)
-    pair_P, place = np.unique(np.concatenate([pairs[0].numpy(), new_P]), return_inverse=True)
-    both_P = np.concatenate([pairs[1].numpy(), new_count_P])
+    pair_P, place = np.unique(np.concatenate([pairs[0], new_P]), return_inverse=True)
+    both_P = np.concatenate([pairs[1], new_count_P])
     count_P = np.bincount(place, weights=both_P, minlength=len(pair_P)).astype(np.int64)
-    return torch.from_numpy(pair_P), torch.from_numpy(count_P)
+    return pair_P, count_P
 
 
-def spread_counts(index: Mapping[str, Tensor], counts: Sequence[int], pairs: tuple[Tensor, Tensor]) -> np.ndarray:
+def spread_counts(
+    index: Mapping[str, np.ndarray], counts: Sequence[int], pairs: tuple[np.ndarray, np.ndarray]
+) -> np.ndarray:
     """Return how often each row of a spread table is used in a text, int64 `[V + P]`.
 
     Args:
@@ -97,17 +80,24 @@ def spread_counts(index: Mapping[str, Tensor], counts: Sequence[int], pairs: tup
     """
     heavy_V = index["heavy"]
     token_P, previous_P = pairs[0] // len(heavy_V), pairs[0] % len(heavy_V)
-    row_P = spread_rows(index, token_P, previous_P)
-    count_R = np.bincount(row_P.numpy(), weights=pairs[1].numpy(), minlength=len(heavy_V) + len(index["pair"])).astype(
-        np.int64
-    )
-    count_R[: len(heavy_V)] += np.where(heavy_V.numpy(), 0, np.asarray(counts, dtype=np.int64))
+    row_P = _rows_of_pairs(index, token_P, previous_P)
+    count_R = np.bincount(row_P, weights=pairs[1], minlength=len(heavy_V) + len(index["pair"])).astype(np.int64)
+    count_R[: len(heavy_V)] += np.where(heavy_V, 0, np.asarray(counts, dtype=np.int64))
     return count_R
 
 
+def _rows_of_pairs(index: Mapping[str, np.ndarray], token_P: np.ndarray, previous_P: np.ndarray) -> np.ndarray:
+    import torch
+
+    from fairseq_hash.hashing.lookup import spread_rows  # the one that the model looks rows up by
+
+    tensors = {name: torch.from_numpy(array) for name, array in index.items()}
+    return spread_rows(tensors, torch.from_numpy(token_P), torch.from_numpy(previous_P)).numpy()
+
+
 def spread_table(
-    base: "HashTable", counts: Sequence[int], pairs: tuple[Tensor, Tensor], most_pairs: "int | None" = None
-) -> "HashTable":
+    base: HashTable, counts: Sequence[int], pairs: tuple[np.ndarray, np.ndarray], most_pairs: "int | None" = None
+) -> HashTable:
     """Give the heavy tokens (`heavy_tokens`) of a text their pairs as rows; all other tokens keep their rows of `base`.
 
     The loads begin with what the experts serve without the pairs; the pairs, by descending count, then go each to the K
@@ -127,9 +117,6 @@ def spread_table(
     Raises:
         UserError: where the base is another kind of table, or counts and pairs are not those of one text.
     """
-    # Here, as the module of tables imports that of features, which imports this one.
-    from fairseq_hash.hashing.table import counts_fingerprint
-
     vocabulary, num_experts, columns = len(base.expert_HK), base.record.num_experts, base.expert_HK.shape[1]
     if base.record.feature != "token" or base.record.is_multi_hash or base.index:
         raise UserError("a spread table starts from a table of token ids to distinct experts; give such a table")
@@ -142,7 +129,7 @@ def spread_table(
     count_R = spread_counts(index, counts, pairs)
     load_E = expert_loads(base.expert_HK, count_R[:vocabulary], num_experts)
     expert_PK = greedy_experts(count_R[vocabulary:], count_R[vocabulary:], load_E, columns)
-    expert_RK = torch.cat([base.expert_HK, expert_PK])
+    expert_RK = np.concatenate([base.expert_HK, expert_PK])
     balance = judge(expert_RK, count_R, num_experts)
     bound = filling_bound(count_R[vocabulary:], load_E, columns)
     settings = {
@@ -157,11 +144,11 @@ def spread_table(
     return replace(base, expert_HK=expert_RK, record=record, index=index)
 
 
-def check_pairs(counts: Sequence[int], heavy_V: Tensor, pairs: tuple[Tensor, Tensor]) -> None:
+def check_pairs(counts: Sequence[int], heavy_V: np.ndarray, pairs: tuple[np.ndarray, np.ndarray]) -> None:
     """Raise `UserError` unless the pairs are those of the heavy tokens, as often as these occur."""
-    token_P = (pairs[0] // len(heavy_V)).numpy()
-    paired_V = np.bincount(token_P, weights=pairs[1].numpy(), minlength=len(heavy_V)).astype(np.int64)
-    expected_V = np.where(heavy_V.numpy(), np.asarray(counts, dtype=np.int64), 0)
+    token_P = pairs[0] // len(heavy_V)
+    paired_V = np.bincount(token_P, weights=pairs[1], minlength=len(heavy_V)).astype(np.int64)
+    expected_V = np.where(heavy_V, np.asarray(counts, dtype=np.int64), 0)
     if len(paired_V) != len(expected_V) or (paired_V != expected_V).any():
         token = int((paired_V[: len(expected_V)] != expected_V).argmax())
         raise UserError(
@@ -170,8 +157,8 @@ def check_pairs(counts: Sequence[int], heavy_V: Tensor, pairs: tuple[Tensor, Ten
         )
 
 
-def _most_frequent(count_P: Tensor, most: int) -> Tensor:
+def _most_frequent(count_P: np.ndarray, most: int) -> np.ndarray:
     """Return which pairs are kept, bool `[P]`: those with more occurrences than the first one beyond `most` has."""
     if len(count_P) <= most:
-        return torch.ones(len(count_P), dtype=torch.bool)
-    return count_P > count_P.sort(descending=True).values[most]
+        return np.ones(len(count_P), dtype=bool)
+    return count_P > np.sort(count_P)[::-1][most]

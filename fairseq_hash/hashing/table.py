@@ -3,15 +3,16 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fairseq_hash.errors import UserError
 from fairseq_hash.hashing.features import OF_TOKENS, Feature
 from fairseq_hash.memory import check_fits
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ENTRY = 3 * 8  # bytes for one entry while a table is built: itself, what it is drawn from, and a copy
 
@@ -48,12 +49,12 @@ class HashTable:
     """A table, its record, and what its feature needs to find rows.
 
     `expert_HK`: int64 `[H, K]`, every entry from 0 to E - 1, distinct in a row unless the columns are those of
-    MultiHash. `index`: tensors of `words.word_index` or of a spread table, else empty.
+    MultiHash. `index`: arrays of `words.word_index` or of a spread table (`spread`), else empty.
     """
 
-    expert_HK: Tensor
+    expert_HK: np.ndarray
     record: TableRecord
-    index: dict[str, Tensor] = field(default_factory=dict)
+    index: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_table(self.expert_HK, self.record.num_experts, self.record.is_multi_hash)
@@ -68,9 +69,12 @@ class HashTable:
         """SHA-256 of feature, entries and index: see `table_fingerprint`."""
         return table_fingerprint(self.expert_HK, self.index, self.feature)
 
-    def rows(self, token_BL: Tensor, padding: int, predicted_BL: "Tensor | None" = None) -> Tensor:
-        """Return the row of each token: see `Feature.rows`."""
-        return self.feature.rows(token_BL, padding, len(self.expert_HK), self.index, predicted_BL)
+    def rows(self, token_BL: "Tensor", padding: int, predicted_BL: "Tensor | None" = None) -> "Tensor":
+        """Return the row of each token, on a CPU: see `Feature.rows`."""
+        import torch
+
+        index = {name: torch.from_numpy(array) for name, array in self.index.items()}
+        return self.feature.rows(token_BL, padding, len(self.expert_HK), index, predicted_BL)
 
 
 def dictionary_fingerprint(symbols: Sequence[str]) -> str:
@@ -88,14 +92,14 @@ def counts_fingerprint(counts: Sequence[int]) -> str:
 
 
 def table_fingerprint(
-    expert_HK: Tensor, index: "Mapping[str, Tensor] | None" = None, feature: "Feature | None" = None
+    expert_HK: np.ndarray, index: "Mapping[str, np.ndarray] | None" = None, feature: "Feature | None" = None
 ) -> str:
     """Return the SHA-256 of a table's entries, and of its index and feature where it has others than tokens."""
-    digest = hashlib.sha256(expert_HK.cpu().contiguous().numpy().astype("<i8").tobytes())
+    digest = hashlib.sha256(expert_HK.astype("<i8").tobytes())
     if feature not in (None, Feature()):
         digest.update(str(feature).encode())
-    for name, tensor in sorted((index or {}).items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().astype("<i8").tobytes())
+    for name, array in sorted((index or {}).items()):
+        digest.update(name.encode() + array.astype("<i8").tobytes())
     return digest.hexdigest()
 
 
@@ -106,7 +110,7 @@ def fingerprint_of_tables(fingerprints: Sequence[str]) -> "str | None":
     return hashlib.sha256("".join(fingerprints).encode()).hexdigest()
 
 
-def check_table(expert_HK: Tensor, num_experts: int, is_multi_hash: bool = False) -> None:
+def check_table(expert_HK: np.ndarray, num_experts: int, is_multi_hash: bool = False) -> None:
     """Raise `UserError` unless the table is int64 `[H, K]`, every expert from 0 to E - 1, and distinct in each row.
 
     Args:
@@ -114,10 +118,10 @@ def check_table(expert_HK: Tensor, num_experts: int, is_multi_hash: bool = False
         num_experts: E.
         is_multi_hash: its columns are hash functions of their own, so that a row may name an expert twice.
     """
-    if expert_HK.dtype != torch.int64 or expert_HK.dim() != 2 or expert_HK.numel() == 0:
+    if expert_HK.dtype != np.int64 or expert_HK.ndim != 2 or not expert_HK.size:
         raise UserError(
             f"a hash table of {expert_HK.dtype} with shape {tuple(expert_HK.shape)} is not usable; "
-            "give int64 of shape [vocabulary, experts a token]"
+            "give a NumPy array of int64 of shape [vocabulary, experts a token]"
         )
     low, high = int(expert_HK.min()), int(expert_HK.max())
     if low < 0 or high >= num_experts:
@@ -128,10 +132,10 @@ def check_table(expert_HK: Tensor, num_experts: int, is_multi_hash: bool = False
         )
     if expert_HK.shape[1] == 1 or is_multi_hash:
         return
-    sorted_HK = expert_HK.sort(dim=1).values
-    twice_H = (sorted_HK[:, 1:] == sorted_HK[:, :-1]).any(dim=1)
+    sorted_HK = np.sort(expert_HK, axis=1)
+    twice_H = (sorted_HK[:, 1:] == sorted_HK[:, :-1]).any(axis=1)
     if twice_H.any():
-        row = int(twice_H.nonzero()[0])
+        row = int(twice_H.argmax())
         raise UserError(
             f"the hash table names an expert twice for one token (row {row}: {expert_HK[row].tolist()}); "
             "give K distinct experts a row"

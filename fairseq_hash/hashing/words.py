@@ -9,11 +9,9 @@ polynomial hashes modulo 2^64 of their UTF-8 bytes, which pieces can be joined b
 in which two words have one hash.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fairseq_hash.errors import UserError
 
@@ -23,8 +21,8 @@ BEGIN, JOIN = "\u2581", "@@"  # SentencePiece's mark of a word's beginning; subw
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 
 
-def word_index(symbols: Sequence[str], words: Sequence[str]) -> dict[str, Tensor]:
-    """Return what `word_rows` needs to know of the model's dictionary and of the larger one.
+def word_index(symbols: Sequence[str], words: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return what `lookup.word_rows` needs to know of the model's dictionary and of the larger one.
 
     Args:
         symbols: the model's dictionary: SentencePiece pieces, or pieces of subword-nmt.
@@ -59,13 +57,13 @@ def word_index(symbols: Sequence[str], words: Sequence[str]) -> dict[str, Tensor
     word_hashes = {polynomial_hash(word)[0] for word in known}
     if len(word_hashes) < len(known):
         raise UserError("two words of the larger dictionary have one hash; leave one of them out")
-    piece_hash, piece_power = (torch.tensor([pair[i] for pair in hashes], dtype=torch.int64) for i in (0, 1))
+    piece_hash, piece_power = (np.array([pair[i] for pair in hashes], dtype=np.int64) for i in (0, 1))
     return {
         "piece_hash": piece_hash,
         "piece_power": piece_power,
-        "begins": torch.tensor(begins),
-        "ends": torch.tensor(ends),
-        "word_hash": torch.tensor(sorted(word_hashes), dtype=torch.int64),
+        "begins": np.array(begins, dtype=bool),
+        "ends": np.array(ends, dtype=bool),
+        "word_hash": np.array(sorted(word_hashes), dtype=np.int64),
     }
 
 
@@ -76,25 +74,3 @@ def polynomial_hash(text: str) -> tuple[int, int]:
         value, power = (value * BASE + byte + 1) % 2**64, power * BASE % 2**64
     signed = np.array([value, power], dtype=np.uint64).astype(np.int64)
     return int(signed[0]), int(signed[1])
-
-
-def word_rows(index: Mapping[str, Tensor], token_BL: Tensor) -> Tensor:
-    """Return the row of each piece (int64 `[B, L]`); `index` is what `word_index` returned."""
-    place_L = torch.arange(token_BL.shape[1], device=token_BL.device)
-    begins_BL = index["begins"][token_BL]  # padding is a special symbol: it begins and ends a word
-    begins_BL[:, 1:] |= index["ends"][token_BL[:, :-1]]
-    # Not `where` with a number: on a GPU that is copied there, and waited for.
-    start_BL = (place_L * begins_BL).cummax(dim=1).values
-    pieces_BL = place_L - start_BL + 1
-    hash_BL, power_BL = index["piece_hash"][token_BL], index["piece_power"][token_BL]
-    for distance in range(1, min(MOST_PIECES, token_BL.shape[1])):
-        # Where the word has more pieces than `distance`, the one so far back is put before what is joined already.
-        older_BL = torch.cat([token_BL[:, :distance], token_BL[:, :-distance]], dim=1)
-        joined_BL = index["piece_hash"][older_BL] * power_BL + hash_BL
-        within_BL = pieces_BL > distance
-        hash_BL = torch.where(within_BL, joined_BL, hash_BL)
-        power_BL = torch.where(within_BL, index["piece_power"][older_BL] * power_BL, power_BL)
-    word_hash = index["word_hash"]
-    place_BL = torch.searchsorted(word_hash, hash_BL).clamp(max=len(word_hash) - 1)
-    is_word_BL = (word_hash[place_BL] == hash_BL) & (pieces_BL <= MOST_PIECES)
-    return torch.where(is_word_BL, len(index["begins"]) + place_BL, token_BL)

@@ -3,11 +3,9 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fairseq_hash.errors import UserError
 from fairseq_hash.hashing import (
@@ -30,7 +28,6 @@ from fairseq_hash.hashing.table import check_table_size
 from fairseq_hash.hashing.words import word_index
 from fairseq_hash.tables.counting import count_keys, count_pairs
 from fairseq_hash.tables.dictionary import SPECIAL, read_dictionary, token_counts
-from fairseq_hash.tables.embeddings import read_embeddings
 from fairseq_hash.tables.options import (
     BUCKETS,
     DRAWN,
@@ -42,6 +39,9 @@ from fairseq_hash.tables.options import (
     own_names,
 )
 from fairseq_hash.tables.text import Text, open_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +66,7 @@ def build(options: Options, say: Callable[[str], object] = print) -> Built:
     check(options)
     feature = Feature(options.feature, options.length)
     symbols, listed = read_dictionary(options.dictionary)
-    index: dict[str, Tensor] = {}
+    index: dict[str, np.ndarray] = {}
     num_keys = len(symbols)
     if feature.name == "word":
         words = read_dictionary(options.words)[0][len(SPECIAL) :]
@@ -118,7 +118,9 @@ def build(options: Options, say: Callable[[str], object] = print) -> Built:
     return Built(table, count_H, source)
 
 
-def _embeddings(options: Options, symbols: list[str], say: Callable[[str], object]) -> Tensor:
+def _embeddings(options: Options, symbols: list[str], say: Callable[[str], object]) -> "Tensor":
+    from fairseq_hash.tables.embeddings import read_embeddings  # here, as other tables are built without torch
+
     embedding_VD, is_known = read_embeddings(options.embeddings, symbols)
     if not is_known:
         say(
@@ -134,7 +136,7 @@ def _counts(
     listed: list[int],
     feature: Feature,
     num_keys: int,
-    index: dict[str, Tensor],
+    index: dict[str, np.ndarray],
     text: "Text | None",
     say: Callable[[str], object],
 ) -> tuple["np.ndarray | None", str]:
@@ -150,22 +152,24 @@ def _counts(
 
 def _experts(
     options: Options, num_keys: int, count_H: "np.ndarray | None", embedding_VD: "Tensor | None"
-) -> tuple[Tensor, dict[str, Any]]:
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Return experts, int64 `[H, K]`, and the settings to record; of a spread table those of its single tokens."""
     E, builder = options.num_experts, options.table_builder
 
-    def draw(columns: int, number: int) -> Tensor:
+    def draw(columns: int, number: int) -> np.ndarray:
         if builder == "random":
             return random_experts(num_keys, E, columns, options.seed + number)
         if builder == "scattered":
             return scattered_experts(count_H, E, columns, options.seed + number)
         return balanced_experts(count_H, E, columns, None if number == 0 else options.seed + number)
 
-    def draw_table(restart: int) -> Tensor:
+    def draw_table(restart: int) -> np.ndarray:
         # The first one is the table that a model builds for itself by these options.
         if not options.is_multi_hash:
             return draw(options.columns, restart)
-        return torch.cat([draw(1, restart * options.columns + column) for column in range(options.columns)], dim=1)
+        return np.concatenate(
+            [draw(1, restart * options.columns + column) for column in range(options.columns)], axis=1
+        )
 
     if builder in WITH_RESTARTS:
         if options.restarts == 1:

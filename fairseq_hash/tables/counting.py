@@ -3,18 +3,16 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fairseq_hash.hashing import Feature, HashTable
-from fairseq_hash.hashing.features import MOST_TOKENS, shifted
+from fairseq_hash.hashing.features import MOST_TOKENS
 from fairseq_hash.hashing.spread import NO_PAIRS, add_pairs
 from fairseq_hash.tables.dictionary import PADDING
 from fairseq_hash.tables.text import Text
 
 
 def count_keys(
-    feature: Feature, num_keys: int, index: Mapping[str, Tensor], text: Text, tokens_per_sample: int = 0
+    feature: Feature, num_keys: int, index: Mapping[str, np.ndarray], text: Text, tokens_per_sample: int = 0
 ) -> np.ndarray:
     """Return how often each of H keys occurs in a text, int64 `[H]`, with a bar on a terminal.
 
@@ -28,10 +26,13 @@ def count_keys(
     Raises:
         UserError: where the text is damaged, empty, or of another dictionary.
     """
+    import torch
+
+    tensors = {name: torch.from_numpy(array) for name, array in index.items()}
     count_H = np.zeros(num_keys, dtype=np.int64)
     with reading(text) as blocks:
         for token_BL, kept in samples(blocks, tokens_per_sample):
-            row_BL = feature.rows(torch.from_numpy(token_BL), PADDING, num_keys, index)
+            row_BL = feature.rows(torch.from_numpy(token_BL), PADDING, num_keys, tensors)
             count_H += np.bincount(row_BL[:, kept].reshape(-1).numpy(), minlength=num_keys)
     return count_H
 
@@ -86,12 +87,16 @@ class reading:  # noqa: N801 (used as a function is)
         self.bars.stop()
 
 
-def count_pairs(text: Text, heavy_V: Tensor, tokens_per_sample: int = 0) -> tuple[Tensor, Tensor]:
+def count_pairs(text: Text, heavy_V: np.ndarray, tokens_per_sample: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Count a text's pairs of a heavy token and the token before it, as `hashing.spread.count_pairs`, block by block.
 
     Returns:
         The pairs, token x V + previous token, ascending, and how often each occurs; both int64 `[P]`.
     """
+    import torch
+
+    from fairseq_hash.hashing.lookup import shifted
+
     pairs = NO_PAIRS
     with reading(text) as blocks:
         for token_BL, kept in samples(blocks, tokens_per_sample):

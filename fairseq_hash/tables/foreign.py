@@ -9,10 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.numpy import save_file
 
 from fairseq_hash.errors import UserError
 from fairseq_hash.hashing import HashTable, TableRecord, dictionary_fingerprint, random_experts
@@ -35,8 +33,8 @@ def check_exportable(table: HashTable, name: object) -> None:
 
 
 def reorder(
-    expert_VK: Tensor, symbols: Sequence[str], wanted: Sequence[str], num_experts: int, seed: int
-) -> tuple[Tensor, int]:
+    expert_VK: np.ndarray, symbols: Sequence[str], wanted: Sequence[str], num_experts: int, seed: int
+) -> tuple[np.ndarray, int]:
     """Return the rows of other symbols, and how many of these the table does not have.
 
     Args:
@@ -50,7 +48,7 @@ def reorder(
         UserError: where no symbol is in both.
     """
     index = indices(list(symbols))
-    row_W = torch.tensor([index.get(symbol, -1) for symbol in wanted])
+    row_W = np.array([index.get(symbol, -1) for symbol in wanted])
     missing_W = row_W < 0
     if missing_W.all():
         raise UserError(
@@ -58,27 +56,27 @@ def reorder(
             "give the vocabulary that the dictionary's pieces come from"
         )
     drawn_WK = random_experts(len(wanted), num_experts, expert_VK.shape[1], seed)
-    known_WK = expert_VK[row_W.clamp(min=0)]
-    return torch.where(missing_W[:, None], drawn_WK, known_WK), int(missing_W.sum())
+    known_WK = expert_VK[row_W.clip(min=0)]
+    return np.where(missing_W[:, None], drawn_WK, known_WK), int(missing_W.sum())
 
 
-def write_tensor(expert_VK: Tensor, record: TableRecord, out: Path) -> None:
+def write_tensor(expert_VK: np.ndarray, record: TableRecord, out: Path) -> None:
     """Write the tensor `tid2eid`: NumPy's format where the name ends in .npy, else safetensors."""
     if out.suffix == ".npy":
 
         def write(path: Path) -> None:
             with path.open("wb") as file:  # np.save adds a suffix to a name
-                np.save(file, expert_VK.numpy())
+                np.save(file, expert_VK)
     else:
         metadata = {"num_experts": str(record.num_experts), "fairseq_hash_record": json.dumps(asdict(record))}
 
         def write(path: Path) -> None:
-            save_file({NAME: expert_VK.contiguous()}, path, metadata)
+            save_file({NAME: np.ascontiguousarray(expert_VK)}, path, metadata)
 
     write_whole(out, write)
 
 
-def read_tensor(path: Path, name: "str | None") -> tuple[Tensor, str]:
+def read_tensor(path: Path, name: "str | None") -> tuple[np.ndarray, str]:
     """Read a table of another framework; return int64 `[V, K]` and the tensor's name.
 
     Args:
@@ -116,16 +114,16 @@ def read_tensor(path: Path, name: "str | None") -> tuple[Tensor, str]:
         raise UserError(f"{path} is damaged or no safetensors file ({type(error).__name__})") from None
 
 
-def _as_table(array: np.ndarray, what: str) -> Tensor:
+def _as_table(array: np.ndarray, what: str) -> np.ndarray:
     if array.dtype not in (np.int32, np.int64):
         raise UserError(f"{what} is of type {array.dtype}; a table is of int64 or int32")
     if array.ndim != 2 or not array.size:
         raise UserError(f"{what} has shape {list(array.shape)}; a table has [vocabulary, experts a token]")
-    return torch.from_numpy(array.astype(np.int64))
+    return array.astype(np.int64)
 
 
 def import_table(
-    expert_WK: Tensor,
+    expert_WK: np.ndarray,
     name: str,
     symbols: Sequence[str],
     num_experts: int,

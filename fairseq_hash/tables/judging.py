@@ -75,8 +75,8 @@ class JudgedTable:
     def sets_of_experts(self) -> int:
         """How many different sets of experts the rows have; of MultiHash, combinations of its hash functions."""
         expert_HK = self.table.expert_HK
-        expert_HK = expert_HK if self.table.record.is_multi_hash else expert_HK.sort(dim=1).values
-        return len(expert_HK.unique(dim=0))
+        expert_HK = expert_HK if self.table.record.is_multi_hash else np.sort(expert_HK, axis=1)
+        return len(np.unique(expert_HK, axis=0))
 
     def overloading(self, judged: Judged, symbols: list[str]) -> list[dict[str, Any]]:
         """Return the keys that overload an expert whatever the table, by descending count: key, count, shares."""
@@ -113,8 +113,8 @@ def key_name(table: HashTable, row: int, symbols: list[str]) -> str:
     if feature in OF_TOKENS or (feature == "word" and row < vocabulary):
         return symbols[row]
     if feature == "word":  # of words, a table has hashes only; those of one piece are known by it
-        same_V = table.index["piece_hash"].eq(table.index["word_hash"][row - vocabulary]) & table.index["begins"]
-        return f"word {symbols[int(same_V.nonzero()[0])]}" if same_V.any() else f"word {row - vocabulary}"
+        same_V = (table.index["piece_hash"] == table.index["word_hash"][row - vocabulary]) & table.index["begins"]
+        return f"word {symbols[int(same_V.argmax())]}" if same_V.any() else f"word {row - vocabulary}"
     return f"{feature} {row}"
 
 

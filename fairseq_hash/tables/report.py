@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text  # plain strings would be read as markup
@@ -85,7 +86,7 @@ def _show_one(console: Console, table: JudgedTable, symbols: list[str]) -> None:
 def describe(table: JudgedTable) -> dict[str, str]:
     """Return what a table is, by headings."""
     record, expert_HK = table.table.record, table.table.expert_HK
-    keys_E = expert_HK.flatten().bincount(minlength=record.num_experts)
+    keys_E = np.bincount(expert_HK.ravel(), minlength=record.num_experts)
     columns = "hash functions" if record.is_multi_hash else "experts a token"
     oracle = " (an oracle: it sees the token that is to be predicted)" if table.table.feature.is_oracle else ""
     return {

@@ -1,12 +1,13 @@
 """Hash features and tables on a device: the rows are those of the CPU and of the naive loop, to the last bit."""
 
+import numpy as np
 import pytest
 import reference
 import torch
 
 from fairseq_hash.hash_tables import TableBuffers
 from fairseq_hash.hashing import Feature, HashTable, TableShape, build_table
-from fairseq_hash.hashing.mixing import mix_tensor
+from fairseq_hash.hashing.lookup import mix_tensor
 from fairseq_hash.hashing.words import polynomial_hash, word_index
 
 PAD, KEYS = 1, 97
@@ -23,9 +24,9 @@ def index_of(name):
     if name == "word":
         return word_index(SYMBOLS, WORDS)
     if name == "spread":
-        heavy = torch.arange(len(SYMBOLS)) % 3 == 0
-        pair = heavy.nonzero() * len(SYMBOLS) + torch.arange(0, len(SYMBOLS), 2)
-        return {"heavy": heavy, "pair": pair.flatten()}
+        heavy = np.arange(len(SYMBOLS)) % 3 == 0
+        pair = np.flatnonzero(heavy)[:, None] * len(SYMBOLS) + np.arange(0, len(SYMBOLS), 2)
+        return {"heavy": heavy, "pair": pair.ravel()}
     return {}
 
 
@@ -41,7 +42,7 @@ def tokens_with_padding():
 
 
 def rows_on(device, name, token_BL):
-    index = {key: value.to(device) for key, value in index_of(name).items()}
+    index = {key: torch.from_numpy(value).to(device) for key, value in index_of(name).items()}
     row_BL = FEATURES[name].rows(token_BL.to(device), PAD, KEYS, index)
     assert row_BL.device.type == device.type and row_BL.dtype == torch.int64
     return row_BL.cpu()
@@ -109,9 +110,9 @@ def test_tables_name_the_experts_of_the_cpu(name, columns, device):
     counts = [len(SYMBOLS) - place for place in range(len(SYMBOLS))]
     if index:  # the rows of words and pairs stand behind those of the tokens
         base = build_table("random", SYMBOLS, counts, TableShape(4, columns), 3)
-        rest_HK = torch.rand(more, 4, generator=torch.Generator().manual_seed(1)).argsort(dim=1)[:, :columns]
+        rest_HK = np.random.default_rng(1).random((more, 4)).argsort(axis=1)[:, :columns]
         record = type(base.record)(**{**vars(base.record), "feature": feature.name})
-        table = HashTable(torch.cat([base.expert_HK, rest_HK]), record, index)
+        table = HashTable(np.concatenate([base.expert_HK, rest_HK]), record, index)
     else:
         table = build_table("random", SYMBOLS, counts, shape, 3)
     token_BL = tokens_with_padding()

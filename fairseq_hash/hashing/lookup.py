@@ -1,0 +1,114 @@
+"""The rows of tokens in a table, in torch: what a model looks up in every batch. See `features`.
+
+Shape suffixes: see `losses`; V is the number of the dictionary's symbols, P that of pairs.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fairseq_hash.hashing.features import Feature
+from fairseq_hash.hashing.mixing import FIRST, GOLDEN, SECOND
+from fairseq_hash.hashing.words import MOST_PIECES
+
+
+def rows(
+    feature: Feature,
+    token_BL: Tensor,
+    padding: int,
+    num_keys: int,
+    index: Mapping[str, Tensor],
+    predicted_BL: "Tensor | None" = None,
+) -> Tensor:
+    """Return the row of each token: see `Feature.rows`."""
+    if feature.name == "token":
+        return spread_rows(index, token_BL, shifted(token_BL, 1, padding)) if "pair" in index else token_BL
+    if feature.name == "previous":
+        return shifted(token_BL, 1, padding)
+    if feature.name == "future":
+        return shifted(token_BL, -1, padding)
+    if feature.name == "predicted":
+        return predicted_BL
+    if feature.name == "position":
+        return (token_BL.ne(padding).cumsum(dim=1) - 1) % num_keys
+    if feature.name == "word":
+        return word_rows(index, token_BL)
+    newest, oldest = {"bigram": (0, 1), "ngram": (0, feature.length - 1), "history": (1, feature.length)}[feature.name]
+    state_BL = torch.zeros_like(token_BL)
+    for distance in range(oldest, newest - 1, -1):
+        state_BL = mix_tensor(state_BL ^ shifted(token_BL, distance, padding))
+    return remainder(state_BL, num_keys)
+
+
+def shifted(token_BL: Tensor, distance: int, padding: int) -> Tensor:
+    """Return the token `distance` places before each (after it, where negative); padding where there is none."""
+    if distance == 0:
+        return token_BL
+    other_BL = torch.full_like(token_BL, padding)
+    if distance > 0:
+        other_BL[:, distance:] = token_BL[:, :-distance]
+    else:
+        other_BL[:, :distance] = token_BL[:, -distance:]
+    return other_BL
+
+
+def spread_rows(index: Mapping[str, Tensor], token_BL: Tensor, previous_BL: Tensor) -> Tensor:
+    """Return the row of each token (int64 `[B, L]`).
+
+    Args:
+        index: `heavy`, bool `[V]`: which tokens have pairs; `pair`, int64 `[P]`, ascending: token x V + previous token.
+        token_BL: int64 token ids.
+        previous_BL: the tokens before them.
+    """
+    heavy_V, pair_P = index["heavy"], index["pair"]
+    row_BL = torch.where(heavy_V[token_BL], previous_BL, token_BL)
+    if not len(pair_P):
+        return row_BL
+    pair_BL = token_BL * len(heavy_V) + previous_BL
+    place_BL = torch.searchsorted(pair_P, pair_BL).clamp(max=len(pair_P) - 1)
+    return torch.where(pair_P[place_BL] == pair_BL, len(heavy_V) + place_BL, row_BL)
+
+
+def word_rows(index: Mapping[str, Tensor], token_BL: Tensor) -> Tensor:
+    """Return the row of each piece (int64 `[B, L]`); `index` is what `word_index` returned."""
+    place_L = torch.arange(token_BL.shape[1], device=token_BL.device)
+    begins_BL = index["begins"][token_BL]  # padding is a special symbol: it begins and ends a word
+    begins_BL[:, 1:] |= index["ends"][token_BL[:, :-1]]
+    # Not `where` with a number: on a GPU that is copied there, and waited for.
+    start_BL = (place_L * begins_BL).cummax(dim=1).values
+    pieces_BL = place_L - start_BL + 1
+    hash_BL, power_BL = index["piece_hash"][token_BL], index["piece_power"][token_BL]
+    for distance in range(1, min(MOST_PIECES, token_BL.shape[1])):
+        # Where the word has more pieces than `distance`, the one so far back is put before what is joined already.
+        older_BL = torch.cat([token_BL[:, :distance], token_BL[:, :-distance]], dim=1)
+        joined_BL = index["piece_hash"][older_BL] * power_BL + hash_BL
+        within_BL = pieces_BL > distance
+        hash_BL = torch.where(within_BL, joined_BL, hash_BL)
+        power_BL = torch.where(within_BL, index["piece_power"][older_BL] * power_BL, power_BL)
+    word_hash = index["word_hash"]
+    place_BL = torch.searchsorted(word_hash, hash_BL).clamp(max=len(word_hash) - 1)
+    is_word_BL = (word_hash[place_BL] == hash_BL) & (pieces_BL <= MOST_PIECES)
+    return torch.where(is_word_BL, len(index["begins"]) + place_BL, token_BL)
+
+
+def mix_tensor(key: Tensor) -> Tensor:
+    """Mix 64-bit keys in an int64 tensor: the bits of `mixing.mix`, as torch has no unsigned arithmetic."""
+    key = key + _signed(GOLDEN)
+    key = (key ^ _shift(key, 30)) * _signed(FIRST)
+    key = (key ^ _shift(key, 27)) * _signed(SECOND)
+    return key ^ _shift(key, 31)
+
+
+def remainder(key: Tensor, divisor: int) -> Tensor:
+    """Return mixed keys as numbers from 0 to `divisor` - 1."""
+    return (key & torch.iinfo(torch.int64).max) % divisor
+
+
+def _signed(constant: int) -> int:
+    return constant - 2**64
+
+
+def _shift(key: Tensor, bits: int) -> Tensor:
+    """Shift right and fill with zeros; torch fills with the sign."""
+    return (key >> bits) & (2 ** (64 - bits) - 1)

@@ -18,6 +18,8 @@ VOCABULARY = 2000
 SPLITS = ("train", "valid", "test")
 # For the bars only: as many updates of training as take about as long.
 PREPARATION_WORK = 30
+# Folders of fairseq_hash whose code looks at runs and models, and makes none.
+LOOKING = ("api", "cli", "export", "reporting")
 
 
 def prepare_data(given: "Path | None", out: Path, display: Display) -> Path:
@@ -65,8 +67,10 @@ def data_fingerprint(folder: Path) -> str:
 
 
 def code_fingerprint(folder: Path) -> str:
-    """Return a hash of the Python files in a folder: what lies deeper (commands, reports) changes no training."""
-    digests = [f"{path.name} {sha256_of_file(path)}" for path in sorted(folder.glob("*.py"))]
+    """Return a hash of the Python files in a folder and below it, without those that change no training."""
+    names = {path.relative_to(folder): path for path in folder.rglob("*.py")}
+    names = {name: path for name, path in names.items() if name.parts[0] not in LOOKING}
+    digests = [f"{name.as_posix()} {sha256_of_file(path)}" for name, path in sorted(names.items())]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 

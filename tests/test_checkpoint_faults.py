@@ -260,6 +260,18 @@ def referenced(folder):
     return names
 
 
+def test_a_read_replaces_nothing_for_others(data, tmp_path, monkeypatch):
+    """`torch.load` is torch's for every thread while fairseq reads a checkpoint."""
+    train(data, tmp_path, "--router", "none", "--max-update", "1", "--disable-validation")
+    original, seen = torch.load, []
+    upgrade = checkpoint_utils._upgrade_state_dict
+    monkeypatch.setattr(
+        checkpoint_utils, "_upgrade_state_dict", lambda state: seen.append(torch.load is original) or upgrade(state)
+    )
+    state = checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "checkpoint_last.pt"))
+    assert seen == [True] and checkpoint_utils.torch is torch and "model" in state
+
+
 @pytest.mark.parametrize(
     ("options", "kept"),
     [

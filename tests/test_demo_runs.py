@@ -171,6 +171,22 @@ def test_another_run_in_the_folder_is_refused(make, commands):
     assert len(commands.calls) == 3
 
 
+def test_the_code_that_makes_a_run_is_all_of_the_package_but_what_looks_at_it(demo_runs, tmp_path):
+    """A change in any folder makes another run; one in commands and reports does not."""
+    folder = tmp_path / "package"
+    for name in ("a.py", "checkpoint/b.py", "moe/kernels/c.py", "reporting/d.py", "cli/e.py"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("1\n")
+    before = demo_runs.code_fingerprint(folder)
+    for name in ("a.py", "checkpoint/b.py", "moe/kernels/c.py", "reporting/d.py", "cli/e.py"):
+        (folder / name).write_text("2\n")
+        looks = name.startswith(("reporting", "cli"))
+        assert (demo_runs.code_fingerprint(folder) == before) == looks, name
+        (folder / name).write_text("1\n")
+    (folder / "checkpoint" / "b.py").rename(folder / "moe" / "b.py")
+    assert demo_runs.code_fingerprint(folder) != before
+
+
 def test_whatever_changes_a_run_gives_it_another_folder(make, commands, demo_runs, monkeypatch):
     """Its options, data, code and versions; the name tells model and seed."""
     folders = [make(**change)[0] for change in ({}, {"updates": 13}, {"seed": 2}, {"model": "switch"}, {"data": "b"})]

@@ -1,5 +1,7 @@
 """Composing, checking and planning experiments: what is refused, and with which line."""
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -123,6 +125,24 @@ def test_an_update_that_ranks_cannot_share():
         scaled_update_freq([3], 2, 4)
     with pytest.raises(UserError, match="use 1, 2 ranks"):
         scaled_update_freq([1, 3], 2, 3)
+
+
+def test_a_plan_of_another_criterion_and_of_none(tmp_path, capsys):
+    """Another one has no --update-freq-ranks, so that the batch grows with the ranks; none is one line."""
+    folder = tmp_path / "configs"
+    shutil.copytree(CONFIGS, folder)
+    plan = ["plan", "--config-dir", str(folder), "--config-name", "laptop/dense", "--ranks", "3"]
+    base, training = folder / "base.yaml", folder / "training" / "laptop.yaml"
+    text = base.read_text()
+    base.write_text(re.sub(r"  _name: hash_moe\n  log_expert_loads: true", "  _name: cross_entropy", text))
+    training.write_text(re.sub(r"criterion:\n  update_freq_ranks: 1.*\n", "", training.read_text()))
+    assert main(plan) == 0
+    assert re.search(r"Batch +12,288 tokens", capsys.readouterr().out)
+    training.write_text(training.read_text() + "criterion:\n")
+    assert main(plan) == 1
+    assert "laptop/dense: criterion says nothing; give one (criterion: {_name: ...})" in capsys.readouterr().err
+    assert main([*plan, "optimizer=null"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_plan_prints_sizes_and_what_is_missing(capsys):

@@ -18,10 +18,10 @@ from fairseq_hash.checkpoint.convert import merge
 from fairseq_hash.checkpoint.directory import PARTIAL_NAME, SHARD_NAME, lock, shard_name
 from fairseq_hash.checkpoint.loading import place_in_epoch
 from fairseq_hash.checkpoint.mainfile import duplicate
-from fairseq_hash.checkpoint.manifest import Manifest
+from fairseq_hash.checkpoint.manifest import KEY, Manifest
 from fairseq_hash.checkpoint.saved import open_shards, saved_tensors
 from fairseq_hash.checkpoint.saving import check_visible
-from fairseq_hash.checkpoint.shards import ShardFile, write_shard
+from fairseq_hash.checkpoint.shards import Shard, ShardFile, write_shard
 from fairseq_hash.errors import UserError
 from fairseq_hash.evaluation import loading_to_evaluate
 from fairseq_hash.layer import SparseLayer
@@ -38,6 +38,37 @@ def made(dtype, shape):
 def manifest_of(shards, experts):
     """Return a manifest of some shards."""
     return Manifest("00000000", 7, experts, "hash", "", None, shards=tuple(shards))
+
+
+def spoiled(**change):
+    """Return a main file's state whose manifest says something else."""
+    plain = manifest_of([Shard("experts/a.safetensors", "weights", 0, 2, 100, "0" * 64)], 2).to_plain()
+    return {KEY: {key: value for key, value in (plain | change).items() if value is not ...}}
+
+
+def test_a_whole_manifest_is_read_back():
+    manifest = manifest_of([Shard("experts/a.safetensors", "weights", 0, 2, 100, "0" * 64)], 2)
+    assert Manifest.of(spoiled(), "m.pt") == manifest
+    assert Manifest.of({}, "m.pt") is Manifest.of({KEY: "mine"}, "m.pt") is None
+
+
+@pytest.mark.parametrize("field", ["format", "update", "num_experts", "router", "dictionary_fingerprint", "shards"])
+@pytest.mark.parametrize("value", [..., None, [], 3.5, [{"file": "a"}], [3], {"x": 1}])
+def test_a_damaged_manifest_is_one_line(field, value):
+    """Fields that are missing, of another type, or half there, whichever they are."""
+    if (field, value) == ("shards", []):
+        return  # a dense model has none
+    with pytest.raises(UserError, match=r"^m.pt has (a damaged manifest \(.*\); use another|format .*; this version)"):
+        Manifest.of(spoiled(**{field: value}), "m.pt")
+    with pytest.raises(UserError, match="has a damaged manifest"):
+        Manifest.of(spoiled(unknown=1), "m.pt")
+
+
+@pytest.mark.parametrize("file", ["/etc/passwd", "../other/experts/a.safetensors", "experts/../../a", 3, None])
+def test_shards_are_below_the_folder_of_their_checkpoint(file):
+    shard = {"file": file, "part": "weights", "first": 0, "experts": 2, "bytes": 100, "header_sha256": "0" * 64}
+    with pytest.raises(UserError, match="m.pt (names the shard .* not below its folder|has a damaged manifest)"):
+        Manifest.of(spoiled(shards=[shard]), "m.pt")
 
 
 @given(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 from fairseq_hash.checkpoint.shards import Shard
@@ -46,15 +47,30 @@ class Manifest:
         """Return the manifest in a main file's `state`; None where there is none, as in files of fairseq itself.
 
         Raises:
-            UserError: for a manifest of another version.
+            UserError: for a manifest of another version, one that is damaged, or one that names files elsewhere.
         """
         plain = state.get(KEY)
         if not isinstance(plain, Mapping) or "save" not in plain:
             return None
-        if plain["format"] != FORMAT:
-            raise UserError(f"{path} has format {plain['format']}, and this version of fairseq_hash reads {FORMAT}")
+        if plain.get("format") != FORMAT:
+            raise UserError(f"{path} has format {plain.get('format')}; this version of fairseq_hash reads {FORMAT}")
         values = {key: value for key, value in plain.items() if key != "format"}
-        return cls(**{**values, "shards": tuple(Shard(**shard) for shard in plain["shards"])})
+        try:
+            manifest = cls(**{**values, "shards": tuple(Shard(**shard) for shard in values["shards"])})
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path} has a damaged manifest ({error}); use another checkpoint") from None
+        for record in (manifest, *manifest.shards):
+            if wrong := [
+                name for name, kind in KINDS[type(record)].items() if not isinstance(vars(record)[name], kind)
+            ]:
+                raise UserError(f"{path} has a damaged manifest (its {wrong[0]}); use another checkpoint")
+        for shard in manifest.shards:
+            if PurePosixPath(shard.file).is_absolute() or ".." in PurePosixPath(shard.file).parts:
+                raise UserError(
+                    f"{path} names the shard {shard.file}, which is not below its folder; use a checkpoint that "
+                    "fairseq_hash has saved"
+                )
+        return manifest
 
     def part(self, part: str) -> list[Shard]:
         """Return the shards of `weights` or `optimizer` in the order of their experts."""
@@ -78,3 +94,26 @@ class Manifest:
                 f"it has hash table {self.table_fingerprint[:12]}, this model has {table_fingerprint[:12]}; write the "
                 "checkpoint's with fairseq-hash checkpoint table, and give that file as --hash-table"
             )
+
+
+# What the fields of a manifest and of its shards are, as a file may say anything.
+KINDS: "dict[type, dict[str, tuple[type, ...]]]" = {
+    Manifest: {
+        "save": (str,),
+        "update": (int,),
+        "num_experts": (int,),
+        "router": (str,),
+        "dictionary_fingerprint": (str,),
+        "table_fingerprint": (str, type(None)),
+        "numbers": (Mapping,),
+        "provenance": (Mapping,),
+    },
+    Shard: {
+        "file": (str,),
+        "part": (str,),
+        "first": (int,),
+        "experts": (int,),
+        "bytes": (int,),
+        "header_sha256": (str,),
+    },
+}

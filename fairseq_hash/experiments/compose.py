@@ -25,6 +25,8 @@ from fairseq_hash.experiments.names import experiment_names
 from fairseq_hash.model import HashTransformerLMConfig
 
 FAIRSEQ_KEYS = tuple(FairseqConfig.__dataclass_fields__)
+# Groups that an experiment chooses one of.
+NAMED = ("task", "model", "criterion", "optimizer", "lr_scheduler")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def compose(config_dir: Path, name: str, overrides: Sequence[str] = ()) -> Exper
                 config = hydra.compose(name, list(overrides), return_hydra_config=True)
         HydraConfig.instance().set_config(config)
         return _finished(name, config)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra's ValueError: a group set to null
         raise UserError(f"{name}: {_one_line(error)}") from error
     except SystemExit as error:  # of `seams.configuration`, where fairseq merges in the defaults
         raise UserError(f"{name}: {str(error).removeprefix('fairseq_hash: ')}") from error
@@ -88,6 +90,10 @@ def _finished(name: str, config: DictConfig) -> Experiment:
     del config["hydra"]
     if unknown := sorted(set(config) - {*FAIRSEQ_KEYS, "experiment"}):
         raise UserError(f"{name}: {unknown[0]} is no group of options; known are {', '.join(FAIRSEQ_KEYS)}")
+    if empty := [group for group in NAMED if config.get(group) is None]:
+        raise UserError(
+            f"{name}: {empty[0]} says nothing; give one ({empty[0]}: {{_name: ...}}), or leave the line out"
+        )
     add_defaults(config)
     for group in FAIRSEQ_KEYS:
         known = getattr(OmegaConf.get_type(config, group), "__dataclass_fields__", None)

@@ -69,6 +69,16 @@ def _load_on_every_rank(
     return _checkpoints(trainer).loaded(filename, extra_state)
 
 
+class _TorchThatHasLoaded:
+    """torch for fairseq's module of checkpoints alone, where `load` returns what has been read already."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.load = lambda *_, **__: state
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
 @override(checkpoint_utils, "load_checkpoint_to_cpu")
 @one_line_errors
 def _read_without_running_code(
@@ -82,7 +92,7 @@ def _read_without_running_code(
     is_checked = not load_on_all_ranks or gather(path).index(path) == (dist.get_rank() if dist.is_initialized() else 0)
     read = functools.partial(read_checkpoint, path, is_checked=is_checked)
     state = together(read) if load_on_all_ranks else read()
-    with replaced(torch, "load", lambda *_, **__: state):
+    with replaced(checkpoint_utils, "torch", _TorchThatHasLoaded(state)):
         return original(path, arg_overrides, load_on_all_ranks)
 
 

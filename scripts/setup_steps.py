@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -77,7 +78,8 @@ class Steps:
             self._check(running)
             if time.monotonic() - said > EVERY:
                 said = time.monotonic()
-                self.say("; ".join(f"{name}: {self._now(name)}" for name in busy)[:WIDTH])
+                text = "; ".join(f"{name}: {self._now(name)}" for name in busy)
+                self.say(textwrap.shorten(text, WIDTH, placeholder=" ..."))
             time.sleep(0.05)
         self._check(running)
 

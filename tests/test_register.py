@@ -37,6 +37,17 @@ def test_light_imports(name):
     assert run(f"import sys, {name}; print([name for name in {heavy} if name in sys.modules])") == "[]"
 
 
+@pytest.mark.parametrize(
+    "words", [["sample", "no.pt"], ["experts", "no.pt", "x"], ["export", "no.pt", "--to", "hf", "out"]]
+)
+def test_a_missing_checkpoint_is_named_without_torch(words, tmp_path):
+    """Importing it takes seconds."""
+    (tmp_path / "x").write_text("a\n")
+    program = f"import os, sys; os.chdir({str(tmp_path)!r}); sys.modules['torch'] = None\n"
+    program += f"from fairseq_hash.cli import main; sys.stderr = sys.stdout; print(main({words}))"
+    assert run(program) == "fairseq-hash: no.pt does not exist; give the file of a checkpoint\n1"
+
+
 @pytest.mark.parametrize("name", ["hashing", "tables.building", "checkpoint.convert", "checkpoint.facts", "layer"])
 def test_imports_without_fairseq(name):
     program = (

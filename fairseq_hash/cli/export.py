@@ -4,6 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
+from fairseq_hash.cli.sample import check_checkpoint
 from fairseq_hash.errors import UserError
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -43,9 +44,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(arguments: argparse.Namespace) -> None:
     """Export, and say what was written."""
+    shard_size = bytes_of(arguments.shard_size)
+    check_checkpoint(arguments.checkpoint)
     from fairseq_hash.export.hf import export
 
-    shard_size = bytes_of(arguments.shard_size)
     export(arguments.checkpoint, arguments.out, arguments.data, arguments.sentencepiece, shard_size)
     print(f"wrote {arguments.out}")
 

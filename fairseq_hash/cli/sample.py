@@ -51,8 +51,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_checkpoint(path: Path) -> None:
+    """Raise `UserError` where a file is not there, before the seconds that importing torch takes."""
+    if not path.exists() and ":/" not in str(path):  # of what is elsewhere, loading says what to do
+        raise UserError(f"{path} does not exist; give the file of a checkpoint")
+
+
 def load_model(arguments: argparse.Namespace) -> "LanguageModel":
     """Load the checkpoint of a command line that `add_model` has read."""
+    check_checkpoint(arguments.checkpoint)
     from fairseq_hash.api import load
 
     given = arguments
@@ -66,6 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.text is not None and not arguments.text.strip():
         raise UserError("TEXT is empty; give some words, or leave it out to begin a line")
     check_html(arguments.html)
+    check_checkpoint(arguments.checkpoint)
 
     from rich.console import Console
     from rich.text import Text

@@ -20,7 +20,11 @@ PROVENANCE = {
 }
 # The figures by their files, in the order of the page: heading, caption, and the same as charts.
 FIGURES = {
-    "learning_curves.png": ("Learning curves", "Perplexity of the cross-entropy, every seed a line.", learning_charts),
+    "learning_curves.png": (
+        "Learning curves",
+        "Perplexity of the cross-entropy, by seed: strong lines are of validations, faint ones of the training.",
+        learning_charts,
+    ),
     "perplexity_by_experts.png": (
         "Perplexity by the number of experts",
         "Models that differ in their number of experts only, beside dense ones.",

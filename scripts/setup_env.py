@@ -229,7 +229,7 @@ def set_up(in_use: int) -> None:
             if not any(lock(in_use, fcntl.LOCK_EX | fcntl.LOCK_NB) or time.sleep(0.5) for _ in range(3)):
                 raise SetupError(f".venv must be made anew ({reason}), but another script uses it; wait for its end")
             start = time.monotonic()
-            say(f"making the environment in {VENV}: {reason}; this takes three to four minutes")
+            say(f"making the environment in {VENV}: {reason}; this takes two to three minutes")
             make(torch)
             left = problem(read_state(), torch)
             if left:

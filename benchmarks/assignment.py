@@ -20,7 +20,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from fairseq_hash.assignment import balanced_assignment
+from fairseq_hash.moe.balanced_assignment import balanced_assignment
 from fairseq_hash.provenance import provenance
 
 SHAPES = ((2048, 16), (2048, 64), (4096, 64))

@@ -63,11 +63,11 @@ from fairseq.logging import metrics
 from fairseq.trainer import Trainer
 from rich.console import Console
 
-from fairseq_hash import seams
-from fairseq_hash.checkpoint.layout import is_per_element
+from fairseq_hash import fairseq_patches
+from fairseq_hash.checkpoint.expert_state import is_per_element
 from fairseq_hash.cli import Parser
-from fairseq_hash.parallel import expert_names
-from fairseq_hash.progress import Display
+from fairseq_hash.core.progress import Display
+from fairseq_hash.parallel.groups import expert_names
 from fairseq_hash.provenance import provenance
 
 INTERVAL = 0.003  # seconds between two looks at the memory
@@ -284,7 +284,7 @@ def be_rank(rank: int, arguments: argparse.Namespace, folder: Path) -> None:
     if rank == 0:
         (folder / "results.json").write_text(json.dumps(results))
     dist.barrier()
-    seams.let_gloo_finish()
+    fairseq_patches.let_gloo_finish()
     dist.destroy_process_group()
 
 

@@ -2,7 +2,7 @@
 
 It is here to be measured beside the library's exchange of all rows at once (`communication.py`), forward only. A chunk
 is all rows of some of each rank's experts, so each expert's weights are read once and its matrix product stays whole.
-Shape suffixes: see `fairseq_hash.losses`; P ranks, e experts of each, R rows.
+Shape suffixes: see `fairseq_hash.moe.losses`; P ranks, e experts of each, R rows.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fairseq_hash.dispatch import DispatchPlan
-from fairseq_hash.parallel import ExpertParallel
+from fairseq_hash.moe.token_dispatcher import DispatchPlan
+from fairseq_hash.parallel.groups import ExpertParallel
 
 
 @dataclass(frozen=True)

@@ -56,15 +56,15 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fairseq_hash.cli import Parser
-from fairseq_hash.dispatch import PlanUnderWay, combine, dispatch, plan_dispatch
-from fairseq_hash.exchange import SplitSizes
-from fairseq_hash.experts import ExpertFeedForward
+from fairseq_hash.core.progress import Display
 from fairseq_hash.hashing import TableShape, build_table
-from fairseq_hash.layer import HashRoute, RoutingContext, SparseLayer
-from fairseq_hash.parallel import ExpertParallel, expert_parallel
-from fairseq_hash.progress import Display
+from fairseq_hash.moe.all_to_all import SplitSizes
+from fairseq_hash.moe.experts import ExpertFeedForward
+from fairseq_hash.moe.layer import HashRoute, RoutingContext, SparseLayer
+from fairseq_hash.moe.routers import Assignment
+from fairseq_hash.moe.token_dispatcher import PlanUnderWay, combine, dispatch, plan_dispatch
+from fairseq_hash.parallel.groups import ExpertParallel, expert_parallel
 from fairseq_hash.provenance import provenance
-from fairseq_hash.routers import Assignment
 
 VOCABULARY = 8000
 # What is called, what to clear gradients of, input and the gradient of the output.

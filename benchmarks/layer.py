@@ -12,7 +12,7 @@ autocast. All candidates run in turn within each round, in one run; nothing is d
 - hash, switch, base: our `SparseLayer`. Hash includes the lookup in a balanced table and the plan; base includes the
   balanced assignment, and with --forward-only takes the nearest centroid, as in evaluation.
 - hash (loop), hash (grouped), hash (padded): with --ways, hash by other ways of its experts (`WAYS` in
-  `fairseq_hash/feed_forward.py`) than the one that it takes here.
+  `fairseq_hash/moe/kernels/feed_forward.py`) than the one that it takes here.
 - dense (graph), hash (graph): with --graphs, on a GPU, each as the replay of a CUDA graph: the device's time without
   the host's, which a training hides behind other layers' work. Their ratio is to dense (graph).
 - mask-and-loop: a list of FFNs; for each, mask the tokens, run, write back. The same hash route and weights as ours:
@@ -68,8 +68,8 @@ from rich.console import Console
 from rounds import Spread, graphed, in_rounds, peak_bytes
 
 from fairseq_hash.cli import Parser
-from fairseq_hash.feed_forward import WAYS
-from fairseq_hash.progress import Display
+from fairseq_hash.core.progress import Display
+from fairseq_hash.moe.kernels.feed_forward import WAYS
 from fairseq_hash.provenance import provenance, usable_cores
 
 CANDIDATES = ("dense", "hash", "switch", "base", "mask-and-loop", "fairscale", "transformers")

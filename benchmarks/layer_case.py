@@ -1,6 +1,6 @@
 """What `layer.py` measures at one number of experts and of tokens: every layer, and the parts of the hash layer.
 
-Shape suffixes: see `fairseq_hash.losses`.
+Shape suffixes: see `fairseq_hash.moe.losses`.
 """
 
 import argparse
@@ -25,16 +25,16 @@ from peers import (
 from rounds import Call
 from torch import Tensor, nn
 
-import fairseq_hash.feed_forward as by_ways
-from fairseq_hash.assignment import balanced_assignment
-from fairseq_hash.dispatch import DispatchPlan, PlanUnderWay, combine, dispatch
-from fairseq_hash.expert_threads import for_each_group
-from fairseq_hash.experts import ExpertFeedForward
+import fairseq_hash.moe.kernels.feed_forward as by_ways
 from fairseq_hash.hashing import TableShape, build_table
-from fairseq_hash.large_tensors import empty_in_huge_pages
-from fairseq_hash.layer import HashRoute, RoutingContext, SparseLayer
-from fairseq_hash.parallel import ExpertParallel
-from fairseq_hash.routers import Assignment, BaseRouter, SwitchRouter
+from fairseq_hash.moe.balanced_assignment import balanced_assignment
+from fairseq_hash.moe.experts import ExpertFeedForward
+from fairseq_hash.moe.kernels.cpu_threads import for_each_group
+from fairseq_hash.moe.kernels.huge_pages import empty_in_huge_pages
+from fairseq_hash.moe.layer import HashRoute, RoutingContext, SparseLayer
+from fairseq_hash.moe.routers import Assignment, BaseRouter, SwitchRouter
+from fairseq_hash.moe.token_dispatcher import DispatchPlan, PlanUnderWay, combine, dispatch
+from fairseq_hash.parallel.groups import ExpertParallel
 
 VOCABULARY = 8000
 # Of the output, relative to its largest entry: sums of some hundreds of products in another order, then rounded.

@@ -1,7 +1,7 @@
 """What is compared: ours, the published reference's way and peers' layers, on the same tokens and expert weights.
 
 Each expert's weights are views of our stacks, so that many experts are in memory once; gradients are each layer's own.
-Shape suffixes: see `fairseq_hash.losses`.
+Shape suffixes: see `fairseq_hash.moe.losses`.
 """
 
 import copy
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from fairscale.nn import MOELayer, Top2Gate
 from torch import Tensor, nn
 
-from fairseq_hash.experts import ExpertFeedForward
+from fairseq_hash.moe.experts import ExpertFeedForward
 
 # Some CPUs take seconds for half a thousand rows and columns of half precision.
 LARGE_PRODUCT = {"cpu": 512, "cuda": 8192}

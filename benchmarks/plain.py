@@ -7,7 +7,7 @@ dropout. `PlainModel.like` takes over the weights, so that both models have the 
 An update is gradient clipping and AdamW without decay, which is Adam; fused, over fp32 weights. With bf16 the products
 run under autocast. Nothing waits for the device.
 
-Shape suffixes: see `fairseq_hash.losses`; V is the vocabulary.
+Shape suffixes: see `fairseq_hash.moe.losses`; V is the vocabulary.
 """
 
 from typing import Any

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq_hash import large_tensors
+from fairseq_hash.moe.kernels import huge_pages
 
 MEMORY_CALLS = 3
 
@@ -152,7 +152,7 @@ def _peak_of_one(call: Call, device: torch.device) -> "int | None":
 
 def reset_peak() -> bool:
     """Let the peak of resident memory be what is resident now, and say whether the system can do so."""
-    large_tensors.release()  # of our experts' gradients
+    huge_pages.release()  # of our experts' gradients
     try:
         # What the allocator keeps of freed memory would otherwise serve the call without being seen.
         ctypes.CDLL(None).malloc_trim(0)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_hash.cli import Parser
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 from fairseq_hash.experiments.evaluate import evaluation_command
 from fairseq_hash.provenance import provenance, usable_cores
 from fairseq_hash.reporting.logs import read_evaluations, read_lines

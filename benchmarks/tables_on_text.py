@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from fairseq_hash.progress import Display
+from fairseq_hash.core.progress import Display
+from fairseq_hash.hashing.dictionary import read_dictionary
 from fairseq_hash.provenance import provenance
-from fairseq_hash.tables.building import build
-from fairseq_hash.tables.dictionary import read_dictionary
-from fairseq_hash.tables.judging import Judge, JudgedTable
-from fairseq_hash.tables.options import Options
-from fairseq_hash.tables.text import open_text
+from fairseq_hash.table_tools.build_options import Options
+from fairseq_hash.table_tools.build_table import build
+from fairseq_hash.table_tools.evaluate_balance import Judge, JudgedTable
+from fairseq_hash.table_tools.token_streams import open_text
 
 RESTARTS = 16
 HEADINGS = ("E", "K", "table", "largest / mean", "no table is below", "valid: largest / mean", "no table is below")

@@ -77,8 +77,8 @@ from trainings import trainer_options as trainer_options
 from trainings import update as update
 
 from fairseq_hash.cli import Parser
-from fairseq_hash.errors import UserError
-from fairseq_hash.progress import Display
+from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.progress import Display
 from fairseq_hash.provenance import provenance, usable_cores
 
 RATE = "rate"  # the large product, beside the candidates

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from fairseq.data import Dictionary
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 
 SPLITS = ("train", "valid", "test")
 BLOCK = 1 << 20

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import fairseq_hash
 from fairseq_hash.cli import Parser
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 from fairseq_hash.provenance import usable_cores
 
 from .corpora import CORPORA, SPLITS

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 
 from .download import OnProgress, RemoteFile, download, exclusive, mismatch
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 
 from .sources import GivenText
 from .text import read_lines

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 from fairseq_hash.provenance import __version__, sha256_of_file
 
 TIMEOUT = 60.0  # seconds in which a server has to connect, and then to send something

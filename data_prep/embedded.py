@@ -18,7 +18,7 @@ import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 
 MINIMUM_WORDS = 400_000
 SPLITS = ("train", "valid", "test")

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
+from fairseq_hash.hashing.dictionary import read_dictionary
 from fairseq_hash.provenance import sha256_of_file
-from fairseq_hash.tables.dictionary import read_dictionary
 
 MODEL, DICTIONARY, PROVENANCE = "sentencepiece.model", "dict.txt", "provenance.json"
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from fairseq.data import Dictionary
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.progress import Display
 from fairseq_hash.hashing import dictionary_fingerprint
-from fairseq_hash.progress import Display
 from fairseq_hash.provenance import provenance, sha256_of_file
 
 from . import pieces

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fairseq_hash.errors import UserError
-from fairseq_hash.progress import Display
+from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.progress import Display
 from fairseq_hash.provenance import sha256_of_file
 
 from .corpora import Corpus, fetch_text

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 
 OPENERS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 LONGEST_LINE = 1 << 24  # bytes; a line is held in memory, and training samples are much shorter

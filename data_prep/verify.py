@@ -5,7 +5,7 @@ from typing import Any
 
 from fairseq.data import Dictionary
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 
 from .binarize import count_symbols
 

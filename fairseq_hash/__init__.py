@@ -14,7 +14,7 @@ LAZY = {"load": "fairseq_hash.api", "__version__": "fairseq_hash.provenance"}
 
 
 def register() -> None:
-    """Import fairseq; register the model, the criterion and the optimizer with it; make the changes of `seams`.
+    """Import fairseq, register the model, the criterion and the optimizer with it, and apply `fairseq_patches`.
 
     A second call does nothing.
 
@@ -32,13 +32,13 @@ def register() -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            for name in ("criterion", "fused_adam", "model", "seams"):
+            for name in ("lm.criterion", "lm.model", "training.fused_adam", "fairseq_patches"):
                 import_module(f"fairseq_hash.{name}")
     finally:
         logging.disable(disabled)
-    seams = sys.modules["fairseq_hash.seams"]
-    seams.require_supported_fairseq()
-    seams.ignore_warnings()
+    patches = sys.modules["fairseq_hash.fairseq_patches"]
+    patches.require_supported_fairseq()
+    patches.ignore_warnings()
 
 
 def __getattr__(name: str) -> Any:

@@ -17,8 +17,8 @@ from demo_data import PREPARATION_WORK, ROOT, data_fingerprint, prepare_data, sh
 from demo_process import StepFailed
 from demo_runs import EVALUATION_WORK, EXPERTS, MODELS, SUBSETS, make_run
 
-from fairseq_hash.errors import UserError
-from fairseq_hash.progress import Display
+from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.progress import Display
 from fairseq_hash.reporting.report import write_report
 
 NOTE = """\

@@ -9,8 +9,8 @@ from typing import Any
 
 from demo_process import run_logged
 
-from fairseq_hash.errors import UserError
-from fairseq_hash.progress import Display
+from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.progress import Display
 from fairseq_hash.provenance import sha256_of_file
 
 ROOT = Path(__file__).resolve().parent.parent

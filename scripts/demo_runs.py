@@ -13,8 +13,8 @@ from typing import Any
 from demo_data import ROOT, code_fingerprint, short_hash, shown, write_json
 from demo_process import run_logged
 
-from fairseq_hash.errors import UserError
-from fairseq_hash.progress import Display
+from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.progress import Display
 from fairseq_hash.reporting.logs import parse_line, statistics
 
 EXPERTS = 16

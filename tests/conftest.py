@@ -40,3 +40,11 @@ def data(tmp_path_factory):
     prefixes = [f"--{split}pref={folder / split}.txt" for split in ("train", "valid", "test")]
     plugin.command("preprocess", "--only-source", *prefixes, "--destdir", folder / "bin")
     return folder / "bin"
+
+
+@pytest.fixture
+def dictionary(tmp_path):
+    """A dictionary of five words with their counts."""
+    import called
+
+    return called.write_dictionary(tmp_path / "dict.txt", (50, 30, 20, 10, 7))

@@ -14,7 +14,7 @@ from torch import Tensor
 from fairseq_hash.api.routes import hash_tables, route
 from fairseq_hash.api.sampling import Sample, Sampling, sample
 from fairseq_hash.api.tokenizer import Pieces, Words
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 
 logger = logging.getLogger(__name__)
 

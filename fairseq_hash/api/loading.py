@@ -16,8 +16,8 @@ from omegaconf import open_dict
 from fairseq_hash.api.language_model import LanguageModel
 from fairseq_hash.api.tokenizer import tokenizer_for
 from fairseq_hash.checkpoint.loading import loading_weights_only, one_line, read_checkpoint
-from fairseq_hash.errors import UserError
-from fairseq_hash.evaluation import loading_to_evaluate
+from fairseq_hash.core.errors import UserError
+from fairseq_hash.lm.evaluation import loading_to_evaluate
 
 DICTIONARY = "dict.txt"
 PathLike = str | os.PathLike[str]

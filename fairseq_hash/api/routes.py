@@ -7,11 +7,11 @@ import torch
 from fairseq.data import Dictionary
 from torch import Tensor, nn
 
-from fairseq_hash.decoder import Place
-from fairseq_hash.dispatch import DispatchPlan
 from fairseq_hash.hashing.features import OF_TOKENS
-from fairseq_hash.layer import RoutingContext, SparseLayer
-from fairseq_hash.routers import Assignment
+from fairseq_hash.lm.decoder import Place
+from fairseq_hash.moe.layer import RoutingContext, SparseLayer
+from fairseq_hash.moe.routers import Assignment
+from fairseq_hash.moe.token_dispatcher import DispatchPlan
 
 COLUMNS = ("position", "token", "layer", "router", "choice", "expert", "weight", "dropped")
 # A layer's decision for one forward pass.

@@ -10,7 +10,7 @@ from fairseq.sequence_generator import SequenceGenerator
 from fairseq.tasks.language_modeling import LanguageModelingTask
 from torch import Tensor, nn
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 
 DEFAULT_LENGTH = 50
 

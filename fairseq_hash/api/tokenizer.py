@@ -6,7 +6,7 @@ from pathlib import Path
 import sentencepiece
 from fairseq.data import Dictionary
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 from fairseq_hash.hashing.words import BEGIN, JOIN
 
 # What data_prep writes beside dict.txt, and what fairseq's hub interface looks for.

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from fairseq_hash.checkpoint.directory import SHARDS, lock, shard_name
-from fairseq_hash.checkpoint.layout import EXPERT, take_moments
+from fairseq_hash.checkpoint.expert_state import EXPERT, take_moments
 from fairseq_hash.checkpoint.loading import loading_weights_only, read_checkpoint
 from fairseq_hash.checkpoint.mainfile import cannot_write, read_main, sync_folder, write_main
 from fairseq_hash.checkpoint.manifest import KEY, Manifest
-from fairseq_hash.checkpoint.saved import SavedExperts, take
+from fairseq_hash.checkpoint.sharded_tensor import SavedExperts, take
 from fairseq_hash.checkpoint.shards import write_shard
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 from fairseq_hash.provenance import now
 
 OPTIMIZER = "last_optimizer_state"  # fairseq's key

@@ -12,7 +12,7 @@ from typing import IO
 
 from fairseq_hash.checkpoint.mainfile import not_here, read_main
 from fairseq_hash.checkpoint.manifest import Manifest
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 from fairseq_hash.provenance import now
 
 logger = logging.getLogger(__name__)

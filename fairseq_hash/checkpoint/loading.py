@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fairseq_hash.agreement import together
-from fairseq_hash.checkpoint.layout import expert_numbers, is_per_element, optimized
+from fairseq_hash.checkpoint.expert_loading import fit_experts
+from fairseq_hash.checkpoint.expert_state import expert_numbers, is_per_element, optimized
 from fairseq_hash.checkpoint.mainfile import read_main
 from fairseq_hash.checkpoint.manifest import Manifest
-from fairseq_hash.checkpoint.own_experts import fit_experts
-from fairseq_hash.checkpoint.saved import SavedExperts, open_shards, saved_tensors, take
-from fairseq_hash.errors import UserError
-from fairseq_hash.parallel import ExpertParallel
+from fairseq_hash.checkpoint.sharded_tensor import SavedExperts, open_shards, saved_tensors, take
+from fairseq_hash.core.errors import UserError
+from fairseq_hash.parallel.collectives import together
+from fairseq_hash.parallel.groups import ExpertParallel
 
 if TYPE_CHECKING:  # checkpoints are read, merged and shown without fairseq
     from fairseq.optim import FairseqOptimizer

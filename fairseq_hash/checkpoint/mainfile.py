@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 
 
 def partial_of(path: Path) -> Path:

@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from fairseq_hash.checkpoint.shards import Shard
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 
 KEY = "fairseq_hash"  # of the main file's dictionary
 FORMAT = 1

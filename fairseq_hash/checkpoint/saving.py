@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fairseq_hash.agreement import gather, together
 from fairseq_hash.checkpoint.directory import SHARDS, collect, shard_name
-from fairseq_hash.checkpoint.layout import expert_numbers, expert_parameters, take_moments
+from fairseq_hash.checkpoint.expert_state import expert_numbers, expert_parameters, take_moments
 from fairseq_hash.checkpoint.mainfile import cannot_write, sync_folder
 from fairseq_hash.checkpoint.manifest import KEY, Manifest
 from fairseq_hash.checkpoint.shards import Shard, write_shard
-from fairseq_hash.errors import UserError
-from fairseq_hash.parallel import ExpertParallel
+from fairseq_hash.core.errors import UserError
+from fairseq_hash.parallel.collectives import gather, together
+from fairseq_hash.parallel.groups import ExpertParallel
 from fairseq_hash.provenance import now, provenance
 
 if TYPE_CHECKING:  # checkpoints are read, merged and shown without fairseq

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 
 FORMAT = "fairseq_hash experts 1"
 # safetensors' names of the types that parameters and an optimizer's state have.

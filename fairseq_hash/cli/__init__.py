@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 from fairseq_hash.provenance import __version__
 
 # Verb -> what it does. Its module is `fairseq_hash.cli.VERB`, with an underscore for a hyphen.

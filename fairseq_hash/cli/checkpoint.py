@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -111,10 +111,10 @@ def run_average(arguments: argparse.Namespace) -> None:
 
 def run_table(arguments: argparse.Namespace) -> None:
     """Write the hash table of a checkpoint to a file."""
-    from fairseq_hash.checkpoint.facts import model_options
+    from fairseq_hash.checkpoint.hash_tables import tables_of
+    from fairseq_hash.checkpoint.inspection import model_options
     from fairseq_hash.checkpoint.mainfile import read_main
     from fairseq_hash.checkpoint.manifest import Manifest
-    from fairseq_hash.checkpoint.tables import tables_of
     from fairseq_hash.hashing import save_table
 
     _check_out(arguments)
@@ -167,7 +167,7 @@ class Checks:
 
         from fairseq_hash.checkpoint.mainfile import read_main
         from fairseq_hash.checkpoint.manifest import Manifest
-        from fairseq_hash.checkpoint.saved import open_shards
+        from fairseq_hash.checkpoint.sharded_tensor import open_shards
         from fairseq_hash.checkpoint.shards import ShardFile
 
         manifest = None
@@ -225,7 +225,7 @@ def run_show(arguments: argparse.Namespace) -> None:
     """Print the facts of a checkpoint: as tables, or as JSON."""
     import json
 
-    from fairseq_hash.checkpoint.facts import facts
+    from fairseq_hash.checkpoint.inspection import facts
     from fairseq_hash.checkpoint.loading import read_checkpoint
 
     path = arguments.checkpoint

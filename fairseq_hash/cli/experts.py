@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from fairseq_hash.cli.sample import add_model, load_model
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,7 +38,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(arguments: argparse.Namespace) -> None:
     """Read, load, route, write."""
-    from fairseq_hash.tables.files import check_out, write_whole
+    from fairseq_hash.core.files import check_out, write_whole
 
     out = arguments.out
     if out is not None:

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from fairseq_hash.cli.sample import check_checkpoint
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 
 if TYPE_CHECKING:
     from fairseq_hash.experiments.ngrams import Line
@@ -31,11 +31,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Read, count, evaluate, and print the table."""
     from rich.console import Console
 
+    from fairseq_hash.core.progress import Display
     from fairseq_hash.experiments.ngrams import ORDERS, check_size, ngram_lines, read_stream
-    from fairseq_hash.progress import Display
-    from fairseq_hash.tables.counting import reading
-    from fairseq_hash.tables.dictionary import read_dictionary
-    from fairseq_hash.tables.text import open_text
+    from fairseq_hash.hashing.dictionary import read_dictionary
+    from fairseq_hash.table_tools.count_keys import reading
+    from fairseq_hash.table_tools.token_streams import open_text
 
     data, limit = arguments.data, arguments.tokens
     if limit is not None and limit < 1:
@@ -94,9 +94,9 @@ def write_json(path: Path, data: Path, symbols: list[str], lines: "list[Line]") 
     """
     from dataclasses import asdict
 
+    from fairseq_hash.core.files import write_whole
     from fairseq_hash.hashing import dictionary_fingerprint
     from fairseq_hash.provenance import provenance
-    from fairseq_hash.tables.files import write_whole
 
     record = {
         "model": "interpolated modified Kneser-Ney",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import fairseq_hash
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 from fairseq_hash.experiments.names import experiment_names, own_configs
 
 
@@ -106,7 +106,7 @@ def print_all(config_dir: Path, tflops: float) -> None:
 
     from fairseq_hash.experiments.compose import compose
     from fairseq_hash.experiments.sizes import dense_twin, sizes
-    from fairseq_hash.reporting.table import count_text, markdown
+    from fairseq_hash.reporting.comparison_table import count_text, markdown
 
     rows = []
     for name in track(experiment_names(config_dir), "composing", transient=True):

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 
 if TYPE_CHECKING:
     from fairseq_hash.api import LanguageModel
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from fairseq_hash.api.routed_text import by_layer, page, print_text
     from fairseq_hash.api.sampling import Sampling
-    from fairseq_hash.tables.files import write_whole
+    from fairseq_hash.core.files import write_whole
 
     names = ("length", "number", "temperature", "top_k", "top_p", "beam", "seed")
     sampling = Sampling(**{name: getattr(arguments, name) for name in names})

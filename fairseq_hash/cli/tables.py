@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
-from fairseq_hash.errors import UserError
-from fairseq_hash.tables.dictionary import read_dictionary
+from fairseq_hash.core.errors import UserError
+from fairseq_hash.hashing.dictionary import read_dictionary
 
-# Names only, so that the command's help needs no torch: those of `tables.options` and of `hashing.features`.
+# Names only, so that the command's help needs no torch: those of `table_tools.build_options` and of `hashing.features`.
 BUILDERS = ("balanced", "scattered", "random", "modulo", "round-robin", "clusters", "dispersed", "spread")
 FEATURES = ("token", "previous", "bigram", "ngram", "history", "position", "future", "predicted", "word")
 
@@ -116,13 +116,13 @@ def run_build(arguments: argparse.Namespace) -> None:
     """Build and write a table, then show it."""
     from dataclasses import fields
 
+    from fairseq_hash.core.files import check_out
     from fairseq_hash.hashing import save_table
     from fairseq_hash.hashing.balance import judge
-    from fairseq_hash.tables.building import build
-    from fairseq_hash.tables.files import check_out
-    from fairseq_hash.tables.judging import UNUSED, Judged, JudgedTable
-    from fairseq_hash.tables.options import Options, check
-    from fairseq_hash.tables.report import show
+    from fairseq_hash.table_tools.balance_report import show
+    from fairseq_hash.table_tools.build_options import Options, check
+    from fairseq_hash.table_tools.build_table import build
+    from fairseq_hash.table_tools.evaluate_balance import UNUSED, Judged, JudgedTable
 
     options = Options(**{field.name: getattr(arguments, field.name) for field in fields(Options)})
     check(options)
@@ -154,11 +154,11 @@ def run_compare(arguments: argparse.Namespace) -> None:
 
 
 def _judge(paths: list[Path], dictionary: Path, arguments: argparse.Namespace) -> None:
-    from fairseq_hash.tables.dictionary import token_counts
-    from fairseq_hash.tables.files import check_folder
-    from fairseq_hash.tables.judging import Judge, open_table
-    from fairseq_hash.tables.report import show, write
-    from fairseq_hash.tables.text import open_text
+    from fairseq_hash.core.files import check_folder
+    from fairseq_hash.hashing.dictionary import token_counts
+    from fairseq_hash.table_tools.balance_report import show, write
+    from fairseq_hash.table_tools.evaluate_balance import Judge, open_table
+    from fairseq_hash.table_tools.token_streams import open_text
 
     if arguments.counts and arguments.text:
         raise UserError("--counts and --text both say how often tokens occur; leave one out")
@@ -185,10 +185,10 @@ def _judge(paths: list[Path], dictionary: Path, arguments: argparse.Namespace) -
 
 def run_export(arguments: argparse.Namespace) -> None:
     """Write a table's experts for another framework."""
-    from fairseq_hash.tables.dictionary import read_vocabulary
-    from fairseq_hash.tables.files import check_out
-    from fairseq_hash.tables.foreign import check_exportable, reorder, write_tensor
-    from fairseq_hash.tables.judging import open_table, read_table
+    from fairseq_hash.core.files import check_out
+    from fairseq_hash.hashing.dictionary import read_vocabulary
+    from fairseq_hash.table_tools.evaluate_balance import open_table, read_table
+    from fairseq_hash.table_tools.tid2eid import check_exportable, reorder, write_tensor
 
     _check_seed(arguments)
     check_out(arguments.out, arguments.overwrite)
@@ -213,12 +213,12 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 def run_import(arguments: argparse.Namespace) -> None:
     """Make a table of another framework's, and write it."""
+    from fairseq_hash.core.files import check_out
     from fairseq_hash.hashing import save_table
-    from fairseq_hash.tables.dictionary import read_vocabulary, token_counts
-    from fairseq_hash.tables.files import check_out
-    from fairseq_hash.tables.foreign import import_table, read_tensor
-    from fairseq_hash.tables.judging import Judge
-    from fairseq_hash.tables.report import show
+    from fairseq_hash.hashing.dictionary import read_vocabulary, token_counts
+    from fairseq_hash.table_tools.balance_report import show
+    from fairseq_hash.table_tools.evaluate_balance import Judge
+    from fairseq_hash.table_tools.tid2eid import import_table, read_tensor
 
     _check_seed(arguments)
     if arguments.num_experts < 1:

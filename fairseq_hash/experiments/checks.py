@@ -6,15 +6,15 @@ from pathlib import Path
 from fairseq.criterions import CRITERION_REGISTRY
 from omegaconf import DictConfig
 
-from fairseq_hash import acting
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 from fairseq_hash.experiments.compose import Experiment
 from fairseq_hash.experiments.memory import place_of
-from fairseq_hash.hash_tables import build_tables
 from fairseq_hash.hashing.build import BUILDERS
-from fairseq_hash.options import SparseOptions
-from fairseq_hash.tables.dictionary import read_dictionary
-from fairseq_hash.training import check_training, scaled_update_freq
+from fairseq_hash.hashing.dictionary import read_dictionary
+from fairseq_hash.lm.hash_tables import build_tables
+from fairseq_hash.options import option_use
+from fairseq_hash.options.sparse_options import SparseOptions
+from fairseq_hash.training.shared_experts import check_training, scaled_update_freq
 
 
 def check_experiment(experiment: Experiment, ranks: int) -> None:
@@ -45,7 +45,7 @@ def check_experiment(experiment: Experiment, ranks: int) -> None:
 def in_vain(config: DictConfig) -> list[str]:
     """Return the options that a dense experiment has in vain; raise `UserError` where others cannot act."""
     options, kind = SparseOptions.from_config(config.model), CRITERION_REGISTRY[config.criterion._name]
-    return acting.check_model(options) + acting.check_criterion(kind, config.criterion, options)
+    return option_use.check_model(options) + option_use.check_criterion(kind, config.criterion, options)
 
 
 def check_data(folders: "str | None", subsets: tuple[str, ...]) -> None:

@@ -18,11 +18,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-# They register themselves: their defaults belong to the configuration.
-from fairseq_hash.criterion import HashMoECriterionConfig
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 from fairseq_hash.experiments.names import experiment_names
-from fairseq_hash.model import HashTransformerLMConfig
+from fairseq_hash.lm.model import HashTransformerLMConfig
+
+# They register themselves: their defaults belong to the configuration.
+from fairseq_hash.options.criterion_options import HashMoECriterionConfig
 
 FAIRSEQ_KEYS = tuple(FairseqConfig.__dataclass_fields__)
 # Groups that an experiment chooses one of.
@@ -74,7 +75,7 @@ def compose(config_dir: Path, name: str, overrides: Sequence[str] = ()) -> Exper
         return _finished(name, config)
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra's ValueError: a group set to null
         raise UserError(f"{name}: {_one_line(error)}") from error
-    except SystemExit as error:  # of `seams.configuration`, where fairseq merges in the defaults
+    except SystemExit as error:  # of `fairseq_patches.configuration`, where fairseq merges in the defaults
         raise UserError(f"{name}: {str(error).removeprefix('fairseq_hash: ')}") from error
     finally:
         HydraConfig.instance().cfg = before

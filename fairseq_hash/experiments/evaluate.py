@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import fairseq_hash
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 from fairseq_hash.reporting.runs import Run, load_run
 
 SUBSETS = ("valid", "test")

@@ -8,7 +8,7 @@ from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import DictConfig, OmegaConf
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 
 # Groups of which `fairseq-train` takes one by name.
 CHOSEN = {"task": "--task", "model": "--arch", "criterion": "--criterion", "optimizer": "--optimizer"}

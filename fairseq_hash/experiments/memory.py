@@ -5,8 +5,8 @@ keeps them. Activations, the buffers of data parallelism and what a library hold
 from omegaconf import DictConfig
 
 from fairseq_hash.experiments.sizes import Sizes
-from fairseq_hash.options import SparseOptions
-from fairseq_hash.parallel import ExpertParallel, planned
+from fairseq_hash.options.sparse_options import SparseOptions
+from fairseq_hash.parallel.groups import ExpertParallel, planned
 
 # Bytes of a weight, and of its copy and its gradient's in fp32, by precision. A gradient is of its weight's type.
 KEPT = {"fp32": (4, 0), "amp": (4, 0), "fp16": (2, 8), "bf16": (2, 8)}

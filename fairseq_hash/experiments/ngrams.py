@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fairseq_hash.errors import UserError
-from fairseq_hash.progress import Display
-from fairseq_hash.tables.dictionary import END
+from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.progress import Display
+from fairseq_hash.hashing.dictionary import END
 
 ORDERS = (1, 2, 3)
 FALLBACK = (0.5, 1.0, 1.5)  # KenLM's --discount_fallback

@@ -15,11 +15,11 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 from omegaconf import OmegaConf
 from torch import nn
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 from fairseq_hash.experiments.compose import Experiment
 from fairseq_hash.hashing.build import BUILDERS
-from fairseq_hash.layer import SparseLayer
-from fairseq_hash.model import HashTransformerLanguageModel, count_parameters, count_trained
+from fairseq_hash.lm.model import HashTransformerLanguageModel, count_parameters, count_trained
+from fairseq_hash.moe.layer import SparseLayer
 
 BACKWARD = 2  # a backward pass is two products for each of the forward pass
 

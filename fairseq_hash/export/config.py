@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fairseq_hash.checkpoint.facts import model_options
+from fairseq_hash.checkpoint.inspection import model_options
 from fairseq_hash.checkpoint.manifest import KEY
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 from fairseq_hash.export.tensors import Value
-from fairseq_hash.options import SparseOptions
+from fairseq_hash.options.sparse_options import SparseOptions
 
 MODELING, TOKENIZATION = "modeling_fairseq_hash", "tokenization_fairseq_hash"
 ACTIVATIONS = {"gelu_fast": "gelu_accurate"}  # older names

@@ -5,9 +5,9 @@ import os
 import shutil
 from pathlib import Path
 
-from fairseq_hash.checkpoint.facts import facts
+from fairseq_hash.checkpoint.inspection import facts
 from fairseq_hash.checkpoint.loading import loading_weights_only, read_checkpoint
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 from fairseq_hash.export.card import model_card
 from fairseq_hash.export.config import MODELING, TOKENIZATION, Model, model_of
 from fairseq_hash.export.tensors import write_weights

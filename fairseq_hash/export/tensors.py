@@ -8,7 +8,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from fairseq_hash.checkpoint.saved import SavedExperts, take
+from fairseq_hash.checkpoint.sharded_tensor import SavedExperts, take
 from fairseq_hash.checkpoint.shards import NAMES, row_bytes
 
 DTYPES = {**NAMES, torch.bool: "BOOL"}

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 from fairseq_hash.export.config import TOKENIZATION
 from fairseq_hash.hashing import dictionary_fingerprint
-from fairseq_hash.tables.dictionary import read_dictionary
+from fairseq_hash.hashing.dictionary import read_dictionary
 
 DICTIONARY, PIECES = "dict.txt", "sentencepiece.model"  # in the folder of the data, as data_prep writes them
 BEGIN = "\u2581"  # SentencePiece's mark of a word's beginning

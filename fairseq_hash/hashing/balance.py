@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 
 FAR = 2
 

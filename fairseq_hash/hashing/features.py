@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 from fairseq_hash.hashing.balance import expert_loads, filling_bound, judge
 from fairseq_hash.hashing.builders import check_counts, greedy_experts
 from fairseq_hash.hashing.table import HashTable, counts_fingerprint

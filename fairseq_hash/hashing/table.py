@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.memory import check_fits
 from fairseq_hash.hashing.features import OF_TOKENS, Feature
-from fairseq_hash.memory import check_fits
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 
 BASE = 0x5851F42D4C957F2D  # odd, so that no power of it loses bits
 MOST_PIECES = 16  # a word of more pieces has, from there on, the rows of its pieces

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from fairseq_hash.reporting import page, table
+from fairseq_hash.reporting import comparison_table, page
 from fairseq_hash.reporting.benchmarks_charts import bars_of_split, charts_by_experts, charts_by_tokens
 from fairseq_hash.reporting.benchmarks_files import PARTS, Benchmark, Row, load_benchmarks
 from fairseq_hash.reporting.benchmarks_plots import split_of_time, time_by_experts, time_by_tokens
@@ -142,13 +142,13 @@ def _provenance(benchmarks: Sequence[Benchmark]) -> pd.DataFrame:
 def _markdown(benchmarks: Sequence[Benchmark], title: str, note: str) -> str:
     parts = [f"# {title}", " ".join(COLUMNS.split())]
     for benchmark in benchmarks:
-        parts += [f"## {benchmark.name}", _settings(benchmark), table.markdown(times(benchmark))]
+        parts += [f"## {benchmark.name}", _settings(benchmark), comparison_table.markdown(times(benchmark))]
         parts += [f"- {text}" for text in benchmark.left_out]
         if len(parted := split(benchmark)):
-            parts += [f"### {benchmark.name}: where the time goes", table.markdown(parted)]
+            parts += [f"### {benchmark.name}: where the time goes", comparison_table.markdown(parted)]
     if note.strip():
         parts += ["## What this shows and what not", note.strip()]
-    parts += ["## Where this comes from", table.markdown(_provenance(benchmarks), words=True)]
+    parts += ["## Where this comes from", comparison_table.markdown(_provenance(benchmarks), words=True)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 
 KINDS = {"layer": "One layer", "train": "Whole trainings", "communication": "Shared experts"}
 PARTS = ("route", "gather", "exchange", "experts", "combine")  # of a call, in their order

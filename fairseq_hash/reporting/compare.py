@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_hash.reporting.checkpoints import contradiction
-from fairseq_hash.reporting.options import stable
+from fairseq_hash.reporting.run_options import stable
 from fairseq_hash.reporting.runs import Run
 
 

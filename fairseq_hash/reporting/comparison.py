@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from fairseq_hash.errors import UserError
-from fairseq_hash.reporting import published, table
+from fairseq_hash.core.errors import UserError
+from fairseq_hash.reporting import comparison_table, published
 from fairseq_hash.reporting.compare import sort_out
 from fairseq_hash.reporting.folders import find_failed_starts
 from fairseq_hash.reporting.naming import group_by_model
@@ -87,8 +87,8 @@ def compare(folders: Sequence[Path], title: str, note: str = "", unfinished: boo
     models = group_by_model(compared)
     reasons = {str(folder): reason for folder, reason in (find_failed_starts(folders) | left_out).items()}
     reasons |= _faults(compared)
-    of_runs = table.table_of_runs(models)
-    of_models = published.with_published(table.table_of_models(of_runs), models)
+    of_runs = comparison_table.table_of_runs(models)
+    of_models = published.with_published(comparison_table.table_of_models(of_runs), models)
     caution, legend = words_on_noise(of_models), published.legend(models)
     return Comparison(title, note, models, reasons, of_runs, of_models, caution, legend)
 
@@ -98,7 +98,7 @@ def _faults(runs: Sequence[Run]) -> dict[str, str]:
     faults = {}
     for run in runs:
         faults |= {f"{run.folder}, evaluation on {subset}": f"it {why}" for subset, why in run.faults.items()}
-        if "valid" not in run.evaluations and (why := table.why_partial(run)):
+        if "valid" not in run.evaluations and (why := comparison_table.why_partial(run)):
             faults[f"{run.folder}, validation in training"] = why
     return faults
 

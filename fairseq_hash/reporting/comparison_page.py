@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from fairseq_hash.reporting import page, table
+from fairseq_hash.reporting import comparison_table, page
 from fairseq_hash.reporting.charts import figures_of
 from fairseq_hash.reporting.comparison import COLUMNS, Comparison
 from fairseq_hash.reporting.curves import learning_charts
@@ -59,7 +59,7 @@ def sections(comparison: Comparison, figures: dict[str, list[bytes]], learning: 
     """Return the parts of the page under its heading; `learning` are the models whose learning curves are drawn."""
     of_models, runs = comparison.of_models, comparison.runs
     words = page.paragraphs(f"{comparison.caution}\n\n{comparison.legend}")
-    parts = [page.section("Results", page.table(table.for_readers(of_models), label="Results"), words)]
+    parts = [page.section("Results", page.table(comparison_table.for_readers(of_models), label="Results"), words)]
     if comparison.reasons:
         parts.append(page.section("Left out", page.table(comparison.left_out, words=True, label="Runs left out")))
     if comparison.note.strip():
@@ -69,7 +69,7 @@ def sections(comparison: Comparison, figures: dict[str, list[bytes]], learning: 
         if drawn:
             pictures = page.figure(caption, caption, *figures[name]) if name in figures else ""
             parts.append(page.section(heading, page.paragraphs(caption), figures_of(drawn), pictures))
-    layers = table.layers_for_readers(of_models)
+    layers = comparison_table.layers_for_readers(of_models)
     if len(layers):
         has_loads = any(sorted_loads(runs) for runs in comparison.models.values())
         unlogged = "" if has_loads else "No figure: the runs did not log it (--log-expert-loads)."

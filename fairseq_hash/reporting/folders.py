@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 from fairseq_hash.reporting.endings import last_error
 
 LOG_SUFFIXES = (".log", ".out")

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 
 from fairseq_hash.reporting import plots
 from fairseq_hash.reporting.charts import Chart, Line
+from fairseq_hash.reporting.comparison_table import last_validation, settled_intervals, sparse_layers
 from fairseq_hash.reporting.plots import Theme, colours_of, styled, styles_of
 from fairseq_hash.reporting.runs import Run
-from fairseq_hash.reporting.table import last_validation, settled_intervals, sparse_layers
 
 # A wider or longer figure could not be read.
 COLUMNS, MOST_PANELS, MOST_LAYERS = 4, 24, 3

@@ -10,17 +10,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 
 # fairseq's own commands write the first form, Hydra's the second. The last header counts: what stands before it was cut
 # off when an earlier session was killed.
 LINE = re.compile(
     r".*(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?: \| [A-Z]+ \| ([\w.]+) \| |,\d+\]\[([\w.]+)\]\[[A-Z]+\] - )(.*)",
 )
-# An oracle's result says that it is one (`seams/evaluation.py`).
+# An oracle's result says that it is one (`fairseq_patches/eval_lm.py`).
 RESULT = r"Loss \(base 2\): (\S+), Perplexity(?: of an oracle, which sees the next token)?: (\S+)"
 MODEL_RECORD = "model_record | "
-# What leaves a part of a text out says so: fairseq in an evaluation, `seams.lengths` in a training.
+# What leaves a part of a text out says so: fairseq in an evaluation, `fairseq_patches.lengths` in a training.
 SKIPPED = r"([\d,]+) samples have invalid sizes and will be skipped"
 LEFT_OUT = r"[\d,]+ of [\d,]+ samples of (\S+), with .* and left out$"
 

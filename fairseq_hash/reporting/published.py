@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 from fairseq_hash.reporting.runs import Run
 
 PUBLISHED = "experiment.published."

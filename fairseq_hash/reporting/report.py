@@ -10,9 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from fairseq_hash.errors import UserError
+from fairseq_hash.core.errors import UserError
 from fairseq_hash.provenance import provenance
-from fairseq_hash.reporting import table
+from fairseq_hash.reporting import comparison_table
 from fairseq_hash.reporting.comparison import COLUMNS, Comparison, compare
 from fairseq_hash.reporting.comparison_page import comparison_page
 from fairseq_hash.reporting.curves import learning_curves
@@ -106,14 +106,18 @@ def _finite(content: Any) -> Any:
 
 
 def _markdown(comparison: Comparison) -> str:
-    parts = [f"# {comparison.title}", table.markdown(table.for_readers(comparison.of_models)), comparison.caution]
+    parts = [
+        f"# {comparison.title}",
+        comparison_table.markdown(comparison_table.for_readers(comparison.of_models)),
+        comparison.caution,
+    ]
     parts += [comparison.legend] if comparison.legend else []
     parts.append(" ".join(COLUMNS.split()))
-    layers = table.layers_for_readers(comparison.of_models)
+    layers = comparison_table.layers_for_readers(comparison.of_models)
     if len(layers):
-        parts += ["## Sparse layers", table.markdown(layers)]
+        parts += ["## Sparse layers", comparison_table.markdown(layers)]
     if comparison.reasons:
-        parts += ["## Left out", table.markdown(comparison.left_out, words=True)]
+        parts += ["## Left out", comparison_table.markdown(comparison.left_out, words=True)]
     if comparison.note.strip():
         parts += ["## What this shows and what not", comparison.note.strip()]
     return "\n\n".join(parts) + "\n"

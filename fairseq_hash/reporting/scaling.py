@@ -13,12 +13,12 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from fairseq_hash.reporting import plots
 from fairseq_hash.reporting.charts import Chart, Line
+from fairseq_hash.reporting.comparison_table import measure
 from fairseq_hash.reporting.labels import Label, label_ends
 from fairseq_hash.reporting.naming import router_name, told_apart
 from fairseq_hash.reporting.plots import COLOURS, MARKERS, Theme, is_dense, lightened, styled
 from fairseq_hash.reporting.published import PublishedFigure, figures_of, is_comparable
 from fairseq_hash.reporting.runs import Run
-from fairseq_hash.reporting.table import measure
 
 EXPERTS = "model.num_experts"
 SUBSETS = ("valid", "test")  # the first that the runs were evaluated on

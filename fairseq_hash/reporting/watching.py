@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from fairseq_hash.errors import UserError
-from fairseq_hash.reporting import page, table
+from fairseq_hash.core.errors import UserError
+from fairseq_hash.reporting import comparison_table, page
 from fairseq_hash.reporting.comparison import Comparison, compare
 from fairseq_hash.reporting.comparison_page import sections, subtitle
 from fairseq_hash.reporting.report import write_files
@@ -83,7 +83,7 @@ def progress(comparison: Comparison) -> pd.DataFrame:
 
 
 def _progress_of(model: str, run: Run) -> dict[str, Any]:
-    last, validation = run.training.intervals[max(run.training.intervals)], table.last_validation(run)
+    last, validation = run.training.intervals[max(run.training.intervals)], comparison_table.last_validation(run)
     stop, updates = run.training.config.get("optimization.max_update") or 0, run.training.updates
     speed = last.get("ups") or 0
     return {
@@ -93,7 +93,7 @@ def _progress_of(model: str, run: Run) -> dict[str, Any]:
         "Of": f"{stop:,}" if stop else NOTHING,
         "Done": f"{updates / stop:.0%}" if stop else NOTHING,
         "Updates/s": f"{speed:.3g}" if speed else NOTHING,
-        "Left": table.duration_text(max(0, stop - updates) / speed) if stop and speed else NOTHING,
+        "Left": comparison_table.duration_text(max(0, stop - updates) / speed) if stop and speed else NOTHING,
         "Perplexity, training": f"{last['ppl']:.2f}" if "ppl" in last else NOTHING,
         "Perplexity, validation": f"{validation['ppl']:.2f}" if "ppl" in validation else NOTHING,
         "State": run.not_done,

@@ -16,7 +16,7 @@ if [[ ! -f $CHECKOUT/scripts/slurm/common.sh ]]; then
 fi
 . "$CHECKOUT/scripts/slurm/common.sh"
 
-readonly STOPPED=75 # fairseq_hash.stopping.EXIT_STATUS: saved, the same command goes on
+readonly STOPPED=75 # fairseq_hash.training.stop_signals.EXIT_STATUS: saved, the same command goes on
 
 # The signals come to this shell; the tasks get them through their srun.
 stop='' step='' interrupted=''

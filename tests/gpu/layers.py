@@ -10,11 +10,11 @@ import reference
 import torch
 import torch.nn.functional as F
 
-from fairseq_hash.dispatch import PlanUnderWay
-from fairseq_hash.experts import ExpertFeedForward, ExpertStack, GatedFeedForward
-from fairseq_hash.layer import HashRoute, RoutingContext, RoutingReport, SparseLayer
-from fairseq_hash.parallel import ExpertParallel
-from fairseq_hash.routers import Assignment, BaseRouter, HashWeights, SwitchRouter
+from fairseq_hash.moe.experts import ExpertFeedForward, ExpertStack, GatedFeedForward
+from fairseq_hash.moe.layer import HashRoute, RoutingContext, RoutingReport, SparseLayer
+from fairseq_hash.moe.routers import Assignment, BaseRouter, HashWeights, SwitchRouter
+from fairseq_hash.moe.token_dispatcher import PlanUnderWay
+from fairseq_hash.parallel.groups import ExpertParallel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # at most, of a value

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from fairseq_hash.assignment import balanced_assignment
+from fairseq_hash.moe.balanced_assignment import balanced_assignment
 
 SHAPES = [(64, 4), (200, 8), (512, 16), (1000, 7)]
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from fairseq_hash import feed_forward, grouped_linear
+from fairseq_hash.moe.kernels import feed_forward, grouped_mm
 from gpu.layers import DTYPES, FP32, ROUNDING, Case, assert_near, check, draw, expected, run, tolerance_of
 
 CASES = {
@@ -57,7 +57,7 @@ def test_autocast(case, dtype, device):
 @pytest.mark.parametrize("case", ["gelu", "gated with a limit", "stack of 2", "MultiHash, recomputed", "odd widths"])
 def test_the_path_taken(case, dtype, device, monkeypatch, record_property):
     """In bf16 on a GPU it is the grouped product, wherever rows are of whole 16 bytes."""
-    calls, grouped = [], grouped_linear.grouped_linear
+    calls, grouped = [], grouped_mm.grouped_linear
     monkeypatch.setattr(feed_forward, "grouped_linear", lambda *args: calls.append(args) or grouped(*args))
     layer = CASES[case].build(DTYPES[dtype])
     batch = draw(CASES[case], layer, DTYPES[dtype])

@@ -5,10 +5,10 @@ import pytest
 import reference
 import torch
 
-from fairseq_hash.hash_tables import TableBuffers
 from fairseq_hash.hashing import Feature, HashTable, TableShape, build_table
 from fairseq_hash.hashing.lookup import mix_tensor
 from fairseq_hash.hashing.words import polynomial_hash, word_index
+from fairseq_hash.lm.hash_tables import TableBuffers
 
 PAD, KEYS = 1, 97
 SYMBOLS = ["<s>", "<pad>", "</s>", "<unk>", "▁un", "do", "ne", "▁do", "▁", "n", "e", "▁undo"]

@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fairseq_hash.dispatch import PlanUnderWay
-from fairseq_hash.experts import ExpertFeedForward, GatedFeedForward
-from fairseq_hash.feed_forward import GPU_WAYS
-from fairseq_hash.group_sizes import GroupSizes
-from fairseq_hash.layer import HashRoute, RoutingContext, SparseLayer
-from fairseq_hash.parallel import ExpertParallel
-from fairseq_hash.routers import Assignment, HashWeights
+from fairseq_hash.moe.experts import ExpertFeedForward, GatedFeedForward
+from fairseq_hash.moe.kernels.feed_forward import GPU_WAYS
+from fairseq_hash.moe.kernels.group_sizes import GroupSizes
+from fairseq_hash.moe.layer import HashRoute, RoutingContext, SparseLayer
+from fairseq_hash.moe.routers import Assignment, HashWeights
+from fairseq_hash.moe.token_dispatcher import PlanUnderWay
+from fairseq_hash.parallel.groups import ExpertParallel
 
 EXPERTS, WIDTH, HIDDEN, TOKENS, VOCABULARY = 8, 64, 128, 96, 500
 

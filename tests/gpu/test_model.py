@@ -7,7 +7,7 @@ import pytest
 import torch
 from plugin import build
 
-from fairseq_hash.layer import RoutingContext, RoutingReport, SparseLayer
+from fairseq_hash.moe.layer import RoutingContext, RoutingReport, SparseLayer
 from gpu import waits
 from gpu.layers import FP32, assert_near
 

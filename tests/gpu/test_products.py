@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fairseq_hash.fused_feed_forward import HiddenLayer, Weights, fused_feed_forward
-from fairseq_hash.group_sizes import GroupSizes, count_groups
-from fairseq_hash.grouped_linear import grouped_linear, serves
+from fairseq_hash.moe.kernels.fused_loop import HiddenLayer, Weights, fused_feed_forward
+from fairseq_hash.moe.kernels.group_sizes import GroupSizes, count_groups
+from fairseq_hash.moe.kernels.grouped_mm import grouped_linear, serves
 from gpu.layers import DTYPES, assert_near, tolerance_of
 
 SIZES = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fairseq_hash.routers import BaseRouter, SwitchRouter
+from fairseq_hash.moe.routers import BaseRouter, SwitchRouter
 from gpu.layers import DTYPES, Case, check
 
 CASES = {

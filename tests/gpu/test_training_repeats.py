@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fairseq_hash.checkpoint.loading import read_checkpoint
-from fairseq_hash.checkpoint.saved import SavedExperts
+from fairseq_hash.checkpoint.sharded_tensor import SavedExperts
 from gpu.trainings import HASH, SWITCH, Several, finish, numbers, train
 
 CASES = {

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from fairseq.trainer import Trainer
 
-from fairseq_hash import model
-from fairseq_hash.parallel import ExpertParallel
+from fairseq_hash.lm import model
+from fairseq_hash.parallel.groups import ExpertParallel
 
 EXIT_CODE = "train_several exit code:"
 

@@ -1,0 +1,95 @@
+"""A tensor of all experts that lies in shards: who needs some experts reads these rows."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fairseq_hash.checkpoint.manifest import Manifest
+from fairseq_hash.checkpoint.shards import ShardFile
+from fairseq_hash.core.errors import UserError
+
+READERS = 4
+
+
+class SavedExperts:
+    """Stands for a tensor `[E, ...]` in a state dict."""
+
+    def __init__(self, name: str, files: Sequence[ShardFile]) -> None:
+        """Take the shards that hold it, in the order of their experts."""
+        self.name, self.files = name, files
+        self.dtype, (_, *rest) = files[0].shapes[name]
+        self.shape = torch.Size([sum(file.shard.experts for file in files), *rest])
+        self._file_of = [file for file in files for _ in file.shard.expert_ids]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def read_into(self, experts: range, out: Tensor) -> None:
+        """Read the rows of some experts into `out` `[e, ...]`, on any device and of any type.
+
+        A row goes straight into the memory of `out` where that has its type and is on the CPU.
+
+        Raises:
+            UserError: where a row fails its checksum.
+        """
+        is_direct = out.dtype == self.dtype and out.device.type == "cpu" and out.is_contiguous()
+
+        def read_one(expert: int) -> None:
+            place = expert - experts.start
+            row = out[place] if is_direct else torch.empty(self.shape[1:], dtype=self.dtype)
+            self._file_of[expert].read_row(self.name, expert, row)
+            if not is_direct:
+                out[place].copy_(row)
+
+        # Checksums take most of the time, and Python lets other threads run meanwhile.
+        with ThreadPoolExecutor(READERS) as readers:
+            list(readers.map(read_one, experts))
+
+    def read(self, experts: range, device: torch.device) -> Tensor:
+        """Return the rows of some experts, in the type they were saved in."""
+        out = torch.empty(len(experts), *self.shape[1:], dtype=self.dtype, device=device)
+        self.read_into(experts, out)
+        return out
+
+    def read_all(self) -> Tensor:
+        """Return all rows, on the CPU."""
+        return self.read(range(len(self)), torch.device("cpu"))
+
+    def mapped(self) -> Tensor:
+        """Return all rows; where they lie in one shard, in the file's memory, otherwise as a copy."""
+        parts = [file.mapped(self.name) for file in self.files]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def verify(self) -> None:
+        """Check every row. Raises `UserError` for the first that fails its checksum."""
+        row = torch.empty(self.shape[1:], dtype=self.dtype)
+        for expert, file in enumerate(self._file_of):
+            file.read_row(self.name, expert, row)
+
+
+def open_shards(folder: Path, manifest: Manifest, part: str) -> list[ShardFile]:
+    """Open all shards of a part and check size and header of each.
+
+    Raises:
+        UserError: where one is missing or another file, or where they are not all experts.
+    """
+    shards = manifest.part(part)
+    held = [expert for shard in shards for expert in shard.expert_ids]
+    if shards and held != list(range(manifest.num_experts)):
+        raise UserError(f"the checkpoint's {part} shards hold experts {held}, not 0 to {manifest.num_experts - 1}")
+    return [ShardFile(folder / shard.file, shard) for shard in shards]
+
+
+def saved_tensors(files: Sequence[ShardFile]) -> dict[str, SavedExperts]:
+    """Return what some shards hold, by name."""
+    return {name: SavedExperts(name, files) for name in files[0].shapes} if files else {}
+
+
+def take(value: "Tensor | SavedExperts", experts: range) -> Tensor:
+    """Return the rows of some experts: a tensor's own memory, or newly read to the CPU."""
+    if isinstance(value, SavedExperts):
+        return value.read(experts, torch.device("cpu"))
+    return value[experts.start : experts.stop]

@@ -1,0 +1,1 @@
+"""What every room uses: errors, checks of values, files, progress. No model, no fairseq."""

@@ -1,0 +1,95 @@
+"""The trainer's updates."""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from fairseq.trainer import Trainer
+from torch import Tensor, nn
+
+from fairseq_hash.fairseq_patches.registry import one_line_errors, override
+from fairseq_hash.training.shared_experts import SharedTraining, scaled_update_freq
+
+logger = logging.getLogger(__name__)
+
+
+@override(Trainer, "__init__")
+@one_line_errors
+def _train_with_shared_experts(
+    original: Callable[..., None],
+    trainer: Trainer,
+    cfg: Any,
+    task: Any,
+    model: nn.Module,
+    criterion: nn.Module,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Refuse what does not go with shared experts, and end the job as soon as one rank fails.
+
+    Upstream: `Trainer.train_step` and `valid_step` go on after one rank ran out of memory, or save a checkpoint on that
+    rank alone. Ranks that share experts wait for each other in every layer: what one of them does, and the others do
+    not, stops them all for good. The task's steps are what the trainer calls inside of that.
+    """
+    trainer.real_batches = []
+    trainer.shared = SharedTraining.of(cfg, model)
+    if trainer.shared is not None:
+        task.train_step = trainer.shared.watch_step(task.train_step)
+        task.valid_step = trainer.shared.watch_step(task.valid_step)
+    _keep_batch_size(cfg, getattr(criterion, "update_freq_ranks", 0))  # no criterion of fairseq's has it
+    original(trainer, cfg, task, model, criterion, *args, **kwargs)
+
+
+def _keep_batch_size(cfg: Any, meant_for: int) -> None:
+    """Let an update have as many batches on any number of ranks.
+
+    Upstream: `train` in fairseq_cli/train.py takes `--update-freq` as it is, so that the batch grows with the number of
+    ranks, and a training that goes on with another number of ranks is another training.
+    """
+    ranks, update_freq = cfg.distributed_training.distributed_world_size, list(cfg.optimization.update_freq)
+    if meant_for not in (0, ranks):
+        scaled = scaled_update_freq(update_freq, meant_for, ranks)
+        logger.info("--update-freq %s on %d ranks is %s on %d", update_freq, meant_for, scaled, ranks)
+        cfg.optimization.update_freq = scaled
+
+
+@override(Trainer, "train_step")
+def _end_together(original: Callable[..., Any], trainer: Trainer, samples: Any, *args: Any, **kwargs: Any) -> Any:
+    """End the job on an error of the reduction or the optimizer; say which rank has a loss that is not finite."""
+    trainer.real_batches = [sample is not None and len(sample) > 0 for sample in samples]
+    try:
+        if trainer.shared is None:
+            return original(trainer, samples, *args, **kwargs)
+        with trainer.shared.an_update():
+            return original(trainer, samples, *args, **kwargs)
+    finally:
+        trainer.real_batches = []
+
+
+@override(Trainer, "_aggregate_logging_outputs")
+def _leave_out_dummy_batches_only(
+    original: Callable[..., Any], trainer: Trainer, logs: Any, size: Any, *others: Any, ignore: bool = False
+) -> Any:
+    """Count the real batches of an update whose last batch is a dummy.
+
+    Upstream: with `--update-freq`, `Trainer.train_step` makes a dummy batch at the end of an epoch wipe out the losses
+    and the number of tokens of this rank's other batches in the same update, though not their gradients. The gradients
+    of all are then divided by too few tokens.
+    """
+    real = [log for log, is_real in zip(logs, trainer.real_batches, strict=False) if is_real]
+    if ignore and real:
+        return original(trainer, real, size + sum(log["sample_size"] for log in real), *others)
+    return original(trainer, logs, size, *others, ignore=ignore)
+
+
+@override(Trainer, "clip_grad_norm")
+def _clip_with_experts(original: Callable[..., Tensor], trainer: Trainer, clip_norm: float) -> Tensor:
+    """Clip by the norm of the dense gradients and those of all experts.
+
+    Upstream: `utils.clip_grad_norm_` leaves experts out of the norm, and scales them by it.
+    """
+    if trainer.shared is None:
+        return original(trainer, clip_norm)
+    norm = functools.partial(trainer.shared.norm, trainer.optimizer.optimizer, trainer.is_fsdp)
+    return trainer.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=norm)

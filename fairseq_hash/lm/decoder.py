@@ -1,0 +1,299 @@
+"""fairseq's Transformer decoder with sparse layers: where they stand, and how the token ids reach them.
+
+The route of a forward pass is one `RoutingContext`. It goes to the layers through the argument `encoder_out`, which a
+decoder-only model leaves empty and which activation checkpointing hands on to the recomputation. Each sparse layer
+returns its report as the third output, which fairseq's decoder ignores; a forward hook on the layer puts it into the
+context, after any checkpointing, so that the auxiliary losses have gradients.
+"""
+
+import contextlib
+import functools
+import itertools
+import logging
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fairseq import utils
+from fairseq.data import Dictionary
+from fairseq.distributed import fsdp_wrap
+from fairseq.models.transformer import TransformerConfig, TransformerDecoder
+from fairseq.modules import FairseqDropout
+from fairseq.modules.checkpoint_activations import checkpoint_wrapper
+from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
+from torch import Tensor, nn
+
+from fairseq_hash.lm.hash_tables import HashTables, build_tables
+from fairseq_hash.lm.predictor import Predictor
+from fairseq_hash.moe.distributed_assignment import balance_over
+from fairseq_hash.moe.experts import ExpertFeedForward, ExpertStack, GatedFeedForward
+from fairseq_hash.moe.layer import HashRoute, RoutingContext, SparseLayer
+from fairseq_hash.moe.mapped_experts import MappedExperts
+from fairseq_hash.moe.routers import Assignment, BaseRouter, HashWeights, SwitchRouter
+from fairseq_hash.moe.token_dispatcher import PlanUnderWay
+from fairseq_hash.options.sparse_options import SparseOptions
+from fairseq_hash.parallel.groups import Alone, ExpertParallel, mark_experts
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a sparse layer stands: the number of its decoder layer, its router, and its hash route where it has one."""
+
+    number: int
+    router: str
+    hash_route: "int | None" = None
+
+
+def build_router(
+    options: SparseOptions, model_width: int, parallel: ExpertParallel, place: Place
+) -> "nn.Module | None":
+    """Return the router of a sparse layer; of a hash layer what weighs its experts, None where nothing is learned."""
+    if place.router == "switch":
+        return SwitchRouter(model_width, options.num_experts, options.router_jitter, place.number)
+    if place.router == "base":
+        return BaseRouter(model_width, options.num_experts, place.number, balance_over(options.base_balance, parallel))
+    if options.hash_weights == "learned":
+        return HashWeights(model_width, options.num_experts, options.hash_score, options.hash_scale)
+    return None
+
+
+def build_experts(
+    options: SparseOptions,
+    cfg: TransformerConfig,
+    ids: Sequence[int],
+    key: "tuple[int | str, ...]",
+    segments: int = 1,
+    first: "tuple[nn.Linear, nn.Linear] | None" = None,
+) -> nn.Module:
+    """Build the experts `ids`; `key` is of their random numbers, `first` the linear layers that expert 0 starts as."""
+    width, hidden = cfg.decoder.embed_dim, cfg.decoder.ffn_embed_dim
+    dropout = options.expert_dropout
+    if dropout is None:
+        dropout = cfg.activation_dropout or cfg.relu_dropout or 0.0  # as fairseq's own layers choose it
+    if options.expert_form == "swiglu":
+        return GatedFeedForward(ids, width, hidden, options.swiglu_limit, dropout, key, options.recompute_hidden)
+    activation = utils.get_activation_fn(cfg.activation_fn)
+    if options.sparse_placement == "insert":
+        return ExpertStack(
+            ids, options.expert_sublayers, width, hidden, activation, dropout, key[0], options.recompute_hidden
+        )
+    return ExpertFeedForward(ids, width, hidden, activation, dropout, key, first, segments, options.recompute_hidden)
+
+
+def build_sparse_layer(
+    options: SparseOptions,
+    cfg: TransformerConfig,
+    parallel: ExpertParallel,
+    place: Place,
+    first: "tuple[nn.Linear, nn.Linear] | None" = None,
+) -> SparseLayer:
+    """Build router and experts of a sparse layer; `first` are the dense FFN's two linear layers."""
+    is_hash = place.hash_route is not None
+    segments = options.multi_hash if is_hash else 1
+    with torch.device("meta") if options.map_experts else contextlib.nullcontext():
+        experts = build_experts(options, cfg, parallel.expert_ids, (place.number,), segments, first)
+    if options.map_experts:
+        experts = MappedExperts(experts)
+    layer = SparseLayer(
+        build_router(options, cfg.decoder.embed_dim, parallel, place),
+        experts,
+        parallel,
+        options.capacity_factor,
+        options.eval_capacity_factor,
+        hash_route=place.hash_route,
+        segments=segments,
+        choices=options.experts_per_token if is_hash else 1,
+        shared=build_experts(options, cfg, [0], ("shared", place.number)) if options.shared_expert else None,
+    )
+    if parallel.is_shared:
+        # Where fully sharded data parallel wraps the layer: it shards what all ranks have, and leaves these alone.
+        alone = {"process_group": Alone(), "process_group_reduce_scatter": Alone()}
+        layer.experts = fsdp_wrap(layer.experts, **alone)
+        mark_experts(layer.experts)
+    return layer
+
+
+class SparseDecoderLayer(TransformerDecoderLayerBase):
+    """A decoder layer whose FFN is a `SparseLayer`."""
+
+    def __init__(self, cfg: TransformerConfig, options: SparseOptions, parallel: ExpertParallel, place: Place) -> None:
+        super().__init__(cfg, no_encoder_attn=True)
+        # The dense FFN is built first, and becomes expert 0: the random numbers of all other parameters are then those
+        # of the dense model with the same seed.
+        dense = self._modules.pop("fc1"), self._modules.pop("fc2")
+        self.sparse = build_sparse_layer(options, cfg, parallel, place, first=dense)
+        # `forward` runs fc1, activation, dropout and fc2 in turn: here fc1 is the whole FFN, and the rest does nothing.
+        self.activation_fn = self.fc2
+        self.activation_dropout_module = FairseqDropout(0.0)
+        self._context: RoutingContext | None = None
+        self._report: Tensor | None = None
+
+    def fc1(self, x: Tensor) -> Tensor:
+        """The whole sparse FFN."""
+        y, self._report = self.sparse(x, self._context)
+        return y
+
+    @staticmethod
+    def fc2(x: Tensor) -> Tensor:
+        """Nothing: `fc1` is the whole FFN."""
+        return x
+
+    def forward(
+        self, x: Tensor, encoder_out: RoutingContext, *args: Any, **kwargs: Any
+    ) -> "tuple[Tensor, Tensor | None, Tensor]":
+        """Return x of shape `[L, B, D]`, attention weights or None, and the report; `encoder_out` is the context."""
+        # The two attributes hold for this call only: fairseq's forward passes nothing but x to fc1.
+        self._context = encoder_out
+        try:
+            x, attention, _ = super().forward(x, None, *args, **kwargs)
+            return x, attention, self._report
+        finally:
+            self._context = self._report = None
+
+
+class InsertedLayer(nn.Module):
+    """A residual stack of expert sub-layers between two decoder layers (BASE Layers, section 4.1)."""
+
+    def __init__(self, cfg: TransformerConfig, options: SparseOptions, parallel: ExpertParallel, place: Place) -> None:
+        super().__init__()
+        self.sparse = build_sparse_layer(options, cfg, parallel, place)
+
+    def forward(
+        self, x: Tensor, encoder_out: RoutingContext, *args: Any, **kwargs: Any
+    ) -> "tuple[Tensor, None, Tensor]":
+        """Return x of shape `[L, B, D]`, None for attention weights, and the report; `encoder_out` is the context."""
+        y, report = self.sparse(x, encoder_out)
+        return x + y, None, report
+
+
+class HashTransformerDecoder(TransformerDecoder):
+    """fairseq's `TransformerDecoder` with sparse layers as the options in `args` say."""
+
+    def __init__(
+        self,
+        args: Namespace,
+        dictionary: Dictionary,
+        embed_tokens: nn.Module,
+        no_encoder_attn: bool = False,
+        output_projection: "nn.Module | None" = None,
+        *,
+        parallel: ExpertParallel,
+    ) -> None:
+        self.parallel = parallel
+        self.options = SparseOptions.from_config(args)
+        self.places = self._places(args.decoder_layers)
+        self._numbers = itertools.count()  # fairseq builds the layers in order and tells none its number
+        super().__init__(args, dictionary, embed_tokens, no_encoder_attn, output_projection)
+        cfg = TransformerConfig.from_namespace(args)
+        for before, place in enumerate(self.places.values()):
+            at = place.number
+            if self.options.sparse_placement == "insert":
+                at += 1 + before
+                self.layers.insert(at, _wrap(InsertedLayer(cfg, self.options, self.parallel, place), cfg))
+            self.layers[at].register_forward_hook(functools.partial(_keep_report, (place.number, place.router)))
+        self.hash_tables: HashTables | None = None
+        self.predictor: Predictor | None = None
+        hash_layers = sum(place.router == "hash" for place in self.places.values())
+        if hash_layers:
+            shape = self.options.table_shape(self.options.num_experts, self.max_positions())
+            self.hash_tables = build_tables(self.options, dictionary.symbols, dictionary.count, shape, hash_layers)
+
+    def _places(self, decoder_layers: int) -> dict[int, Place]:
+        """Return where the sparse layers stand, by the number of their decoder layer."""
+        routers = self.options.layer_routers(decoder_layers)
+        hash_layers = [number for number, router in routers.items() if router == "hash"]
+        routes = dict.fromkeys(hash_layers, 0)
+        if self.options.has_table_per_layer:
+            routes = {number: route for route, number in enumerate(hash_layers)}
+        return {number: Place(number, router, routes.get(number)) for number, router in routers.items()}
+
+    def build_decoder_layer(self, cfg: TransformerConfig, no_encoder_attn: bool = False) -> nn.Module:
+        """Build the next layer: fairseq's own, or a sparse one in its place."""
+        place = self.places.get(next(self._numbers))
+        if place is not None and self.options.sparse_placement == "replace":
+            return _wrap(SparseDecoderLayer(cfg, self.options, self.parallel, place), cfg)
+        return super().build_decoder_layer(cfg, no_encoder_attn)
+
+    def extract_features(
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: Any = None,
+        incremental_state: "dict[str, dict[str, Tensor | None]] | None" = None,
+        full_context_alignment: bool = False,
+        alignment_layer: "int | None" = None,
+        alignment_heads: "int | None" = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Return features `[B, L, D]` and fairseq's extra outputs, with `routing`: the report of each sparse layer."""
+        context = self.routing_context(prev_output_tokens, is_step=incremental_state is not None)
+        x, extra = super().extract_features(
+            prev_output_tokens,
+            {"encoder_out": [context], "encoder_padding_mask": []},
+            incremental_state,
+            full_context_alignment,
+            alignment_layer,
+            alignment_heads,
+        )
+        extra["routing"] = context.reports
+        extra["is_oracle"] = self.is_oracle
+        return x, extra
+
+    def set_predictor(self, predictor: Predictor) -> None:
+        """Let the hash tables' rows be found by what a trained model predicts."""
+        self.predictor = predictor
+        self.hash_tables.require_predictor(predictor.fingerprint)
+
+    @property
+    def is_oracle(self) -> bool:
+        """Whether a hash layer sees the token that the model is to predict."""
+        return self.hash_tables is not None and self.options.feature.is_oracle
+
+    def routing_context(self, token_BL: Tensor, is_step: bool = False) -> RoutingContext:
+        """Return what the sparse layers share for token ids `[B, L]`: the hash routes are made here, for all of them.
+
+        Args:
+            token_BL: int64, the whole prefix.
+            is_step: whether the layers see the last token only, in generation step by step.
+
+        Raises:
+            SystemExit: with one line, in generation with an oracle.
+        """
+        if is_step and self.is_oracle:
+            # Not an error that ranks wait for each other with: in generation some may have no sentence.
+            raise SystemExit(
+                f"fairseq_hash: --hash-feature {self.options.hash_feature} sees the next token, which generation does "
+                "not have; evaluate such a model with fairseq-eval-lm only"
+            )
+        seen_BL = token_BL[:, -1:] if is_step else token_BL
+        context = RoutingContext.of_tokens(seen_BL, self.padding_idx)
+        if self.hash_tables is None:
+            return context
+        predicted_BL = None if self.predictor is None else self.predictor(token_BL)
+        options, columns = self.options, self.options.multi_hash
+        factor = options.capacity_factor if self.training else options.eval_capacity_factor
+        for table in self.hash_tables:
+            row_BL = table.rows(token_BL, self.padding_idx, predicted_BL)[:, -seen_BL.shape[1] :]
+            expert_TK = table(context.select(row_BL))
+            if columns > 1:  # of MultiHash: each expert has a group of rows for each segment
+                expert_TK = expert_TK * columns + torch.arange(columns, device=expert_TK.device)
+            weight_TK = None
+            if options.experts_per_token > 1:
+                share = options.hash_scale / options.experts_per_token
+                weight_TK = torch.full(expert_TK.shape, share, device=expert_TK.device)
+            plan = PlanUnderWay(expert_TK, self.parallel.in_segments(columns), factor)
+            context.hash_routes.append(HashRoute(Assignment(expert_TK, weight_TK), plan, columns))
+        return context
+
+
+def _keep_report(layer: tuple[int, str], module: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    inputs[1].reports[layer] = output[2]
+
+
+def _wrap(layer: nn.Module, cfg: TransformerConfig) -> nn.Module:
+    """Wrap a sparse layer as fairseq's decoder wraps its own: activation checkpointing, sharded data parallel."""
+    if cfg.checkpoint_activations:
+        layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
+    return fsdp_wrap(layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)

@@ -1,0 +1,299 @@
+"""The model `hash_transformer_lm`: options, sized architectures, and what is recorded of it in the log."""
+
+import functools
+import json
+import logging
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from fairscale.nn.wrap.auto_wrap import ConfigAutoWrap
+from fairseq.models import register_model, register_model_architecture
+from fairseq.models.transformer_lm import (
+    TransformerLanguageModel,
+    TransformerLanguageModelConfig,
+    base_lm_architecture,
+)
+from fairseq.tasks import FairseqTask
+from torch import nn
+
+from fairseq_hash import fairseq_patches
+from fairseq_hash.checkpoint.loading import SavedState, one_line
+from fairseq_hash.checkpoint.manifest import Manifest
+from fairseq_hash.core.errors import UserError
+from fairseq_hash.hashing import dictionary_fingerprint
+from fairseq_hash.lm.decoder import HashTransformerDecoder
+from fairseq_hash.lm.evaluation import is_evaluation
+from fairseq_hash.lm.freezing import freeze
+from fairseq_hash.lm.memory_check import check_fits_here
+from fairseq_hash.lm.predictor import load_predictor
+from fairseq_hash.moe.layer import SparseLayer
+from fairseq_hash.options import option_use
+from fairseq_hash.options.sparse_options import SparseOptions
+from fairseq_hash.parallel.collectives import check_same, together
+from fairseq_hash.parallel.groups import expert_names, expert_parallel, reduce_expert_gradients
+from fairseq_hash.parallel.watchdog import watchdog_of
+from fairseq_hash.provenance import provenance
+from fairseq_hash.training.shared_experts import check_device
+
+logger = logging.getLogger("fairseq_hash.model")  # the name that reports of all versions look for
+
+# What would make ranks train different models, or wait for each other for ever.
+SAME_ON_ALL_RANKS = ("fairseq_hash", "torch", "dictionary_fingerprint", "table_fingerprint", "predictor_fingerprint")
+SAME_ON_ALL_RANKS += ("parameters_total",)
+
+# What a checkpoint's manifest says of a model.
+FACTS = ("num_experts", "router", "dictionary_fingerprint", "table_fingerprint")
+
+
+@dataclass
+class HashTransformerLMConfig(SparseOptions, TransformerLanguageModelConfig):
+    """The options of fairseq's `transformer_lm` and those of the sparse layers."""
+
+
+@register_model("hash_transformer_lm", dataclass=HashTransformerLMConfig)
+class HashTransformerLanguageModel(TransformerLanguageModel):
+    """A Transformer language model whose chosen layers have experts; without any, it is fairseq's `transformer_lm`."""
+
+    @classmethod
+    def hub_models(cls) -> dict[str, Any]:
+        """Return no models: fairseq's own are of another class."""
+        return {}
+
+    @classmethod
+    @fairseq_patches.one_line_errors
+    def build_model(cls, args: "Mapping[str, Any] | Namespace", task: FairseqTask) -> "HashTransformerLanguageModel":
+        """Build the model and log its record, one line of JSON.
+
+        Raises:
+            SystemExit: with one line, where an option is out of range or does not fit another.
+        """
+        options = SparseOptions.from_config(args)
+        together(functools.partial(check_options, args, options))
+        check_same(asdict(options))
+        if not options.is_sparse:
+            model = together(functools.partial(super().build_model, args, task))
+        else:
+            parallel = expert_parallel(options.num_experts, options.expert_parallel_size, options.expert_dispatch)
+            if not is_evaluation():
+                vocabulary = len(task.source_dictionary)
+                together(functools.partial(check_fits_here, args, options, vocabulary, parallel.size))
+            if parallel.is_shared:  # from here on a rank that fails ends the job: the others wait for it
+                watchdog_of(parallel.rank, parallel.world_size)
+            with fairseq_patches.language_model_decoder(functools.partial(HashTransformerDecoder, parallel=parallel)):
+                model = together(functools.partial(super().build_model, args, task))
+            if options.hash_predictor:
+                load = functools.partial(load_predictor, options.hash_predictor, task)
+                model.decoder.set_predictor(together(load))
+            if model.decoder.is_oracle:
+                logger.warning("--hash-feature %s sees the next token: its perplexity is an oracle's", options.feature)
+            if not is_evaluation():
+                freeze(model, options.freeze)
+            model._ddp_params_and_buffers_to_ignore = expert_names(model)  # torch's DistributedDataParallel reads it
+            logger.info("expert_parallel | %s", parallel.describe())
+        record = model_record(model, args, options, task)
+        check_same({key: record[key] for key in SAME_ON_ALL_RANKS})
+        model.options = options
+        model.from_dense, model.freeze = options.from_dense, options.freeze
+        model.is_oracle = options.is_sparse and model.decoder.is_oracle
+        model.facts = {key: record[key] for key in FACTS}
+        logger.info("model_record | %s", json.dumps(record))
+        return model
+
+    def all_reduce_grads(self) -> None:
+        """Reduce the experts' gradients among their replicas; fairseq's optimizers call it once an update."""
+        for layer in self.modules():
+            if isinstance(layer, SparseLayer) and layer.parallel.is_shared:
+                reduce_expert_gradients(layer.experts.parameters(), layer.parallel)
+
+    def upgrade_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Upgrade a saved state as fairseq does, but for the output projection that an adaptive softmax does not have.
+
+        fairseq's decoder adds one wherever embeddings are shared, and cannot load the state then.
+        """
+        super().upgrade_state_dict(state_dict)
+        if getattr(self.decoder, "adaptive_softmax", None) is not None:
+            state_dict.pop("decoder.output_projection.weight", None)
+
+    @fairseq_patches.one_line_errors
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint's weights, each rank its own experts.
+
+        Raises:
+            SystemExit: on every rank, with one line, where a rank finds that they are damaged, or do not fit: another
+                number of experts, dictionary or table, other sizes.
+        """
+        return together(functools.partial(self._load, state_dict, *args, **kwargs))
+
+    def _load(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        path, manifest = (state_dict.path, state_dict.manifest) if isinstance(state_dict, SavedState) else (None, None)
+        try:
+            if manifest is not None:
+                check_manifest(manifest, self.facts)
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        except RuntimeError as error:
+            raise UserError(f"{path or 'the state'} does not fit this model: {one_line(error)}") from error
+        except UserError as error:
+            raise UserError(f"{path}: {error}" if path else str(error)) from error
+
+
+def check_manifest(manifest: Manifest, facts: Mapping[str, Any]) -> None:
+    """Raise `UserError` where a checkpoint's experts, dictionary or table are not those of a model."""
+    if manifest.router != "none" and facts["router"] == "none":
+        raise UserError(f"it has {manifest.num_experts} experts and --router {manifest.router}; this model is dense")
+    if manifest.router == "none" and facts["router"] != "none":
+        raise UserError("it is a dense model, this one has experts; a new training starts from it by --from-dense")
+    table = None if is_evaluation() else facts["table_fingerprint"]
+    manifest.check(facts["num_experts"], facts["dictionary_fingerprint"], table)
+
+
+def check_options(args: Any, options: SparseOptions) -> None:
+    """Raise `UserError` where an option is out of range, or one of fairseq's does not go with sparse layers."""
+    options.check()
+    check_device(is_sharded=ConfigAutoWrap.in_autowrap_context, on_cpu=False)
+    if options.map_experts and not is_evaluation():
+        raise UserError("--map-experts is for evaluation: fairseq-eval-lm --model-overrides \"{'map_experts': True}\"")
+    if not is_evaluation() and (texts := option_use.check_model(options)):
+        logger.warning(option_use.in_vain(texts))
+    if not options.is_sparse:
+        return
+    if options.freeze != "none" and ConfigAutoWrap.in_autowrap_context:
+        raise UserError(
+            f"--freeze {options.freeze} does not go with --ddp-backend fully_sharded, which makes one tensor "
+            "of weights that train and others; use legacy_ddp or pytorch_ddp"
+        )
+    options.layer_routers(args.decoder_layers)
+    if options.from_dense and options.expert_form != "plain":
+        raise UserError(f"--from-dense copies a plain FFN; --expert-form {options.expert_form} has no such weights")
+    if args.base_layers:
+        raise UserError(
+            f"--base-layers {args.base_layers} is fairseq's own BASE layer, which PyPI's fairseq cannot build; "
+            "use --router base --sparse-placement insert"
+        )
+    if args.decoder_layerdrop > 0:
+        raise UserError(
+            f"--decoder-layerdrop {args.decoder_layerdrop} skips layers whose routing is reported; "
+            "leave it out or use --router none"
+        )
+    if args.decoder_layers_to_keep:
+        raise UserError(
+            f"--decoder-layers-to-keep {args.decoder_layers_to_keep} renumbers the layers that --sparse-layers names; "
+            "leave it out"
+        )
+    if args.quant_noise_pq > 0:
+        raise UserError(
+            f"--quant-noise-pq {args.quant_noise_pq} does not apply to experts; leave it out or use --router none"
+        )
+    if args.scale_fc and options.sparse_placement == "replace":
+        raise UserError("--scale-fc does not apply to experts; leave it out or use --sparse-placement insert")
+
+
+def whole_size(parameter: nn.Parameter) -> int:
+    """Return the number of elements of a parameter, of which fairscale may have left this rank a shard."""
+    return parameter._orig_size.numel() if hasattr(parameter, "_orig_size") else parameter.numel()
+
+
+def layers_and_dense(model: nn.Module) -> tuple[list[SparseLayer], list[nn.Parameter]]:
+    """Return the sparse layers of a model, and its parameters that are not of the experts they choose among."""
+    layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
+    experts = {id(parameter) for layer in layers for parameter in layer.experts.parameters()}
+    return layers, [parameter for parameter in model.parameters() if id(parameter) not in experts]
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return all parameters of a model, those on other ranks included, and those that one token uses.
+
+    A token uses K experts of each sparse layer, and the shared one.
+    """
+    layers, others = layers_and_dense(model)
+    dense = sum(map(whole_size, others))
+    total = dense + sum(layer.parallel.num_experts * layer.expert_size for layer in layers)
+    return total, dense + sum(layer.choices * layer.expert_size for layer in layers)
+
+
+def count_trained(model: nn.Module) -> int:
+    """Return the parameters of a model that are not frozen, those on other ranks included."""
+    layers, others = layers_and_dense(model)
+    trained = [layer for layer in layers if all(p.requires_grad for p in layer.experts.parameters())]
+    dense = sum(whole_size(parameter) for parameter in others if parameter.requires_grad)
+    return dense + sum(layer.parallel.num_experts * layer.expert_size for layer in trained)
+
+
+def model_record(model: nn.Module, args: Any, options: SparseOptions, task: FairseqTask) -> dict[str, Any]:
+    """Return what a report needs to know of a model: options, sizes, fingerprints and provenance, ready for JSON."""
+    total, active = count_parameters(model)
+    sparse = options.is_sparse
+    tables, predictor = (model.decoder.hash_tables, model.decoder.predictor) if sparse else (None, None)
+    return {
+        **provenance(),
+        **{key: value for key, value in asdict(options).items() if key != "_name"},
+        "router": options.router or "none",
+        "num_experts": options.num_experts if sparse else 1,
+        "expert_parallel_size": model.decoder.parallel.size if sparse else 1,
+        "sparse_layers": list(options.layer_numbers(args.decoder_layers)) if sparse else [],
+        "parameters_total": total,
+        "parameters_active": active,
+        "parameters_trained": count_trained(model),
+        "dictionary_fingerprint": dictionary_fingerprint(task.source_dictionary.symbols),
+        # A model to be evaluated takes its table from the checkpoint, later.
+        "table_fingerprint": tables.fingerprint if tables is not None and not is_evaluation() else None,
+        "predictor_fingerprint": predictor.fingerprint if predictor is not None else None,
+    }
+
+
+def _architecture(args: Namespace, **sizes: Any) -> None:
+    """Fill in what the command line leaves open: sizes first, then the defaults of the sparse layers and of fairseq."""
+    defaults = {f.name: f.default for f in fields(SparseOptions) if f.name != "_name"}
+    for name, value in {**sizes, **defaults}.items():
+        if not hasattr(args, name):
+            setattr(args, name, value)
+    base_lm_architecture(args)
+    fairseq_patches.allow_bf16_without_tpu(args)
+
+
+fairseq_patches.set_architecture("hash_transformer_lm", fairseq_patches.allow_bf16_without_tpu)
+
+
+@register_model_architecture("hash_transformer_lm", "hash_transformer_lm_tiny")
+def tiny(args: Namespace) -> None:
+    """4 layers, D 128, F 512: minutes on a CPU."""
+    _architecture(
+        args,
+        decoder_layers=4,
+        decoder_embed_dim=128,
+        decoder_ffn_embed_dim=512,
+        decoder_attention_heads=4,
+        dropout=0.0,
+        share_decoder_input_output_embed=True,
+    )
+
+
+@register_model_architecture("hash_transformer_lm", "hash_transformer_lm_small")
+def small(args: Namespace) -> None:
+    """6 layers, D 512, F 2048."""
+    _architecture(args, decoder_layers=6, decoder_embed_dim=512, decoder_ffn_embed_dim=2048, decoder_attention_heads=8)
+
+
+@register_model_architecture("hash_transformer_lm", "hash_transformer_lm_base")
+def base(args: Namespace) -> None:
+    """12 layers, D 768, F 3072: GPT-2's smallest, and StableMoE's base set-up."""
+    _architecture(
+        args, decoder_layers=12, decoder_embed_dim=768, decoder_ffn_embed_dim=3072, decoder_attention_heads=12
+    )
+
+
+@register_model_architecture("hash_transformer_lm", "hash_transformer_lm_medium")
+def medium(args: Namespace) -> None:
+    """24 layers, D 1024, F 4096."""
+    _architecture(
+        args, decoder_layers=24, decoder_embed_dim=1024, decoder_ffn_embed_dim=4096, decoder_attention_heads=16
+    )
+
+
+@register_model_architecture("hash_transformer_lm", "hash_transformer_lm_large")
+def large(args: Namespace) -> None:
+    """24 layers, D 2048, F 8192: the dense part of BASE's 4.5B model."""
+    _architecture(
+        args, decoder_layers=24, decoder_embed_dim=2048, decoder_ffn_embed_dim=8192, decoder_attention_heads=16
+    )

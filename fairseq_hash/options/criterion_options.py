@@ -1,0 +1,35 @@
+"""Options of the criterion `hash_moe`."""
+
+from dataclasses import dataclass, field
+
+from fairseq.criterions.cross_entropy import CrossEntropyCriterionConfig
+
+
+@dataclass
+class HashMoECriterionConfig(CrossEntropyCriterionConfig):
+    """Weights of the auxiliary losses, relative to the cross-entropy of one token in nats."""
+
+    load_balance_weight: float = field(
+        default=0.01,
+        metadata={"help": "weight of the load-balancing loss of each sparse layer with a switch router, 0 or more"},
+    )
+    z_loss_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "weight of the z-loss of each sparse layer with a switch router, 0 or more (0.001 in ST-MoE)"
+        },
+    )
+    log_expert_loads: bool = field(
+        default=False,
+        metadata={
+            "help": "also log each expert's share of the tokens as a list, for every sparse layer: in the JSON log, "
+            "and as histograms in TensorBoard"
+        },
+    )
+    update_freq_ranks: int = field(
+        default=0,
+        metadata={
+            "help": "number of ranks N that --update-freq F is meant for: W ranks accumulate F * N / W batches each, "
+            "so that an update has as many tokens on any number of ranks; 0: F on any number"
+        },
+    )

@@ -1,0 +1,136 @@
+"""Options of hash layers: features, tables, several experts a token. The other half of `options`."""
+
+from dataclasses import dataclass, field
+
+from fairseq.dataclass import FairseqDataclass
+
+from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.validators import check_at_least, check_one_of
+from fairseq_hash.hashing import BUILDERS, FEATURES, Feature, TableShape
+from fairseq_hash.hashing.build import DRAWN
+from fairseq_hash.hashing.features import OF_BUCKETS
+from fairseq_hash.moe.routers import SCORES
+
+WEIGHTS = ("uniform", "learned")
+
+
+@dataclass
+class HashOptions(FairseqDataclass):
+    """What the hash layers of a model are. `check_hash` raises `UserError` for a value out of range."""
+
+    hash_table: str = field(
+        default="balanced",
+        metadata={
+            "help": "balanced or scattered (by the counts in the dictionary; scattered for several experts a token), "
+            f"{', '.join(BUILDERS[2:])}, or the path of a table file; one for all layers with --router hash, or one "
+            "for each, comma separated"
+        },
+    )
+    hash_seed: int = field(default=42, metadata={"help": "seed of the tables that are random, 0 or more"})
+    hash_per_layer: bool = field(
+        default=False,
+        metadata={
+            "help": "give each hash layer a table of its own: --hash-table balanced, scattered or random, other seeds"
+        },
+    )
+    hash_feature: str = field(
+        default="token",
+        metadata={
+            "help": f"what is hashed: {', '.join(FEATURES)}; future is an oracle, for analysis; predicted needs "
+            "--hash-predictor; word needs a table file"
+        },
+    )
+    hash_length: int = field(
+        default=0,
+        metadata={
+            "help": "number of tokens of --hash-feature ngram (the last ones, this one included) or history (those "
+            "before this one)"
+        },
+    )
+    hash_buckets: int = field(
+        default=262144,
+        metadata={"help": "number of rows of a table over --hash-feature bigram, ngram or history, 1 or more"},
+    )
+    hash_predictor: str = field(
+        default="",
+        metadata={
+            "help": "checkpoint of a language model with the same dictionary whose most probable next token is what "
+            "--hash-feature predicted hashes"
+        },
+    )
+    multi_hash: int = field(
+        default=1,
+        metadata={
+            "help": "number of hash functions, each of which picks the expert of one segment of the FFN's hidden "
+            "layer, 1 or more; parameters and FLOPs are those of 1"
+        },
+    )
+    experts_per_token: int = field(
+        default=1, metadata={"help": "number of experts that the table gives each token, 1 to --num-experts"}
+    )
+    hash_weights: str = field(
+        default="uniform",
+        metadata={
+            "help": "how the outputs of a token's experts are weighted: uniform (their mean) or learned (by scores of "
+            "the activation, normalised over these experts)"
+        },
+    )
+    hash_score: str = field(
+        default="softmax", metadata={"help": f"score of --hash-weights learned: {', '.join(SCORES)}"}
+    )
+    hash_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "what the weights of a token's experts add up to, more than 0 (2.5 in DeepSeek-V4); for "
+            "--experts-per-token 2 or more"
+        },
+    )
+
+    @property
+    def has_table_per_layer(self) -> bool:
+        """Whether each hash layer has a table of its own."""
+        return self.hash_per_layer or "," in self.hash_table
+
+    @property
+    def feature(self) -> Feature:
+        """The feature that is hashed; raises `UserError` where it is none."""
+        return Feature(self.hash_feature, self.hash_length)
+
+    def table_shape(self, num_experts: int, positions: int) -> TableShape:
+        """Return what is asked of a table, for sequences of at most `positions` tokens."""
+        is_multi_hash = self.multi_hash > 1
+        return TableShape(
+            num_experts,
+            self.multi_hash if is_multi_hash else self.experts_per_token,
+            is_multi_hash,
+            self.feature,
+            self.hash_buckets if self.hash_feature in OF_BUCKETS else positions,
+        )
+
+    def check_hash(self, num_experts: int) -> None:
+        """Raise `UserError` for the first value that is out of its range, or does not go with another."""
+        _ = self.feature
+        check_one_of("--hash-weights", self.hash_weights, WEIGHTS)
+        check_one_of("--hash-score", self.hash_score, SCORES)
+        check_at_least("--hash-seed", self.hash_seed, 0)
+        check_at_least("--hash-buckets", self.hash_buckets, 1)
+        check_at_least("--multi-hash", self.multi_hash, 1)
+        if not 1 <= self.experts_per_token <= num_experts:
+            raise UserError(
+                f"--experts-per-token {self.experts_per_token} is out of range; "
+                f"give 1 to {num_experts}, the number of experts"
+            )
+        if not 0 < self.hash_scale < float("inf"):
+            raise UserError(f"--hash-scale {self.hash_scale} is out of range; give a number above 0")
+        if self.multi_hash > 1 and self.experts_per_token > 1:
+            raise UserError(
+                f"--multi-hash {self.multi_hash} and --experts-per-token {self.experts_per_token} do not go together; "
+                "use one of them"
+            )
+        if (self.hash_feature == "predicted") != bool(self.hash_predictor):
+            raise UserError("--hash-feature predicted and --hash-predictor go together; give both or none")
+        if self.hash_per_layer and self.hash_table not in ("balanced", *DRAWN):
+            raise UserError(
+                f"--hash-per-layer draws tables for --hash-table balanced, {' or '.join(DRAWN)}, not "
+                f"{self.hash_table}; give a table file for each hash layer, comma separated, in its place"
+            )

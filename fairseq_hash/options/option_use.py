@@ -1,0 +1,175 @@
+"""When each of our options acts: one statement for each, so that none is given in vain without a word.
+
+A value that is not the default and cannot act beside the other options is refused. Where a dense model is asked for by
+name (`--router none`) it is named in the log in its place: configurations share options among dense and sparse models.
+In evaluation nothing is asked: the options are then those of a checkpoint.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fairseq_hash.core.errors import UserError
+from fairseq_hash.hashing.build import BUILDERS, DRAWN
+from fairseq_hash.hashing.features import OF_BUCKETS
+from fairseq_hash.options.sparse_options import SparseOptions
+
+
+@dataclass(frozen=True)
+class Statement:
+    """When an option acts.
+
+    Attributes:
+        acts: whether it does beside these options of the model.
+        needs: what it needs to act, as a user gives it.
+        asks_nothing: a value beside the default that asks for nothing, so that it needs nothing.
+        is_shared: whether a dense model by name may have it: named in the log, not refused.
+    """
+
+    acts: Callable[[SparseOptions], bool]
+    needs: str = ""
+    asks_nothing: Any = None
+    is_shared: bool = True
+
+
+def _tables(options: SparseOptions) -> list[str]:
+    return [name.strip() for name in options.hash_table.split(",")]
+
+
+def _has_hash(options: SparseOptions) -> bool:
+    return "hash" in options.routers
+
+
+def _weighs_several(options: SparseOptions) -> bool:
+    return _has_hash(options) and options.experts_per_token > 1
+
+
+def _draws_tables(options: SparseOptions) -> bool:
+    """Whether some table depends on the seed: of balanced ones all but the first do."""
+    has_further = options.hash_per_layer or options.multi_hash > 1
+    return any(name in DRAWN or (name == "balanced" and has_further) for name in _tables(options))
+
+
+def _fills_buckets(options: SparseOptions) -> bool:
+    return options.hash_feature in OF_BUCKETS and any(name in BUILDERS for name in _tables(options))
+
+
+ALWAYS = Statement(lambda options: True)
+SPARSE = Statement(lambda options: options.is_sparse, "experts (--router hash, switch or base)")
+HASH = Statement(_has_hash, "a hash layer (--router hash)")
+SWITCH = Statement(lambda options: "switch" in options.routers, "a switch layer (--router switch)")
+BASE = Statement(lambda options: "base" in options.routers, "a BASE layer (--router base)")
+SEVERAL = Statement(_weighs_several, "several experts of a token (--router hash, --experts-per-token 2 or more)")
+
+MODEL = {
+    "router": ALWAYS,
+    "num_experts": SPARSE,
+    "sparse_layers": SPARSE,
+    "sparse_placement": SPARSE,
+    "expert_sublayers": Statement(
+        lambda options: options.is_sparse and options.sparse_placement == "insert", "--sparse-placement insert"
+    ),
+    "capacity_factor": SPARSE,
+    "eval_capacity_factor": SPARSE,
+    "router_jitter": SWITCH,
+    "base_balance": BASE,
+    "expert_dropout": SPARSE,
+    "recompute_hidden": SPARSE,
+    "expert_form": SPARSE,
+    "swiglu_limit": Statement(
+        lambda options: options.is_sparse and options.expert_form == "swiglu", "--expert-form swiglu"
+    ),
+    "shared_expert": SPARSE,
+    "expert_parallel_size": SPARSE,
+    "expert_dispatch": SPARSE,
+    "from_dense": Statement(SPARSE.acts, SPARSE.needs, is_shared=False),
+    "freeze": Statement(SPARSE.acts, SPARSE.needs, is_shared=False),
+    "map_experts": ALWAYS,  # refused in training, where it never acts
+    "hash_table": HASH,
+    "hash_seed": Statement(
+        lambda options: _has_hash(options) and _draws_tables(options),
+        f"a table that is drawn (--router hash, --hash-table {' or '.join(DRAWN)}; balanced with --hash-per-layer or "
+        "--multi-hash)",
+    ),
+    "hash_per_layer": Statement(
+        lambda options: options.hash_layers > 1, "two hash layers or more (--router hash, --sparse-layers 1,3)"
+    ),
+    "hash_feature": HASH,
+    "hash_length": HASH,
+    "hash_buckets": Statement(
+        lambda options: _has_hash(options) and _fills_buckets(options),
+        f"a table of buckets that is built here (--router hash, --hash-feature {', '.join(OF_BUCKETS)})",
+    ),
+    "hash_predictor": HASH,
+    "multi_hash": HASH,
+    "experts_per_token": HASH,
+    "hash_weights": SEVERAL,
+    "hash_score": Statement(
+        lambda options: _weighs_several(options) and options.hash_weights == "learned", "--hash-weights learned"
+    ),
+    "hash_scale": SEVERAL,
+}
+CRITERION = {
+    "load_balance_weight": Statement(SWITCH.acts, SWITCH.needs, asks_nothing=0),
+    "z_loss_weight": SWITCH,
+    "log_expert_loads": SPARSE,
+    "update_freq_ranks": ALWAYS,
+}
+
+
+def check_model(options: SparseOptions) -> list[str]:
+    """Raise `UserError` for an option that cannot act; return those that a model, dense by name, has in vain."""
+    return _check(options, {f.name: f.default for f in fields(SparseOptions)}, MODEL, vars(options))
+
+
+def check_criterion(kind: type, config: Mapping[str, Any], options: SparseOptions) -> list[str]:
+    """Do the same for a criterion: its class, and its options with its name as `_name`.
+
+    Raises:
+        UserError: where an option cannot act, too, and where a router needs another criterion.
+    """
+    from fairseq_hash.lm.criterion import HashMoECriterion, HashMoECriterionConfig
+
+    name = config["_name"]
+    if not issubclass(kind, HashMoECriterion):
+        if "switch" in options.routers:
+            raise UserError(
+                f"--criterion {name} leaves out the load-balancing loss of --router {options.router}; use --criterion "
+                "hash_moe (without that loss: --load-balance-weight 0)"
+            )
+        if _has_hash(options) and options.feature.is_oracle:
+            raise UserError(
+                f"--criterion {name} calls the perplexity of --hash-feature {options.hash_feature}, an oracle, a "
+                "language model's; use --criterion hash_moe"
+            )
+        return []
+    return _check(options, {f.name: f.default for f in fields(HashMoECriterionConfig)}, CRITERION, config)
+
+
+def in_vain(texts: list[str]) -> str:
+    """Return one line about options of a dense model that do nothing."""
+    return f"a dense model has no use for {', '.join(texts)}"
+
+
+def _check(
+    options: SparseOptions, defaults: Mapping[str, Any], statements: Mapping[str, Statement], values: Mapping[str, Any]
+) -> list[str]:
+    shared = []
+    for name, statement in statements.items():
+        value = values.get(name, defaults[name])
+        if value in (defaults[name], statement.asks_nothing) or statement.acts(options):
+            continue
+        text = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+        if options.is_dense_by_name and statement.is_shared:
+            shared.append(text)
+            continue
+        if not options.router:
+            raise UserError(
+                f"{text} needs {statement.needs}, and no --router is given; give one, or --router none for a dense "
+                "model"
+            )
+        raise UserError(
+            f"{text} needs {statement.needs}, and does nothing here, with --router {options.router}; leave it out, or "
+            "give what it needs"
+        )
+    return shared

@@ -1,0 +1,243 @@
+"""Options of the sparse layers: one dataclass, each field with help, unit, range and a check."""
+
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Optional
+
+from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.validators import check_at_least, check_one_of, check_probability
+from fairseq_hash.moe.distributed_assignment import BALANCES
+from fairseq_hash.options.hash_options import HashOptions
+from fairseq_hash.parallel.groups import DISPATCHES
+
+ROUTERS = ("none", "hash", "switch", "base")
+PLACEMENTS = ("replace", "insert")
+FORMS = ("plain", "swiglu")
+FREEZES = ("none", "experts", "all-but-experts")
+
+
+@dataclass
+class SparseOptions(HashOptions):
+    """What the sparse layers of a `hash_transformer_lm` are. `check` raises `UserError` for a value out of range."""
+
+    router: str = field(
+        default="",
+        metadata={
+            "help": "what picks a token's expert: none (a dense model, fairseq's transformer_lm), hash (a fixed table "
+            "over a feature of the tokens), switch (learned top-1), base (learned, balanced assignment); one for all "
+            "sparse layers, or one for each, comma separated, such as hash,hash,switch; default: none, and then no "
+            "other option of experts may be given"
+        },
+    )
+    num_experts: int = field(default=16, metadata={"help": "number of experts of each sparse layer, 1 or more"})
+    sparse_layers: str = field(
+        default="",
+        metadata={
+            "help": "decoder layers with experts, from 0, comma separated, such as 1,3; required unless --router none"
+        },
+    )
+    sparse_placement: str = field(
+        default="replace",
+        metadata={
+            "help": "replace: the experts stand in place of the layer's FFN (Hash Layers, Switch); insert: an extra "
+            "stack of residual sub-layers follows the layer (BASE)"
+        },
+    )
+    expert_sublayers: int = field(
+        default=1,
+        metadata={
+            "help": "residual sub-layers of each expert, 1 or more; only --sparse-placement insert has more than 1"
+        },
+    )
+    capacity_factor: float = field(
+        default=0.0,
+        metadata={
+            "help": "largest number of tokens an expert takes in a training batch, as a multiple of the mean load "
+            "(1.25 in Switch); 0 drops nothing"
+        },
+    )
+    eval_capacity_factor: float = field(
+        default=0.0, metadata={"help": "the same in validation, evaluation and generation; 0 drops nothing"}
+    )
+    router_jitter: float = field(
+        default=0.0,
+        metadata={
+            "help": "in training, multiply the input of the switch router by uniform noise in "
+            "[1 - JITTER, 1 + JITTER]; 0 to less than 1 (0.01 in Switch)"
+        },
+    )
+    base_balance: str = field(
+        default="global",
+        metadata={
+            "help": "in training, --router base balances its assignment over the batch of all ranks that share experts "
+            "(global), over a random share of it on each rank (shuffle: as published), or over each rank's own tokens "
+            "(local)"
+        },
+    )
+    expert_dropout: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "dropout probability of the experts' hidden layer, 0 to less than 1; default: --activation-dropout "
+            "(--relu-dropout), as in a dense FFN"
+        },
+    )
+    recompute_hidden: bool = field(
+        default=False,
+        metadata={
+            "help": "compute the experts' hidden layer again in the backward pass in place of keeping it: tokens x "
+            "hidden width values less in memory for each sparse layer, and a matrix product more beside six"
+        },
+    )
+    expert_form: str = field(
+        default="plain",
+        metadata={
+            "help": "plain: linear, activation, linear, as fairseq's FFN; swiglu: gated and without biases, as in "
+            "frontier models (half as many parameters more at one hidden width)"
+        },
+    )
+    swiglu_limit: float = field(
+        default=0.0,
+        metadata={"help": "largest gate and largest magnitude that --expert-form swiglu multiplies; 0: no limit"},
+    )
+    shared_expert: bool = field(
+        default=False,
+        metadata={"help": "add to each sparse layer one more expert that serves every token, whatever the router says"},
+    )
+    expert_parallel_size: int = field(
+        default=0,
+        metadata={
+            "help": "ranks that share one set of experts, a divisor of the number of ranks and of --num-experts; 0: "
+            "the largest there is; 1: all experts on every rank"
+        },
+    )
+    expert_dispatch: str = field(
+        default="all-to-all",
+        metadata={
+            "help": "how rows travel between ranks that share experts: all-to-all (exactly the rows that must) or "
+            "fairscale (its MOELayer: full capacity buffers, fp32 only); the result is the same"
+        },
+    )
+    from_dense: str = field(
+        default="",
+        metadata={
+            "help": "checkpoint of a dense model of the same sizes (--router none, or fairseq's transformer_lm) from "
+            "whose weights a new training starts: every expert as the FFN of its layer"
+        },
+    )
+    freeze: str = field(
+        default="none",
+        metadata={
+            "help": "what keeps its weights in training, such as fine-tuning with --finetune-from-model: none, experts "
+            "(those of the sparse layers, the shared one included) or all-but-experts (all else, routers included); "
+            "evaluation is the same"
+        },
+    )
+    map_experts: bool = field(
+        default=False,
+        metadata={
+            "help": "evaluation only, as --model-overrides \"{'map_experts': True}\": leave the experts in the "
+            "checkpoint's files, memory-mapped, and bring in those of one layer at a time"
+        },
+    )
+
+    @classmethod
+    def from_config(cls, config: "Mapping[str, Any] | Namespace") -> "SparseOptions":
+        """Take the options out of a model's configuration; one that an older checkpoint lacks has its default."""
+        values = vars(config) if isinstance(config, Namespace) else config
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name != "_name" and f.name in values})
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether there are sparse layers at all."""
+        return self.routers != ("none",)
+
+    @property
+    def is_dense_by_name(self) -> bool:
+        """Whether `--router none` is given: a dense model is then meant, and not one whose router was forgotten."""
+        return bool(self.router) and not self.is_sparse
+
+    @property
+    def hash_layers(self) -> int:
+        """How many of the layers that `sparse_layers` names have a hash router."""
+        layers = len([number for number in self.sparse_layers.split(",") if number.strip()])
+        return layers if self.routers == ("hash",) else self.routers.count("hash")
+
+    def layer_routers(self, decoder_layers: int) -> dict[int, str]:
+        """Return the router of each sparse decoder layer, in ascending order, for a decoder of `decoder_layers` layers.
+
+        Raises `UserError` where the list of layers is empty, not numbers, repeated, or out of range, or where the
+        routers are neither one nor as many as the layers.
+        """
+        numbers = self.layer_numbers(decoder_layers)
+        routers = self.routers
+        if len(routers) == 1:
+            routers *= len(numbers)
+        if len(routers) != len(numbers):
+            raise UserError(
+                f"--router {self.router} names {len(routers)} routers, --sparse-layers {self.sparse_layers} "
+                f"{len(numbers)} layers; give one router for all layers, or one for each"
+            )
+        return dict(zip(numbers, routers, strict=True))
+
+    @property
+    def routers(self) -> tuple[str, ...]:
+        """The routers that `router` names; `none` where it names nothing."""
+        return tuple(name.strip() for name in (self.router or "none").split(","))
+
+    def layer_numbers(self, decoder_layers: int) -> tuple[int, ...]:
+        """Return the sparse decoder layers in ascending order, for a decoder of `decoder_layers` layers."""
+        try:
+            numbers = sorted(int(number) for number in str(self.sparse_layers).split(",") if number.strip())
+        except ValueError:
+            raise UserError(
+                f"--sparse-layers {self.sparse_layers} is not a list of layer numbers; give numbers such as 1,3"
+            ) from None
+        if not numbers:
+            raise UserError(
+                f"--router {self.router} needs --sparse-layers, such as --sparse-layers 1,3 (layers from 0)"
+            )
+        for number in numbers:
+            if not 0 <= number < decoder_layers:
+                raise UserError(
+                    f"--sparse-layers {self.sparse_layers}: layer {number} does not exist; "
+                    f"the decoder has layers 0 to {decoder_layers - 1}"
+                )
+        if len(set(numbers)) < len(numbers):
+            raise UserError(f"--sparse-layers {self.sparse_layers} names a layer twice; name each layer once")
+        return tuple(numbers)
+
+    def check(self) -> None:
+        """Raise `UserError` for the first value that is out of its range."""
+        for router in self.routers:
+            check_one_of("--router", router, ROUTERS)
+        if "none" in self.routers and len(self.routers) > 1:
+            raise UserError(f"--router {self.router}: none has no layers; leave its layer out of --sparse-layers")
+        check_one_of("--sparse-placement", self.sparse_placement, PLACEMENTS)
+        check_one_of("--expert-dispatch", self.expert_dispatch, DISPATCHES)
+        check_one_of("--base-balance", self.base_balance, BALANCES)
+        check_one_of("--expert-form", self.expert_form, FORMS)
+        check_one_of("--freeze", self.freeze, FREEZES)
+        check_at_least("--num-experts", self.num_experts, 1)
+        check_at_least("--expert-sublayers", self.expert_sublayers, 1)
+        self.check_hash(self.num_experts)
+        check_at_least("--swiglu-limit", self.swiglu_limit, 0)
+        if self.multi_hash > 1 and self.expert_form != "plain":
+            raise UserError(f"--multi-hash {self.multi_hash} needs --expert-form plain")
+        if self.sparse_placement == "insert":
+            self._check_inserted()
+        check_at_least("--capacity-factor", self.capacity_factor, 0)
+        check_at_least("--eval-capacity-factor", self.eval_capacity_factor, 0)
+        check_at_least("--expert-parallel-size", self.expert_parallel_size, 0)
+        check_probability("--router-jitter", self.router_jitter)
+        if self.expert_dropout is not None:
+            check_probability("--expert-dropout", self.expert_dropout)
+
+    def _check_inserted(self) -> None:
+        for option, is_given in (
+            (f"--multi-hash {self.multi_hash}", self.multi_hash > 1),
+            (f"--expert-form {self.expert_form}", self.expert_form != "plain"),
+            ("--shared-expert", self.shared_expert),
+        ):
+            if is_given:
+                raise UserError(f"{option} is of experts in place of an FFN; use --sparse-placement replace")

@@ -1,0 +1,254 @@
+"""Expert parallelism: which rank holds which experts, and what becomes of their gradients.
+
+The W ranks of a job form W / P groups of P consecutive ranks (P is `--expert-parallel-size`). In each group every rank
+holds E / P consecutive experts and serves the tokens of the whole group with them. The ranks at one place of all groups
+hold the same experts: they are replicas, and their gradients are added up among themselves.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fairseq_hash.core.errors import UserError
+from fairseq_hash.lm.evaluation import is_evaluation
+
+DISPATCHES = ("all-to-all", "fairscale")
+MOST_PLACES = 8  # that a line of the log names
+
+
+@dataclass
+class Traffic:
+    """What this rank sent to other ranks; what stays on the rank is not counted.
+
+    Attributes:
+        rows: rows sent, in all directions: dispatch and combine, forward and backward.
+        bytes: rows x width x element size.
+        split_exchanges: how often split sizes were exchanged.
+    """
+
+    rows: int = 0
+    bytes: int = 0
+    split_exchanges: int = 0
+
+
+@dataclass(frozen=True)
+class ExpertParallel:
+    """One rank's place among those that share the experts.
+
+    Attributes:
+        num_experts: E, of each sparse layer.
+        size: P, ranks of a group; 1 where every rank holds all experts.
+        rank: this rank among all ranks.
+        world_size: W, all ranks.
+        group: the process group of this rank's group; None where P = 1.
+        replicas: the process group of the ranks with the same experts; None where there is no other.
+        dispatch: how rows travel where experts are shared: `all-to-all`, our own, or `fairscale`, by its `MOELayer`.
+        traffic: what this rank has sent so far by our own exchange.
+    """
+
+    num_experts: int
+    size: int = 1
+    rank: int = 0
+    world_size: int = 1
+    group: "dist.ProcessGroup | None" = None
+    replicas: "dist.ProcessGroup | None" = None
+    dispatch: str = "all-to-all"
+    traffic: Traffic = field(default_factory=Traffic, compare=False)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other ranks hold experts that this one does not."""
+        return self.size > 1
+
+    @property
+    def place(self) -> int:
+        """This rank's place in its group, from 0 to P - 1."""
+        return self.rank % self.size
+
+    @property
+    def local_experts(self) -> int:
+        """e, the number of experts that each rank holds."""
+        return self.num_experts // self.size
+
+    @property
+    def expert_ids(self) -> range:
+        """The experts that this rank holds."""
+        return self.experts_at(self.place)
+
+    @property
+    def saved_experts(self) -> range:
+        """The experts that this rank writes to a checkpoint: its share of those that it and its replicas hold."""
+        replicas, replica = self.world_size // self.size, self.rank // self.size
+        cuts = [self.expert_ids.start + self.local_experts * share // replicas for share in (replica, replica + 1)]
+        return range(*cuts)
+
+    def experts_at(self, place: int) -> range:
+        """Return the experts of the rank at a place in a group."""
+        return range(place * self.local_experts, (place + 1) * self.local_experts)
+
+    def in_segments(self, segments: int) -> "ExpertParallel":
+        """Return the same with E x `segments` groups of rows, those of each expert beside one another."""
+        return self if segments == 1 else replace(self, num_experts=self.num_experts * segments)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ExpertParallel":
+        """Return the same object: process groups cannot be copied, and a copied model has the same place."""
+        return self
+
+    def describe(self) -> str:
+        """Return who holds what, for the log."""
+        if not self.is_shared:
+            return f"every rank of {self.world_size} holds all {self.num_experts} experts"
+        places = [
+            f"rank {_ranges(range(place, self.world_size, self.size))}: {_first_to_last(self.experts_at(place))}"
+            for place in range(self.size)
+        ]
+        if len(places) > MOST_PLACES:
+            places = [*places[: MOST_PLACES - 2], "...", places[-1]]
+        groups = self.world_size // self.size
+        who = f"{self.size} ranks share" if groups == 1 else f"{groups} groups of {self.size} ranks share"
+        return f"{who} {self.num_experts} experts: {'; '.join(places)}"
+
+
+def _first_to_last(ids: range) -> str:
+    return str(ids[0]) if len(ids) == 1 else f"{ids[0]} to {ids[-1]}"
+
+
+def _ranges(ranks: range) -> str:
+    """Return at most three of many ranks: 0, 8, ... 504."""
+    return ", ".join(map(str, ranks)) if len(ranks) <= 3 else f"{ranks[0]}, {ranks[1]}, ... {ranks[-1]}"
+
+
+def choose_size(num_experts: int, world_size: int, size: int) -> int:
+    """Return P: `size`, or for 0 the largest divisor of the world that divides the number of experts.
+
+    Raises:
+        UserError: where `size` does not divide both.
+    """
+    if size == 0:
+        return math.gcd(num_experts, world_size)
+    if world_size % size or num_experts % size:
+        common = math.gcd(num_experts, world_size)
+        allowed = [str(n) for n in range(1, common + 1) if common % n == 0]
+        raise UserError(
+            f"--expert-parallel-size {size} does not divide both the {world_size} ranks and the {num_experts} experts; "
+            f"use one of {', '.join(allowed)}, or 0 for the largest"
+        )
+    return size
+
+
+def planned(num_experts: int, size: int, dispatch: str, rank: int, world_size: int) -> ExpertParallel:
+    """Return the place that a rank would have in a world: who holds what, without process groups.
+
+    Raises:
+        UserError: where `size` does not divide both the world and E, or where fairscale has no ranks to exchange with.
+    """
+    size = choose_size(num_experts, world_size, size)
+    if size == 1:
+        if dispatch == "fairscale":
+            raise UserError(
+                "--expert-dispatch fairscale exchanges rows between ranks that share experts; here each of "
+                f"{world_size} holds all: leave it out (the result is the same), or use more ranks"
+            )
+        return ExpertParallel(num_experts, 1, rank, world_size)
+    return ExpertParallel(num_experts, size, rank, world_size, dispatch=dispatch)
+
+
+def expert_parallel(num_experts: int, size: int, dispatch: str = "all-to-all") -> ExpertParallel:
+    """Return this rank's place, and make its process groups: every rank has to call this, with the same arguments.
+
+    Args:
+        num_experts: E.
+        size: P, or 0 for the largest that fits.
+        dispatch: one of `DISPATCHES`. It changes no result; where each rank holds all experts to evaluate them, it has
+            no say.
+
+    Raises:
+        UserError: as `planned`.
+    """
+    if is_evaluation():
+        return ExpertParallel(num_experts)
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    place = planned(num_experts, size, dispatch, rank, world_size)
+    if not place.is_shared:
+        return place
+    size = place.size
+    groups = [dist.new_group(list(range(start, start + size))) for start in range(0, world_size, size)]
+    replicas = None
+    if size < world_size:
+        replicas = [dist.new_group(list(range(place, world_size, size))) for place in range(size)][rank % size]
+    return replace(place, group=groups[rank // size], replicas=replicas)
+
+
+class Alone:
+    """A process group of this rank only, as fairscale takes one: it calls nothing else of it."""
+
+    def rank(self) -> int:
+        """Return the place of this rank."""
+        return 0
+
+    def size(self) -> int:
+        """Return the number of ranks."""
+        return 1
+
+
+def mark_experts(experts: nn.Module) -> None:
+    """Mark the parameters of this rank's experts with an attribute `expert`.
+
+    fairseq leaves parameters that have it (whatever its value) out of legacy_ddp's reduction and of its gradient norm.
+    """
+    for parameter in experts.parameters():
+        parameter.expert = True
+
+
+def expert_names(model: nn.Module) -> list[str]:
+    """Return the names of the parameters and buffers that are marked as experts'."""
+    return [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if hasattr(tensor, "expert")]
+
+
+@torch.no_grad()
+def reduce_expert_gradients(parameters: Iterable[nn.Parameter], parallel: ExpertParallel) -> None:
+    """Make the experts' gradients what data parallelism makes of all others: the mean over all ranks.
+
+    An expert's gradient already is the sum over the tokens of its group. Divided by the number of all ranks, and added
+    up over the replicas, it is on the scale of the dense gradients, which the trainer then multiplies by that number.
+    """
+    for parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        if parameter.grad is None:  # the replicas wait for this rank all the same
+            parameter.grad = torch.zeros_like(parameter)
+        parameter.grad.div_(parallel.world_size)
+        if parallel.replicas is not None:
+            dist.all_reduce(parameter.grad, group=parallel.replicas)
+
+
+@torch.no_grad()
+def norm_of_shards(norm: Tensor) -> Tensor:
+    """Return the norm of what all ranks hold a part of; every rank has to call this with the norm of its part."""
+    square = norm.float().square()
+    dist.all_reduce(square)
+    return square.sqrt()
+
+
+@torch.no_grad()
+def norm_with_experts(dense_norm: Tensor, expert_gradients: Iterable[Tensor], parallel: ExpertParallel) -> Tensor:
+    """Return the norm (fp32 scalar) of the dense gradients and those of all experts, the same on every rank.
+
+    Every rank of the group has to call this.
+
+    Args:
+        dense_norm: the norm of the dense gradients, the same on every rank.
+        expert_gradients: of this rank's experts, after `reduce_expert_gradients`.
+        parallel: who shares the experts.
+    """
+    squares = [torch.linalg.vector_norm(g, dtype=torch.float32).square() for g in expert_gradients]
+    own = torch.stack(squares).sum() if squares else dense_norm.new_zeros((), dtype=torch.float32)
+    # Gathered and added in the order of the places: every group gets the same sum to the bit.
+    all_P = dense_norm.new_empty(parallel.size, dtype=torch.float32)
+    dist.all_gather(list(all_P.split(1)), own.reshape(1).to(dense_norm.device), group=parallel.group)
+    return (dense_norm.float().square() + all_P.sum()).sqrt()

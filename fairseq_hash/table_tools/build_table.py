@@ -1,0 +1,190 @@
+"""A table from what the command line names: dictionary, counts or text, embeddings. Shape suffixes: see `losses`."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Optional
+
+import numpy as np
+
+from fairseq_hash.core.errors import UserError
+from fairseq_hash.hashing import (
+    Feature,
+    HashTable,
+    TableRecord,
+    balanced_experts,
+    counts_fingerprint,
+    dictionary_fingerprint,
+    modulo_experts,
+    random_experts,
+    round_robin_experts,
+    scattered_experts,
+)
+from fairseq_hash.hashing.builders import best_of, equal_count
+from fairseq_hash.hashing.clusters import cluster_keys, clustered_experts, dispersed_experts
+from fairseq_hash.hashing.dictionary import SPECIAL, read_dictionary, token_counts
+from fairseq_hash.hashing.features import OF_TOKENS
+from fairseq_hash.hashing.spread import heavy_tokens, spread_table
+from fairseq_hash.hashing.table import check_table_size
+from fairseq_hash.hashing.words import word_index
+from fairseq_hash.table_tools.build_options import (
+    BUCKETS,
+    DRAWN,
+    OF_COUNTS,
+    OF_EMBEDDINGS,
+    WITH_RESTARTS,
+    Options,
+    check,
+    own_names,
+)
+from fairseq_hash.table_tools.count_keys import count_keys, count_pairs
+from fairseq_hash.table_tools.token_streams import Text, open_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Built:
+    """A table, how often each of its rows occurs (int64 `[H]`; None where nothing says that), and what says that."""
+
+    table: HashTable
+    count_H: Optional[np.ndarray]
+    source: str
+
+
+def build(options: Options, say: Callable[[str], object] = print) -> Built:
+    """Build a table.
+
+    Args:
+        options: what is given.
+        say: gets lines on what else there is to know.
+
+    Raises:
+        UserError: for bad input, in one line.
+    """
+    check(options)
+    feature = Feature(options.feature, options.length)
+    symbols, listed = read_dictionary(options.dictionary)
+    index: dict[str, np.ndarray] = {}
+    num_keys = len(symbols)
+    if feature.name == "word":
+        words = read_dictionary(options.words)[0][len(SPECIAL) :]
+        with own_names():
+            index = word_index(symbols, words)
+        num_keys += len(index["word_hash"])
+    elif feature.name not in OF_TOKENS:
+        num_keys = options.keys or (options.tokens_per_sample if feature.name == "position" else BUCKETS)
+    check_table_size(num_keys, options.columns, options.num_experts)
+    text = open_text(options.text, options.subset, symbols) if options.text else None
+    embedding_VD = _embeddings(options, symbols, say) if options.embeddings else None
+    if feature.is_oracle:
+        say("note: --feature future is an oracle: it sees the token that the model is to predict")
+    count_H, source = _counts(options, symbols, listed, feature, num_keys, index, text, say)
+    if options.builder in OF_COUNTS and (count_H is None or count_H.max() <= 1):
+        raise UserError(
+            f"{source} has no token counts (none is above 1), and --builder {options.builder} needs them; "
+            "use a dict.txt that fairseq-preprocess made from the training text, --counts, --text, or --builder random"
+        )
+    if options.builder in OF_COUNTS and text is None and (count := equal_count(count_H)):
+        raise UserError(
+            f"{source} counts every symbol {count:,} times, as no text does, and --builder {options.builder} balances "
+            "by counts; count the training text (--text DATA), or use --builder random"
+        )
+    expert_HK, settings = _experts(options, num_keys, count_H, embedding_VD)
+    if text is not None and options.tokens_per_sample:
+        settings["tokens_per_sample"] = options.tokens_per_sample
+    uses_counts = options.builder in OF_COUNTS or options.restarts > 1
+    is_drawn = options.table_builder in (*DRAWN, *OF_EMBEDDINGS) or options.is_multi_hash or options.restarts > 1
+    record = TableRecord(
+        options.table_builder,  # of a spread table it becomes the base
+        options.num_experts,
+        dictionary_fingerprint(symbols),
+        seed=options.seed if is_drawn else None,
+        counts_fingerprint=counts_fingerprint(count_H) if uses_counts else None,
+        feature=feature.name,
+        length=feature.length,
+        is_multi_hash=options.is_multi_hash,
+        settings=settings | ({"counts": source} if uses_counts else {}),
+    )
+    table = HashTable(expert_HK, record, index)
+    if options.builder == "spread":
+        pairs = count_pairs(
+            text, heavy_tokens(count_H, options.num_experts, options.columns), options.tokens_per_sample
+        )
+        spread = spread_table(table, count_H, pairs)
+        table = replace(spread, record=replace(spread.record, settings=record.settings | spread.record.settings))
+        count_H = count_keys(feature, len(table.expert_HK), table.index, text, options.tokens_per_sample)
+    return Built(table, count_H, source)
+
+
+def _embeddings(options: Options, symbols: list[str], say: Callable[[str], object]) -> "Tensor":
+    from fairseq_hash.table_tools.embeddings import read_embeddings  # here, as other tables are built without torch
+
+    embedding_VD, is_known = read_embeddings(options.embeddings, symbols)
+    if not is_known:
+        say(
+            f"note: {options.embeddings} does not say of which dictionary it is; only the number of its symbols was "
+            "checked"
+        )
+    return embedding_VD
+
+
+def _counts(
+    options: Options,
+    symbols: list[str],
+    listed: list[int],
+    feature: Feature,
+    num_keys: int,
+    index: dict[str, np.ndarray],
+    text: "Text | None",
+    say: Callable[[str], object],
+) -> tuple["np.ndarray | None", str]:
+    """Return how often each key occurs, int64 `[H]`, None where nothing says that; and where that is from."""
+    if text is not None:
+        count_H = count_keys(feature, num_keys, index, text, options.tokens_per_sample)
+        text.say_unknown(say)
+        return count_H, f"text {options.text.name}"
+    if feature.name not in OF_TOKENS:
+        return None, "nothing"
+    return token_counts(options.counts, options.dictionary, symbols, listed, say)
+
+
+def _experts(
+    options: Options, num_keys: int, count_H: "np.ndarray | None", embedding_VD: "Tensor | None"
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return experts, int64 `[H, K]`, and the settings to record; of a spread table those of its single tokens."""
+    E, builder = options.num_experts, options.table_builder
+
+    def draw(columns: int, number: int) -> np.ndarray:
+        if builder == "random":
+            return random_experts(num_keys, E, columns, options.seed + number)
+        if builder == "scattered":
+            return scattered_experts(count_H, E, columns, options.seed + number)
+        return balanced_experts(count_H, E, columns, None if number == 0 else options.seed + number)
+
+    def draw_table(restart: int) -> np.ndarray:
+        # The first one is the table that a model builds for itself by these options.
+        if not options.is_multi_hash:
+            return draw(options.columns, restart)
+        return np.concatenate(
+            [draw(1, restart * options.columns + column) for column in range(options.columns)], axis=1
+        )
+
+    if builder in WITH_RESTARTS:
+        if options.restarts == 1:
+            return draw_table(0), {}
+        if count_H is None:
+            raise UserError(f"--restarts {options.restarts}: nothing says which table is best; give a --text")
+        expert_HK, best = best_of(options.restarts, draw_table, count_H, E)
+        return expert_HK, {"restarts": options.restarts, "best_restart": best}
+    if builder in OF_EMBEDDINGS:
+        digest = hashlib.sha256(embedding_VD.contiguous().numpy().tobytes()).hexdigest()
+        settings = {"embeddings": options.embeddings.name, "embeddings_fingerprint": digest}
+        if builder == "clusters":
+            return clustered_experts(embedding_VD, E, options.columns, options.seed), settings
+        clusters = options.clusters or min(E, num_keys)
+        cluster_V, _ = cluster_keys(embedding_VD, clusters, options.seed)
+        return dispersed_experts(cluster_V, count_H, E, options.columns), settings | {"clusters": clusters}
+    build_fixed = modulo_experts if builder == "modulo" else round_robin_experts
+    return build_fixed(num_keys, E, options.columns), {}

@@ -1,0 +1,105 @@
+"""Counts of keys in a text: how often each row of a table is looked up. Shape suffixes: see `losses`."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import numpy as np
+
+from fairseq_hash.hashing import Feature, HashTable
+from fairseq_hash.hashing.dictionary import PADDING
+from fairseq_hash.hashing.features import MOST_TOKENS
+from fairseq_hash.hashing.spread import NO_PAIRS, add_pairs
+from fairseq_hash.table_tools.token_streams import Text
+
+
+def count_keys(
+    feature: Feature, num_keys: int, index: Mapping[str, np.ndarray], text: Text, tokens_per_sample: int = 0
+) -> np.ndarray:
+    """Return how often each of H keys occurs in a text, int64 `[H]`, with a bar on a terminal.
+
+    Args:
+        feature: what makes a key of a token.
+        num_keys: H.
+        index: what else the table brings to find rows.
+        text: the text.
+        tokens_per_sample: cut the text into samples of that many tokens, each without what is before it; 0: do not.
+
+    Raises:
+        UserError: where the text is damaged, empty, or of another dictionary.
+    """
+    import torch
+
+    tensors = {name: torch.from_numpy(array) for name, array in index.items()}
+    count_H = np.zeros(num_keys, dtype=np.int64)
+    with reading(text) as blocks:
+        for token_BL, kept in samples(blocks, tokens_per_sample):
+            row_BL = feature.rows(torch.from_numpy(token_BL), PADDING, num_keys, tensors)
+            count_H += np.bincount(row_BL[:, kept].reshape(-1).numpy(), minlength=num_keys)
+    return count_H
+
+
+def count_table(table: HashTable, text: Text, tokens_per_sample: int = 0) -> np.ndarray:
+    """Return how often each row of a table is looked up in a text, int64 `[H]`."""
+    return count_keys(table.feature, len(table.expert_HK), table.index, text, tokens_per_sample)
+
+
+def samples(blocks: Iterable[np.ndarray], tokens_per_sample: int) -> Iterator[tuple[np.ndarray, slice]]:
+    """Yield int64 `[B, L]` pieces of a text, and which of their L places to count.
+
+    Samples are cut as fairseq cuts them with --sample-break-mode none. Without samples, a piece has the tokens before
+    and after it as well, as many as a feature looks at, so that it has the keys that it has in the whole text.
+    """
+    rest_S, first = np.empty(0, dtype=np.int64), 0  # what is not counted yet is from `first` on
+    for block_S in blocks:
+        rest_S = np.concatenate([rest_S, block_S])
+        if tokens_per_sample:
+            end = len(rest_S) // tokens_per_sample * tokens_per_sample
+            if end:
+                yield rest_S[:end].reshape(-1, tokens_per_sample), slice(None)
+            rest_S = rest_S[end:]
+        elif len(rest_S) > first + 1:
+            end = len(rest_S) - 1
+            yield rest_S[None], slice(first, end)
+            rest_S = rest_S[max(end - MOST_TOKENS, 0) :]
+            first = len(rest_S) - 1
+    if len(rest_S) > first:
+        yield rest_S[None], slice(first, None)
+
+
+class reading:  # noqa: N801 (used as a function is)
+    """The blocks of a text, with a bar on a terminal: `with reading(text) as blocks`."""
+
+    def __init__(self, text: Text) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        self.bars = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self.text = text
+
+    def __enter__(self) -> Iterator[np.ndarray]:
+        task = self.bars.add_task(f"reading {self.text.path.name}", total=self.text.bytes)
+        advance: Callable[[int], None] = lambda size: self.bars.advance(task, size)  # noqa: E731
+        self.bars.start()
+        return self.text.blocks(advance)
+
+    def __exit__(self, *error: object) -> None:
+        self.bars.stop()
+
+
+def count_pairs(text: Text, heavy_V: np.ndarray, tokens_per_sample: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Count a text's pairs of a heavy token and the token before it, as `hashing.spread.count_pairs`, block by block.
+
+    Returns:
+        The pairs, token x V + previous token, ascending, and how often each occurs; both int64 `[P]`.
+    """
+    import torch
+
+    from fairseq_hash.hashing.lookup import shifted
+
+    pairs = NO_PAIRS
+    with reading(text) as blocks:
+        for token_BL, kept in samples(blocks, tokens_per_sample):
+            previous_BL = shifted(torch.from_numpy(token_BL), 1, PADDING).numpy()
+            pairs = add_pairs(pairs, token_BL[:, kept].reshape(-1), previous_BL[:, kept].reshape(-1), heavy_V)
+    return pairs

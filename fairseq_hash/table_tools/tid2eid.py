@@ -1,0 +1,158 @@
+"""Tables as other frameworks have them: one tensor `tid2eid`, int64 `[V, K]`, in the order of their vocabulary.
+
+So DeepSeek-V4 names its table of token id to expert ids, and `transformers` and Megatron-LM after it.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.files import write_whole
+from fairseq_hash.hashing import HashTable, TableRecord, dictionary_fingerprint, random_experts
+from fairseq_hash.hashing.dictionary import indices
+from fairseq_hash.hashing.table import check_table_size
+
+NAME = "tid2eid"
+
+
+def check_exportable(table: HashTable, name: object) -> None:
+    """Raise `UserError` where a table is more than experts of token ids."""
+    record = table.record
+    if record.feature != "token":
+        raise UserError(f"{name} is a table of {table.feature}; only tables of token ids can be exported")
+    if "pair" in table.index:
+        raise UserError(f"{name} has pairs of tokens as keys (spread); only tables of single tokens can be exported")
+    if record.is_multi_hash:
+        raise UserError(f"{name} is a table of MultiHash, whose columns are segments; only whole experts are exported")
+
+
+def reorder(
+    expert_VK: np.ndarray, symbols: Sequence[str], wanted: Sequence[str], num_experts: int, seed: int
+) -> tuple[np.ndarray, int]:
+    """Return the rows of other symbols, and how many of these the table does not have.
+
+    Args:
+        expert_VK: int64, the table in the order of `symbols`.
+        symbols: its symbols.
+        wanted: the symbols whose rows are returned, in their order; those that it lacks get random experts.
+        num_experts: E.
+        seed: of the random experts.
+
+    Raises:
+        UserError: where no symbol is in both.
+    """
+    index = indices(list(symbols))
+    row_W = np.array([index.get(symbol, -1) for symbol in wanted])
+    missing_W = row_W < 0
+    if missing_W.all():
+        raise UserError(
+            f"the vocabulary and the dictionary have no symbol in common (such as {wanted[0]!r} and {symbols[-1]!r}); "
+            "give the vocabulary that the dictionary's pieces come from"
+        )
+    drawn_WK = random_experts(len(wanted), num_experts, expert_VK.shape[1], seed)
+    known_WK = expert_VK[row_W.clip(min=0)]
+    return np.where(missing_W[:, None], drawn_WK, known_WK), int(missing_W.sum())
+
+
+def write_tensor(expert_VK: np.ndarray, record: TableRecord, out: Path) -> None:
+    """Write the tensor `tid2eid`: NumPy's format where the name ends in .npy, else safetensors."""
+    if out.suffix == ".npy":
+
+        def write(path: Path) -> None:
+            with path.open("wb") as file:  # np.save adds a suffix to a name
+                np.save(file, expert_VK)
+    else:
+        metadata = {"num_experts": str(record.num_experts), "fairseq_hash_record": json.dumps(asdict(record))}
+
+        def write(path: Path) -> None:
+            save_file({NAME: np.ascontiguousarray(expert_VK)}, path, metadata)
+
+    write_whole(out, write)
+
+
+def read_tensor(path: Path, name: "str | None") -> tuple[np.ndarray, str]:
+    """Read a table of another framework; return int64 `[V, K]` and the tensor's name.
+
+    Args:
+        path: a .npy file, or safetensors.
+        name: of the tensor; None for the only one whose name ends in `tid2eid`.
+
+    Raises:
+        UserError: where the file is missing, damaged, or has no such tensor, several, or one of another kind.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give a file of safetensors, or .npy")
+    if path.suffix == ".npy":
+        if name is not None:
+            raise UserError(f"--tensor {name}: {path} has one tensor without a name; leave --tensor out")
+        try:
+            array = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path} is damaged or no .npy file ({type(error).__name__})") from None
+        return _as_table(array, f"{path}"), path.name
+    try:
+        with safe_open(path, framework="np") as file:
+            names = list(file.keys())
+            ending = [other for other in names if other.endswith(NAME)]
+            chosen = name if name is not None else ending[0] if len(ending) == 1 else None
+            if chosen is None:
+                what = f"{len(ending)} tensors ({', '.join(ending[:4])})" if ending else "no tensor"
+                raise UserError(f"{path} has {what} whose name ends in {NAME}; name one by --tensor")
+            if chosen not in names:
+                raise UserError(f"{path} has no tensor {chosen}; it has {', '.join(names[:4]) or 'none'}")
+            kind = file.get_slice(chosen).get_dtype()
+            if kind not in ("I32", "I64"):
+                raise UserError(f"{chosen} of {path} is of type {kind}; a table is of int64 or int32")
+            return _as_table(file.get_tensor(chosen), f"{chosen} of {path}"), chosen
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or no safetensors file ({type(error).__name__})") from None
+
+
+def _as_table(array: np.ndarray, what: str) -> np.ndarray:
+    if array.dtype not in (np.int32, np.int64):
+        raise UserError(f"{what} is of type {array.dtype}; a table is of int64 or int32")
+    if array.ndim != 2 or not array.size:
+        raise UserError(f"{what} has shape {list(array.shape)}; a table has [vocabulary, experts a token]")
+    return array.astype(np.int64)
+
+
+def import_table(
+    expert_WK: np.ndarray,
+    name: str,
+    symbols: Sequence[str],
+    num_experts: int,
+    vocabulary: "Sequence[str] | None" = None,
+    seed: int = 42,
+) -> tuple[HashTable, int]:
+    """Return a table of another framework as ours, and how many symbols it did not have.
+
+    Args:
+        expert_WK: int64, its experts.
+        name: of the tensor, for the record.
+        symbols: our dictionary's symbols.
+        num_experts: E.
+        vocabulary: the symbols of its rows; None where they are ours.
+        seed: of the random experts of symbols that it does not have.
+
+    Raises:
+        UserError: for another number of rows, an id out of range, or an expert twice in a row.
+    """
+    rows, whose = (len(symbols), "dictionary") if vocabulary is None else (len(vocabulary), "vocabulary")
+    if len(expert_WK) != rows:
+        hint = "" if vocabulary is not None else ", or the table's own --vocabulary"
+        raise UserError(
+            f"{name} has {len(expert_WK)} rows, the {whose} {rows} symbols; give the one of this table{hint}"
+        )
+    check_table_size(len(symbols), expert_WK.shape[1], num_experts)
+    record = TableRecord("imported", num_experts, dictionary_fingerprint(symbols), settings={"tensor": name})
+    table, missing = HashTable(expert_WK, record), 0  # checked as it stands in the file: errors name its rows
+    if vocabulary is not None:
+        expert_VK, missing = reorder(expert_WK, vocabulary, symbols, num_experts, seed)
+        table = HashTable(expert_VK, record)
+    return table, missing

@@ -1,0 +1,1 @@
+"""An update with shared experts, the optimizer, and signals that stop a training."""

@@ -1,0 +1,140 @@
+"""One process or many, the same training: loss, gradient norm, every gradient and every parameter.
+
+W processes are compared with one process that takes the same batches one after the other (`--update-freq W`), in fp32.
+What they add up is the same, in another order: a rounding of 6e-8 each time, which 20 updates make larger. 1e-5 leaves
+an order of magnitude above the largest difference seen; a wrong scale, a lost row or an expert left out of the norm is
+far beyond it. `-s` shows the largest relative differences of each case.
+
+Two processes run every case but half of the pairs of router and optimizer. Of three and four the default suite has what
+only they can show (`OF_MANY`). The others are marked slow
+(`bash scripts/test.sh -m slow tests/end_to_end/test_exactness.py`).
+"""
+
+import dataclasses
+import functools
+import re
+
+import numpy as np
+import pytest
+import ranks
+import recorded
+from exactness import OPTIMIZERS, TOLERANCE, arguments, one_process, relative, whole
+
+from fairseq_hash.cli.tables import read_dictionary
+from fairseq_hash.hashing import TableShape, build_table, save_table
+
+WORLDS = (2, 3, 4)
+OF_MANY = ("hash, 6 experts, adam", "hash, 8 experts, adam", "switch, 4 experts, sgd", "groups of two", "no groups")
+
+
+def cases(world_size):
+    """Return the arguments of all cases of a world, by name."""
+    made = {}
+    for experts in (2 * world_size, world_size, *([world_size // 2] if world_size % 2 == 0 else [])):
+        for router in ("hash", "switch"):
+            for optimizer in OPTIMIZERS:
+                made[f"{router}, {experts} experts, {optimizer}"] = arguments(router, experts, optimizer)
+    made["one rank gets no rows"] = arguments("hash", world_size, "sgd", "--hash-table", "{all_to_first}")
+    made["several batches a rank"] = arguments("hash", world_size, "sgd", "--update-freq", "2")
+    made["checkpointed activations"] = arguments("hash", world_size, "sgd", "--checkpoint-activations")
+    made["pytorch_ddp"] = arguments("hash", world_size, "adam", "--ddp-backend", "pytorch_ddp")
+    made["pytorch_ddp, several batches a rank"] = arguments(
+        "switch", world_size, "sgd", "--ddp-backend", "pytorch_ddp", "--update-freq", "2"
+    )
+    made["switch with capacity"] = arguments("switch", 2 * world_size, "sgd", "--capacity-factor", "1.0")
+    made["base, each rank's own batch balanced"] = arguments("base", world_size, "sgd", "--base-balance", "local")
+    made["dispatch by fairscale"] = arguments("switch", 2 * world_size, "sgd", "--expert-dispatch", "fairscale")
+    made["inserted stacks of hash layers"] = arguments(
+        "hash", world_size, "sgd", "--sparse-placement", "insert", "--expert-sublayers", "2"
+    )
+    if world_size == 2:
+        learned = ("--experts-per-token", "2", "--hash-weights", "learned", "--shared-expert", "--hash-scale", "1.5")
+        bigrams = ("--hash-feature", "bigram", "--hash-table", "random")
+        made["learned weights of two experts, a shared one"] = arguments("hash", 4, "sgd", *learned, *bigrams)
+        made["two experts by fairscale"] = arguments(
+            "hash", 4, "sgd", "--experts-per-token", "2", "--expert-dispatch", "fairscale"
+        )
+        made["four segments, a table for each layer"] = arguments(
+            "hash", 4, "adam", "--multi-hash", "4", "--hash-per-layer"
+        )
+        made["segments by fairscale"] = arguments(
+            "hash", 2, "sgd", "--multi-hash", "2", "--expert-dispatch", "fairscale"
+        )
+        made["gated, hash then switch"] = arguments("hash,switch", 4, "sgd", "--expert-form", "swiglu")
+    if world_size == 4:
+        made["groups of two"] = arguments("hash", 8, "adam", "--expert-parallel-size", "2")
+        made["no groups"] = arguments("hash", 8, "sgd", "--expert-parallel-size", "1")
+    return made
+
+
+@pytest.fixture(scope="module")
+def trainings(data, tmp_path_factory):
+    """Return a function of the world size and of slow: by case, the record of one process and those of all ranks."""
+
+    @functools.cache
+    def train(world_size, slow):
+        table = build_table("balanced", *read_dictionary(data / "dict.txt"), TableShape(world_size), 0)
+        path = tmp_path_factory.mktemp("tables") / "all to the first.safetensors"
+        save_table(dataclasses.replace(table, expert_HK=np.zeros_like(table.expert_HK)), path)
+        chosen = {
+            name: tuple(word.format(all_to_first=path) for word in words)
+            for name, words in cases(world_size).items()
+            if is_slow(world_size, name) == slow
+        }
+        many = ranks.run(world_size, "recorded:train_all", str(data), chosen)
+        alone = recorded.train_all(data, {name: one_process(words, world_size) for name, words in chosen.items()})
+        return {name: (alone[name], [record[name] for record in many]) for name in chosen}
+
+    return train
+
+
+def is_slow(world_size, name):
+    if world_size == 2:
+        return bool(re.fullmatch("hash, . experts, sgd|switch, . experts, adam", name))
+    return name not in OF_MANY
+
+
+@pytest.mark.parametrize(
+    ("world_size", "name"),
+    [
+        pytest.param(size, name, marks=[pytest.mark.slow] if is_slow(size, name) else [])
+        for size in WORLDS
+        for name in cases(size)
+    ],
+)
+def test_many_processes_train_as_one(trainings, world_size, name):
+    alone, many = trainings(world_size, is_slow(world_size, name))[name]
+    assert len(alone["loss"]) == len(alone["norm"]) == 20
+    assert alone["dummies"] == 0
+    # Otherwise the case of a rank without a batch was not there.
+    assert sum(record["dummies"] for record in many) > 0
+    assert max(alone["norm"]) > 0.2, "clipping is not active"
+    largest = {}
+    for what in ("loss", "norm", "validation"):
+        assert all(record[what] == many[0][what] for record in many), "ranks differ"
+    for what in ("loss", "norm"):
+        pairs = zip(many[0][what], alone[what], strict=True)
+        largest[what] = max(abs(value - expected) / expected for value, expected in pairs)
+    # One process adds up 13 batches, where W have W at a time.
+    expected = sum(alone["validation"])
+    largest["validation"] = abs(sum(many[0]["validation"]) - expected) / expected
+    largest["gradients"] = max(
+        difference(name, value, whole(many, lambda record, u=update: record["gradients"][u], name), alone["norm"])
+        for update, gradients in enumerate(alone["gradients"])
+        for name, value in gradients.items()
+    )
+    largest["parameters"] = max(
+        relative(whole(many, lambda record: record["parameters"], name), value)
+        for name, value in alone["parameters"].items()
+    )
+    print(f"\n{world_size} processes, {name}:", ", ".join(f"{key} {value:.1e}" for key, value in largest.items()))
+    assert all(value <= TOLERANCE for value in largest.values()), largest
+
+
+def difference(name, reference, tensor, norms):
+    """Return the relative difference of a gradient."""
+    if name.endswith("k_proj.bias"):
+        # Softmax does not change where all scores do by the same: the true gradient is zero, what is there rounding.
+        assert max(tensor.abs().max(), reference.abs().max()) < 1e-6 * max(norms)
+        return 0.0
+    return relative(tensor, reference)

@@ -1,0 +1,85 @@
+"""What fairseq's commands say with the plugin: no warnings of their own making, no wrong numbers."""
+
+import json
+import logging
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import plugin
+import pytest
+
+RECIPE = Path(__file__).resolve().parents[2] / "scripts" / "build_fairseq.py"
+SPARSE = ("--router", "hash", "--num-experts", "4", "--sparse-layers", "1")
+# Of the tiny model of `plugin`: D 16, F 32, 4 experts of two matrices and two biases.
+EXPERTS = 4 * (16 * 32 + 32 + 32 * 16 + 16)
+REBUILT = [
+    metadata.version("fairseq").split("+")[0] + "+" + name for name in re.findall(r"rebuilt\.\d+", RECIPE.read_text())
+]
+LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| INFO \| [\w.]+ \| .*")
+
+
+def counts(output):
+    """Return what fairseq says of parameters: {name: (all, trained)}."""
+    found = re.findall(r"num\. (\w+) model params: ([\d,]+) \(num\. trained: ([\d,]+)\)", output)
+    return {name: tuple(int(number.replace(",", "")) for number in numbers) for name, *numbers in found}
+
+
+def assert_lines_of_a_log(output):
+    """Every line is one that a logger wrote on purpose, or a line of the printed model."""
+    for line in output.splitlines():
+        assert LINE.fullmatch(line) or re.fullmatch(r" *\(.*|[ )]*", line), line
+
+
+def test_a_sparse_training_and_its_evaluation(data, tmp_path):
+    done = plugin.train(data, tmp_path, *SPARSE, "--num-workers", "1", "--tensorboard-logdir", tmp_path / "tensorboard")
+    output = done.stdout + done.stderr
+    assert_lines_of_a_log(output)
+    record = json.loads(re.search(r"model_record \| (.*)", output)[1])
+    dense = record["parameters_total"] - EXPERTS
+    assert counts(output) == {"shared": (dense, dense), "expert": (EXPERTS, EXPERTS)}
+    assert "training on 1 CPU processes" in output and "GPU" not in output.replace("GPUs/TPUs)'", "")
+    shape = ["--tokens-per-sample", "16", "--max-tokens", "256", "--cpu", "--user-dir", plugin.USER_DIR]
+    done = plugin.command("eval_lm", data, "--path", tmp_path / "checkpoint_best.pt", "--gen-subset", "valid", *shape)
+    assert_lines_of_a_log(done.stdout + done.stderr)
+
+
+def test_a_dense_training_says_nothing_of_experts(data, tmp_path):
+    done = plugin.train(data, tmp_path, "--max-update", "1")
+    assert_lines_of_a_log(done.stdout + done.stderr)
+    assert list(counts(done.stdout + done.stderr)) == ["shared"]
+
+
+def test_frozen_parameters_and_experts_of_other_ranks(data, monkeypatch):
+    """The numbers are of the whole model, wherever its experts are."""
+    _, _, model, _ = plugin.build(data, *SPARSE, "--freeze", "experts")
+    layer = model.decoder.layers[1].sparse
+    total = sum(parameter.numel() for parameter in model.parameters())
+    # This rank has the first two.
+    for parameter in layer.experts.parameters():
+        parameter.data = parameter.data[:2]
+    (corrected,) = (
+        known for known in logging.getLogger("fairseq_cli.train").filters if "Corrected" in str(type(known))
+    )
+    said = []
+    for message in (
+        model,
+        "num. shared model params: 1 (num. trained: 1)",
+        "num. expert model params: 0 (num. trained: 0)",
+    ):
+        record = logging.LogRecord("fairseq_cli.train", logging.INFO, "", 0, message, (), None)
+        if corrected.filter(record):
+            said.append(record.getMessage())
+    dense = total - EXPERTS
+    assert counts("\n".join(said)) == {"shared": (dense, dense), "expert": (EXPERTS, 0)}
+
+
+@pytest.mark.skipif(metadata.version("fairseq") not in REBUILT, reason="the release warns when it is imported")
+@pytest.mark.parametrize("command", ["train", "hydra_train", "preprocess", "eval_lm"])
+def test_imports_say_nothing(command):
+    """Before the plugin is there: what the rebuilt fairseq leaves out (scripts/build_fairseq.py)."""
+    program = f"import logging; logging.basicConfig(level=logging.INFO); import fairseq_cli.{command}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

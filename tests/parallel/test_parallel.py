@@ -1,0 +1,93 @@
+"""Experts shared out over ranks: groups, the layer on several ranks, what it sends, and how BASE balances."""
+
+import pytest
+import ranks
+import torch
+import torch.nn.functional as F
+
+from fairseq_hash.core.errors import UserError
+from fairseq_hash.moe.experts import ExpertFeedForward, ExpertStack
+from fairseq_hash.parallel.groups import ExpertParallel, choose_size
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_layer_equals_naive_loop_and_moves_no_byte_more_than_it_must(world_size):
+    ranks.run(world_size, "layer_ranks:layers", 30)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_fairscale_dispatch_gives_the_same(world_size):
+    ranks.run(world_size, "layer_ranks:fairscale", 30)
+
+
+def test_routers_speak_fairscales_gate_interface():
+    for difference, loss_difference in ranks.run(2, "layer_ranks:gate_in_fairscales_own_layer"):
+        assert difference < 1e-6
+        assert loss_difference < 1e-6
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_base_balances_over_the_batch_of_the_group(world_size):
+    ranks.run(world_size, "layer_ranks:base", 20)
+
+
+def test_base_shuffles_anew_each_time():
+    ((first, second), quality), ((other, _), other_quality) = ranks.run(2, "layer_ranks:shuffle_is_random")
+    assert not torch.equal(first, second)
+    assert torch.bincount(torch.cat([first, other])).tolist() == [32] * 4
+    # Each token gets an expert for its own scores: those of another token would add up to about nothing.
+    assert all(0.9 < value < 1.1 for value in quality + other_quality)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda ids: ExpertFeedForward(ids, 6, 8, F.relu, 0.0, (3,)),
+        lambda ids: ExpertStack(ids, 2, 6, 8, F.relu, 0.0, 3),
+    ],
+)
+def test_experts_start_the_same_wherever_they_are(make):
+    torch.manual_seed(7)
+    whole = dict(make(range(12)).named_parameters())
+    for size in (1, 2, 3, 4, 6, 12):
+        for place in range(size):
+            parallel = ExpertParallel(12, size, place, size)
+            torch.rand(place)  # what other ranks drew before does not matter
+            for name, parameter in make(parallel.expert_ids).named_parameters():
+                assert torch.equal(parameter, whole[name][parallel.expert_ids.start : parallel.expert_ids.stop])
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "world_size", "size"),
+    [(16, 4, 4), (4, 16, 4), (12, 8, 4), (5, 3, 1), (6, 9, 3), (1, 7, 1), (128, 512, 128)],
+)
+def test_largest_group_by_default(num_experts, world_size, size):
+    assert choose_size(num_experts, world_size, 0) == size
+
+
+@pytest.mark.parametrize(("num_experts", "world_size", "size"), [(3, 2, 2), (4, 3, 2), (4, 4, 3), (8, 4, 8)])
+def test_group_that_does_not_divide_is_refused(num_experts, world_size, size):
+    with pytest.raises(UserError, match=f"--expert-parallel-size {size} does not divide both .* use one of 1"):
+        choose_size(num_experts, world_size, size)
+
+
+def test_every_expert_is_held_once_in_each_group_and_saved_once():
+    for world_size, size, num_experts in [(4, 2, 6), (6, 3, 3), (8, 8, 16), (8, 1, 3), (6, 2, 8)]:
+        places = [ExpertParallel(num_experts, size, rank, world_size) for rank in range(world_size)]
+        for start in range(0, world_size, size):
+            held = [expert for place in places[start : start + size] for expert in place.expert_ids]
+            assert held == list(range(num_experts))
+        assert sorted(expert for place in places for expert in place.saved_experts) == list(range(num_experts))
+        assert all(set(place.saved_experts) <= set(place.expert_ids) for place in places)
+
+
+def test_log_says_who_holds_what():
+    assert ExpertParallel(6, 2, 0, 4).describe() == (
+        "2 groups of 2 ranks share 6 experts: rank 0, 2: 0 to 2; rank 1, 3: 3 to 5"
+    )
+    assert ExpertParallel(64, 32, 0, 32).describe() == (
+        "32 ranks share 64 experts: rank 0: 0 to 1; rank 1: 2 to 3; rank 2: 4 to 5; rank 3: 6 to 7; rank 4: 8 to 9; "
+        "rank 5: 10 to 11; ...; rank 31: 62 to 63"
+    )
+    assert "rank 0, 4, ... 508: 0;" in ExpertParallel(4, 4, 0, 512).describe()
+    assert ExpertParallel(6, 1, 0, 3).describe() == "every rank of 3 holds all 6 experts"

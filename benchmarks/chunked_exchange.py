@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fairseq_hash.moe.token_dispatcher import DispatchPlan
+from fairseq_hash.moe.dispatch_plan import DispatchPlan
 from fairseq_hash.parallel.groups import ExpertParallel
 
 
@@ -44,7 +44,7 @@ class ChunkedExchange:
     ) -> None:
         """Cut up a plan without dropped tokens, of one expert a token (`expert_T`), into at most e chunks."""
         self.experts, self.group = experts, parallel.group
-        sent_Pe = plan.demand_E.view(parallel.size, parallel.local_experts)
+        sent_Pe = plan.tokens_per_expert_E.view(parallel.size, parallel.local_experts)
         received_Pe = torch.empty_like(sent_Pe)
         dist.all_to_all_single(received_Pe, sent_Pe, group=parallel.group)
         local_R = expert_T[plan.choice_R] % parallel.local_experts

@@ -59,10 +59,12 @@ from fairseq_hash.cli import Parser
 from fairseq_hash.core.progress import Display
 from fairseq_hash.hashing import TableShape, build_table
 from fairseq_hash.moe.all_to_all import SplitSizes
+from fairseq_hash.moe.assignment import Assignment
+from fairseq_hash.moe.dispatchers import make_dispatcher
 from fairseq_hash.moe.experts import ExpertFeedForward
-from fairseq_hash.moe.layer import HashRoute, RoutingContext, SparseLayer
-from fairseq_hash.moe.routers import Assignment
-from fairseq_hash.moe.token_dispatcher import PlanUnderWay, combine, dispatch, plan_dispatch
+from fairseq_hash.moe.layer import SparseLayer
+from fairseq_hash.moe.routing_context import HashRoute, RoutingContext
+from fairseq_hash.moe.token_dispatcher import combine, dispatch
 from fairseq_hash.parallel.groups import ExpertParallel, expert_parallel
 from fairseq_hash.provenance import provenance
 
@@ -176,18 +178,18 @@ def measure(num_experts: int, arguments: argparse.Namespace, display: Display) -
     token_T, expert_TK = draw_tokens(tokens, num_experts, arguments.seed)
     torch.manual_seed(arguments.seed)  # the same on all ranks: each expert's weights depend on its id besides
     experts = ExpertFeedForward(parallel.expert_ids, width, arguments.hidden, torch.relu, 0.0, (0,))
-    layer, networks = SparseLayer(None, experts, parallel, 0.0, 0.0, hash_route=0), one_by_one(experts)
+    layer, networks = SparseLayer(None, experts, make_dispatcher(parallel), hash_route=0), one_by_one(experts)
     top_1 = MOELayer(HashGate(expert_TK.squeeze(1), parallel), networks, parallel.group)
     top_2 = MOELayer(Top2Gate(width, num_experts), networks, parallel.group)
     dense = feed_forward(width, arguments.hidden)
 
     def ours(x_LBD: Tensor) -> Tensor:
-        route = HashRoute(Assignment(expert_TK), PlanUnderWay(expert_TK, parallel))
+        route = HashRoute(Assignment(expert_TK), make_dispatcher(parallel).begin(expert_TK))
         return layer(x_LBD, RoutingContext(None, [route]))[0]
 
     torch.manual_seed(arguments.seed + 1 + parallel.rank)
     x_LBD, grad_LBD = torch.randn(2, tokens, 1, width)
-    plan = plan_dispatch(expert_TK, parallel)
+    plan = make_dispatcher(parallel).begin(expert_TK).plan
     on_this_rank = replace(plan, exchange=None)  # what dispatch and combine do without the exchange
     x_TD, grad_TD = x_LBD.squeeze(1).clone(), grad_LBD.squeeze(1).clone()
     leaving_RD, grad_leaving_RD = (dispatch(tensor, on_this_rank) for tensor in (x_TD, grad_TD))
@@ -212,8 +214,8 @@ def measure(num_experts: int, arguments: argparse.Namespace, display: Display) -
         for chunks in of_chunks
     }
     forward_only = {
-        "route": lambda: plan_dispatch(expert_TK, alone),
-        "split sizes": lambda: SplitSizes(plan.demand_E, parallel).wait(),
+        "route": lambda: make_dispatcher(alone).begin(expert_TK).plan,
+        "split sizes": lambda: SplitSizes(plan.tokens_per_expert_E, parallel).wait(),
         "dense, forward": lambda: dense(x_TD),
         "whole": lambda: combine(experts(dispatch(x_TD, plan), plan.rows_per_expert), plan, None),
         **{name: lambda way=way: way(x_TD) for name, way in chunked.items()},

@@ -27,13 +27,17 @@ from torch import Tensor, nn
 
 import fairseq_hash.moe.kernels.feed_forward as by_ways
 from fairseq_hash.hashing import TableShape, build_table
+from fairseq_hash.moe.assignment import Assignment
 from fairseq_hash.moe.balanced_assignment import balanced_assignment
+from fairseq_hash.moe.dispatch_plan import DispatchPlan
+from fairseq_hash.moe.dispatchers import make_dispatcher
 from fairseq_hash.moe.experts import ExpertFeedForward
 from fairseq_hash.moe.kernels.cpu_threads import for_each_group
 from fairseq_hash.moe.kernels.huge_pages import empty_in_huge_pages
-from fairseq_hash.moe.layer import HashRoute, RoutingContext, SparseLayer
-from fairseq_hash.moe.routers import Assignment, BaseRouter, SwitchRouter
-from fairseq_hash.moe.token_dispatcher import DispatchPlan, PlanUnderWay, combine, dispatch
+from fairseq_hash.moe.layer import SparseLayer
+from fairseq_hash.moe.routers import BaseRouter, SwitchRouter
+from fairseq_hash.moe.routing_context import HashRoute, RoutingContext
+from fairseq_hash.moe.token_dispatcher import combine, dispatch
 from fairseq_hash.parallel.groups import ExpertParallel
 
 VOCABULARY = 8000
@@ -63,7 +67,7 @@ def reason(error: Exception) -> str:
 
 def make_route(expert_TK: Tensor, parallel: ExpertParallel) -> HashRoute:
     """Return a hash route, as the decoder makes it."""
-    return HashRoute(Assignment(expert_TK), PlanUnderWay(expert_TK, parallel))
+    return HashRoute(Assignment(expert_TK), make_dispatcher(parallel).begin(expert_TK))
 
 
 def run_experts(experts: nn.Module, rows_RD: Tensor, plan: DispatchPlan) -> Tensor:
@@ -107,7 +111,8 @@ class Case:
     def sparse(self, router: "nn.Module | None") -> Call:
         """Return our layer with a router, or with the hash route."""
         hash_route = 0 if router is None else None
-        layer = SparseLayer(router, self.experts, self.parallel, 0.0, 0.0, hash_route=hash_route).to(**self.here)
+        dispatcher = make_dispatcher(self.parallel)
+        layer = SparseLayer(router, self.experts, dispatcher, hash_route=hash_route).to(**self.here)
         if router is None:
             return self.call(lambda x_LBD: layer(x_LBD, RoutingContext(None, [self.route()]))[0], layer)
         return self.call(lambda x_LBD: layer(x_LBD, RoutingContext(None))[0], layer)

@@ -14,6 +14,7 @@ from torch import Tensor
 from fairseq_hash.api.routes import hash_tables, route
 from fairseq_hash.api.sampling import Sample, Sampling, sample
 from fairseq_hash.api.tokenizer import Pieces, Words
+from fairseq_hash.checkpoint.model_state import state_of
 from fairseq_hash.core.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -215,5 +216,5 @@ class LanguageModel:
         return sample(self.model, self.task, read, sampling, self.detokenize)
 
     def _require_no_oracle(self) -> None:
-        if getattr(self.model, "is_oracle", False):
+        if state_of(self.model).is_oracle:
             raise UserError("--hash-feature future sees the token that it is to predict; such a model predicts no text")

@@ -17,7 +17,6 @@ from fairseq_hash.api.language_model import LanguageModel
 from fairseq_hash.api.tokenizer import tokenizer_for
 from fairseq_hash.checkpoint.loading import loading_weights_only, one_line, read_checkpoint
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.lm.evaluation import loading_to_evaluate
 
 DICTIONARY = "dict.txt"
 PathLike = str | os.PathLike[str]
@@ -55,7 +54,7 @@ def load(
     if sentencepiece is not None and not Path(sentencepiece).is_file():
         raise UserError(f"sentencepiece {sentencepiece} does not exist; give the model that the data was prepared with")
     try:
-        with _quiet(), loading_to_evaluate(), loading_weights_only():
+        with _quiet(), loading_weights_only():
             task_options = task_of(read_checkpoint(path, is_checked=False), path)
             folder = dictionary_folder(path, task_options.get("data"), data)
             state = checkpoint_utils.load_checkpoint_to_cpu(str(path))

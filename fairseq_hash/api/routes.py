@@ -8,10 +8,11 @@ from fairseq.data import Dictionary
 from torch import Tensor, nn
 
 from fairseq_hash.hashing.features import OF_TOKENS
-from fairseq_hash.lm.decoder import Place
-from fairseq_hash.moe.layer import RoutingContext, SparseLayer
-from fairseq_hash.moe.routers import Assignment
-from fairseq_hash.moe.token_dispatcher import DispatchPlan
+from fairseq_hash.lm.sparse_layers import Place
+from fairseq_hash.moe.assignment import Assignment
+from fairseq_hash.moe.dispatch_plan import DispatchPlan
+from fairseq_hash.moe.layer import SparseLayer
+from fairseq_hash.moe.routing_context import RoutingContext
 
 COLUMNS = ("position", "token", "layer", "router", "choice", "expert", "weight", "dropped")
 # A layer's decision for one forward pass.

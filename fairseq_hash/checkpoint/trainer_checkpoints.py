@@ -10,6 +10,7 @@ from fairseq_hash.checkpoint.inspection import model_options
 from fairseq_hash.checkpoint.loading import loading_own_state, place_in_epoch
 from fairseq_hash.checkpoint.mainfile import read_main
 from fairseq_hash.checkpoint.manifest import KEY
+from fairseq_hash.checkpoint.model_state import state_of
 from fairseq_hash.checkpoint.saving import Saver
 from fairseq_hash.checkpoint.upcycling import start_from_dense
 from fairseq_hash.core.errors import UserError
@@ -36,7 +37,7 @@ class TrainingCheckpoints:
         self.parallel = layers[0].parallel if layers else None
         self.is_in_shards = self.parallel is not None and not trainer.is_fsdp
         parallel = self.parallel if self.is_in_shards else None
-        facts = {} if trainer.is_fsdp else getattr(model, "facts", {})
+        facts = {} if trainer.is_fsdp else state_of(model).facts
         self.saver = Saver(model, parallel, facts, lambda: trainer.optimizer)
 
     def begin(self, cfg: Any) -> None:
@@ -54,8 +55,7 @@ class TrainingCheckpoints:
         together(lambda: self._begin(cfg))
 
     def _begin(self, cfg: Any) -> None:
-        is_oracle = getattr(self.trainer.get_model(), "is_oracle", False)  # no model of fairseq's says so
-        if is_oracle and cfg.best_checkpoint_metric == "ppl":
+        if state_of(self.trainer.get_model()).is_oracle and cfg.best_checkpoint_metric == "ppl":
             raise UserError("--best-checkpoint-metric ppl: an oracle has no such perplexity; use loss, or oracle_ppl")
         folder = Path(cfg.save_dir)
         if self.trainer.data_parallel_rank == 0 and not cfg.no_save:
@@ -95,7 +95,7 @@ class TrainingCheckpoints:
             return
         state = read_main(path, is_checked=False)
         saved = model_options(state).get("freeze", "none")
-        freeze = getattr(self.trainer.get_model(), "freeze", "none")  # no model of fairseq's has it
+        freeze = state_of(self.trainer.get_model()).freeze
         if state.get("last_optimizer_state") is not None and saved != freeze:
             raise UserError(
                 f"{path} was saved with --freeze {saved}, this training has --freeze {freeze}; resume with --freeze "
@@ -104,7 +104,7 @@ class TrainingCheckpoints:
 
     def loaded(self, path: str, extra_state: "dict[str, Any] | None") -> "dict[str, Any] | None":
         """Finish what the trainer has loaded (None: there was no file): the place in the epoch, and a dense start."""
-        from_dense = getattr(self.trainer.get_model(), "from_dense", "")
+        from_dense = state_of(self.trainer.get_model()).from_dense
         if extra_state is None:
             if from_dense:
                 together(lambda: start_from_dense(self.trainer.get_model(), from_dense))

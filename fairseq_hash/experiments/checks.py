@@ -12,6 +12,7 @@ from fairseq_hash.experiments.memory import place_of
 from fairseq_hash.hashing.build import BUILDERS
 from fairseq_hash.hashing.dictionary import read_dictionary
 from fairseq_hash.lm.hash_tables import build_tables
+from fairseq_hash.moe.dispatchers import DISPATCHERS
 from fairseq_hash.options import option_use
 from fairseq_hash.options.sparse_options import SparseOptions
 from fairseq_hash.training.shared_experts import check_training, scaled_update_freq
@@ -35,7 +36,7 @@ def check_experiment(experiment: Experiment, ranks: int) -> None:
         options.layer_routers(config.model.decoder_layers)
         place = place_of(config, ranks)
         if place.is_shared:
-            check_training(config, place.dispatch)
+            check_training(config, DISPATCHERS[options.expert_dispatch])
     check_data(config.task.data, (config.dataset.train_subset, *config.dataset.valid_subset.split(",")))
     check_files(experiment, options)
     if "hash" in options.routers:

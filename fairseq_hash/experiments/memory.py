@@ -5,6 +5,7 @@ keeps them. Activations, the buffers of data parallelism and what a library hold
 from omegaconf import DictConfig
 
 from fairseq_hash.experiments.sizes import Sizes
+from fairseq_hash.moe.dispatchers import check_dispatcher
 from fairseq_hash.options.sparse_options import SparseOptions
 from fairseq_hash.parallel.groups import ExpertParallel, planned
 
@@ -24,7 +25,9 @@ def place_of(config: DictConfig, ranks: int) -> ExpertParallel:
     options = SparseOptions.from_config(config.model)
     if not options.is_sparse:
         return ExpertParallel(1, world_size=ranks)
-    return planned(options.num_experts, options.expert_parallel_size, options.expert_dispatch, 0, ranks)
+    place = planned(options.num_experts, options.expert_parallel_size, 0, ranks)
+    check_dispatcher(place, options.expert_dispatch)
+    return place
 
 
 def precision_of(config: DictConfig) -> str:

@@ -115,7 +115,7 @@ def _multiplications(model: nn.Module) -> int:
         matrices = sum(p[0].numel() for p in layer.experts.parameters() if p.dim() == 3)
         shared = 0 if layer.shared is None else sum(p[0].numel() for p in layer.shared.parameters() if p.dim() == 3)
         # The shared expert is a stack of one: its matrices have three dimensions, and were not counted above.
-        count += layer.choices * matrices + shared
+        count += layer.top_k * matrices + shared
     return count
 
 

@@ -22,6 +22,7 @@ from fairseq_hash.fairseq_patches import (
 )
 from fairseq_hash.fairseq_patches.data_parallel import let_gloo_finish
 from fairseq_hash.fairseq_patches.model_building import (
+    ForEvaluation,
     allow_bf16_without_tpu,
     language_model_decoder,
     require_supported_fairseq,
@@ -31,6 +32,7 @@ from fairseq_hash.fairseq_patches.registry import one_line_errors
 from fairseq_hash.fairseq_patches.start import ignore_warnings
 
 __all__ = [
+    "ForEvaluation",
     "allow_bf16_without_tpu",
     "averaging",
     "checkpoints",

@@ -19,7 +19,6 @@ from fairseq_hash.checkpoint.trainer_checkpoints import TrainingCheckpoints
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.fairseq_patches.averaging import go_on_averaging
 from fairseq_hash.fairseq_patches.registry import one_line_errors, override, replaced
-from fairseq_hash.lm.evaluation import loading_to_evaluate
 from fairseq_hash.parallel.collectives import gather, together
 
 
@@ -98,13 +97,12 @@ def _read_without_running_code(
 
 @override(checkpoint_utils, "load_model_ensemble_and_task")
 @one_line_errors
-def _evaluate_with_all_experts(original: Callable[..., Any], filenames: list[str], *args: Any, **kwargs: Any) -> Any:
-    """Load models for evaluation and generation with all experts on every rank, and without the optimizer's state.
+def _load_weights_only(original: Callable[..., Any], filenames: list[str], *args: Any, **kwargs: Any) -> Any:
+    """Load models for evaluation and generation without the optimizer's state; name a file that does not exist.
 
-    Upstream: with several ranks these commands give each rank its own batches and skip empty ones, so the ranks call
-    the layers unequally often. A file that does not exist is a traceback.
+    Upstream: such a file is a traceback.
     """
-    with loading_to_evaluate(), loading_weights_only():
+    with loading_weights_only():
         try:
             return original(filenames, *args, **kwargs)
         except OSError as error:

@@ -15,6 +15,7 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 from torch import nn
 
 from fairseq_hash.checkpoint.mainfile import read_main
+from fairseq_hash.checkpoint.model_state import state_of
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.fairseq_patches.lengths import check_lengths
 from fairseq_hash.fairseq_patches.registry import one_line_errors, override, replaced
@@ -125,7 +126,7 @@ def _score_every_token(original: Callable[..., Any], models: "list[nn.Module]", 
     """
     with replaced(SequenceScorer, "generate", functools.partialmethod(_finite_scores, SequenceScorer.generate)):
         result = original(models, *args, **kwargs)
-    if any(getattr(model, "is_oracle", False) for model in models):  # fairseq's own models have no such attribute
+    if any(state_of(model).is_oracle for model in models):
         _NameOracle(logging.getLogger("fairseq_cli.eval_lm"))
     return result
 

@@ -4,9 +4,13 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import Any
 
 import fairseq
-from fairseq.models import ARCH_CONFIG_REGISTRY, transformer_lm
+from fairseq import models
+from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY, MODEL_REGISTRY, transformer_lm
+
+from fairseq_hash.fairseq_patches.registry import override
 
 SUPPORTED_FAIRSEQ = "0.12.2"
 
@@ -18,6 +22,32 @@ def require_supported_fairseq() -> None:
             f"fairseq_hash: fairseq {fairseq.__version__} is not supported; install fairseq {SUPPORTED_FAIRSEQ} "
             "(scripts/build_fairseq.py builds it for current Python)"
         )
+
+
+class ForEvaluation:
+    """A task for which a model is built that takes its weights from a checkpoint and is not trained.
+
+    Such a model holds all experts on every rank: ranks call it unequally often, and one that waits for the others would
+    wait for ever. Its hash table is the checkpoint's.
+    """
+
+    def __init__(self, task: Any) -> None:
+        self.task = task
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.task, name)
+
+
+@override(models, "build_model")
+def _say_what_for(original: Callable[..., Any], cfg: Any, task: Any, from_checkpoint: bool = False) -> Any:
+    """Tell our model whether it is to be evaluated.
+
+    Upstream: `load_model_ensemble_and_task` says `from_checkpoint` to the task, and `build_model` in
+    fairseq/models/__init__.py does not hand it on to the model.
+    """
+    name = getattr(cfg, "_name", None) or getattr(cfg, "arch", None)
+    is_ours = ARCH_MODEL_REGISTRY.get(name) is MODEL_REGISTRY["hash_transformer_lm"]
+    return original(cfg, ForEvaluation(task) if from_checkpoint and is_ours else task, from_checkpoint)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 from fairseq.trainer import Trainer
 from torch import nn
 
+from fairseq_hash.checkpoint.model_state import state_of
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.fairseq_patches.registry import one_line_errors, override
 from fairseq_hash.options import option_use
@@ -35,7 +36,7 @@ def _check_criterion(
     """
     check_data_parallel(cfg.distributed_training, model)
     given = vars(cfg.criterion) if isinstance(cfg.criterion, Namespace) else cfg.criterion
-    options = getattr(model, "options", SparseOptions(router="none"))  # a model of fairseq's is dense
+    options = state_of(model).options or SparseOptions(router="none")  # a model of fairseq's is dense
     if texts := option_use.check_criterion(type(criterion), given, options):
         logger.warning(option_use.in_vain(texts))
     original(trainer, cfg, task, model, criterion, *args, **kwargs)

@@ -11,6 +11,8 @@ from torch.utils import tensorboard
 from torch.utils.tensorboard.summary import Summary, histogram, scalar
 
 from fairseq_hash.fairseq_patches.registry import override
+from fairseq_hash.moe.routers import router_names, statistics_of
+from fairseq_hash.moe.routing_stats import meanings
 
 # What fairseq and the criterion `hash_moe` log, over a log interval (`train_inner`), an epoch or a validation.
 DESCRIPTIONS = {
@@ -32,15 +34,12 @@ DESCRIPTIONS = {
     "peak_gb": "peak memory of the first rank, of its GPU where there is one, in GB",
     "wall": "seconds since this session began",
 }
-# The same of a sparse layer: `layer3_load_max`.
+# The same of a sparse layer: `layer3_load_max`. A router's own statistics say themselves what they are.
 OF_LAYER = {
     "load_max": "largest demand for an expert over the mean demand; 1: every expert the same",
     "load_min": "smallest demand for an expert over the mean demand; 0: an expert that no token goes to",
     "load_cv": "coefficient of variation of the demand for the experts; 0: every expert the same",
     "dropped": "share of the tokens that found their expert full",
-    "router_entropy": "mean entropy of the router's probabilities, in nats; 0: it is certain",
-    "balance_loss": "load-balancing loss, without its weight; 1: balanced",
-    "z_loss": "z-loss, without its weight",
     "load": "how many experts have which load over the uniform share; all at 1: every expert the same",
 }
 
@@ -48,9 +47,14 @@ OF_LAYER = {
 def description_of(tag: str) -> str:
     """Return what a number's name means, "" where that is not known."""
     if of_layer := re.fullmatch(r"layer(\d+)_(\w+)", tag):
-        known = OF_LAYER.get(of_layer[2])
+        known = {**OF_LAYER, **_of_routers()}.get(of_layer[2])
         return f"Layer {of_layer[1]} (the first is 0): {known}" if known else ""
     return DESCRIPTIONS.get(tag, "")
+
+
+def _of_routers() -> dict[str, str]:
+    """Return what the statistics of all routers mean, by name."""
+    return {name: text for router in router_names() for name, text in meanings(statistics_of(router)).items()}
 
 
 class DescribingWriter(tensorboard.SummaryWriter):

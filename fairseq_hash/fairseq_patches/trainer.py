@@ -9,6 +9,7 @@ from fairseq.trainer import Trainer
 from torch import Tensor, nn
 
 from fairseq_hash.fairseq_patches.registry import one_line_errors, override
+from fairseq_hash.training.router_updates import update_routers
 from fairseq_hash.training.shared_experts import SharedTraining, scaled_update_freq
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,20 @@ def _leave_out_dummy_batches_only(
     if ignore and real:
         return original(trainer, real, size + sum(log["sample_size"] for log in real), *others)
     return original(trainer, logs, size, *others, ignore=ignore)
+
+
+@override(Trainer, "_reduce_and_log_stats")
+def _tell_routers(
+    original: Callable[..., Any], trainer: Trainer, logging_outputs: Any, sample_size: Any, grad_norm: Any = None
+) -> Any:
+    """Let routers that keep state know what the tokens of an update chose.
+
+    Upstream: `Trainer.train_step` calls this once after each update, with what was logged of it, summed over the ranks
+    and without dummy batches; a validation has no gradient norm. No hook of fairseq's knows all of that.
+    """
+    if grad_norm is not None:
+        update_routers(trainer.get_model(), logging_outputs)
+    return original(trainer, logging_outputs, sample_size, grad_norm)
 
 
 @override(Trainer, "clip_grad_norm")

@@ -17,12 +17,10 @@ from fairseq_hash import fairseq_patches
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.validators import check_at_least
 from fairseq_hash.lm.token_loss import adaptive_cross_entropy, token_cross_entropy
-from fairseq_hash.moe.layer import RoutingReport
+from fairseq_hash.moe.routers import statistics_of
+from fairseq_hash.moe.routing_stats import RoutingReport, log_key, loss_weights, names_of, of_log_key
 from fairseq_hash.options.criterion_options import HashMoECriterionConfig
 from fairseq_hash.provenance import peak_gigabytes
-
-# A meter's name says of which layer and router it is; fairseq shows no meter whose name starts with an underscore.
-REPORT_KEY = "_layer{}_{}"
 
 
 @register_criterion("hash_moe", dataclass=HashMoECriterionConfig)
@@ -49,8 +47,7 @@ class HashMoECriterion(CrossEntropyCriterion):
         for option, weight in (("--load-balance-weight", load_balance_weight), ("--z-loss-weight", z_loss_weight)):
             if not 0 <= weight < math.inf:
                 raise UserError(f"{option} {weight} is out of range; give a number of 0 or more")
-        self.load_balance_weight = load_balance_weight
-        self.z_loss_weight = z_loss_weight
+        self.loss_weights = {"load_balance_weight": load_balance_weight, "z_loss_weight": z_loss_weight}
         self.log_expert_loads = log_expert_loads
         self.update_freq_ranks = update_freq_ranks  # read by the trainer (`fairseq_patches.trainer`)
 
@@ -63,8 +60,10 @@ class HashMoECriterion(CrossEntropyCriterion):
         reports: dict[tuple[int, str], Tensor] = net_output[1].get("routing", {})
         loss = nll_loss
         if self.training:
-            for report in map(RoutingReport.unpack, reports.values()):
-                loss = loss + self.load_balance_weight * report.load_balancing_loss + self.z_loss_weight * report.z_loss
+            for (_, router), sums in reports.items():
+                report = RoutingReport(sums, statistics_of(router))
+                for name, weight in loss_weights(report.statistics).items():
+                    loss = loss + self.loss_weights.get(weight, weight) * report.total(name)
         sentences = sample["target"].size(0)
         sample_size = sentences if self.sentence_avg else sample["ntokens"]
         logging_output = {
@@ -74,8 +73,8 @@ class HashMoECriterion(CrossEntropyCriterion):
             "nsentences": sentences,
             "sample_size": sample_size,
         }
-        for layer, report in sorted(reports.items()):
-            logging_output[REPORT_KEY.format(*layer)] = report.detach().double()
+        for layer, sums in sorted(reports.items()):
+            logging_output[log_key(*layer)] = sums.detach().double()
         if net_output[1].get("is_oracle", False):
             logging_output["_is_oracle"] = 1
         if self.log_expert_loads:
@@ -118,7 +117,7 @@ class HashMoECriterion(CrossEntropyCriterion):
         metrics.log_derived("peak_gb", lambda meters: round(peak_gigabytes(), 3), priority=650)
         list_loads = any("_log_expert_loads" in log for log in logging_outputs)
         for key in logging_outputs[0] if logging_outputs else ():
-            if key.startswith("_layer"):
+            if of_log_key(key):
                 metrics.log_scalar_sum(key, _total(logging_outputs, key))
                 for name, value in layer_statistics(key, list_loads).items():
                     metrics.log_derived(name, value, priority=600)
@@ -157,30 +156,29 @@ def _total(logging_outputs: Iterable[dict[str, Any]], key: str) -> Any:
 def layer_statistics(key: str, list_loads: bool) -> dict[str, Callable[[MetersDict], Any]]:
     """Return what to log of the summed report under the meter `key`: names, and functions of fairseq's meters.
 
-    `load_max` and `load_min`: largest and smallest demand for an expert, over the mean; `load_cv`: its coefficient of
-    variation; `dropped`: share of the tokens dropped; `load`: each expert's share of the tokens. A switch router adds
-    `router_entropy` (nats), `balance_loss` and `z_loss`: means over tokens, without the losses' weights.
+    `load_max` and `load_min`: largest and smallest number of tokens that chose an expert, over the mean; `load_cv`: the
+    coefficient of variation of these numbers; `dropped`: share of the tokens dropped; `load`: each expert's share of
+    the tokens. A router's own statistics follow under their names, as means over tokens.
     """
-    layer, router = key.removeprefix("_").split("_")
+    layer, router = of_log_key(key)
+    kind = statistics_of(router)
     statistics: dict[str, Callable[[RoutingReport], Tensor]] = {
         "load_max": lambda report: report.relative_load_E.max(),
         "load_min": lambda report: report.relative_load_E.min(),
         "load_cv": lambda report: report.relative_load_E.std(correction=0),
         "dropped": lambda report: report.mean(report.dropped),
     }
-    if router == "switch":
-        statistics["router_entropy"] = lambda report: report.mean(report.entropy)
-        statistics["balance_loss"] = lambda report: report.mean(report.load_balancing_loss)
-        statistics["z_loss"] = lambda report: report.mean(report.z_loss)
+    for name in names_of(kind):
+        statistics[name] = lambda report, name=name: report.mean(report.total(name))
     if list_loads:
-        statistics["load"] = lambda report: report.relative_load_E / len(report.demand_E)
+        statistics["load"] = lambda report: report.relative_load_E / len(report.relative_load_E)
 
     def of_meter(statistic: Callable[[RoutingReport], Tensor]) -> Callable[[MetersDict], Any]:
         def value(meters: MetersDict) -> Any:
-            result = statistic(RoutingReport.unpack(torch.as_tensor(meters[key].sum))).round(decimals=5)
+            result = statistic(RoutingReport(torch.as_tensor(meters[key].sum), kind)).round(decimals=5)
             # TensorBoard takes numbers; the JSON log takes a vector as well.
             return result.item() if result.dim() == 0 else result
 
         return value
 
-    return {f"{layer}_{name}": of_meter(statistic) for name, statistic in statistics.items()}
+    return {f"layer{layer}_{name}": of_meter(statistic) for name, statistic in statistics.items()}

@@ -6,17 +6,12 @@ returns its report as the third output, which fairseq's decoder ignores; a forwa
 context, after any checkpointing, so that the auxiliary losses have gradients.
 """
 
-import contextlib
 import functools
 import itertools
-import logging
 from argparse import Namespace
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fairseq import utils
 from fairseq.data import Dictionary
 from fairseq.distributed import fsdp_wrap
 from fairseq.models.transformer import TransformerConfig, TransformerDecoder
@@ -27,105 +22,24 @@ from torch import Tensor, nn
 
 from fairseq_hash.lm.hash_tables import HashTables, build_tables
 from fairseq_hash.lm.predictor import Predictor
-from fairseq_hash.moe.distributed_assignment import balance_over
-from fairseq_hash.moe.experts import ExpertFeedForward, ExpertStack, GatedFeedForward
-from fairseq_hash.moe.layer import HashRoute, RoutingContext, SparseLayer
-from fairseq_hash.moe.mapped_experts import MappedExperts
-from fairseq_hash.moe.routers import Assignment, BaseRouter, HashWeights, SwitchRouter
-from fairseq_hash.moe.token_dispatcher import PlanUnderWay
+from fairseq_hash.lm.sparse_layers import Place, build_sparse_layer
+from fairseq_hash.moe.assignment import Assignment
+from fairseq_hash.moe.routing_context import HashRoute, RoutingContext
+from fairseq_hash.moe.token_dispatcher import TokenDispatcher
 from fairseq_hash.options.sparse_options import SparseOptions
-from fairseq_hash.parallel.groups import Alone, ExpertParallel, mark_experts
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a sparse layer stands: the number of its decoder layer, its router, and its hash route where it has one."""
-
-    number: int
-    router: str
-    hash_route: "int | None" = None
-
-
-def build_router(
-    options: SparseOptions, model_width: int, parallel: ExpertParallel, place: Place
-) -> "nn.Module | None":
-    """Return the router of a sparse layer; of a hash layer what weighs its experts, None where nothing is learned."""
-    if place.router == "switch":
-        return SwitchRouter(model_width, options.num_experts, options.router_jitter, place.number)
-    if place.router == "base":
-        return BaseRouter(model_width, options.num_experts, place.number, balance_over(options.base_balance, parallel))
-    if options.hash_weights == "learned":
-        return HashWeights(model_width, options.num_experts, options.hash_score, options.hash_scale)
-    return None
-
-
-def build_experts(
-    options: SparseOptions,
-    cfg: TransformerConfig,
-    ids: Sequence[int],
-    key: "tuple[int | str, ...]",
-    segments: int = 1,
-    first: "tuple[nn.Linear, nn.Linear] | None" = None,
-) -> nn.Module:
-    """Build the experts `ids`; `key` is of their random numbers, `first` the linear layers that expert 0 starts as."""
-    width, hidden = cfg.decoder.embed_dim, cfg.decoder.ffn_embed_dim
-    dropout = options.expert_dropout
-    if dropout is None:
-        dropout = cfg.activation_dropout or cfg.relu_dropout or 0.0  # as fairseq's own layers choose it
-    if options.expert_form == "swiglu":
-        return GatedFeedForward(ids, width, hidden, options.swiglu_limit, dropout, key, options.recompute_hidden)
-    activation = utils.get_activation_fn(cfg.activation_fn)
-    if options.sparse_placement == "insert":
-        return ExpertStack(
-            ids, options.expert_sublayers, width, hidden, activation, dropout, key[0], options.recompute_hidden
-        )
-    return ExpertFeedForward(ids, width, hidden, activation, dropout, key, first, segments, options.recompute_hidden)
-
-
-def build_sparse_layer(
-    options: SparseOptions,
-    cfg: TransformerConfig,
-    parallel: ExpertParallel,
-    place: Place,
-    first: "tuple[nn.Linear, nn.Linear] | None" = None,
-) -> SparseLayer:
-    """Build router and experts of a sparse layer; `first` are the dense FFN's two linear layers."""
-    is_hash = place.hash_route is not None
-    segments = options.multi_hash if is_hash else 1
-    with torch.device("meta") if options.map_experts else contextlib.nullcontext():
-        experts = build_experts(options, cfg, parallel.expert_ids, (place.number,), segments, first)
-    if options.map_experts:
-        experts = MappedExperts(experts)
-    layer = SparseLayer(
-        build_router(options, cfg.decoder.embed_dim, parallel, place),
-        experts,
-        parallel,
-        options.capacity_factor,
-        options.eval_capacity_factor,
-        hash_route=place.hash_route,
-        segments=segments,
-        choices=options.experts_per_token if is_hash else 1,
-        shared=build_experts(options, cfg, [0], ("shared", place.number)) if options.shared_expert else None,
-    )
-    if parallel.is_shared:
-        # Where fully sharded data parallel wraps the layer: it shards what all ranks have, and leaves these alone.
-        alone = {"process_group": Alone(), "process_group_reduce_scatter": Alone()}
-        layer.experts = fsdp_wrap(layer.experts, **alone)
-        mark_experts(layer.experts)
-    return layer
 
 
 class SparseDecoderLayer(TransformerDecoderLayerBase):
     """A decoder layer whose FFN is a `SparseLayer`."""
 
-    def __init__(self, cfg: TransformerConfig, options: SparseOptions, parallel: ExpertParallel, place: Place) -> None:
+    def __init__(
+        self, cfg: TransformerConfig, options: SparseOptions, dispatcher: TokenDispatcher, place: Place
+    ) -> None:
         super().__init__(cfg, no_encoder_attn=True)
         # The dense FFN is built first, and becomes expert 0: the random numbers of all other parameters are then those
         # of the dense model with the same seed.
         dense = self._modules.pop("fc1"), self._modules.pop("fc2")
-        self.sparse = build_sparse_layer(options, cfg, parallel, place, first=dense)
+        self.sparse = build_sparse_layer(options, cfg, dispatcher, place, first=dense)
         # `forward` runs fc1, activation, dropout and fc2 in turn: here fc1 is the whole FFN, and the rest does nothing.
         self.activation_fn = self.fc2
         self.activation_dropout_module = FairseqDropout(0.0)
@@ -158,9 +72,11 @@ class SparseDecoderLayer(TransformerDecoderLayerBase):
 class InsertedLayer(nn.Module):
     """A residual stack of expert sub-layers between two decoder layers (BASE Layers, section 4.1)."""
 
-    def __init__(self, cfg: TransformerConfig, options: SparseOptions, parallel: ExpertParallel, place: Place) -> None:
+    def __init__(
+        self, cfg: TransformerConfig, options: SparseOptions, dispatcher: TokenDispatcher, place: Place
+    ) -> None:
         super().__init__()
-        self.sparse = build_sparse_layer(options, cfg, parallel, place)
+        self.sparse = build_sparse_layer(options, cfg, dispatcher, place)
 
     def forward(
         self, x: Tensor, encoder_out: RoutingContext, *args: Any, **kwargs: Any
@@ -181,9 +97,22 @@ class HashTransformerDecoder(TransformerDecoder):
         no_encoder_attn: bool = False,
         output_projection: "nn.Module | None" = None,
         *,
-        parallel: ExpertParallel,
+        dispatcher: TokenDispatcher,
+        is_evaluation: bool = False,
     ) -> None:
-        self.parallel = parallel
+        """Build the decoder.
+
+        Args:
+            args: the model's options.
+            dictionary: of the task.
+            embed_tokens: as fairseq's own.
+            no_encoder_attn: as fairseq's own.
+            output_projection: as fairseq's own.
+            dispatcher: what brings tokens to the experts.
+            is_evaluation: whether a checkpoint is loaded next, which has its own hash tables.
+        """
+        self.dispatcher = dispatcher
+        self.parallel = dispatcher.parallel
         self.options = SparseOptions.from_config(args)
         self.places = self._places(args.decoder_layers)
         self._numbers = itertools.count()  # fairseq builds the layers in order and tells none its number
@@ -193,14 +122,15 @@ class HashTransformerDecoder(TransformerDecoder):
             at = place.number
             if self.options.sparse_placement == "insert":
                 at += 1 + before
-                self.layers.insert(at, _wrap(InsertedLayer(cfg, self.options, self.parallel, place), cfg))
+                self.layers.insert(at, _wrap(InsertedLayer(cfg, self.options, self.dispatcher, place), cfg))
             self.layers[at].register_forward_hook(functools.partial(_keep_report, (place.number, place.router)))
         self.hash_tables: HashTables | None = None
         self.predictor: Predictor | None = None
         hash_layers = sum(place.router == "hash" for place in self.places.values())
         if hash_layers:
             shape = self.options.table_shape(self.options.num_experts, self.max_positions())
-            self.hash_tables = build_tables(self.options, dictionary.symbols, dictionary.count, shape, hash_layers)
+            symbols, counts = dictionary.symbols, dictionary.count
+            self.hash_tables = build_tables(self.options, symbols, counts, shape, hash_layers, is_evaluation)
 
     def _places(self, decoder_layers: int) -> dict[int, Place]:
         """Return where the sparse layers stand, by the number of their decoder layer."""
@@ -215,7 +145,7 @@ class HashTransformerDecoder(TransformerDecoder):
         """Build the next layer: fairseq's own, or a sparse one in its place."""
         place = self.places.get(next(self._numbers))
         if place is not None and self.options.sparse_placement == "replace":
-            return _wrap(SparseDecoderLayer(cfg, self.options, self.parallel, place), cfg)
+            return _wrap(SparseDecoderLayer(cfg, self.options, self.dispatcher, place), cfg)
         return super().build_decoder_layer(cfg, no_encoder_attn)
 
     def extract_features(
@@ -283,7 +213,7 @@ class HashTransformerDecoder(TransformerDecoder):
             if options.experts_per_token > 1:
                 share = options.hash_scale / options.experts_per_token
                 weight_TK = torch.full(expert_TK.shape, share, device=expert_TK.device)
-            plan = PlanUnderWay(expert_TK, self.parallel.in_segments(columns), factor)
+            plan = self.dispatcher.in_segments(columns).begin(expert_TK, factor)
             context.hash_routes.append(HashRoute(Assignment(expert_TK, weight_TK), plan, columns))
         return context
 

@@ -21,7 +21,6 @@ from fairseq_hash.hashing import (
 )
 from fairseq_hash.hashing.balance import complaint, judge
 from fairseq_hash.hashing.features import OF_TOKENS
-from fairseq_hash.lm.evaluation import is_evaluation
 from fairseq_hash.options.hash_options import HashOptions
 
 logger = logging.getLogger("fairseq_hash.model")
@@ -32,8 +31,10 @@ NO_INDEX = ("dictionary_fingerprint", "expert")  # buffers of a table that are n
 class TableBuffers(nn.Module):
     """One table: `forward` looks the experts of tokens up."""
 
-    def __init__(self, table: HashTable) -> None:
+    def __init__(self, table: HashTable, is_evaluation: bool = False) -> None:
+        """Take a table; in evaluation one to be replaced, by whatever table a checkpoint has."""
         super().__init__()
+        self.is_evaluation = is_evaluation
         self.num_experts = table.record.num_experts
         self.is_multi_hash = table.record.is_multi_hash
         self.feature = table.feature
@@ -71,7 +72,7 @@ class TableBuffers(nn.Module):
         saved = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         if "expert" in saved:
             check_table(as_array(saved["expert"]), self.num_experts, self.is_multi_hash)
-            if is_evaluation():
+            if self.is_evaluation:
                 # Built without knowing how many rows there are, and whether tokens are spread.
                 for name, value in saved.items():
                     self.register_buffer(name, torch.empty_like(value, device=self.expert.device))
@@ -105,8 +106,8 @@ def _hex(fingerprint: Tensor) -> str:
 class HashTables(nn.ModuleList):
     """The tables of all hash layers: one that they share, or one for each in the order of the layers."""
 
-    def __init__(self, tables: Iterable[HashTable]) -> None:
-        super().__init__(TableBuffers(table) for table in tables)
+    def __init__(self, tables: Iterable[HashTable], is_evaluation: bool = False) -> None:
+        super().__init__(TableBuffers(table, is_evaluation) for table in tables)
 
     def require_predictor(self, fingerprint: str) -> None:
         """Save the fingerprint of the model that predicts keys, and refuse checkpoints that were trained with another.
@@ -133,7 +134,12 @@ class HashTables(nn.ModuleList):
 
 
 def build_tables(
-    options: HashOptions, symbols: list[str], counts: list[int], shape: TableShape, hash_layers: int
+    options: HashOptions,
+    symbols: list[str],
+    counts: list[int],
+    shape: TableShape,
+    hash_layers: int,
+    is_evaluation: bool = False,
 ) -> HashTables:
     """Return the tables that the options name; in evaluation ones to be replaced, as the checkpoint has its own.
 
@@ -150,8 +156,8 @@ def build_tables(
     if options.hash_per_layer:
         names = names * hash_layers
         seeds = [options.hash_seed + layer * shape.columns for layer in range(hash_layers)]
-    if is_evaluation():
-        return HashTables(placeholder_table(symbols, shape) for _ in names)
+    if is_evaluation:
+        return HashTables((placeholder_table(symbols, shape) for _ in names), is_evaluation)
     tables = [
         build_table(name, symbols, counts, shape, seed, is_first=number == 0 or not options.hash_per_layer)
         for number, (name, seed) in enumerate(zip(names, seeds, strict=True))

@@ -21,18 +21,19 @@ from torch import nn
 from fairseq_hash import fairseq_patches
 from fairseq_hash.checkpoint.loading import SavedState, one_line
 from fairseq_hash.checkpoint.manifest import Manifest
+from fairseq_hash.checkpoint.model_state import ModelState
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.hashing import dictionary_fingerprint
 from fairseq_hash.lm.decoder import HashTransformerDecoder
-from fairseq_hash.lm.evaluation import is_evaluation
 from fairseq_hash.lm.freezing import freeze
 from fairseq_hash.lm.memory_check import check_fits_here
 from fairseq_hash.lm.predictor import load_predictor
+from fairseq_hash.moe.dispatchers import check_dispatcher, make_dispatcher
 from fairseq_hash.moe.layer import SparseLayer
 from fairseq_hash.options import option_use
 from fairseq_hash.options.sparse_options import SparseOptions
 from fairseq_hash.parallel.collectives import check_same, together
-from fairseq_hash.parallel.groups import expert_names, expert_parallel, reduce_expert_gradients
+from fairseq_hash.parallel.groups import ExpertParallel, expert_names, expert_parallel, reduce_expert_gradients
 from fairseq_hash.parallel.watchdog import watchdog_of
 from fairseq_hash.provenance import provenance
 from fairseq_hash.training.shared_experts import check_device
@@ -69,35 +70,46 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
         Raises:
             SystemExit: with one line, where an option is out of range or does not fit another.
         """
+        is_evaluation = isinstance(task, fairseq_patches.ForEvaluation)
         options = SparseOptions.from_config(args)
-        together(functools.partial(check_options, args, options))
+        together(functools.partial(check_options, args, options, is_evaluation))
         check_same(asdict(options))
         if not options.is_sparse:
             model = together(functools.partial(super().build_model, args, task))
         else:
-            parallel = expert_parallel(options.num_experts, options.expert_parallel_size, options.expert_dispatch)
-            if not is_evaluation():
+            if is_evaluation:
+                parallel = ExpertParallel(options.num_experts)
+            else:
+                parallel = expert_parallel(options.num_experts, options.expert_parallel_size)
+                check_dispatcher(parallel, options.expert_dispatch)
                 vocabulary = len(task.source_dictionary)
                 together(functools.partial(check_fits_here, args, options, vocabulary, parallel.size))
             if parallel.is_shared:  # from here on a rank that fails ends the job: the others wait for it
                 watchdog_of(parallel.rank, parallel.world_size)
-            with fairseq_patches.language_model_decoder(functools.partial(HashTransformerDecoder, parallel=parallel)):
+            dispatcher = make_dispatcher(parallel, options.expert_dispatch)
+            decoder = functools.partial(HashTransformerDecoder, dispatcher=dispatcher, is_evaluation=is_evaluation)
+            with fairseq_patches.language_model_decoder(decoder):
                 model = together(functools.partial(super().build_model, args, task))
             if options.hash_predictor:
                 load = functools.partial(load_predictor, options.hash_predictor, task)
                 model.decoder.set_predictor(together(load))
             if model.decoder.is_oracle:
                 logger.warning("--hash-feature %s sees the next token: its perplexity is an oracle's", options.feature)
-            if not is_evaluation():
+            if not is_evaluation:
                 freeze(model, options.freeze)
             model._ddp_params_and_buffers_to_ignore = expert_names(model)  # torch's DistributedDataParallel reads it
             logger.info("expert_parallel | %s", parallel.describe())
         record = model_record(model, args, options, task)
+        if is_evaluation:  # it takes its table from the checkpoint, later
+            record["table_fingerprint"] = None
         check_same({key: record[key] for key in SAME_ON_ALL_RANKS})
-        model.options = options
-        model.from_dense, model.freeze = options.from_dense, options.freeze
-        model.is_oracle = options.is_sparse and model.decoder.is_oracle
-        model.facts = {key: record[key] for key in FACTS}
+        model.hash_state = ModelState(
+            options,
+            is_oracle=options.is_sparse and model.decoder.is_oracle,
+            from_dense=options.from_dense,
+            freeze=options.freeze,
+            facts={key: record[key] for key in FACTS},
+        )
         logger.info("model_record | %s", json.dumps(record))
         return model
 
@@ -130,7 +142,7 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
         path, manifest = (state_dict.path, state_dict.manifest) if isinstance(state_dict, SavedState) else (None, None)
         try:
             if manifest is not None:
-                check_manifest(manifest, self.facts)
+                check_manifest(manifest, self.hash_state.facts)
             return super().load_state_dict(state_dict, *args, **kwargs)
         except RuntimeError as error:
             raise UserError(f"{path or 'the state'} does not fit this model: {one_line(error)}") from error
@@ -144,17 +156,16 @@ def check_manifest(manifest: Manifest, facts: Mapping[str, Any]) -> None:
         raise UserError(f"it has {manifest.num_experts} experts and --router {manifest.router}; this model is dense")
     if manifest.router == "none" and facts["router"] != "none":
         raise UserError("it is a dense model, this one has experts; a new training starts from it by --from-dense")
-    table = None if is_evaluation() else facts["table_fingerprint"]
-    manifest.check(facts["num_experts"], facts["dictionary_fingerprint"], table)
+    manifest.check(facts["num_experts"], facts["dictionary_fingerprint"], facts["table_fingerprint"])
 
 
-def check_options(args: Any, options: SparseOptions) -> None:
+def check_options(args: Any, options: SparseOptions, is_evaluation: bool) -> None:
     """Raise `UserError` where an option is out of range, or one of fairseq's does not go with sparse layers."""
     options.check()
     check_device(is_sharded=ConfigAutoWrap.in_autowrap_context, on_cpu=False)
-    if options.map_experts and not is_evaluation():
+    if options.map_experts and not is_evaluation:
         raise UserError("--map-experts is for evaluation: fairseq-eval-lm --model-overrides \"{'map_experts': True}\"")
-    if not is_evaluation() and (texts := option_use.check_model(options)):
+    if not is_evaluation and (texts := option_use.check_model(options)):
         logger.warning(option_use.in_vain(texts))
     if not options.is_sparse:
         return
@@ -209,7 +220,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     layers, others = layers_and_dense(model)
     dense = sum(map(whole_size, others))
     total = dense + sum(layer.parallel.num_experts * layer.expert_size for layer in layers)
-    return total, dense + sum(layer.choices * layer.expert_size for layer in layers)
+    return total, dense + sum(layer.top_k * layer.expert_size for layer in layers)
 
 
 def count_trained(model: nn.Module) -> int:
@@ -236,8 +247,7 @@ def model_record(model: nn.Module, args: Any, options: SparseOptions, task: Fair
         "parameters_active": active,
         "parameters_trained": count_trained(model),
         "dictionary_fingerprint": dictionary_fingerprint(task.source_dictionary.symbols),
-        # A model to be evaluated takes its table from the checkpoint, later.
-        "table_fingerprint": tables.fingerprint if tables is not None and not is_evaluation() else None,
+        "table_fingerprint": tables.fingerprint if tables is not None else None,
         "predictor_fingerprint": predictor.fingerprint if predictor is not None else None,
     }
 

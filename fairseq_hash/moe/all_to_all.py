@@ -12,7 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from fairseq_hash.moe.dispatch_plan import PlanUnderWay
 from fairseq_hash.moe.kernels.group_sizes import GroupSizes
+from fairseq_hash.moe.token_dispatcher import LocalDispatcher
 from fairseq_hash.parallel.groups import ExpertParallel
 
 
@@ -129,3 +131,15 @@ def _arrival(count_Pe: Tensor, rows: int) -> Tensor:
     shift_S = (start_eP - before_eP).flatten()
     shift_R = shift_S.repeat_interleave(count_eP.flatten(), output_size=rows)
     return torch.arange(rows, device=count_Pe.device) + shift_R
+
+
+class AllToAllDispatcher(LocalDispatcher):
+    """Ranks that share experts exchange exactly the rows that must move."""
+
+    def begin(self, expert_TK: Tensor, capacity_factor: float = 0.0) -> PlanUnderWay:
+        """Begin the plan of an assignment: the split sizes travel while other work runs."""
+
+        def exchange_sizes(rows_E: Tensor) -> SplitSizes:
+            return SplitSizes(rows_E, self.parallel)
+
+        return PlanUnderWay(expert_TK, self.parallel.num_experts, capacity_factor, exchange_sizes)

@@ -15,7 +15,7 @@ from fairseq_hash.core.errors import UserError
 from fairseq_hash.moe.kernels.feed_forward import HiddenLayer, Weights, feed_forward
 from fairseq_hash.moe.kernels.group_sizes import GroupSizes
 from fairseq_hash.moe.kernels.huge_pages import empty_in_huge_pages
-from fairseq_hash.moe.routers import seeded_generator
+from fairseq_hash.moe.seeding import seeded_generator
 
 
 class ExpertFeedForward(nn.Module):

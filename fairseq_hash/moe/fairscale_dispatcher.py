@@ -5,19 +5,20 @@ are kept is the plan's business, so that the result is that of our own exchange.
 fp32 masks. Shape suffixes: see `losses`; C here is the number of rows in a buffer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fairseq_hash.moe.routers import Assignment
-from fairseq_hash.moe.token_dispatcher import DispatchPlan
+from fairseq_hash.moe.assignment import Assignment
+from fairseq_hash.moe.dispatch_plan import DispatchPlan
+from fairseq_hash.moe.token_dispatcher import Experts, LocalDispatcher
 from fairseq_hash.parallel.groups import ExpertParallel
 
 
 class Gate(nn.Module):
-    """A router in the form of fairscale's gates: tokens to auxiliary loss, combine weights and dispatch mask.
+    """A router in the form of fairscale's gates: tokens to a loss, combine weights and dispatch mask.
 
     Args:
         route: a router and its plan on this rank: tokens `[T, D]` to an assignment, and the plan that a rank with all
@@ -33,7 +34,7 @@ class Gate(nn.Module):
         self.group = group
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the load-balancing loss (or zero), combine weights `[T, E, C]` and dispatch mask (bool, the same)."""
+        """Return no loss (the criterion adds losses), combine weights `[T, E, C]`, dispatch mask (bool, the same)."""
         assignment, plan = self.route(x_TD)
         rows_E = plan.sizes.on(x_TD.device)
         # The largest load of all ranks; at least one row, because `MOELayer` cannot handle empty buffers.
@@ -51,8 +52,7 @@ class Gate(nn.Module):
         mask_TEC = torch.zeros(shape_TEC, dtype=torch.bool, device=x_TD.device)
         mask_TEC = mask_TEC.index_put(where, torch.ones_like(expert_R, dtype=torch.bool))
         weight_TEC = x_TD.new_zeros(shape_TEC).index_put(where, weight_R)
-        loss = assignment.load_balancing_loss
-        return (x_TD.new_zeros(()) if loss is None else loss), weight_TEC, mask_TEC
+        return x_TD.new_zeros(()), weight_TEC, mask_TEC
 
 
 class _ByRank(nn.Module):
@@ -72,7 +72,7 @@ class _ByRank(nn.Module):
 class _ExpertsOfRank(nn.Module):
     """This rank's experts as one of `MOELayer`'s: rows by sender to rows by expert, and back."""
 
-    def __init__(self, experts: Callable[[Tensor, Sequence[int]], Tensor], parallel: ExpertParallel) -> None:
+    def __init__(self, experts: Experts, parallel: ExpertParallel) -> None:
         super().__init__()
         self.experts = experts
         self.shape_Pe = (parallel.size, parallel.local_experts)
@@ -85,23 +85,19 @@ class _ExpertsOfRank(nn.Module):
         return out_RD.view(rows_ePCD.shape).transpose(0, 1).reshape(rows.shape)
 
 
-def fairscale_moe(
-    x_TD: Tensor, assignment: Assignment, plan: DispatchPlan, experts: nn.Module, parallel: ExpertParallel
-) -> Tensor:
-    """Return what the experts add to each token, `[T, D]`, by way of fairscale's `MOELayer`.
+class FairscaleDispatcher(LocalDispatcher):
+    """Ranks that share experts exchange full capacity buffers, by fairscale's `MOELayer`.
 
-    Every rank of the group has to call this, with any number of tokens. The layer holds nothing but what it is given,
-    so that it is made anew each time, and the model's parameters keep their names.
-
-    Args:
-        x_TD: fp32 tokens.
-        assignment: of these tokens.
-        plan: what a rank with all experts would make of it.
-        experts: this rank's.
-        parallel: who shares the experts.
+    The layer holds nothing but what it is given: it is made anew each time, and the model's parameters keep their
+    names.
     """
-    from fairscale.nn import MOELayer  # here, because few need it, and torch warns of what fairscale imports
 
-    gate = _ByRank(Gate(lambda _: (assignment, plan), parallel.group), parallel.size)
-    layer = MOELayer(gate, _ExpertsOfRank(experts, parallel), parallel.group)
-    return layer(x_TD.unsqueeze(1)).squeeze(1)
+    is_fp32_only = True  # fairscale's masks are
+
+    def run(self, x_TD: Tensor, assignment: Assignment, plan: DispatchPlan, experts: Experts) -> Tensor:
+        """Return what the experts add to each token; `x_TD` has to be fp32."""
+        from fairscale.nn import MOELayer  # here, because few need it, and torch warns of what fairscale imports
+
+        gate = _ByRank(Gate(lambda _: (assignment, plan), self.parallel.group), self.parallel.size)
+        layer = MOELayer(gate, _ExpertsOfRank(experts, self.parallel), self.parallel.group)
+        return layer(x_TD.unsqueeze(1)).squeeze(1)

@@ -9,7 +9,7 @@ from fairseq_hash.core.validators import check_at_least, check_one_of
 from fairseq_hash.hashing import BUILDERS, FEATURES, Feature, TableShape
 from fairseq_hash.hashing.build import DRAWN
 from fairseq_hash.hashing.features import OF_BUCKETS
-from fairseq_hash.moe.routers import SCORES
+from fairseq_hash.moe.hash_weights import SCORES
 
 WEIGHTS = ("uniform", "learned")
 

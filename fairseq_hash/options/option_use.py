@@ -12,6 +12,8 @@ from typing import Any
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.hashing.build import BUILDERS, DRAWN
 from fairseq_hash.hashing.features import OF_BUCKETS
+from fairseq_hash.moe.routers import router_class, router_names, statistics_of
+from fairseq_hash.moe.routing_stats import loss_weights
 from fairseq_hash.options.sparse_options import SparseOptions
 
 
@@ -30,6 +32,15 @@ class Statement:
     needs: str = ""
     asks_nothing: Any = None
     is_shared: bool = True
+
+
+def _statistics(options: SparseOptions) -> list[type]:
+    return [statistics_of(router) for router in options.routers if router in router_names()]
+
+
+def _has_loss(options: SparseOptions, weight: str) -> bool:
+    """Whether a router has a loss that this option of the criterion weighs."""
+    return any(weight in loss_weights(statistics).values() for statistics in _statistics(options))
 
 
 def _tables(options: SparseOptions) -> list[str]:
@@ -58,6 +69,8 @@ ALWAYS = Statement(lambda options: True)
 SPARSE = Statement(lambda options: options.is_sparse, "experts (--router hash, switch or base)")
 HASH = Statement(_has_hash, "a hash layer (--router hash)")
 SWITCH = Statement(lambda options: "switch" in options.routers, "a switch layer (--router switch)")
+BALANCED = Statement(lambda options: _has_loss(options, "load_balance_weight"), "a switch layer (--router switch)")
+Z_LOSS = Statement(lambda options: _has_loss(options, "z_loss_weight"), "a switch layer (--router switch)")
 BASE = Statement(lambda options: "base" in options.routers, "a BASE layer (--router base)")
 SEVERAL = Statement(_weighs_several, "several experts of a token (--router hash, --experts-per-token 2 or more)")
 
@@ -110,8 +123,8 @@ MODEL = {
     "hash_scale": SEVERAL,
 }
 CRITERION = {
-    "load_balance_weight": Statement(SWITCH.acts, SWITCH.needs, asks_nothing=0),
-    "z_loss_weight": SWITCH,
+    "load_balance_weight": Statement(BALANCED.acts, BALANCED.needs, asks_nothing=0),
+    "z_loss_weight": Z_LOSS,
     "log_expert_loads": SPARSE,
     "update_freq_ranks": ALWAYS,
 }
@@ -132,10 +145,15 @@ def check_criterion(kind: type, config: Mapping[str, Any], options: SparseOption
 
     name = config["_name"]
     if not issubclass(kind, HashMoECriterion):
-        if "switch" in options.routers:
+        if any(map(loss_weights, _statistics(options))):
             raise UserError(
                 f"--criterion {name} leaves out the load-balancing loss of --router {options.router}; use --criterion "
                 "hash_moe (without that loss: --load-balance-weight 0)"
+            )
+        if any(hasattr(router_class(router), "after_update") for router in options.routers if router in router_names()):
+            raise UserError(
+                f"--criterion {name} does not count tokens per expert, which --router {options.router} needs after "
+                "each update; use --criterion hash_moe"
             )
         if _has_hash(options) and options.feature.is_oracle:
             raise UserError(

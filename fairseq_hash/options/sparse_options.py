@@ -7,11 +7,11 @@ from typing import Any, Optional
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.validators import check_at_least, check_one_of, check_probability
+from fairseq_hash.moe.dispatchers import DISPATCHERS
 from fairseq_hash.moe.distributed_assignment import BALANCES
+from fairseq_hash.moe.routers import router_names
 from fairseq_hash.options.hash_options import HashOptions
-from fairseq_hash.parallel.groups import DISPATCHES
 
-ROUTERS = ("none", "hash", "switch", "base")
 PLACEMENTS = ("replace", "insert")
 FORMS = ("plain", "swiglu")
 FREEZES = ("none", "experts", "all-but-experts")
@@ -210,11 +210,11 @@ class SparseOptions(HashOptions):
     def check(self) -> None:
         """Raise `UserError` for the first value that is out of its range."""
         for router in self.routers:
-            check_one_of("--router", router, ROUTERS)
+            check_one_of("--router", router, ("none", "hash", *router_names()))
         if "none" in self.routers and len(self.routers) > 1:
             raise UserError(f"--router {self.router}: none has no layers; leave its layer out of --sparse-layers")
         check_one_of("--sparse-placement", self.sparse_placement, PLACEMENTS)
-        check_one_of("--expert-dispatch", self.expert_dispatch, DISPATCHES)
+        check_one_of("--expert-dispatch", self.expert_dispatch, tuple(DISPATCHERS))
         check_one_of("--base-balance", self.base_balance, BALANCES)
         check_one_of("--expert-form", self.expert_form, FORMS)
         check_one_of("--freeze", self.freeze, FREEZES)

@@ -15,9 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.lm.evaluation import is_evaluation
 
-DISPATCHES = ("all-to-all", "fairscale")
 MOST_PLACES = 8  # that a line of the log names
 
 
@@ -47,7 +45,6 @@ class ExpertParallel:
         world_size: W, all ranks.
         group: the process group of this rank's group; None where P = 1.
         replicas: the process group of the ranks with the same experts; None where there is no other.
-        dispatch: how rows travel where experts are shared: `all-to-all`, our own, or `fairscale`, by its `MOELayer`.
         traffic: what this rank has sent so far by our own exchange.
     """
 
@@ -57,7 +54,6 @@ class ExpertParallel:
     world_size: int = 1
     group: "dist.ProcessGroup | None" = None
     replicas: "dist.ProcessGroup | None" = None
-    dispatch: str = "all-to-all"
     traffic: Traffic = field(default_factory=Traffic, compare=False)
 
     @property
@@ -141,39 +137,27 @@ def choose_size(num_experts: int, world_size: int, size: int) -> int:
     return size
 
 
-def planned(num_experts: int, size: int, dispatch: str, rank: int, world_size: int) -> ExpertParallel:
+def planned(num_experts: int, size: int, rank: int, world_size: int) -> ExpertParallel:
     """Return the place that a rank would have in a world: who holds what, without process groups.
 
     Raises:
-        UserError: where `size` does not divide both the world and E, or where fairscale has no ranks to exchange with.
+        UserError: if `size` does not divide both the world and E.
     """
-    size = choose_size(num_experts, world_size, size)
-    if size == 1:
-        if dispatch == "fairscale":
-            raise UserError(
-                "--expert-dispatch fairscale exchanges rows between ranks that share experts; here each of "
-                f"{world_size} holds all: leave it out (the result is the same), or use more ranks"
-            )
-        return ExpertParallel(num_experts, 1, rank, world_size)
-    return ExpertParallel(num_experts, size, rank, world_size, dispatch=dispatch)
+    return ExpertParallel(num_experts, choose_size(num_experts, world_size, size), rank, world_size)
 
 
-def expert_parallel(num_experts: int, size: int, dispatch: str = "all-to-all") -> ExpertParallel:
+def expert_parallel(num_experts: int, size: int) -> ExpertParallel:
     """Return this rank's place, and make its process groups: every rank has to call this, with the same arguments.
 
     Args:
         num_experts: E.
         size: P, or 0 for the largest that fits.
-        dispatch: one of `DISPATCHES`. It changes no result; where each rank holds all experts to evaluate them, it has
-            no say.
 
     Raises:
         UserError: as `planned`.
     """
-    if is_evaluation():
-        return ExpertParallel(num_experts)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    place = planned(num_experts, size, dispatch, rank, world_size)
+    place = planned(num_experts, size, rank, world_size)
     if not place.is_shared:
         return place
     size = place.size

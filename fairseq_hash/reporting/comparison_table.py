@@ -13,6 +13,8 @@ from fairseq_hash.reporting.runs import Run
 # Start-up, first allocations and empty caches are not the model's speed or balance.
 SETTLING_SHARE = 0.1
 PERPLEXITY = "_perplexity"
+# What the criterion logs of each sparse layer; all else of a layer is its router's own.
+OF_EVERY_LAYER = ("load_max", "load_min", "load_cv", "dropped", "load")
 
 
 def settled_intervals(run: Run) -> list[dict[str, Any]]:
@@ -45,6 +47,13 @@ def sparse_layers(run: Run) -> list[int]:
     """Return the sparse layers that the training's log tells of."""
     keys = {key for values in run.training.intervals.values() for key in values}
     return sorted(int(found[1]) for key in keys if (found := re.fullmatch(r"layer(\d+)_load_max", key)))
+
+
+def router_statistics(run: Run, layer: int) -> list[str]:
+    """Return the names of what the router of a layer logs of its own, besides loads and dropped tokens."""
+    prefix = f"layer{layer}_"
+    keys = dict.fromkeys(key for values in run.training.intervals.values() for key in values if key.startswith(prefix))
+    return [name for name in (key.removeprefix(prefix) for key in keys) if name not in OF_EVERY_LAYER]
 
 
 def measure(model: str, run: Run) -> dict[str, Any]:
@@ -80,6 +89,8 @@ def measure(model: str, run: Run) -> dict[str, Any]:
         of_layer[f"layer{layer}_load_max_valid"] = validation.get(f"layer{layer}_load_max", math.nan)
         of_layer[f"layer{layer}_load_cv_train"] = _mean(intervals, f"layer{layer}_load_cv")
         of_layer[f"layer{layer}_dropped"] = _mean(intervals, f"layer{layer}_dropped")
+        for name in router_statistics(run, layer):
+            of_layer[f"layer{layer}_{name}_train"] = _mean(intervals, f"layer{layer}_{name}")
     for name in ("load_max_train", "load_max_valid", "dropped"):
         values = [of_layer[f"layer{layer}_{name}"] for layer in layers]
         row[name] = max((value for value in values if not math.isnan(value)), default=math.nan)
@@ -155,17 +166,25 @@ def for_readers(models: pd.DataFrame) -> pd.DataFrame:
 
 
 def layers_for_readers(models: pd.DataFrame) -> pd.DataFrame:
-    """Return one row a model and sparse layer as text: loads and dropped tokens. Empty where all models are dense."""
+    """Return one row a model and sparse layer as text. Empty where all models are dense.
+
+    Loads, dropped tokens, and what the routers log of their own: means over the training's log intervals.
+    """
     rows = []
     layers = [int(found[1]) for name in models if (found := re.fullmatch(r"layer(\d+)_dropped", name))]
+    found = (re.fullmatch(r"layer\d+_(\w+)_train", name) for name in models)
+    own = dict.fromkeys(name[1] for name in found if name and name[1] not in OF_EVERY_LAYER)
     for model in models.to_dict("records"):
         for layer in sorted(layers):
             values = [model[f"layer{layer}_{name}"] for name in ("load_max_train", "load_max_valid", "load_cv_train")]
             if not pd.isna(values[0]):
                 loads = ["–" if pd.isna(value) else f"{value:.2f}" for value in values]
-                rows.append([model["model"], str(layer), *loads, f"{model[f'layer{layer}_dropped']:.1%}"])
+                means = [model.get(f"layer{layer}_{name}_train", math.nan) for name in own]
+                texts = ["–" if pd.isna(value) else f"{value:.3g}" for value in means]
+                rows.append([model["model"], str(layer), *loads, f"{model[f'layer{layer}_dropped']:.1%}", *texts])
     headings = ["Model", "Layer", "Max load, training", "Max load, validation"]
-    return pd.DataFrame(rows, columns=[*headings, "Load variation, training", "Dropped"])
+    headings += ["Load variation, training", "Dropped", *(name.replace("_", " ").capitalize() for name in own)]
+    return pd.DataFrame(rows, columns=headings)
 
 
 def markdown(table: pd.DataFrame, words: bool = False) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fairseq_hash.checkpoint.expert_state import optimized
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.moe.layer import SparseLayer
+from fairseq_hash.moe.token_dispatcher import LocalDispatcher
 from fairseq_hash.parallel.collectives import gather
 from fairseq_hash.parallel.groups import ExpertParallel, norm_of_shards, norm_with_experts
 from fairseq_hash.parallel.watchdog import Watchdog, watchdog_of
@@ -26,8 +27,8 @@ def check_device(is_sharded: bool, on_cpu: bool) -> None:
         raise UserError("--ddp-backend fully_sharded needs CUDA; use legacy_ddp or pytorch_ddp on a CPU")
 
 
-def check_training(cfg: Any, dispatch: str) -> None:
-    """Raise `UserError` where an option of the training does not go with shared experts, or with their `dispatch`."""
+def check_training(cfg: Any, dispatcher: type[LocalDispatcher]) -> None:
+    """Raise `UserError` if an option of the training does not go with shared experts, or with their dispatcher."""
     instead = "; or leave every rank all experts: --expert-parallel-size 1"
     backend = cfg.distributed_training.ddp_backend
     if backend not in BACKENDS:
@@ -46,7 +47,7 @@ def check_training(cfg: Any, dispatch: str) -> None:
             "--fp16 flattens all gradients into one, experts and others; add --fp16-no-flatten-grads, or use "
             f"--memory-efficient-fp16{instead}"
         )
-    if dispatch == "fairscale" and (common.fp16 or common.bf16):
+    if dispatcher.is_fp32_only and (common.fp16 or common.bf16):
         form = "fp16" if common.fp16 else "bf16"
         raise UserError(f"--{form} does not go with --expert-dispatch fairscale, whose masks are fp32; use all-to-all")
     if common.amp:
@@ -109,7 +110,7 @@ class SharedTraining:
         layer = next(layers, None)
         if layer is None or not layer.parallel.is_shared:
             return None
-        check_training(cfg, layer.parallel.dispatch)
+        check_training(cfg, type(layer.dispatcher))
         parallel = layer.parallel
         return cls(parallel, watchdog_of(parallel.rank, parallel.world_size))
 

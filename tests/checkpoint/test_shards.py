@@ -23,7 +23,6 @@ from fairseq_hash.checkpoint.saving import check_visible
 from fairseq_hash.checkpoint.sharded_tensor import open_shards, saved_tensors
 from fairseq_hash.checkpoint.shards import Shard, ShardFile, write_shard
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.lm.evaluation import loading_to_evaluate
 from fairseq_hash.moe.layer import SparseLayer
 
 TYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64])
@@ -182,8 +181,7 @@ def test_experts_left_in_files_give_the_same_output_to_the_bit(data, tmp_path, r
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
     layers = [layer for layer in model.modules() if isinstance(layer, SparseLayer)]
     assert held[0] - held[1] == sum(4 * layer.expert_size for layer in layers)
-    with loading_to_evaluate():
-        empty = recorded.build(data, *words, "--map-experts")[2]
+    empty = recorded.build(data, *words, "--map-experts", for_evaluation=True)[2]
     with pytest.raises(UserError, match="need a checkpoint"):
         empty.eval()(tokens)
     with pytest.raises(SystemExit, match="--map-experts is for evaluation"):

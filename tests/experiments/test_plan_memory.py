@@ -63,7 +63,7 @@ def test_the_place_is_that_of_the_run(as_rank):
     fairscale = SimpleNamespace(model={"router": "hash", "num_experts": 16, "expert_dispatch": "fairscale"})
     with pytest.raises(UserError, match="here each of 3 holds all"):
         place_of(fairscale, 3)
-    assert place_of(fairscale, 4).dispatch == "fairscale"
+    assert place_of(fairscale, 4).is_shared
 
 
 def test_three_ranks_hold_all_of_sixteen_experts():

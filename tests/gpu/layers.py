@@ -10,10 +10,15 @@ import reference
 import torch
 import torch.nn.functional as F
 
+from fairseq_hash.moe.assignment import Assignment
+from fairseq_hash.moe.dispatchers import make_dispatcher
 from fairseq_hash.moe.experts import ExpertFeedForward, ExpertStack, GatedFeedForward
-from fairseq_hash.moe.layer import HashRoute, RoutingContext, RoutingReport, SparseLayer
-from fairseq_hash.moe.routers import Assignment, BaseRouter, HashWeights, SwitchRouter
-from fairseq_hash.moe.token_dispatcher import PlanUnderWay
+from fairseq_hash.moe.hash_weights import HashWeights
+from fairseq_hash.moe.layer import SparseLayer
+from fairseq_hash.moe.routers import BaseRouter, SwitchRouter, statistics_of
+from fairseq_hash.moe.routing_context import HashRoute, RoutingContext
+from fairseq_hash.moe.routing_stats import RoutingReport, names_of
+from fairseq_hash.moe.token_dispatcher import LocalDispatcher
 from fairseq_hash.parallel.groups import ExpertParallel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -80,8 +85,17 @@ class Case:
         shared = self.build_experts([0], 1) if self.shared else None
         is_hash = self.router == "hash"
         factors = self.capacity, self.capacity
-        arguments = (0 if is_hash else None, self.segments, self.choices, shared)
-        layer = SparseLayer(router, experts, ExpertParallel(self.experts), *factors, *arguments)
+        layer = SparseLayer(
+            None if is_hash else router,
+            experts,
+            LocalDispatcher(ExpertParallel(self.experts)),
+            *factors,
+            hash_route=0 if is_hash else None,
+            hash_weights=router if is_hash else None,
+            segments=self.segments,
+            top_k=self.choices,
+            shared=shared,
+        )
         return layer.to(dtype).train(self.training)
 
 
@@ -156,16 +170,18 @@ def route_on(case, token_T, table_VK):
     weight_TK = None
     if case.choices > 1:
         weight_TK = torch.full(expert_TK.shape, SCALE / case.choices, device=expert_TK.device)
-    plan = PlanUnderWay(expert_TK, ExpertParallel(case.experts).in_segments(case.segments), case.capacity)
+    plan = make_dispatcher(ExpertParallel(case.experts).in_segments(case.segments)).begin(expert_TK, case.capacity)
     return HashRoute(Assignment(expert_TK, weight_TK), plan, case.segments)
 
 
 def report_gradient(case, device):
     """Return the weights of the router's two losses, as the gradient of the packed report."""
-    grad = torch.zeros(5 + case.experts, device=device)
-    grad[3].fill_(0.03)
-    grad[4].fill_(0.02)
-    return grad
+    names = names_of(statistics_of(case.router))
+    report = RoutingReport(torch.zeros(2 + len(names) + case.experts, device=device), statistics_of(case.router))
+    for name, weight in (("balance_loss", 0.03), ("z_loss", 0.02)):
+        if name in names:
+            report.total(name).fill_(weight)
+    return report.sums
 
 
 def backward(case, y_LBD, packed, grad_LBD, grad_report):
@@ -245,8 +261,13 @@ def expected(case, parameters, batch, experts_of_base=None):
     loss = (y_ref * batch.grad_LBD.double()).sum() + (0.03 * balance + 0.02 * z) * tokens
     loss.backward()
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()}
-    demand_E = [sum(row.count(e) for row in rows) for e in range(case.experts)]
-    report = [tokens, kept.count(False) / columns, *(v.item() * tokens for v in (entropy, balance, z)), *demand_E]
+    tokens_per_expert_E = [sum(row.count(e) for row in rows) for e in range(case.experts)]
+    report = [
+        tokens,
+        kept.count(False) / columns,
+        *(v.item() * tokens for v in (entropy, balance, z) if case.router == "switch"),
+        *tokens_per_expert_E,
+    ]
     return {"y": y_ref.detach(), "x": x_ref.grad, **gradients}, torch.tensor(report, dtype=torch.float64)
 
 
@@ -286,9 +307,9 @@ def check(case, dtype, device):
     for name, tensor in got.items():
         assert tensor.dtype == dtype and tensor.device.type == device.type
         assert_near(tensor, want[name], tolerance_of(dtype, case.roundings), name)
-    ours, theirs = RoutingReport.unpack(packed.cpu().double()), RoutingReport.unpack(report)
-    assert ours.tokens == theirs.tokens and torch.equal(ours.demand_E, theirs.demand_E)
+    ours, theirs = (RoutingReport(sums, statistics_of(case.router)) for sums in (packed.cpu().double(), report))
+    assert ours.tokens == theirs.tokens and torch.equal(ours.tokens_per_expert_E, theirs.tokens_per_expert_E)
     torch.testing.assert_close(ours.dropped, theirs.dropped, rtol=1e-6, atol=0)
-    for name in ("entropy", "load_balancing_loss", "z_loss"):
-        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=FP32, atol=1e-6)
+    for name in names_of(statistics_of(case.router)):
+        torch.testing.assert_close(ours.total(name), theirs.total(name), rtol=FP32, atol=1e-6)
     return got

@@ -4,12 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fairseq_hash.moe.assignment import Assignment
+from fairseq_hash.moe.dispatchers import make_dispatcher
 from fairseq_hash.moe.experts import ExpertFeedForward, GatedFeedForward
+from fairseq_hash.moe.hash_weights import HashWeights
 from fairseq_hash.moe.kernels.feed_forward import GPU_WAYS
 from fairseq_hash.moe.kernels.group_sizes import GroupSizes
-from fairseq_hash.moe.layer import HashRoute, RoutingContext, SparseLayer
-from fairseq_hash.moe.routers import Assignment, HashWeights
-from fairseq_hash.moe.token_dispatcher import PlanUnderWay
+from fairseq_hash.moe.layer import SparseLayer
+from fairseq_hash.moe.routing_context import HashRoute, RoutingContext
+from fairseq_hash.moe.token_dispatcher import LocalDispatcher
 from fairseq_hash.parallel.groups import ExpertParallel
 
 EXPERTS, WIDTH, HIDDEN, TOKENS, VOCABULARY = 8, 64, 128, 96, 500
@@ -48,7 +51,7 @@ class Step:
         expert_TK = self.expert_VK.index_select(0, token_T)
         if self.segments > 1:
             expert_TK = expert_TK * self.segments + torch.arange(self.segments, device=token_T.device)
-        route = HashRoute(Assignment(expert_TK), PlanUnderWay(expert_TK, self.groups), self.segments)
+        route = HashRoute(Assignment(expert_TK), make_dispatcher(self.groups).begin(expert_TK), self.segments)
         y_LBD, report = self.layer(x_LBD, RoutingContext(None, [route]))
         return [y_LBD, report, *torch.autograd.grad(y_LBD, [x_LBD, *self.layer.parameters()], grad_LBD)]
 
@@ -62,10 +65,8 @@ def swiglu(recompute=False):
 
 
 def sparse(experts, choices=1, router=None, segments=1, shared=None):
-    parallel = ExpertParallel(EXPERTS)
-    return SparseLayer(
-        router, experts, parallel, 0.0, 0.0, hash_route=0, segments=segments, choices=choices, shared=shared
-    )
+    dispatcher, form = LocalDispatcher(ExpertParallel(EXPERTS)), {"segments": segments, "top_k": choices}
+    return SparseLayer(None, experts, dispatcher, hash_route=0, hash_weights=router, **form, shared=shared)
 
 
 def shared_expert():
@@ -87,8 +88,8 @@ def assert_right(step, results, seed):
     """The report is of these tokens: not of those that the graph was captured with."""
     token_T, x_LBD, _ = step.draw(seed)
     assert results[1][0] == TOKENS
-    demand_E = torch.bincount(step.expert_VK.cpu()[token_T].flatten(), minlength=EXPERTS)
-    torch.testing.assert_close(results[1][5:].cpu(), demand_E.float())
+    tokens_per_expert_E = torch.bincount(step.expert_VK.cpu()[token_T].flatten(), minlength=EXPERTS)
+    torch.testing.assert_close(results[1][5:].cpu(), tokens_per_expert_E.float())
 
 
 @pytest.mark.gpu

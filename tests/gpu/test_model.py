@@ -7,7 +7,9 @@ import pytest
 import torch
 from plugin import build
 
-from fairseq_hash.moe.layer import RoutingContext, RoutingReport, SparseLayer
+from fairseq_hash.moe.layer import SparseLayer
+from fairseq_hash.moe.routing_context import RoutingContext
+from fairseq_hash.moe.routing_stats import RoutingReport
 from gpu import waits
 from gpu.layers import FP32, assert_near
 

@@ -11,7 +11,8 @@ from plugin import build
 from torch import nn
 
 from fairseq_hash.lm.criterion import HashMoECriterion
-from fairseq_hash.moe.layer import RoutingReport
+from fairseq_hash.moe.routers.switch import SwitchStatistics
+from fairseq_hash.moe.routing_stats import RoutingReport
 
 SWITCH = ("--router", "switch", "--sparse-layers", "0,1", "--num-experts", "4")
 WEIGHTS = ("--load-balance-weight", "0.5", "--z-loss-weight", "0.25")
@@ -43,8 +44,9 @@ def test_loss_is_cross_entropy_plus_weighted_means(data):
         logits.double().flatten(0, 1), sample["target"].flatten(), reduction="sum"
     )
     auxiliary = 0.0
-    for report in map(RoutingReport.unpack, extra["routing"].values()):
-        auxiliary += 0.5 * report.mean(report.load_balancing_loss) + 0.25 * report.mean(report.z_loss)
+    for sums in extra["routing"].values():
+        report = RoutingReport(sums, SwitchStatistics)
+        auxiliary += 0.5 * report.mean(report.total("balance_loss")) + 0.25 * report.mean(report.total("z_loss"))
     assert sample_size == 36 and auxiliary > 0.5
     torch.testing.assert_close(loss.double(), cross_entropy + 36 * auxiliary, rtol=1e-6, atol=0)
     torch.testing.assert_close(log["nll_loss"].double(), cross_entropy, rtol=1e-6, atol=0)
@@ -177,6 +179,6 @@ def test_meters_survive_a_checkpoint(data, tmp_path):
     metrics.reset()
     metrics.load_state_dict(torch.load(tmp_path / "meters.pt", weights_only=True))
     with metrics.aggregate("train"):
-        HashMoECriterion.reduce_metrics([{**log, "_layer0_switch": torch.zeros_like(log["_layer0_switch"])}])
+        HashMoECriterion.reduce_metrics([{**log, "_layer0|switch": torch.zeros_like(log["_layer0|switch"])}])
     after = metrics.get_smoothed_values("train")
     assert after["layer0_load_max"] == before["layer0_load_max"] > 1

@@ -8,9 +8,10 @@ from hash_variants import HASH, K3, VARIANTS, words_of
 from plugin import build, evaluate, records, train
 
 from fairseq_hash import hashing
-from fairseq_hash.lm.evaluation import loading_to_evaluate
 from fairseq_hash.lm.model import count_parameters
-from fairseq_hash.moe.layer import RoutingReport, SparseLayer
+from fairseq_hash.moe.layer import SparseLayer
+from fairseq_hash.moe.routers import statistics_of
+from fairseq_hash.moe.routing_stats import RoutingReport
 
 ALL = [*VARIANTS, "spread", "word"]
 
@@ -55,10 +56,13 @@ def test_padding_is_never_routed_or_counted(data, tmp_path, variant):
         logits, extra = model(both)
         torch.testing.assert_close(logits[0, place], one[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(logits[1], other[0], rtol=1e-4, atol=1e-5)
-        for layer, packed in extra["routing"].items():
-            report = RoutingReport.unpack(packed)
-            parts = [RoutingReport.unpack(e["routing"][layer]) for e in (extra_one, extra_other)]
-            assert report.tokens == 5 + 12 and torch.equal(report.demand_E, parts[0].demand_E + parts[1].demand_E)
+        for (number, router), sums in extra["routing"].items():
+            assert RoutingReport(sums).tokens == 5 + 12
+            parts = [
+                RoutingReport(e["routing"][number, router], statistics_of(router)).tokens_per_expert_E
+                for e in (extra_one, extra_other)
+            ]
+            assert torch.equal(RoutingReport(sums, statistics_of(router)).tokens_per_expert_E, sum(parts))
 
 
 @pytest.mark.parametrize("variant", ALL)
@@ -79,9 +83,8 @@ def test_every_variant_trains_is_saved_and_is_evaluated_alike(data, tmp_path, va
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     model.eval()
     (tmp_path / "table").unlink(missing_ok=True)
-    with loading_to_evaluate():
-        _, _, other, _ = build(data, *arguments)
-        other.load_state_dict(model.state_dict())
+    _, _, other, _ = build(data, *arguments, for_evaluation=True)
+    other.load_state_dict(model.state_dict())
     assert torch.equal(other.eval()(token_BL)[0], model(token_BL)[0])
 
 
@@ -124,7 +127,7 @@ def test_k_experts_are_the_weighted_sum_of_single_ones(data):
                 expected[place, batch] += 0.5 * layer.experts(x_LBD[place, batch].unsqueeze(0), rows)[0]
     torch.testing.assert_close(y_LBD, expected, rtol=1e-5, atol=1e-6)
     counts = torch.bincount(table[token_BL].flatten(), minlength=4)
-    assert RoutingReport.unpack(packed).demand_E.tolist() == counts.tolist()
+    assert RoutingReport(packed).tokens_per_expert_E.tolist() == counts.tolist()
 
 
 def test_multi_hash_of_one_is_the_plain_layer_and_of_more_has_its_parameters(data):
@@ -162,7 +165,7 @@ def test_multi_hash_takes_each_segment_from_its_own_table(data):
     torch.testing.assert_close(y_LBD[..., :2], expert_LBN)
     torch.testing.assert_close(y_LBD[..., 2], expert_LBN.mean(dim=-1))
     demand = torch.bincount(table[token_BL].flatten(), minlength=4)
-    assert RoutingReport.unpack(packed).demand_E.tolist() == demand.tolist()
+    assert RoutingReport(packed).tokens_per_expert_E.tolist() == demand.tolist()
 
 
 def test_layers_have_tables_and_routers_of_their_own(data, tmp_path):
@@ -174,7 +177,7 @@ def test_layers_have_tables_and_routers_of_their_own(data, tmp_path):
     reports = model(token_BL)[1]["routing"]
     for (_, packed), table in zip(sorted(reports.items()), (one, other), strict=True):
         demand = torch.bincount(table.expert[token_BL].flatten(), minlength=4).float()
-        assert torch.equal(RoutingReport.unpack(packed).demand_E, demand)
+        assert torch.equal(RoutingReport(packed).tokens_per_expert_E, demand)
 
     known = task.source_dictionary.symbols, task.source_dictionary.count
     for seed in (1, 2):

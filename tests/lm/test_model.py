@@ -7,9 +7,9 @@ import torch
 from plugin import build
 
 from fairseq_hash import hashing
-from fairseq_hash.lm.evaluation import loading_to_evaluate
-from fairseq_hash.moe.layer import RoutingReport
-from fairseq_hash.moe.token_dispatcher import PlanUnderWay
+from fairseq_hash.moe.dispatch_plan import PlanUnderWay
+from fairseq_hash.moe.routers import statistics_of
+from fairseq_hash.moe.routing_stats import RoutingReport
 
 SPARSE = ("--sparse-layers", "0,1", "--num-experts", "4")
 ROUTERS = ("hash", "switch", "base")
@@ -84,11 +84,13 @@ def test_padding_is_never_routed_or_counted(data, router, placement):
     # Matrix products of other shapes sum in another order.
     torch.testing.assert_close(padded[0, :5], alone[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(padded[1], other[0], rtol=1e-4, atol=1e-5)
-    for layer, report in extra_padded["routing"].items():
-        report = RoutingReport.unpack(report)
-        parts = [RoutingReport.unpack(extra["routing"][layer]) for extra in (extra_alone, extra_other)]
+    for layer, sums in extra_padded["routing"].items():
+        report, alone, other = (
+            RoutingReport(vector, statistics_of(router))
+            for vector in (sums, extra_alone["routing"][layer], extra_other["routing"][layer])
+        )
         assert report.tokens == 5 + 12
-        assert torch.equal(report.demand_E, parts[0].demand_E + parts[1].demand_E)
+        assert torch.equal(report.tokens_per_expert_E, alone.tokens_per_expert_E + other.tokens_per_expert_E)
 
 
 @pytest.mark.parametrize("placement", ["replace", "insert"])
@@ -161,9 +163,8 @@ def test_the_table_comes_from_the_dictionary_and_stays(data, tmp_path):
     assert not torch.equal(other.decoder.hash_tables[0].expert, expected)
     with pytest.raises(SystemExit, match="has hash table .*, this model has .*; write the checkpoint's "):
         other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
-    with loading_to_evaluate():
-        _, _, other, _ = build(data, *options, "--hash-table", "a file that is no longer there")
-        other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    _, _, other, _ = build(data, *options, "--hash-table", "a file that is no longer there", for_evaluation=True)
+    other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
     assert torch.equal(other.decoder.hash_tables[0].expert, expected)
     token_BL = tokens_of(task)
     torch.testing.assert_close(other.eval()(token_BL)[0], model.eval()(token_BL)[0], rtol=0, atol=0)
@@ -180,7 +181,7 @@ def test_hash_routes_follow_the_table(data):
     _, extra = model(token_BL)
     assert set(extra["routing"]) == {(0, "hash"), (1, "hash")}
     for report in extra["routing"].values():
-        assert torch.equal(RoutingReport.unpack(report).demand_E, expected)
+        assert torch.equal(RoutingReport(report).tokens_per_expert_E, expected)
 
 
 @pytest.mark.parametrize(("per_layer", "plans"), [((), 1), (("--hash-per-layer",), 2)])
@@ -189,7 +190,7 @@ def test_layers_with_one_table_share_route_and_report(data, monkeypatch, per_lay
     _, task, model, _ = build(data, "--router", "hash", *SPARSE, *per_layer)
     made = []
     of = RoutingReport.of
-    monkeypatch.setattr(RoutingReport, "of", lambda *args: made.append("report") or of(*args))
+    monkeypatch.setattr(RoutingReport, "of", lambda *args, **more: made.append("report") or of(*args, **more))
     begin = PlanUnderWay.__init__
     monkeypatch.setattr(PlanUnderWay, "__init__", lambda *args: made.append("plan") or begin(*args))
     model(tokens_of(task))[0].sum().backward()

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from fairseq_hash.moe.dispatchers import make_dispatcher
 from fairseq_hash.moe.experts import GatedFeedForward
-from fairseq_hash.moe.routers import SCORES, HashWeights
-from fairseq_hash.moe.token_dispatcher import combine, dispatch, plan_dispatch
+from fairseq_hash.moe.hash_weights import SCORES, HashWeights
+from fairseq_hash.moe.token_dispatcher import combine, dispatch
 from fairseq_hash.parallel.groups import ExpertParallel
 
 theirs = pytest.importorskip(
@@ -99,7 +100,7 @@ def test_block_equals_deepseek_v4(score, choices):
 
     x_TD = x_BLD.detach().view(-1, WIDTH).clone().requires_grad_()
     weight_TK = gate(x_TD, block.gate.tid2eid[token_BL.flatten()])
-    plan = plan_dispatch(expert_TK, ExpertParallel(EXPERTS))
+    plan = make_dispatcher(ExpertParallel(EXPERTS)).begin(expert_TK).plan
     routed_TD = combine(experts(dispatch(x_TD, plan), plan.rows_per_expert), plan, weight_TK)
     y_TD = routed_TD + shared(x_TD, (len(x_TD),))
     torch.testing.assert_close(weight_TK, their_weight_TK, **TOLERANCE)

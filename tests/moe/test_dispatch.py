@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq_hash.moe.token_dispatcher import combine, dispatch, expert_capacity, plan_dispatch
+from fairseq_hash.moe.dispatch_plan import expert_capacity
+from fairseq_hash.moe.dispatchers import make_dispatcher
+from fairseq_hash.moe.token_dispatcher import combine, dispatch
 from fairseq_hash.parallel.groups import ExpertParallel
 
 
@@ -24,7 +26,7 @@ def assignments(draw):
 def test_plan_keeps_the_first_choices_of_each_expert(assignment, capacity_factor):
     """The plan against a loop over the choices in order."""
     expert_TK, num_experts = assignment
-    plan = plan_dispatch(expert_TK, ExpertParallel(num_experts), capacity_factor)
+    plan = make_dispatcher(ExpertParallel(num_experts)).begin(expert_TK, capacity_factor).plan
     chosen = expert_TK.flatten().tolist()
     capacity = math.inf
     if capacity_factor:
@@ -35,7 +37,7 @@ def test_plan_keeps_the_first_choices_of_each_expert(assignment, capacity_factor
             rows[expert].append(place)
     assert plan.choice_R.tolist() == [place for group in rows for place in group]
     assert list(plan.rows_per_expert) == [len(group) for group in rows]
-    assert plan.demand_E.tolist() == [chosen.count(expert) for expert in range(num_experts)]
+    assert plan.tokens_per_expert_E.tolist() == [chosen.count(expert) for expert in range(num_experts)]
     assert plan.dropped == len(chosen) - sum(plan.rows_per_expert)
 
 
@@ -47,7 +49,7 @@ def test_combine_undoes_dispatch(assignment, weighted, capacity_factor):
     generator = torch.Generator().manual_seed(0)
     x_TD = torch.randn(tokens, 3, generator=generator, dtype=torch.float64, requires_grad=True)
     weight_TK = torch.rand(tokens, choices, generator=generator, dtype=torch.float64) if weighted else None
-    plan = plan_dispatch(expert_TK, ExpertParallel(num_experts), capacity_factor)
+    plan = make_dispatcher(ExpertParallel(num_experts)).begin(expert_TK, capacity_factor).plan
     number_R = torch.arange(1, num_experts + 1).repeat_interleave(torch.tensor(plan.rows_per_expert))
     y_TD = combine(dispatch(x_TD, plan) * number_R.unsqueeze(1), plan, weight_TK)
 
@@ -65,10 +67,10 @@ def test_combine_undoes_dispatch(assignment, weighted, capacity_factor):
 
 def test_worked_example():
     """Five tokens, three experts, capacity factor 0.6: one row an expert."""
-    plan = plan_dispatch(torch.tensor([[2], [0], [2], [0], [2]]), ExpertParallel(3), 0.6)
+    plan = make_dispatcher(ExpertParallel(3)).begin(torch.tensor([[2], [0], [2], [0], [2]]), 0.6).plan
     assert plan.choice_R.tolist() == [1, 0]
     assert plan.rows_per_expert == (1, 0, 1)
-    assert plan.demand_E.tolist() == [2, 0, 3]
+    assert plan.tokens_per_expert_E.tolist() == [2, 0, 3]
     assert plan.dropped == 3
     y = combine(torch.tensor([[10.0], [20.0]]), plan, None)
     assert y.flatten().tolist() == [20.0, 10.0, 0.0, 0.0, 0.0]
@@ -88,6 +90,6 @@ def test_dropping_never_looks_at_later_tokens():
     expert_TK = torch.randint(4, (40, 1), generator=generator)
     changed = expert_TK.clone()
     changed[25:] = torch.randint(4, (15, 1), generator=generator)
-    plans = [plan_dispatch(e, ExpertParallel(4), 0.5) for e in (expert_TK, changed)]
+    plans = [make_dispatcher(ExpertParallel(4)).begin(e, 0.5).plan for e in (expert_TK, changed)]
     kept = [set(plan.choice_R.tolist()) & set(range(25)) for plan in plans]
     assert kept[0] == kept[1] and len(kept[0]) < 25

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from made_tensors import LargeTensors
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.moe.dispatchers import make_dispatcher
 from fairseq_hash.moe.experts import ExpertFeedForward, GatedFeedForward
 from fairseq_hash.moe.mapped_experts import MappedExperts
-from fairseq_hash.moe.token_dispatcher import combine, dispatch, plan_dispatch
+from fairseq_hash.moe.token_dispatcher import combine, dispatch
 from fairseq_hash.parallel.groups import ExpertParallel
 
 WIDTH, HIDDEN = 6, 12
@@ -28,7 +29,11 @@ def choices(tokens, num_experts, columns, seed=0):
 def through_segments(experts, x_TD, expert_TN, num_experts):
     """Each token through its N segments: what a sparse layer does with N hash functions."""
     segments = expert_TN.shape[1]
-    plan = plan_dispatch(expert_TN * segments + torch.arange(segments), ExpertParallel(num_experts * segments))
+    plan = (
+        make_dispatcher(ExpertParallel(num_experts * segments))
+        .begin(expert_TN * segments + torch.arange(segments))
+        .plan
+    )
     return combine(experts(dispatch(x_TD, plan), plan.rows_per_expert), plan, None)
 
 
@@ -139,7 +144,7 @@ def test_segments_that_do_not_divide_the_hidden_width(segments, message):
 
 
 def through_gated(experts, x_TD, expert_TK, weight_TK, num_experts):
-    plan = plan_dispatch(expert_TK, ExpertParallel(num_experts))
+    plan = make_dispatcher(ExpertParallel(num_experts)).begin(expert_TK).plan
     return combine(experts(dispatch(x_TD, plan), plan.rows_per_expert), plan, weight_TK)
 
 

@@ -21,11 +21,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fairseq_hash.hashing import Feature
 from fairseq_hash.hashing.words import word_index
-from fairseq_hash.lm.decoder import Place, build_sparse_layer
+from fairseq_hash.lm.sparse_layers import Place, build_sparse_layer
+from fairseq_hash.moe.assignment import Assignment
+from fairseq_hash.moe.dispatchers import make_dispatcher
 from fairseq_hash.moe.kernels.feed_forward import GPU_WAYS
-from fairseq_hash.moe.layer import HashRoute, RoutingContext
-from fairseq_hash.moe.routers import Assignment, SwitchRouter
-from fairseq_hash.moe.token_dispatcher import PlanUnderWay
+from fairseq_hash.moe.routers import SwitchRouter
+from fairseq_hash.moe.routing_context import HashRoute, RoutingContext
+from fairseq_hash.moe.routing_stats import names_of
 from fairseq_hash.options.sparse_options import SparseOptions
 from fairseq_hash.parallel.groups import ExpertParallel, expert_parallel
 
@@ -74,7 +76,8 @@ def run(router, form, dtype, device, parallel):
     cfg = TransformerConfig()
     cfg.decoder.embed_dim, cfg.decoder.ffn_embed_dim, cfg.activation_dropout = WIDTH, HIDDEN, 0.1
     is_hash = options.router == "hash"
-    layer = build_sparse_layer(options, cfg, parallel, Place(0, options.router, 0 if is_hash else None))
+    place = Place(0, options.router, 0 if is_hash else None)
+    layer = build_sparse_layer(options, cfg, make_dispatcher(parallel), place)
     if router == "base":  # its solver runs on the host
         layer.router.assign = lambda score_TE: score_TE.argmax(dim=1)
     layer.train("evaluation" not in router)
@@ -84,7 +87,10 @@ def run(router, form, dtype, device, parallel):
         x_LBD = torch.zeros(LENGTH, BATCH, WIDTH, dtype=dtype, device=device, requires_grad=device == "meta")
         y_LBD, report = layer(x_LBD, context)
         assert (y_LBD.shape, y_LBD.dtype, y_LBD.device.type) == (x_LBD.shape, dtype, device)
-        assert report.shape == (5 + parallel.num_experts,) and report.device.type == device
+        assert (
+            report.shape == (2 + len(names_of(layer.statistics)) + parallel.num_experts,)
+            and report.device.type == device
+        )
         if device == "meta":
             (y_LBD.square().sum() + report.sum()).backward()
             for tensor in (x_LBD, *layer.parameters()):
@@ -96,7 +102,7 @@ def hash_route(options, parallel, device):
     choices = options.experts_per_token * options.multi_hash
     expert_TK = torch.zeros(LENGTH * BATCH, choices, dtype=torch.int64, device=device)
     weight_TK = torch.ones(expert_TK.shape, device=device) if options.experts_per_token > 1 else None
-    plan = PlanUnderWay(expert_TK, parallel.in_segments(options.multi_hash), options.capacity_factor)
+    plan = make_dispatcher(parallel.in_segments(options.multi_hash)).begin(expert_TK, options.capacity_factor)
     return HashRoute(Assignment(expert_TK, weight_TK), plan, options.multi_hash)
 
 

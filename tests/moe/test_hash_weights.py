@@ -5,7 +5,7 @@ import reference
 import torch
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.moe.routers import SCORES, HashWeights
+from fairseq_hash.moe.hash_weights import SCORES, HashWeights
 
 WIDTH = 5
 # The module computes in fp32, the reference in float64: sums of five products, then a softmax.

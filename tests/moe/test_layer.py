@@ -5,10 +5,14 @@ import reference
 import torch
 import torch.nn.functional as F
 
+from fairseq_hash.moe.assignment import Assignment
+from fairseq_hash.moe.dispatchers import make_dispatcher
 from fairseq_hash.moe.experts import ExpertFeedForward, ExpertStack
-from fairseq_hash.moe.layer import HashRoute, RoutingContext, RoutingReport, SparseLayer
-from fairseq_hash.moe.routers import Assignment, BaseRouter, SwitchRouter
-from fairseq_hash.moe.token_dispatcher import PlanUnderWay
+from fairseq_hash.moe.layer import SparseLayer
+from fairseq_hash.moe.routers import BaseRouter, SwitchRouter
+from fairseq_hash.moe.routing_context import HashRoute, RoutingContext
+from fairseq_hash.moe.routing_stats import RoutingReport, names_of
+from fairseq_hash.moe.token_dispatcher import LocalDispatcher
 from fairseq_hash.parallel.groups import ExpertParallel
 
 PAD = 1
@@ -34,7 +38,8 @@ def build(router, num_experts, sublayers, capacity_factor):
     if module is not None:
         torch.nn.init.normal_(next(module.parameters()))
     route = 0 if router == "hash" else None
-    return SparseLayer(module, experts, ExpertParallel(num_experts), capacity_factor, capacity_factor, route)
+    dispatcher = LocalDispatcher(ExpertParallel(num_experts))
+    return SparseLayer(module, experts, dispatcher, capacity_factor, capacity_factor, hash_route=route)
 
 
 def make_batch(num_experts, padded, capacity_factor, seed):
@@ -48,7 +53,7 @@ def make_batch(num_experts, padded, capacity_factor, seed):
     table_V = torch.randint(num_experts, (50,), generator=generator)
     context = RoutingContext.of_tokens(token_BL, PAD)
     expert_TK = table_V[context.select(token_BL)].unsqueeze(1)
-    route = Assignment(expert_TK), PlanUnderWay(expert_TK, ExpertParallel(num_experts), capacity_factor)
+    route = Assignment(expert_TK), make_dispatcher(ExpertParallel(num_experts)).begin(expert_TK, capacity_factor)
     return token_BL, x_LBD, RoutingContext(context.place_T, [HashRoute(*route)]), table_V
 
 
@@ -62,7 +67,7 @@ def test_layer_equals_naive_loop(router, num_experts, capacity_factor, padded, s
     token_BL, x_LBD, context, table_V = make_batch(num_experts, padded, capacity_factor, seed=sublayers)
     x_LBD.requires_grad_()
     y_LBD, packed = layer(x_LBD, context)
-    report = RoutingReport.unpack(packed)
+    report = RoutingReport(packed, layer.statistics)
 
     # The same in float64, token by token, position first.
     x_ref = x_LBD.detach().double().requires_grad_()
@@ -100,13 +105,17 @@ def test_layer_equals_naive_loop(router, num_experts, capacity_factor, padded, s
     tokens = len(places)
     assert report.tokens == tokens
     assert report.dropped == kept.count(False)
-    assert report.demand_E.tolist() == [experts.count(e) for e in range(num_experts)]
-    for ours, mean in ((report.load_balancing_loss, balance), (report.z_loss, z), (report.entropy, entropy)):
-        torch.testing.assert_close(ours.double(), mean * tokens, **TOLERANCE)
+    assert report.tokens_per_expert_E.tolist() == [experts.count(e) for e in range(num_experts)]
+    own = {"balance_loss": balance, "z_loss": z, "router_entropy": entropy} if router == "switch" else {}
+    assert set(names_of(layer.statistics)) == set(own)
+    for name, mean in own.items():
+        torch.testing.assert_close(report.total(name).double(), mean * tokens, **TOLERANCE)
 
     weight_LBD = torch.randn(7, 3, WIDTH, generator=torch.Generator().manual_seed(9))
-    loss = (y_LBD * weight_LBD).sum() + 0.3 * report.load_balancing_loss + 0.2 * report.z_loss
-    loss_ref = (y_ref * weight_LBD.double()).sum() + 0.3 * balance * tokens + 0.2 * z * tokens
+    loss, loss_ref = (y_LBD * weight_LBD).sum(), (y_ref * weight_LBD.double()).sum()
+    for factor, name in ((0.3, "balance_loss"), (0.2, "z_loss")):
+        if name in own:
+            loss, loss_ref = loss + factor * report.total(name), loss_ref + factor * own[name] * tokens
     loss.backward()
     loss_ref.backward()
     torch.testing.assert_close(x_LBD.grad.double(), x_ref.grad, **TOLERANCE)
@@ -122,7 +131,7 @@ def test_a_batch_of_nothing_but_padding(router):
     layer = build(router, 4, 0, 1.25)
     context = RoutingContext.of_tokens(torch.full((2, 3), PAD), PAD)
     assignment = Assignment(torch.zeros(0, 1, dtype=torch.int64))
-    route = assignment, PlanUnderWay(assignment.expert_TK, ExpertParallel(4))
+    route = assignment, make_dispatcher(ExpertParallel(4)).begin(assignment.expert_TK)
     context = RoutingContext(context.place_T, [HashRoute(*route)])
     x_LBD = torch.randn(3, 2, WIDTH, requires_grad=True)
     y_LBD, packed = layer(x_LBD, context)
@@ -160,7 +169,7 @@ def test_switch_routes_in_fp32():
     again = expected(x_TD.float())
     assert torch.equal(low.expert_TK, again.expert_TK)
     torch.testing.assert_close(low.weight_TK, again.weight_TK, rtol=0, atol=0)
-    assert exact.load_balancing_loss.dtype == torch.float32
+    assert exact.statistics.balance_loss.dtype == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(expected(x_TD.float()).weight_TK, again.weight_TK)
 

@@ -10,7 +10,6 @@ from plugin import build, train
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.lm.criterion import HashMoECriterion
-from fairseq_hash.lm.evaluation import loading_to_evaluate
 from fairseq_hash.options import option_use
 from fairseq_hash.options.criterion_options import HashMoECriterionConfig
 from fairseq_hash.options.sparse_options import SparseOptions
@@ -126,8 +125,7 @@ def test_a_checkpoint_of_before_loads_in_evaluation(data, caplog):
     given = ("--router", "switch", "--sparse-layers", "1", "--hash-table", "random", "--hash-buckets", "9")
     with pytest.raises(SystemExit, match="--hash-table random needs a hash layer"):
         build(data, *given)
-    with loading_to_evaluate():
-        build(data, *given)
+    build(data, *given, for_evaluation=True)
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 

@@ -21,9 +21,8 @@ def test_fairscale_dispatch_gives_the_same(world_size):
 
 
 def test_routers_speak_fairscales_gate_interface():
-    for difference, loss_difference in ranks.run(2, "layer_ranks:gate_in_fairscales_own_layer"):
+    for difference in ranks.run(2, "layer_ranks:gate_in_fairscales_own_layer"):
         assert difference < 1e-6
-        assert loss_difference < 1e-6
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

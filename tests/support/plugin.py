@@ -24,7 +24,7 @@ ROUTERS = {
 }
 
 
-def build(data, *arguments, on_cpu=True):
+def build(data, *arguments, on_cpu=True, for_evaluation=False):
     """Return (cfg, task, model, criterion) for `fairseq-train` arguments; a later argument replaces an earlier one."""
     fixed = [str(data), "--task", "language_modeling", "--user-dir", USER_DIR, "--tokens-per-sample", "16"]
     fixed += ["--cpu"] if on_cpu else []
@@ -34,9 +34,9 @@ def build(data, *arguments, on_cpu=True):
     task = tasks.setup_task(cfg.task)
     if cfg.distributed_training.ddp_backend == "fully_sharded":
         with fsdp_enable_wrap(cfg.distributed_training):
-            model = fsdp_wrap(task.build_model(cfg.model))
+            model = fsdp_wrap(task.build_model(cfg.model, for_evaluation))
     else:
-        model = task.build_model(cfg.model)
+        model = task.build_model(cfg.model, for_evaluation)
     return cfg, task, model, task.build_criterion(cfg.criterion)
 
 

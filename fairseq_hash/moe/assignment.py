@@ -1,0 +1,20 @@
+"""What a router decides for the tokens of one batch. Shape suffixes: see `losses`."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Assignment(NamedTuple):
+    """A router's decision for T tokens. A tuple, because fairseq's search for NaN looks into what modules return.
+
+    Attributes:
+        expert_TK: int64, the K experts of each token.
+        weight_TK: fp32, differentiable, what scales the experts' outputs; None: they are used as they are.
+        statistics: a dataclass of the router's own: named fp32 scalars, means over the tokens (`routing_stats`); None
+            if the router has none.
+    """
+
+    expert_TK: Tensor
+    weight_TK: "Tensor | None" = None
+    statistics: Any = None

@@ -1,0 +1,156 @@
+"""The plan of a dispatch: how tokens become rows grouped by expert, and back. Shape suffixes: see `losses`.
+
+It is made once, and serves `dispatch` and `combine` of every layer that takes the same route.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fairseq_hash.moe.kernels.group_sizes import GroupSizes, count_groups
+from fairseq_hash.moe.kernels.huge_pages import empty_again
+
+
+class Exchange(Protocol):
+    """How rows travel between the ranks that share experts."""
+
+    def there(self, rows_RD: Tensor) -> Tensor:
+        """Return the rows that this rank's experts get."""
+
+    def back(self, rows_RD: Tensor) -> Tensor:
+        """Return the rows that this rank had sent."""
+
+
+class SplitSizes(Protocol):
+    """The sizes of an exchange that are still on their way."""
+
+    def wait(self) -> "tuple[Exchange, GroupSizes]":
+        """Return the exchange, and how many rows each of this rank's experts gets."""
+
+
+@dataclass(frozen=True)
+class DispatchPlan:
+    """How T tokens with K choices each become rows grouped by expert.
+
+    Attributes:
+        choice_R: int64, the place of each of this rank's rows in the flattened `[T, K]`; by expert, then ascending.
+        sizes: how many rows each expert of this rank gets, from all ranks of the group, after dropping; where there is
+            no exchange, how many rows of this rank each of all experts gets.
+        tokens_per_expert_E: int64, choices of this rank's tokens for each expert, before dropping.
+        shape_TK: (T, K).
+        exchange: how rows travel between ranks; None where this rank holds all experts, or fairscale moves them.
+    """
+
+    choice_R: Tensor
+    sizes: GroupSizes
+    tokens_per_expert_E: Tensor
+    shape_TK: tuple[int, int]
+    exchange: "Exchange | None" = None
+
+    @property
+    def rows_per_expert(self) -> tuple[int, ...]:
+        """`sizes` on the host, which waits for the device."""
+        return self.sizes.host
+
+    @property
+    def dropped(self) -> int:
+        """Number of this rank's choices that exceed their expert's capacity."""
+        return self.shape_TK[0] * self.shape_TK[1] - len(self.choice_R)
+
+    @cached_property
+    def token_R(self) -> Tensor:
+        """int64, the token of each of this rank's rows."""
+        choices = self.shape_TK[1]
+        return self.choice_R if choices == 1 else self.choice_R // choices
+
+    @cached_property
+    def row_C(self) -> "Tensor | None":
+        """int64, the row of each choice, the opposite of `choice_R`; None where choices were dropped and have none."""
+        if self.dropped:
+            return None
+        return torch.empty_like(self.choice_R).scatter_(
+            0, self.choice_R, torch.arange(len(self.choice_R), device=self.choice_R.device)
+        )
+
+    def to_rows(self, x_TD: Tensor) -> Tensor:
+        """Return `[R, D]`: each row's token."""
+        return _select(x_TD, self.token_R)
+
+    def to_tokens(self, rows_RD: Tensor) -> Tensor:
+        """Return `[T, D]`: the sum of each token's rows; zero where it has none.
+
+        Each row has a place of its own, so nothing is accumulated and the result is deterministic on a GPU too.
+        """
+        tokens, choices = self.shape_TK
+        if self.row_C is None:
+            y_CD = rows_RD.new_zeros(tokens * choices, rows_RD.shape[1]).index_copy_(0, self.choice_R, rows_RD)
+        else:
+            y_CD = _select(rows_RD, self.row_C)
+        # Under autocast a sum without a dtype is fp32.
+        return y_CD if choices == 1 else y_CD.view(tokens, choices, y_CD.shape[1]).sum(dim=1, dtype=y_CD.dtype)
+
+
+class PlanUnderWay:
+    """A plan whose split sizes are still being exchanged; `plan` waits for them, once."""
+
+    def __init__(
+        self,
+        expert_TK: Tensor,
+        num_experts: int,
+        capacity_factor: float = 0.0,
+        exchange_sizes: "Callable[[Tensor], SplitSizes] | None" = None,
+    ) -> None:
+        """Begin the plan for an assignment.
+
+        An expert over its capacity keeps the choices that come first in `expert_TK`. The layers flatten `[L, B]` with
+        the position first, so whether a token is dropped never depends on later positions: a language model sees no
+        future. Capacity is counted over this rank's tokens.
+
+        Args:
+            expert_TK: int64, every entry from 0 to E - 1.
+            num_experts: E.
+            capacity_factor: see `expert_capacity`.
+            exchange_sizes: what begins to tell other ranks how many rows each expert gets, `[E]`; None: rows stay here.
+        """
+        self.shape_TK = (expert_TK.shape[0], expert_TK.shape[1])
+        expert_C = expert_TK.flatten()
+        self.tokens_per_expert_E = count_groups(expert_C, num_experts)
+        self.choice_R = expert_C.argsort(stable=True)
+        capacity = expert_capacity(len(expert_C), num_experts, capacity_factor)
+        rows_E = self.tokens_per_expert_E
+        if capacity is not None:
+            start_E = rows_E.cumsum(0) - rows_E
+            rank_R = torch.arange(len(expert_C), device=expert_C.device) - start_E[expert_C[self.choice_R]]
+            self.choice_R = self.choice_R[rank_R < capacity]
+            rows_E = rows_E.clamp(max=capacity)
+        self.split = None if exchange_sizes is None else exchange_sizes(rows_E)
+        self.sizes = GroupSizes(rows_E) if exchange_sizes is None else None
+
+    @cached_property
+    def plan(self) -> DispatchPlan:
+        """The finished plan."""
+        exchange, sizes = (None, self.sizes) if self.split is None else self.split.wait()
+        return DispatchPlan(self.choice_R, sizes, self.tokens_per_expert_E, self.shape_TK, exchange)
+
+
+def expert_capacity(num_choices: int, num_experts: int, capacity_factor: float) -> "int | None":
+    """Return the most rows an expert takes: the mean load times `capacity_factor`, rounded up; None without a limit.
+
+    Switch Transformers (Fedus, Zoph, Shazeer 2021), section 2.2, equation 3.
+    """
+    if capacity_factor == 0:
+        return None
+    # 1.1 * 10 / 11 is 1.0000000000000002 in floating point, and means 1.
+    return math.ceil(round(num_choices * capacity_factor / num_experts, 6))
+
+
+def _select(value_ND: Tensor, place_M: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and value_ND.requires_grad:
+        return value_ND.index_select(0, place_M)
+    out_MD = empty_again((len(place_M), value_ND.shape[1]), value_ND)
+    return torch.index_select(value_ND, 0, place_M, out=out_MD)

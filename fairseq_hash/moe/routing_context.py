@@ -1,0 +1,81 @@
+"""What the sparse layers of one forward pass share: real tokens and hash routes. Shape suffixes: see `losses`."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fairseq_hash.moe.assignment import Assignment
+from fairseq_hash.moe.dispatch_plan import DispatchPlan, PlanUnderWay
+from fairseq_hash.moe.routing_stats import RoutingReport
+
+
+@dataclass(frozen=True)
+class HashRoute:
+    """Where the tokens of one forward pass go by one hash table, made once for all layers that share the table.
+
+    Attributes:
+        assignment: experts, and weights where they are not learned.
+        under_way: the plan. The layer that comes first waits for what it still needs of other ranks.
+        segments: groups of rows that each expert has.
+    """
+
+    assignment: Assignment
+    under_way: PlanUnderWay
+    segments: int = 1
+
+    @property
+    def plan(self) -> DispatchPlan:
+        """The finished plan."""
+        return self.under_way.plan
+
+    @cached_property
+    def _report(self) -> Tensor:
+        return RoutingReport.of(self.assignment, self.plan, segments=self.segments).sums
+
+    def report(self) -> Tensor:
+        """Return the packed report for a layer that takes this route.
+
+        A tensor of its own for each: activation checkpointing makes what a layer returns a part of its graph.
+        """
+        return self._report.clone()
+
+
+@dataclass(frozen=True)
+class RoutingContext:
+    """What the sparse layers of one forward pass share.
+
+    Attributes:
+        place_T: int64, where the tokens that are no padding stand among all L x B, position first (`[L, B]`
+            flattened); None where nothing is padding.
+        hash_routes: one for each hash table.
+        reports: each sparse layer's report, by its number and its router's name; filled in as the layers run.
+    """
+
+    place_T: "Tensor | None"
+    hash_routes: list[HashRoute] = field(default_factory=list)
+    reports: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of_tokens(cls, token_BL: Tensor, padding: int) -> "RoutingContext":
+        """Make the context for token ids `[B, L]`, leaving out the padding."""
+        real_N = token_BL.t().flatten() != padding
+        return cls(None if real_N.all() else real_N.nonzero().squeeze(1))
+
+    def select(self, value_BL: Tensor) -> Tensor:
+        """Return `[T]`: the values of the tokens that are no padding, position first."""
+        value_N = value_BL.t().flatten()
+        return value_N if self.place_T is None else value_N[self.place_T]
+
+    def drop_padding(self, x_LBD: Tensor) -> Tensor:
+        """Return `[T, D]`: the tokens of `x_LBD` that are no padding."""
+        x_ND = x_LBD.reshape(-1, x_LBD.shape[-1])
+        return x_ND if self.place_T is None else x_ND.index_select(0, self.place_T)
+
+    def restore_padding(self, y_TD: Tensor, shape_LBD: torch.Size) -> Tensor:
+        """Return `[L, B, D]`: the opposite of `drop_padding`, with zeros where padding stands."""
+        if self.place_T is not None:
+            y_ND = y_TD.new_zeros(shape_LBD[0] * shape_LBD[1], shape_LBD[2])
+            y_TD = y_ND.index_copy(0, self.place_T, y_TD)
+        return y_TD.view(shape_LBD)

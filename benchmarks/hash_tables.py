@@ -115,7 +115,7 @@ def lookups(experts: int, columns: int, folder: Path) -> dict[str, float]:
     pairs = tuple(np.load(folder / f"{part}.npy") for part in ("pair", "pair_count"))
     spread = hashing.spread_table(base, counts, pairs)
     # Here, as it imports fairseq, and builders are measured without.
-    from fairseq_hash.lm.hash_tables import TableBuffers
+    from fairseq_hash.lm.table_buffers import TableBuffers
 
     embedding = torch.nn.Embedding(len(counts), columns).requires_grad_(False)
     wide = torch.nn.Embedding(len(counts), columns, dtype=torch.float64).requires_grad_(False)

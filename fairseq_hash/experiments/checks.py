@@ -11,7 +11,7 @@ from fairseq_hash.experiments.compose import Experiment
 from fairseq_hash.experiments.memory import place_of
 from fairseq_hash.hashing.build import BUILDERS
 from fairseq_hash.hashing.dictionary import read_dictionary
-from fairseq_hash.lm.hash_tables import build_tables
+from fairseq_hash.lm.table_buffers import build_tables
 from fairseq_hash.moe.dispatchers import DISPATCHERS
 from fairseq_hash.options import option_use
 from fairseq_hash.options.sparse_options import SparseOptions

@@ -20,7 +20,7 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from torch import Tensor, nn
 
-from fairseq_hash.lm.hash_tables import HashTables, build_tables
+from fairseq_hash.lm.table_buffers import HashTables, build_tables
 from fairseq_hash.lm.predictor import Predictor
 from fairseq_hash.lm.sparse_layers import Place, build_sparse_layer
 from fairseq_hash.moe.assignment import Assignment

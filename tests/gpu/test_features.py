@@ -8,7 +8,7 @@ import torch
 from fairseq_hash.hashing import Feature, HashTable, TableShape, build_table
 from fairseq_hash.hashing.lookup import mix_tensor
 from fairseq_hash.hashing.words import polynomial_hash, word_index
-from fairseq_hash.lm.hash_tables import TableBuffers
+from fairseq_hash.lm.table_buffers import TableBuffers
 
 PAD, KEYS = 1, 97
 SYMBOLS = ["<s>", "<pad>", "</s>", "<unk>", "▁un", "do", "ne", "▁do", "▁", "n", "e", "▁undo"]

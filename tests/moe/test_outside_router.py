@@ -32,7 +32,7 @@ def test_by_the_real_command_its_statistics_are_in_log_and_report(data, tmp_path
         assert float(record["layer0_score_margin"]) > 0 and float(record["layer1_load_max"]) >= 1
     record = re.search(r"model_record \| (.*)", done.stdout + done.stderr)[1]
     assert '"router": "random_top2"' in record
-    write_report([tmp_path / "run"], tmp_path / "report")
+    write_report([tmp_path / "run"], tmp_path / "report", "A title")
     [run] = pd.read_csv(tmp_path / "report" / "runs.csv").to_dict("records")
     settled = logged[1:]
     for layer in (0, 1):

@@ -138,7 +138,7 @@ class Comparison:
         run(command, folder / "eval-valid.log")
 
     def result(self, name: str) -> str:
-        """Return what the evaluation said, empty where there is none yet."""
+        """Return what the evaluation said, empty if there is none yet."""
         log = self.folder(name) / "eval-valid.log"
         return log.read_text() if log.exists() else ""
 

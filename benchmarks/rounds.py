@@ -29,7 +29,7 @@ class Call:
     Attributes:
         forward: makes the output.
         leaves: what gets gradients.
-        grad: of the output; None where there is no backward pass, and then autograd is off.
+        grad: of the output; None if there is no backward pass, and then autograd is off.
     """
 
     forward: Callable[[], "Tensor | None"]
@@ -125,7 +125,7 @@ def in_rounds(calls: Mapping[str, Call], rounds: int, device: torch.device) -> "
 def peak_bytes(call: Call, device: torch.device) -> "int | None":
     """Return the most memory of a call beyond what stood before it, output and gradients included.
 
-    The median of a few calls; None where it cannot be measured.
+    The median of a few calls; None if it cannot be measured.
     """
     gc.collect()
     peaks = [_peak_of_one(call, device) for _ in range(MEMORY_CALLS)]

@@ -37,7 +37,7 @@ class Training(Protocol):
     Attributes:
         parameters: all of them.
         active: those that one token uses.
-        planned_bytes: weights, gradients and Adam's state, as `fairseq-hash plan` counts them; None where it does not.
+        planned_bytes: weights, gradients and Adam's state, as `fairseq-hash plan` counts them; None if it does not.
     """
 
     parameters: int

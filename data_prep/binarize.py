@@ -55,7 +55,7 @@ def preprocess(
     The process is put on the list `running`, so that another thread can end it.
 
     Raises:
-        UserError: where it fails, with its last line and the place of its output.
+        UserError: if it fails, with its last line and the place of its output.
     """
     # A folder of this process's own: a killed call may have left a child that still writes.
     partial = folder.with_name(f"{folder.name}.{os.getpid()}")
@@ -80,7 +80,7 @@ def join(parts: Sequence[Path], target: Path) -> None:
     """Join binarized parts (paths without suffix) to `TARGET.bin` and `TARGET.idx`; the index appears last, and whole.
 
     Raises:
-        UserError: where a part is not what `fairseq-preprocess` writes.
+        UserError: if a part is not what `fairseq-preprocess` writes.
     """
     heads = [_read_header(part) for part in parts]
     if len({code for code, _ in heads}) > 1:
@@ -114,7 +114,7 @@ def count_symbols(data: Path, symbols: int) -> tuple[int, int, np.ndarray]:
         occurs in `DATA.bin`, int64 `[V]`.
 
     Raises:
-        UserError: where the index is none of fairseq's, or a token is no symbol.
+        UserError: if the index is none of fairseq's, or a token is no symbol.
     """
     code, lines = _read_header(data)
     count_V = np.zeros(symbols, dtype=np.int64)

@@ -114,7 +114,7 @@ def fetch_text(
             archive; `unpack` the text, or the archive where the amount of text is not known.
 
     Raises:
-        UserError: where the corpus cannot be had, is damaged or not the published one, or has no text in a split.
+        UserError: if the corpus cannot be had, is damaged or not the published one, or has no text in a split.
     """
     if max_bytes is not None and (corpus.members or (local and local.is_dir())):
         raise UserError(
@@ -156,7 +156,7 @@ def _unpacked(corpus: Corpus, folder: Path, split: str) -> Path:
 
 @contextmanager
 def _whole_files(folder: Path) -> Iterator[dict[str, BinaryIO]]:
-    """Give an open file for each split; all get their final names at the end, or none where something fails."""
+    """Give an open file for each split; all get their final names at the end, or none if something fails."""
     partials = {split: folder / f"{split}.txt.partial" for split in SPLITS}
     lock = folder / "unpack.lock"
     with exclusive(lock):

@@ -23,7 +23,7 @@ class DialogueText(GivenText):
         """Return the files' SHA-256 and what they hold, by split.
 
         Raises:
-            UserError: where a file is missing, empty or not in the form of dialogues.
+            UserError: if a file is missing, empty or not in the form of dialogues.
         """
         given = super().identity()
         return {**given, "corpus": "dialogue", "held": {split: count(paths) for split, paths in self.files.items()}}

@@ -30,7 +30,7 @@ OTHERWISE = "or get it by other means and use --local PATH"
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file at a public address. `size` (bytes) and `sha256` (hexadecimal digits): None where none is published."""
+    """A file at a public address. `size` (bytes) and `sha256` (hexadecimal digits): None if none is published."""
 
     url: str
     size: int | None
@@ -55,7 +55,7 @@ def download(file: RemoteFile, path: Path, on_progress: OnProgress) -> Path:
             goes on, and falls back where one starts anew.
 
     Raises:
-        UserError: where the file cannot be had, is not the published one, or cannot be written; where another file is
+        UserError: if the file cannot be had, is not the published one, or cannot be written; where another file is
             at `path`; where another process downloads to `path` right now.
     """
     partial = path.with_name(path.name + ".partial")
@@ -88,7 +88,7 @@ def download(file: RemoteFile, path: Path, on_progress: OnProgress) -> Path:
 
 
 def mismatch(file: RemoteFile, path: Path) -> str | None:
-    """Say how the file at `path` differs from the published one; None where it does not, as far as is published."""
+    """Say how the file at `path` differs from the published one; None if it does not, as far as is published."""
     size = path.stat().st_size
     if file.size is not None and size != file.size:
         return f"has {size} bytes, but {file.size} are expected"
@@ -102,7 +102,7 @@ def exclusive(path: Path) -> Iterator[io.FileIO]:
     """Open `path` for appending, unbuffered, for this process alone; the file is made where it is missing.
 
     Raises:
-        UserError: where another process has it open in this way.
+        UserError: if another process has it open in this way.
     """
     while True:
         with open(path, "ab", buffering=0) as stream:

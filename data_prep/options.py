@@ -15,7 +15,7 @@ MODEL, DICTIONARY, PROVENANCE = "sentencepiece.model", "dict.txt", "provenance.j
 
 @dataclass(frozen=True)
 class Options:
-    """How text becomes data. Raises `UserError` where a value is out of range.
+    """How text becomes data. Raises `UserError` if a value is out of range.
 
     Attributes:
         words: tokens are words, not SentencePiece pieces.
@@ -59,7 +59,7 @@ class Options:
 
 
 def check_like(folder: Path, words: bool) -> None:
-    """Raise `UserError` where the model and the dictionary of a folder cannot serve for other text.
+    """Raise `UserError` if the model and the dictionary of a folder cannot serve for other text.
 
     Args:
         folder: of data prepared before.
@@ -82,7 +82,7 @@ def check_like(folder: Path, words: bool) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return what a JSON file holds, nothing where it cannot be read."""
+    """Return what a JSON file holds, nothing if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -65,7 +65,7 @@ def train_model(sample: Path, model: Path, vocabulary: int) -> None:
     normalised as SentencePiece does by default (NFKC; control characters go, runs of spaces become one space).
 
     Raises:
-        RuntimeError: where `vocabulary` does not fit the text.
+        RuntimeError: if `vocabulary` does not fit the text.
     """
     trained = io.BytesIO()
     with sample.open(encoding="utf-8", newline="\n") as lines:

@@ -38,10 +38,10 @@ MODEL_WORK, PIECES_WORK, BINARIZE_WORK = 10.0, 40.0, 40.0
 
 
 def prepare(source: Source, out: Path, options: Options, display_for: Callable[[float], Display] = Display) -> bool:
-    """Prepare a corpus in the folder `out`; return False where it was done before, by the same options.
+    """Prepare a corpus in the folder `out`; return False if it was done before, by the same options.
 
     Raises:
-        UserError: where the text cannot be used, `out` holds something else, or a step fails.
+        UserError: if the text cannot be used, `out` holds something else, or a step fails.
     """
     place = _place(out)
     identity = {**source.identity(), **options.identity()}
@@ -63,7 +63,7 @@ def prepare(source: Source, out: Path, options: Options, display_for: Callable[[
 
 
 def _place(out: Path) -> Path:
-    """Return the folder that `out` names, links followed. Raises `UserError` where no folder can get that name."""
+    """Return the folder that `out` names, links followed. Raises `UserError` if no folder can get that name."""
     if out.is_symlink() and not out.exists():
         raise UserError(f"--out {out} is a link to what does not exist; make that folder, or give another")
     if out.exists() and not out.is_dir():

@@ -39,7 +39,7 @@ class GivenText:
     expected_tokens = None
 
     def identity(self) -> dict[str, Any]:
-        """Return the files' SHA-256, by split. Raises `UserError` where a file is missing or empty."""
+        """Return the files' SHA-256, by split. Raises `UserError` if a file is missing or empty."""
         for paths in self.files.values():
             check_files(paths)
         return {

@@ -31,7 +31,7 @@ def read_lines(files: Sequence[Path], on_bytes: Callable[[int], None]) -> Iterat
     depend on the size of the files.
 
     Raises:
-        UserError: where a file is damaged, is not UTF-8, has a line of more than 16 MiB, or where no line has text.
+        UserError: if a file is damaged, is not UTF-8, has a line of more than 16 MiB, or where no line has text.
     """
     before = 0
     blank = True

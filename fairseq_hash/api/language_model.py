@@ -46,7 +46,7 @@ class LanguageModel:
         configuration: Any,
         tokenizer: "Words | Pieces | None",
     ) -> None:
-        """Take what `load` has loaded; `tokenizer` is None where only token ids can be given."""
+        """Take what `load` has loaded; `tokenizer` is None if only token ids can be given."""
         self.model, self.task, self.configuration = model, task, configuration
         self.dictionary: Dictionary = task.source_dictionary
         self._tokenizer = tokenizer
@@ -81,7 +81,7 @@ class LanguageModel:
         A warning is logged where the dictionary lacks words; they are `<unk>`.
 
         Raises:
-            UserError: where the dictionary's symbols are pieces and there is no SentencePiece model.
+            UserError: if the dictionary's symbols are pieces and there is no SentencePiece model.
         """
         if self._tokenizer is None:
             raise UserError(

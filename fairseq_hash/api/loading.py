@@ -86,7 +86,7 @@ def _quiet() -> Iterator[None]:
 
 
 def check_device(device: "str | torch.device") -> torch.device:
-    """Return a device. Raises `UserError` where it is none, or not there."""
+    """Return a device. Raises `UserError` if it is none, or not there."""
     try:
         known = torch.device(device)
     except RuntimeError:
@@ -99,7 +99,7 @@ def check_device(device: "str | torch.device") -> torch.device:
 
 
 def task_of(state: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
-    """Return the task's options of a checkpoint. Raises `UserError` where it is no language model's."""
+    """Return the task's options of a checkpoint. Raises `UserError` if it is no language model's."""
     if state.get("cfg") is None:
         raise UserError(f"{path} does not say how its model was made (no cfg); give a checkpoint of fairseq-train")
     options = state["cfg"].get("task") or {}
@@ -117,7 +117,7 @@ def dictionary_folder(path: Path, trained_on: "str | None", given: "PathLike | N
         given: what the user gives instead.
 
     Raises:
-        UserError: where there is no dictionary.
+        UserError: if there is no dictionary.
     """
     if given is not None:
         folders = [Path(given)]
@@ -131,7 +131,7 @@ def dictionary_folder(path: Path, trained_on: "str | None", given: "PathLike | N
 
 
 def _change(configuration: Any, folder: Path, changed: Mapping[str, Any], path: Path) -> None:
-    """Set the data's folder and options of the model. Raises `UserError` where it has no experts to set options of."""
+    """Set the data's folder and options of the model. Raises `UserError` if it has no experts to set options of."""
     if changed and configuration.model.get("router") in (None, "", "none"):
         raise UserError(f"{path} has no experts of this package; leave out {' and '.join(changed)}")
     with open_dict(configuration):

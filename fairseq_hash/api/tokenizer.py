@@ -36,7 +36,7 @@ class Pieces:
         """Read the model.
 
         Raises:
-            UserError: where it is none.
+            UserError: if it is none.
         """
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -60,7 +60,7 @@ def _without_reserved(symbols: list[str]) -> list[str]:
 
 
 def tokenizer_for(folder: Path, given: "Path | None", dictionary: Dictionary) -> "Words | Pieces | None":
-    """Return what makes symbols of text: None where the symbols are pieces of a model that is not there.
+    """Return what makes symbols of text: None if the symbols are pieces of a model that is not there.
 
     Args:
         folder: of the dictionary, in which a SentencePiece model is looked for.
@@ -68,7 +68,7 @@ def tokenizer_for(folder: Path, given: "Path | None", dictionary: Dictionary) ->
         dictionary: whose symbols are wanted.
 
     Raises:
-        UserError: where `given` is no model.
+        UserError: if `given` is no model.
     """
     found = [given] if given is not None else [folder / name for name in MODELS if (folder / name).is_file()]
     if found:

@@ -50,7 +50,7 @@ def in_vain(config: DictConfig) -> list[str]:
 
 
 def check_data(folders: "str | None", subsets: tuple[str, ...]) -> None:
-    """Raise `UserError` where a folder of binarized data, or one of several, lacks a dictionary or a subset."""
+    """Raise `UserError` if a folder of binarized data, or one of several, lacks a dictionary or a subset."""
     for place, folder in enumerate((folders or "").split(os.pathsep)):
         wanted = subsets if place == 0 else subsets[:1]  # fairseq reads other folders for training only
         names = ["dict.txt", *(f"{subset}.{kind}" for subset in wanted for kind in ("bin", "idx"))]
@@ -63,14 +63,14 @@ def check_data(folders: "str | None", subsets: tuple[str, ...]) -> None:
 
 
 def check_tables(config: DictConfig, options: SparseOptions) -> None:
-    """Raise `UserError` where the hash tables cannot be built for this data's dictionary, or do not fit."""
+    """Raise `UserError` if the hash tables cannot be built for this data's dictionary, or do not fit."""
     symbols, counts = read_dictionary(Path(config.task.data.split(os.pathsep)[0]) / "dict.txt")
     shape = options.table_shape(options.num_experts, config.task.tokens_per_sample)
     build_tables(options, symbols, counts, shape, options.hash_layers)
 
 
 def check_files(experiment: Experiment, options: SparseOptions) -> None:
-    """Raise `UserError` where a table or a checkpoint that the experiment starts from is missing."""
+    """Raise `UserError` if a table or a checkpoint that the experiment starts from is missing."""
     config = experiment.config
     files = [("checkpoint.finetune_from_model", config.checkpoint.finetune_from_model)]
     files.append(("model.from_dense", options.from_dense))

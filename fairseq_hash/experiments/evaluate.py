@@ -39,7 +39,7 @@ def evaluate_run(
         tell: called with a line on each step.
 
     Raises:
-        UserError: where the run is not complete, its checkpoint is missing, or an evaluation fails.
+        UserError: if the run is not complete, its checkpoint is missing, or an evaluation fails.
     """
     run = load_run(folder)
     if run.not_done:

@@ -20,7 +20,7 @@ def place_of(config: DictConfig, ranks: int) -> ExpertParallel:
     """Return who holds which experts on so many ranks, as the run chooses it; a dense model has one, on every rank.
 
     Raises:
-        UserError: where so many ranks cannot share the experts as the options say.
+        UserError: if so many ranks cannot share the experts as the options say.
     """
     options = SparseOptions.from_config(config.model)
     if not options.is_sparse:

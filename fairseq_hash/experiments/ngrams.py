@@ -91,7 +91,7 @@ class KneserNey:
             vocabulary: V.
 
         Raises:
-            UserError: where n-grams of so many symbols do not fit into int64.
+            UserError: if n-grams of so many symbols do not fit into int64.
         """
         check_size(vocabulary, order)
         self.order, self.vocabulary, self.training_tokens = order, vocabulary, len(id_S)
@@ -142,7 +142,7 @@ def check_size(vocabulary: int, order: int = max(ORDERS)) -> None:
     """Refuse a vocabulary of V symbols that is too large.
 
     Raises:
-        UserError: where n-grams of so many symbols do not fit into int64.
+        UserError: if n-grams of so many symbols do not fit into int64.
     """
     if vocabulary**order >= 1 << 63:
         most = round((1 << 63) ** (1 / order)) - 1
@@ -224,7 +224,7 @@ def ngram_lines(
         The lines of the first subset in the order of `orders`, then those of the next.
 
     Raises:
-        UserError: where n-grams of so many symbols do not fit into int64.
+        UserError: if n-grams of so many symbols do not fit into int64.
     """
     lines: dict[str, list[Line]] = {subset: [] for subset in held_out}
     for order in orders:

@@ -57,7 +57,7 @@ def model_of(path: object, state: Mapping[str, Any]) -> Model:
     """Return the model in a checkpoint's state, as `read_checkpoint` returns it.
 
     Raises:
-        UserError: where it is no language model, or one that the exported files cannot be.
+        UserError: if it is no language model, or one that the exported files cannot be.
     """
     if state["model"].manifest is None and KEY in state:
         raise UserError(

@@ -29,7 +29,7 @@ def export(
         shard_size: bytes of tensors in one file of weights at most; a larger tensor has a file of its own.
 
     Raises:
-        UserError: where the checkpoint is damaged or cannot be exported, its dictionary is not found, or the folder
+        UserError: if the checkpoint is damaged or cannot be exported, its dictionary is not found, or the folder
             cannot be written; nothing of the folder is left then.
     """
     _check_out(out)

@@ -511,7 +511,7 @@ class FairseqHashForCausalLM(PreTrainedModel, GenerationMixin):
         return self.decoder.embed_tokens
 
     def get_output_embeddings(self) -> "nn.Module | None":
-        """Return the output projection; None where it is the embedding of tokens."""
+        """Return the output projection; None if it is the embedding of tokens."""
         return self.decoder.output_projection
 
     def forward(

@@ -24,8 +24,8 @@ def write_weights(tensors: Mapping[str, Value], folder: Path, shard_size: int) -
         shard_size: bytes of tensors in one file at most; a larger tensor has a file of its own.
 
     Raises:
-        OSError: where a file cannot be written.
-        UserError: where an expert fails its checksum.
+        OSError: if a file cannot be written.
+        UserError: if an expert fails its checksum.
     """
     files = _files(tensors, shard_size)
     if len(files) == 1:

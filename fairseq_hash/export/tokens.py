@@ -22,7 +22,7 @@ class Tokens:
 
     Attributes:
         symbols: of fairseq's dictionary, in the order of their ids.
-        pieces: the SentencePiece model; None where tokens are what white space separates.
+        pieces: the SentencePiece model; None if tokens are what white space separates.
         begin: the symbol that every sample begins with.
     """
 
@@ -67,14 +67,14 @@ def find_tokens(
     Args:
         path: the checkpoint.
         state: what it holds, which says where the data of the training was.
-        fingerprint: of its dictionary; None where it does not say.
+        fingerprint: of its dictionary; None if it does not say.
         vocabulary: rows of its embedding.
         data: the folder with dict.txt and, for pieces, sentencepiece.model; None for that of the training, or the
             checkpoint's own.
         pieces: the SentencePiece model; None for that in the folder.
 
     Raises:
-        UserError: where one of them is missing, or belongs to other data.
+        UserError: if one of them is missing, or belongs to other data.
     """
     task = (state.get("cfg") or {}).get("task") or {}
     where = data if data is not None else Path(str(task.get("data") or "").split(":")[0])
@@ -107,7 +107,7 @@ def _has_pieces(symbols: Sequence[str], counts: Sequence[int]) -> bool:
 
 
 def _check_pieces(path: Path, symbols: Sequence[str]) -> None:
-    """Raise `UserError` where a file is no SentencePiece model, or one of another dictionary."""
+    """Raise `UserError` if a file is no SentencePiece model, or one of another dictionary."""
     import sentencepiece
 
     if not path.is_file():

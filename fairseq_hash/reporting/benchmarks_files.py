@@ -28,7 +28,7 @@ class Row:
         low: the first quartile.
         high: the third.
         ratio: to dense.
-        peak_bytes: of memory; None where it was not measured.
+        peak_bytes: of memory; None if it was not measured.
         parts: of a call, {} where it was not split.
         further: what else the file has.
     """

@@ -67,7 +67,7 @@ def time_by_experts(benchmarks: Sequence[Benchmark], theme: Theme) -> "bytes | N
 def time_by_tokens(benchmarks: Sequence[Benchmark], theme: Theme) -> "bytes | None":
     """Draw time over dense's by the number of tokens, a panel for each number of experts; return a PNG.
 
-    Returns None where no file has several numbers of tokens.
+    Returns None if no file has several numbers of tokens.
     """
     panels = panels_by_tokens(benchmarks)
     return _time(benchmarks, panels, lambda row: row.tokens, "Tokens of a call", theme)
@@ -76,7 +76,7 @@ def time_by_tokens(benchmarks: Sequence[Benchmark], theme: Theme) -> "bytes | No
 def split_of_time(benchmarks: Sequence[Benchmark], theme: Theme) -> "bytes | None":
     """Draw the parts of each call that was split as stacked bars, shares of their sum; return a PNG.
 
-    A part below zero (a rest, where parts took longer alone) is not drawn. Returns None where no call was split.
+    A part below zero (a rest, where parts took longer alone) is not drawn. Returns None if no call was split.
     """
     bars = bars_of(benchmarks)
     if not bars:

@@ -22,7 +22,7 @@ USUAL = ("checkpoint_best.pt", "checkpoint_last.pt")
 def contradiction(run: Run) -> "str | None":
     """Return in what the evaluated checkpoint (else the best or the last one) in the run's folder contradicts its log.
 
-    None where it does not, or where there is no such checkpoint, or one without a manifest.
+    None if it does not, or where there is no such checkpoint, or one without a manifest.
     """
     names = [*(evaluation.checkpoint for evaluation in run.evaluations.values()), *USUAL]
     path = next((run.folder / name for name in names if name and (run.folder / name).is_file()), None)

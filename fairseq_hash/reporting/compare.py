@@ -25,7 +25,7 @@ def sort_out(runs: Sequence[Run], unfinished: bool = False) -> tuple[list[Run], 
 
 
 def why_incomplete(run: Run, unfinished: bool = False) -> "str | None":
-    """Return why a run cannot be compared with any other, None where it can."""
+    """Return why a run cannot be compared with any other, None if it can."""
     training = run.training
     if run.not_done and (training.model is None or not unfinished):
         return run.not_done

@@ -76,7 +76,7 @@ class Comparison:
 def compare(folders: Sequence[Path], title: str, note: str = "", unfinished: bool = False) -> Comparison:
     """Read and compare the runs in folders and below them, also those whose training is not done where `unfinished`.
 
-    Raises `UserError` where no run can be compared.
+    Raises `UserError` if no run can be compared.
     """
     runs = load_runs(folders)
     compared, left_out = sort_out(runs, unfinished)

@@ -29,7 +29,7 @@ def last_validation(run: Run) -> dict[str, Any]:
 
 
 def best_validation(run: Run) -> "float | None":
-    """Return the lowest perplexity of a validation in training, None where none was of all of the text."""
+    """Return the lowest perplexity of a validation in training, None if none was of all of the text."""
     perplexities = [values["ppl"] for values in run.training.validations.values() if "ppl" in values]
     return (
         min((value for value in perplexities if math.isfinite(value)), default=None) if not why_partial(run) else None
@@ -37,7 +37,7 @@ def best_validation(run: Run) -> "float | None":
 
 
 def why_partial(run: Run) -> "str | None":
-    """Return why the validations in training were of a part of the text, None where they were of all of it."""
+    """Return why the validations in training were of a part of the text, None if they were of all of it."""
     if steps := run.training.config.get("dataset.max_valid_steps"):
         return f"it was of {steps} batches of the text (--max-valid-steps)"
     return "it left out samples that were too long" if "valid" in run.training.left_out_of else None

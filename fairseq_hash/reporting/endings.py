@@ -12,7 +12,7 @@ ERROR = re.compile(r"(fairseq_hash: |\w[\w.]*(Error|Exception|Interrupt)\b|slurm
 
 
 def why_not_done(training: TrainingLog, grown: float, error: "str | None", now: float) -> "str | None":
-    """Return why a training is not done, None where it is.
+    """Return why a training is not done, None if it is.
 
     Args:
         training: its log.

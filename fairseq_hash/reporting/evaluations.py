@@ -4,7 +4,7 @@ from fairseq_hash.reporting.logs import Evaluation, TrainingLog
 
 
 def why_no_result(evaluation: Evaluation, training: TrainingLog) -> "str | None":
-    """Return why an evaluation is no result of a training, None where it is one."""
+    """Return why an evaluation is no result of a training, None if it is one."""
     config, again = evaluation.config, f"repeat it with --tokens-per-sample {_length(training)}"
     if evaluation.perplexity is None:
         return f"has no result: {evaluation.error or 'its log ends without one'}"

@@ -25,7 +25,7 @@ Loads = dict[int, tuple[np.ndarray, "np.ndarray | None"]]
 def expert_loads(models: dict[str, list[Run]], theme: Theme) -> "bytes | None":
     """Draw every expert's load, sorted, over the uniform share, by layer and model; return a PNG.
 
-    Returns None where no run logged its experts' loads (`--log-expert-loads`). Seeds are averaged after sorting. Each
+    Returns None if no run logged its experts' loads (`--log-expert-loads`). Seeds are averaged after sorting. Each
     layer begins a row; of many layers some are shown, from the first to the last.
     """
     shown = {model: layers for model, runs in models.items() if (layers := sorted_loads(runs))}

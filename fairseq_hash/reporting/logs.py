@@ -40,14 +40,14 @@ class TrainingLog:
 
     Attributes:
         configs: the configuration of every session, flat (`optimization.max_update`), in the order they ran.
-        model: the model's record (fairseq_hash.model), None where the log has none.
+        model: the model's record (fairseq_hash.model), None if the log has none.
         intervals: statistics of every log interval by its last update, numbers as int or float; those of every epoch
             where the training was shorter than a log interval.
         validations: statistics of every validation by its update, without their prefix `valid_`.
         wall_seconds: time over all sessions: of a resumed one from its checkpoint on, without what was done again.
         finished: when the training was done, None while it is not.
-        stopped_by: the signal that ended the last session (`SIGTERM`), None where none did.
-        dictionary_types: the number of the dictionary's symbols, fairseq's own included; None where the log has none.
+        stopped_by: the signal that ended the last session (`SIGTERM`), None if none did.
+        dictionary_types: the number of the dictionary's symbols, fairseq's own included; None if the log has none.
         left_out_of: the texts (`train`, `valid`) of which samples were left out because they were too long.
     """
 
@@ -103,7 +103,7 @@ class TrainingLog:
 class Evaluation:
     """One output of fairseq-eval-lm.
 
-    `perplexity` is None where it was stopped before its end, by an `error` where its log ends with one; `skipped` are
+    `perplexity` is None if it was stopped before its end, by an `error` where its log ends with one; `skipped` are
     samples that it left out.
     """
 
@@ -122,7 +122,7 @@ class Evaluation:
 def read_lines(path: Path) -> list[Line]:
     """Return the lines of a log file that a logger wrote, without one at its end that was cut off.
 
-    Raises `UserError` where the file cannot be read.
+    Raises `UserError` if the file cannot be read.
     """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -156,7 +156,7 @@ def statistics(line: Line) -> dict[str, Any]:
 
 
 def read_training(lines: Iterable[Line]) -> "TrainingLog | None":
-    """Return the training that lines tell of, in their order; None where they tell of none."""
+    """Return the training that lines tell of, in their order; None if they tell of none."""
     log = TrainingLog()
     evaluating = False  # an evaluation records its model, too
     for line in lines:
@@ -191,7 +191,7 @@ def read_training(lines: Iterable[Line]) -> "TrainingLog | None":
 
 
 def _model_record(line: Line) -> "dict[str, Any] | None":
-    """Return the model's record, None where a line holds none or only the start of one."""
+    """Return the model's record, None if a line holds none or only the start of one."""
     if line.source != "fairseq_hash.model" or not line.message.startswith(MODEL_RECORD):
         return None
     try:

@@ -29,7 +29,7 @@ class Run:
         record: what the folder's `run.json` says, {} without one; known are `commands` (step to list of words),
             `data_fingerprint` and `data` (what the corpus is).
         grown: when the training's log last grew, in seconds since 1970.
-        error: what the training's log ends with, None where that is no error.
+        error: what the training's log ends with, None if that is no error.
     """
 
     folder: Path
@@ -47,7 +47,7 @@ class Run:
 
     @property
     def not_done(self) -> "str | None":
-        """Why the training is not done, None where it is."""
+        """Why the training is not done, None if it is."""
         return why_not_done(self.training, self.grown, self.error, time.time())
 
     @property
@@ -106,7 +106,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 def load_runs(folders: Sequence[Path]) -> list[Run]:
     """Read the runs in folders and below them.
 
-    Raises `UserError` where there is none, for one given twice, and for runs with more than one dictionary.
+    Raises `UserError` if there is none, for one given twice, and for runs with more than one dictionary.
     """
     runs = [load_run(folder) for folder in find_runs(folders)]
     dictionaries = {run.training.model["dictionary_fingerprint"]: run for run in runs if run.training.model}

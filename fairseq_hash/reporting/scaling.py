@@ -40,7 +40,7 @@ class Point:
 def perplexity_by_experts(models: dict[str, list[Run]], theme: Theme) -> "bytes | None":
     """Draw a line for the models that differ in their number of experts only, dense models level; return a PNG.
 
-    Returns None where no two models differ in that only, or the runs were not evaluated.
+    Returns None if no two models differ in that only, or the runs were not evaluated.
     """
     subset, lines = _subset_and_lines(models)
     if not lines:
@@ -75,7 +75,7 @@ def perplexity_by_experts(models: dict[str, list[Run]], theme: Theme) -> "bytes 
 
 
 def scaling_charts(models: dict[str, list[Run]]) -> list[Chart]:
-    """Return the same as one chart of a page, none where there is no line."""
+    """Return the same as one chart of a page, none if there is no line."""
     subset, points_by_line = _subset_and_lines(models)
     if not points_by_line:
         return []

@@ -72,7 +72,7 @@ def current_page(folders: Sequence[Path], title: str, note: str, seconds: float)
 
 
 def progress(comparison: Comparison) -> pd.DataFrame:
-    """Return one row for each training that is not done, as text; empty where all are."""
+    """Return one row for each training that is not done, as text; empty if all are."""
     rows = [
         _progress_of(model, run)
         for model, runs in comparison.models.items()

@@ -1,4 +1,4 @@
-"""A table from what the command line names: dictionary, counts or text, embeddings. Shape suffixes: see `losses`."""
+"""A table from what the command line names: dictionary, counts or text, embeddings. Shape suffixes: see `moe.losses`."""
 
 import hashlib
 from collections.abc import Callable
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Built:
-    """A table, how often each of its rows occurs (int64 `[H]`; None where nothing says that), and what says that."""
+    """A table, how often each of its rows occurs (int64 `[H]`; None if nothing says that), and what says that."""
 
     table: HashTable
     count_H: Optional[np.ndarray]
@@ -140,7 +140,7 @@ def _counts(
     text: "Text | None",
     say: Callable[[str], object],
 ) -> tuple["np.ndarray | None", str]:
-    """Return how often each key occurs, int64 `[H]`, None where nothing says that; and where that is from."""
+    """Return how often each key occurs, int64 `[H]`, None if nothing says that; and where that is from."""
     if text is not None:
         count_H = count_keys(feature, num_keys, index, text, options.tokens_per_sample)
         text.say_unknown(say)

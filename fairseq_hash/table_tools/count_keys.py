@@ -1,4 +1,4 @@
-"""Counts of keys in a text: how often each row of a table is looked up. Shape suffixes: see `losses`."""
+"""Counts of keys in a text: how often each row of a table is looked up. Shape suffixes: see `moe.losses`."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -24,7 +24,7 @@ def count_keys(
         tokens_per_sample: cut the text into samples of that many tokens, each without what is before it; 0: do not.
 
     Raises:
-        UserError: where the text is damaged, empty, or of another dictionary.
+        UserError: if the text is damaged, empty, or of another dictionary.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Embeddings of a trained checkpoint: what clusters of tokens are made of. Shape suffixes: see `losses`."""
+"""Embeddings of a trained checkpoint: what clusters of tokens are made of. Shape suffixes: see `moe.losses`."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def read_embeddings(path: Path, symbols: list[str]) -> tuple[Tensor, bool]:
         float32 `[V, D]`; whether the checkpoint says of which dictionary it is (files of fairseq itself do not).
 
     Raises:
-        UserError: where the file is missing, damaged, without embeddings, or of another dictionary.
+        UserError: if the file is missing, damaged, without embeddings, or of another dictionary.
     """
     state = read_main(path)
     embedding_VD = state["model"].get(NAME)

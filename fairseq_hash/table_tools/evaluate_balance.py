@@ -151,7 +151,7 @@ class Judge:
         self.texts_said: set[Text] = set()
 
     def check(self, name: str, table: HashTable) -> None:
-        """Raise `UserError` where a table cannot be judged on what there is, before a text is read."""
+        """Raise `UserError` if a table cannot be judged on what there is, before a text is read."""
         feature = table.record.feature
         has_text = self.text is not None or self.held_out is not None
         if feature == "predicted" and has_text:

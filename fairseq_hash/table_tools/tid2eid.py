@@ -22,7 +22,7 @@ NAME = "tid2eid"
 
 
 def check_exportable(table: HashTable, name: object) -> None:
-    """Raise `UserError` where a table is more than experts of token ids."""
+    """Raise `UserError` if a table is more than experts of token ids."""
     record = table.record
     if record.feature != "token":
         raise UserError(f"{name} is a table of {table.feature}; only tables of token ids can be exported")
@@ -45,7 +45,7 @@ def reorder(
         seed: of the random experts.
 
     Raises:
-        UserError: where no symbol is in both.
+        UserError: if no symbol is in both.
     """
     index = indices(list(symbols))
     row_W = np.array([index.get(symbol, -1) for symbol in wanted])
@@ -84,7 +84,7 @@ def read_tensor(path: Path, name: "str | None") -> tuple[np.ndarray, str]:
         name: of the tensor; None for the only one whose name ends in `tid2eid`.
 
     Raises:
-        UserError: where the file is missing, damaged, or has no such tensor, several, or one of another kind.
+        UserError: if the file is missing, damaged, or has no such tensor, several, or one of another kind.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a file of safetensors, or .npy")
@@ -118,7 +118,7 @@ def _as_table(array: np.ndarray, what: str) -> np.ndarray:
     if array.dtype not in (np.int32, np.int64):
         raise UserError(f"{what} is of type {array.dtype}; a table is of int64 or int32")
     if array.ndim != 2 or not array.size:
-        raise UserError(f"{what} has shape {list(array.shape)}; a table has [vocabulary, experts a token]")
+        raise UserError(f"{what} has shape {list(array.shape)}; a table has [vocabulary, experts per token]")
     return array.astype(np.int64)
 
 
@@ -137,7 +137,7 @@ def import_table(
         name: of the tensor, for the record.
         symbols: our dictionary's symbols.
         num_experts: E.
-        vocabulary: the symbols of its rows; None where they are ours.
+        vocabulary: the symbols of its rows; None if they are ours.
         seed: of the random experts of symbols that it does not have.
 
     Raises:

@@ -1,6 +1,6 @@
 """Text as token ids, block by block: a binarized data set of fairseq's, or a file of symbols.
 
-Shape suffixes: see `losses`; S is a stretch of tokens.
+Shape suffixes: see `moe.losses`; S is a stretch of tokens.
 """
 
 import struct
@@ -41,7 +41,7 @@ class Text:
         """Yield the ids in order, int64 `[S]`, and call `advance` with the bytes that each took.
 
         Raises:
-            UserError: where the text is damaged, empty, or of another dictionary.
+            UserError: if the text is damaged, empty, or of another dictionary.
         """
         self.tokens = self.unknown = 0
         for id_S, size in self._blocks():
@@ -128,7 +128,7 @@ def open_text(path: Path, subset: str, symbols: list[str]) -> Text:
     """Open a text: a data folder with its `subset`, a binarized one without its suffix, or a file of symbols.
 
     Raises:
-        UserError: where there is none, or the binarized one is damaged or of another dictionary.
+        UserError: if there is none, or the binarized one is damaged or of another dictionary.
     """
     prefix = path / subset if path.is_dir() else path
     if path.suffix in (".bin", ".idx") and with_suffix(path.with_suffix(""), ".idx").is_file():

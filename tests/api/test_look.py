@@ -245,7 +245,7 @@ def test_a_reader_that_leaves_is_no_error(data, tmp_path):
         (("{hash}", "{latin}"), "is not UTF-8 (byte 1); give a file of text"),
         (("{hash}", "{text}", "--tokens-per-sample", 0), "--tokens-per-sample 0 is out of range; give 1 to 16"),
         (("{hash}", "{text}", "--tokens-per-sample", 17), "--tokens-per-sample 17 is out of range; give 1 to 16"),
-        (("{hash}", "{text}", "--out", "{text}"), "is of no known kind; give a name that ends in .tsv or .csv"),
+        (("{hash}", "{text}", "--out", "{text}"), "has an unknown ending; give a name that ends in .tsv or .csv"),
         (("{hash}", "{text}", "--out", "{there}"), "exists; give another file, or add --overwrite to replace it"),
         (("{hash}", "{text}", "--out", "no/where.tsv"), "the folder no does not exist; make it first"),
         (("{none}", "{text}"), "has no experts; give a checkpoint of a model with --sparse-layers"),

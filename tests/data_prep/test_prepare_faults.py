@@ -48,7 +48,7 @@ def test_ctrl_c_ends_everything_and_the_next_call_goes_on(tmp_path):
             time.sleep(0.005)
         os.killpg(child.pid, signal.SIGINT)
         _, error = child.communicate(timeout=100)
-        assert error == "data_prep: interrupted; the same command goes on from the last step done\n"
+        assert error == "data_prep: interrupted; the same command continues from the last finished step\n"
         assert child.returncode == 130 and not out.exists()
         for _ in range(400):
             if not processes_of(child.pid):

@@ -1,4 +1,4 @@
-"""Whether an experiment can run here: its data, its files, and the ranks that are to train it."""
+"""Checks whether an experiment can run here: its data, its files and its number of ranks."""
 
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ from fairseq_hash.training.shared_experts import check_training, scaled_update_f
 
 
 def check_experiment(experiment: Experiment, ranks: int) -> None:
-    """Raise `UserError` for the first thing for which a training on `ranks` ranks would not start."""
+    """Raise `UserError` for the first reason for which a training on `ranks` ranks would not start."""
     config = experiment.config
     options = SparseOptions.from_config(config.model)
     options.check()
@@ -44,7 +44,7 @@ def check_experiment(experiment: Experiment, ranks: int) -> None:
 
 
 def in_vain(config: DictConfig) -> list[str]:
-    """Return the options that a dense experiment has in vain; raise `UserError` where others cannot act."""
+    """Return the options that a dense experiment does not use; raise `UserError` if other options cannot act."""
     options, kind = SparseOptions.from_config(config.model), CRITERION_REGISTRY[config.criterion._name]
     return option_use.check_model(options) + option_use.check_criterion(kind, config.criterion, options)
 
@@ -58,7 +58,7 @@ def check_data(folders: "str | None", subsets: tuple[str, ...]) -> None:
         if not folder or missing:
             raise UserError(
                 f"task.data={folder} holds no {missing[0]}; prepare the data (fairseq-hash data, docs/experiments.md "
-                "has the command), or give their folder as task.data=DIR"
+                "has the command), or give the folder of the data as task.data=DIR"
             )
 
 

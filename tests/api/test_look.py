@@ -165,7 +165,7 @@ def test_by_layer_marks_what_was_given(data):
         (("{hash}", "word1\nword2"), "several lines"),
         (("{hash}", TEXT, "--length", 0), "--length 0 is out of range; give 1 or more"),
         (("{hash}", TEXT, "--length", 99), "there is room for 11 more, not 99; give a shorter text or --length"),
-        (("{hash}", "word1 " * 30), "the text has 30 tokens, the model reads 15 at once; give less"),
+        (("{hash}", "word1 " * 30), "the text has 30 tokens, but the model reads 15 at once; give a shorter text"),
         (("{hash}", TEXT, "--top-k", 0), "--top-k 0 is out of range"),
         (("{hash}", TEXT, "--top-p", 1.5), "--top-p 1.5 is out of range"),
         (("{hash}", TEXT, "--temperature", -1), "--temperature -1.0 is out of range"),

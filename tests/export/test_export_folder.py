@@ -224,7 +224,7 @@ def test_refusals(saved, data, tmp_path):
     (tmp_path / "there" / "dict.txt").write_text("a 5\n")
     assert "is not the dictionary that" in line("--data", tmp_path / "there")
     file = tmp_path / "there" / "dict.txt"
-    assert f"--sentencepiece {file} is no SentencePiece model; give" in line("--sentencepiece", file)
+    assert f"--sentencepiece {file} is not a SentencePiece model; give" in line("--sentencepiece", file)
     assert "--sentencepiece nowhere does not exist; give" in line("--sentencepiece", "nowhere")
     status, _, err = call("export", checkpoint, "--to", "onnx", out)
     assert status == 2 and "invalid choice: 'onnx'" in err

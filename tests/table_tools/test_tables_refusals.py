@@ -156,7 +156,7 @@ def test_embeddings_that_are_none(data, tmp_path):
     torch.save({"model": {"decoder.other": torch.zeros(3)}}, path)
     assert "has no decoder.embed_tokens.weight; give a checkpoint of a language model" in message()
     embeddings(path, symbols[1:])
-    assert f"has embeddings of {len(symbols) - 1} symbols, the dictionary has {len(symbols)}" in message()
+    assert f"has embeddings of {len(symbols) - 1} symbols, but the dictionary has {len(symbols)}" in message()
     torch.save({"model": {"decoder.embed_tokens.weight": torch.full((len(symbols), 2), torch.nan)}}, path)
     assert "has embeddings that are not finite" in message()
     assert not (tmp_path / "t").exists()

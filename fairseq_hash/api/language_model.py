@@ -148,7 +148,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def log_probabilities(self, text: Text) -> Tensor:
-        """Return the log-probabilities of each next token, in nats: fp32 `[L + 1, V]`, with the same rows as `logits`."""
+        """Return the log-probabilities of each next token, in nats: fp32 `[L + 1, V]`, rows as in `logits`."""
         output = self.model(self.read(text))
         return self.model.get_normalized_probs(output, log_probs=True)[0].float()
 

@@ -1,4 +1,4 @@
-"""A comparison: the runs that may be compared, by model, their tables, and the words beside them."""
+"""A comparison: the runs that may be compared, by model, their tables, and the texts beside them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,22 +27,22 @@ expert full.
 """
 
 
-# Where no run can be compared, so many reasons are told.
+# Number of reasons to report if no run can be compared.
 MOST_REASONS = 5
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a report says, before it is written in any form.
+    """The content of a report, before it is written in any form.
 
     Attributes:
         title: the heading.
-        note: what these runs can show, in the words of who made them.
+        note: what these runs can show, in the user's words.
         models: the compared runs by the name of their model.
-        reasons: why something is left out: a run by its folder, an evaluation by `FOLDER, evaluation on SUBSET`.
-        of_runs: one row a run.
-        of_models: one row a model.
-        caution: what the seeds say of chance.
+        reasons: why a run or an evaluation is left out; by folder, or by `FOLDER, evaluation on SUBSET`.
+        of_runs: one row per run.
+        of_models: one row per model.
+        caution: which differences may be chance, judged by the seeds.
         legend: what the marks of published figures mean, "" without any.
     """
 
@@ -62,19 +62,19 @@ class Comparison:
 
     @property
     def left_out(self) -> pd.DataFrame:
-        """What is left out, with the reason."""
+        """The runs and evaluations that are left out, with the reason."""
         return pd.DataFrame(list(self.reasons.items()), columns=["Run", "Why"])
 
     @property
     def summary(self) -> list[str]:
-        """What is compared and what is left out, in lines for a terminal."""
+        """What is compared and what is left out, as lines for a terminal."""
         compared = f"compared {_number(len(self.runs), 'run')} of {_number(len(self.models), 'model')}"
         reasons = [f"left out: {what}: {why}" for what, why in self.reasons.items()]
         return [f"{compared}, left out {len(reasons)}" if reasons else compared, *reasons]
 
 
 def compare(folders: Sequence[Path], title: str, note: str = "", unfinished: bool = False) -> Comparison:
-    """Read and compare the runs in folders and below them, also those whose training is not done where `unfinished`.
+    """Read and compare the runs in folders and below them; with `unfinished`, also those whose training is not done.
 
     Raises `UserError` if no run can be compared.
     """
@@ -94,7 +94,7 @@ def compare(folders: Sequence[Path], title: str, note: str = "", unfinished: boo
 
 
 def _faults(runs: Sequence[Run]) -> dict[str, str]:
-    """Return why figures of compared runs are left out."""
+    """Return why results of compared runs are left out."""
     faults = {}
     for run in runs:
         faults |= {f"{run.folder}, evaluation on {subset}": f"it {why}" for subset, why in run.faults.items()}

@@ -24,7 +24,7 @@ INTERRUPTED = "interrupted; the same command continues from the last finished st
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the corpora and the options of each."""
+    """Add the corpora and their options to a parser."""
     corpora = parser.add_subparsers(dest="corpus", required=True, metavar="CORPUS")
     text = corpora.add_parser("text", help="text files of your own: a line of text is a line of data")
     dialogue = corpora.add_parser(
@@ -100,7 +100,7 @@ def source_of(arguments: argparse.Namespace) -> Source:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prepare what the arguments ask for.
+    """Prepare the corpus that the arguments name.
 
     Raises:
         UserError: with one line, if the input is bad or a file cannot be written.

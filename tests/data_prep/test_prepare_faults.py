@@ -79,9 +79,9 @@ def test_a_link_to_an_empty_folder_gets_the_data(tmp_path):
     [
         (".", "--out . is where you are, and cannot be replaced; give a folder in it: --out data"),
         ("../empty", "--out ../empty is where you are, and cannot be replaced"),
-        ("dangling", "--out dangling is a link to what does not exist"),
-        ("loop", "--out loop is a link to what does not exist"),
-        ("a file", "--out a file is a file; give a folder that is not there yet"),
+        ("dangling", "--out dangling is a link to a folder that does not exist"),
+        ("loop", "--out loop is a link to a folder that does not exist"),
+        ("a file", "--out a file is a file; give a folder that does not exist yet"),
         ("/proc/sys", "/proc/sys holds something else"),
     ],
 )

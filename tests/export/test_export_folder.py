@@ -242,7 +242,7 @@ def test_other_checkpoints(saved, tmp_path):
     assert "has the experts of one rank only, as --ddp" in refused("export", small, "--to", "hf", tmp_path / "out")
     torch.save({**state, "model": {**model, "encoder.version": torch.zeros(1)}}, other)
     said = refused("export", other, "--to", "hf", tmp_path / "out")
-    assert f"{other} is no language model of this package or of fairseq's transformer_lm" in said
+    assert f"{other} is not a language model of this package or of fairseq's transformer_lm" in said
     assert not list(tmp_path.iterdir())
 
 

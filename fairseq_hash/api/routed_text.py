@@ -125,8 +125,8 @@ def page(title: str, subtitle: str, samples: Sequence[tuple[pd.DataFrame, int]])
     """Return a self-contained page of samples. Each sample has its routes and the number of given tokens."""
     body = [f"<h1>{escape(title)}</h1>", f'<p class="soft">{escape(subtitle)}</p>']
     body.append(
-        "<p>Each token stands on the colour of its expert (of the heaviest, where there are "
-        "several), with their numbers behind it. What the model was given is underlined.</p>"
+        "<p>Each token has the colour of its expert (if there are several, of the one with the largest weight), "
+        "followed by their numbers. The given text is underlined.</p>"
     )
     for number, (routes, given) in enumerate(samples, 1):
         body.append(f"<section><h2>Sample {number}</h2>")

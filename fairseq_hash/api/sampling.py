@@ -103,7 +103,7 @@ def sample(
     given = read_BL.shape[1] - 1
     eos, size = task.target_dictionary.eos(), len(task.target_dictionary)
     if (read_BL[0, 1:] == eos).any():
-        raise UserError("the text has several lines, and fairseq's generator stops where a line ends; give one line")
+        raise UserError("the text has several lines, and fairseq's generator stops at the end of a line; give one line")
     for name, most in (("number", size - 1), ("beam", size - 1), ("top_k", size)):
         value = getattr(sampling, name)
         if value is not None and value > most:

@@ -153,12 +153,12 @@ def run_build(arguments: argparse.Namespace) -> None:
 
 
 def run_show(arguments: argparse.Namespace) -> None:
-    """Show a table, and write a folder where one is asked for."""
+    """Show a table, and write a folder if asked for."""
     _judge([arguments.table], arguments.dictionary, arguments)
 
 
 def run_compare(arguments: argparse.Namespace) -> None:
-    """Show several tables, and write a folder where one is asked for."""
+    """Show several tables, and write a folder if asked for."""
     paths, dictionary = arguments.tables, arguments.dictionary
     if dictionary is None:
         *paths, dictionary = paths

@@ -351,8 +351,7 @@ class Attention(nn.Module):
             setattr(self, name, nn.Linear(width, width))
 
     def forward(self, x_BLD: Tensor, mask_B1LP: Tensor, cache: "DynamicCache | None") -> Tensor:
-        """Return each position's attention over the positions that `mask_B1LP` allows, including cached ones.
-        """
+        """Return each position's attention over the positions that `mask_B1LP` allows, including cached ones."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (p(x_BLD).unflatten(2, (self.heads, -1)).transpose(1, 2) for p in projections)
         if cache is not None:

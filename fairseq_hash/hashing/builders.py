@@ -160,7 +160,7 @@ def best_of(
 
 
 def check_counts(counts: Sequence[int]) -> np.ndarray:
-    """Return counts as int64; raise `UserError` where they carry no information (none above 1) or one is negative."""
+    """Return counts as int64; raise `UserError` if they carry no information (none above 1) or one is negative."""
     count_H = np.asarray(counts, dtype=np.int64)
     if count_H.size and count_H.min() < 0:
         raise UserError(f"a count is {count_H.min()}; a count of 0 or more is needed for each key")

@@ -36,7 +36,7 @@ def save_table(table: HashTable, path: "str | os.PathLike[str]") -> None:
 
 
 def load_table(path: "str | os.PathLike[str]") -> HashTable:
-    """Read a table file; raise `UserError` where it is missing, damaged or something else."""
+    """Read a table file; raise `UserError` if it is missing, damaged or something else."""
     if not Path(path).is_file():
         raise UserError(f"--hash-table {path} is neither a builder's name nor an existing table file")
     try:

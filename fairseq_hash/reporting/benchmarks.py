@@ -14,11 +14,11 @@ from fairseq_hash.reporting.plots import DARK, LIGHT
 from fairseq_hash.reporting.report import read_note, write_files
 
 COLUMNS = """
-Every file is of one run of one program, whose own text defines its candidates, its peak memory and its parts. Times are
-medians with the first and the third quartile of all rounds. / dense is the time over that of the dense model or layer
-in the same round: the median of the rounds. Tokens are those of one call; in decoding these are the sentences, each of
-which gets one more token a step. The parts of a call were measured one by one, so their sum is not exactly the call;
-shares are of the sum.
+Every file comes from one run of one program, whose own text defines its candidates, its peak memory and its parts.
+Times are medians with the first and the third quartile of all rounds. / dense is the time divided by that of the dense
+model or layer in the same round: the median over the rounds. Tokens are those of one call; in decoding they are the
+sentences, each of which gets one more token per step. The parts of a call were measured one by one, so their sum is not
+exactly the call; shares are shares of the sum.
 """
 PROVENANCE = {
     **{"fairseq_hash": "fairseq_hash", "commit": "Commit", "python": "Python", "torch": "torch", "fairseq": "fairseq"},
@@ -30,13 +30,13 @@ FIGURES = {
         time_by_experts,
         charts_by_experts,
         "Time by the number of experts",
-        "Time over that of dense: medians of the ratios within a round; below 1 is faster than dense.",
+        "Time divided by that of dense: medians of the ratios within a round; below 1 is faster than dense.",
     ),
     "time_by_tokens.png": (
         time_by_tokens,
         charts_by_tokens,
         "Time by the number of tokens",
-        "Time over that of dense, as above.",
+        "Time divided by that of dense, as above.",
     ),
     "split_of_time.png": (
         split_of_time,

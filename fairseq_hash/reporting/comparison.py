@@ -15,15 +15,14 @@ from fairseq_hash.reporting.noise import words_on_noise
 from fairseq_hash.reporting.runs import Run, load_runs
 
 COLUMNS = """
-Perplexity is per token of the dictionary, of the cross-entropy alone, as fairseq-eval-lm printed it; where (training)
-stands beside it, it is of the best validation in training, which checkpoint_best.pt is of. With more than one seed it
-is the mean ± the sample standard deviation.
-Active parameters are those that one token uses. Tokens/s is the median over the training's log intervals without the
-first tenth, updates/s as well; the time is all of the training, validation included. Peak memory is that of the first
-rank, of its GPU where there is one. Max load is the largest demand for an expert over the
-mean demand (1 is even), in the first table of the worst layer: in training the mean over log intervals, in validation
-at the end. Load variation is the coefficient of variation. Dropped is the share of training tokens that found their
-expert full.
+Perplexity is per token of the dictionary, from the cross-entropy alone, as fairseq-eval-lm printed it. If it is marked
+(training), it is that of the best validation in training, the one of checkpoint_best.pt. With more than one seed it is
+the mean ± the sample standard deviation. Active parameters are those that one token uses. Tokens/s and updates/s are
+medians over the training's log intervals without the first tenth; the time is that of the whole training, validation
+included. Peak memory is that of the first rank, on its GPU if it has one. Max load is the largest demand for an expert
+divided by the mean demand (1 is even); the first table has the worst layer. In training it is the mean over log
+intervals, in validation the last value. Load variation is the coefficient of variation. Dropped is the share of
+training tokens that found their expert full.
 """
 
 

@@ -167,7 +167,7 @@ def for_readers(models: pd.DataFrame) -> pd.DataFrame:
 
 
 def layers_for_readers(models: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per model and sparse layer, as text. Empty where all models are dense.
+    """Return one row per model and sparse layer, as text. Empty if all models are dense.
 
     Loads, dropped tokens and the routers' own statistics: means over the training's log intervals.
     """

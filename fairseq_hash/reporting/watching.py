@@ -30,7 +30,7 @@ def watch(
 
     Args:
         folders: run folders, or folders with run folders below them.
-        out: where the page is written.
+        out: folder for the page.
         title: its heading.
         note: what the runs can show, in the user's words.
         seconds: time between two pages; longer if reading the logs takes long.

@@ -30,10 +30,10 @@ HEADINGS = {
     "entropy_share": "entropy / log E",
 }
 MEANING = """
-The load of an expert is the number of tokens that it serves; the mean load is tokens x experts a token / experts. With
-the largest load over the mean at 1, all experts do the same work. No table for these keys has a largest load below the
-bound: a proof, not an estimate. A key overloads where its count alone exceeds the mean load: then no table for these
-keys is balanced, and a table of other keys is needed (builder spread).
+The load of an expert is the number of tokens that it serves; the mean load is tokens x experts per token / experts. If
+the largest load / mean is 1, all experts do the same work. No table for these keys has a largest load below the bound:
+a proof, not an estimate. A key overloads if its count alone exceeds the mean load. Then no table for these keys is
+balanced, and a table with other keys is needed (builder spread).
 
 Held-out text was not seen when the table was built, unless the same text is given twice.
 """

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Balanced assignment: ours beside SciPy's optimum, and beside fairseq's auction where it is built.
+"""Balanced assignment: ours compared with SciPy's optimum and, if it is built, with fairseq's auction.
 
     python benchmarks/assignment.py [--threads N] [--json FILE]
 
-Each row is measured in one run, the solvers in turn, medians of repeated calls; `gap` is how far a solver's value lies
-under SciPy's optimum, `loads` the smallest and largest load. fairseq's auction solver (`fairseq/clib/libbase`) is not
-in its release: put a build of it on PYTHONPATH as the module `libbase` to have it measured, too.
+Each row is measured in one run, the solvers in turn; times are medians of repeated calls. `gap` is the distance of a
+solver's value below SciPy's optimum, `loads` the smallest and largest load. fairseq's auction solver
+(`fairseq/clib/libbase`) is not in its release. To measure it, too, put a build of it on PYTHONPATH as the module
+`libbase`.
 """
 
 import argparse
@@ -28,7 +29,7 @@ ROUNDS = 9
 
 
 def scores(tokens: int, experts: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield scores by name: those of a router at its start, random ones, and hard ones."""
+    """Yield scores by name: those of a router at initialisation, random ones, and hard ones."""
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(tokens, experts, generator=generator)
     other = torch.randn(tokens, experts, generator=generator)
@@ -43,16 +44,16 @@ def scores(tokens: int, experts: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def scipy_assignment(score_TE: Tensor) -> Tensor:
-    """Return the optimum by SciPy, each expert as T / E columns."""
+    """Return SciPy's optimum, with each expert as T / E columns."""
     seats = score_TE.shape[0] // score_TE.shape[1]
     columns = np.repeat(score_TE.double().numpy(), seats, axis=1)
     return torch.from_numpy(linear_sum_assignment(columns, maximize=True)[1] // seats)
 
 
 def auction_assignment(score_TE: Tensor) -> Tensor:
-    """Return the assignment of fairseq's auction: it gives the tokens in the order of their experts.
+    """Return the assignment of fairseq's auction, which returns the tokens in the order of their experts.
 
-    A token that it gives to no expert, which happens where scores are equal, has expert -1.
+    A token without an expert, which happens if scores are equal, has expert -1.
     """
     import libbase
 
@@ -69,7 +70,7 @@ def measure(score_TE: Tensor, solvers: "dict[str, Callable[[Tensor], Tensor]]") 
     for round_number in range(ROUNDS + 1):
         for name, solve in solvers.items():
             if name == "scipy" and round_number:
-                continue  # once is enough: it can take a minute
+                continue  # once is enough, because it can take a minute
             start = time.perf_counter()
             expert_T = solve(score_TE)
             if round_number or name == "scipy":  # the first call of the others warms up
@@ -87,7 +88,7 @@ def measure(score_TE: Tensor, solvers: "dict[str, Callable[[Tensor], Tensor]]") 
 
 
 def main() -> None:
-    """Measure, print a table, and write JSON where it is asked for."""
+    """Measure, print a table, and write JSON if asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="of torch (default: 2)")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to a file")

@@ -1,30 +1,31 @@
 #!/usr/bin/env python3
-"""Checkpoints: experts in shards beside fairseq's file for each rank, on the CPU, one process of one thread a rank.
+"""Checkpoints: experts in shards compared with fairseq's one file per rank, on the CPU, one single-threaded process per
+rank.
 
     python benchmarks/checkpoints.py [--experts-gb GB] [--processes P] [--repeats N] [--folder FOLDER] [--out FILE]
 
-P ranks share the experts of one sparse layer, trained for one update, so that Adam has both its moments. In every
-round each of two ways saves that training to an empty folder and loads it into a trainer that was made for it, the two
-taking turns at being first. A call takes from a barrier to a barrier. What was loaded has to equal what was saved.
+P ranks share the experts of one sparse layer, which is trained for one update, so that Adam has both its moments. In
+every round each of two ways saves that training to an empty folder and loads it into a new trainer; the two take turns
+at being first. A call is timed from barrier to barrier. The loaded state must equal the saved one.
 
 - ours: `checkpoint_utils.save_checkpoint`, which writes `checkpoint_best.pt` and `checkpoint_last.pt` (one file with
   two names) and the experts in shards; `Trainer.load_checkpoint` of `checkpoint_last.pt`.
-- fairseq: what fairseq does for its BASE layers, with its own functions: every rank saves all that it holds, dense
-  part included, as `checkpoint_best-rank-N.pt` and copies that to `checkpoint_last-rank-N.pt`; every rank reads its own
-  file with `torch.load` and gives it to model and optimizer.
+- fairseq: what fairseq does for its BASE layers, with its own functions: every rank saves everything that it holds,
+  dense part included, as `checkpoint_best-rank-N.pt` and copies that to `checkpoint_last-rank-N.pt`; every rank reads
+  its own file with `torch.load` and gives it to model and optimizer.
 
-Columns, as the median (smallest to largest) of all rounds; the last row has the ratios within a round:
+Columns are medians (smallest to largest) of all rounds; the last row has the ratios within a round:
 
-- `save s`: as each does it. Ours has all on disc by the end (fsync), fairseq does not wait for the disc.
-- `on disc s`: the same with an fsync of each file, which for fairseq is done here, right after its save.
-- `MB` (10^6 bytes): the sizes of the folder's files, one with several names counted once. `copies`: over the size of
-  all parameters and moments, each counted once.
-- `load s`: into a model that is there already, from the system's page cache, not from the disc. Ours compares all with
-  checksums.
-- `read MB`: read by all ranks together; what is read from memory-mapped files (our dense part) does not count.
-- `peak`: the most anonymous memory (RssAnon) during the load, beyond what the process had before it made the trainer,
-  over the parameters and moments that the rank holds afterwards; the largest of all ranks. In small models the rest of
-  a trainer (tens of MB) counts as well.
+- `save s`: the save as each does it. Ours has everything on disk at the end (fsync); fairseq does not wait for the
+  disk.
+- `on disc s`: the same with an fsync of each file; for fairseq it is done here, right after its save.
+- `MB` (10^6 bytes): the sizes of the folder's files; a file with several names counts once. `copies`: this size divided
+  by the size of all parameters and moments, each counted once.
+- `load s`: into an existing model, from the system's page cache, not from the disk. Ours checks all checksums.
+- `read MB`: read by all ranks together; reads from memory-mapped files (our dense part) do not count.
+- `peak`: the peak of anonymous memory (RssAnon) during the load, minus that before the trainer was made, divided by the
+  size of the parameters and moments that the rank holds afterwards; the largest of all ranks. In small models the rest
+  of a trainer (tens of MB) matters, too.
 """
 
 import argparse
@@ -50,7 +51,7 @@ from pathlib import Path
 
 import fairseq_hash
 
-fairseq_hash.register()  # before fairseq is imported, whose words it keeps back
+fairseq_hash.register()  # before fairseq is imported, to suppress its messages
 
 # ruff: noqa: E402
 import torch
@@ -70,30 +71,30 @@ from fairseq_hash.core.progress import Display
 from fairseq_hash.parallel.groups import expert_names
 from fairseq_hash.provenance import provenance
 
-INTERVAL = 0.003  # seconds between two looks at the memory
+INTERVAL = 0.003  # seconds between two readings of the memory
 COLUMNS = ("save s", "on disc s", "MB", "copies", "load s", "read MB", "peak")
 Record = dict[str, float]  # by column
 
 
 def fact(file: str, name: str) -> int:
-    """Return a number that the system has of this process."""
+    """Return one of the system's figures about this process."""
     return next(int(line.split()[1]) for line in Path("/proc/self", file).read_text().splitlines() if name in line)
 
 
 def anonymous_memory() -> int:
-    """Return the bytes of this process's memory that belong to no file."""
+    """Return the bytes of this process's anonymous memory."""
     return fact("status", "RssAnon") * 1024
 
 
 def free_unused_memory() -> None:
-    """Give all that is free back to the system, so that it does not count as held before, and used without counting."""
+    """Give all free memory back to the system: otherwise it would count as held before, and could be reused unseen."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager
 def watched_memory() -> Iterator[list[int]]:
-    """Give a list, which gets this process's anonymous memory every few milliseconds."""
+    """Yield a list to which this process's anonymous memory is appended every few milliseconds."""
     seen, is_over = [anonymous_memory()], threading.Event()
 
     def watch() -> None:
@@ -118,7 +119,7 @@ def over_ranks(value: float, how: dist.ReduceOp) -> float:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Return the seconds of a call, from all ranks' begin to the last one's end."""
+    """Return the seconds of a call, from the common start of all ranks to the end of the last one."""
     dist.barrier()
     start = time.perf_counter()
     work()
@@ -127,7 +128,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def make_trainer(arguments: argparse.Namespace, folder: Path) -> Trainer:
-    """Return fairseq's trainer of this rank, as `fairseq-train` makes it."""
+    """Return this rank's fairseq trainer, as `fairseq-train` makes it."""
     given = [str(folder / "bin"), "--task", "language_modeling", "--user-dir", str(Path(fairseq_hash.__file__).parent)]
     given += f"--arch hash_transformer_lm_tiny --decoder-layers 1 --decoder-embed-dim {arguments.width}".split()
     given += f"--decoder-ffn-embed-dim {arguments.hidden} --decoder-attention-heads 4 --criterion hash_moe".split()
@@ -143,7 +144,7 @@ def make_trainer(arguments: argparse.Namespace, folder: Path) -> Trainer:
 
 
 def state_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Return what a rank holds: parameters and moments, by name."""
+    """Return the parameters and moments that a rank holds, by name."""
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in trainer.get_model().named_parameters():
         tensors[name] = parameter.detach()
@@ -164,7 +165,7 @@ class Ours:
         self.folder, self.trainer, self.epoch_itr = folder / "ours", trainer, epoch_itr
 
     def save(self) -> None:
-        """Write all, and have it on disc."""
+        """Write everything, and wait until it is on disk."""
         checkpoint_utils.save_checkpoint(self.trainer.cfg.checkpoint, self.trainer, self.epoch_itr, 1.0)
 
     def load(self, trainer: Trainer) -> None:
@@ -173,9 +174,9 @@ class Ours:
 
 
 class RankByRank:
-    """How fairseq saves and loads BASE layers: a file for each rank, of all that it holds."""
+    """How fairseq saves and loads BASE layers: one file per rank with everything that it holds."""
 
-    # fairseq's own, which the plugin has replaced.
+    # fairseq's own functions, which the plugin replaces.
     state_dict = staticmethod(inspect.unwrap(Trainer.state_dict))
     write = staticmethod(inspect.unwrap(checkpoint_utils.torch_persistent_save))
 
@@ -185,25 +186,27 @@ class RankByRank:
         self.best, self.last = (str(self.folder / name) for name in names)
 
     def save(self) -> None:
-        """Write all; the system brings it to disc at some later time."""
+        """Write everything; the system brings it to disk later."""
         self.write(utils.move_to_cpu(self.state_dict(self.trainer)), self.best)
         PathManager.copy(self.best, self.last, overwrite=True)
 
     def sync(self) -> None:
-        """Have it on disc."""
+        """Wait until it is on disk."""
         for path in (self.best, self.last, self.folder):
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
 
     def load(self, trainer: Trainer) -> None:
-        """Load into another trainer. The plugin's models take a state of all experts: this one is copied instead."""
+        """Load into another trainer. The plugin's models expect a state with all experts, so this state is copied
+        directly.
+        """
         with open(self.last, "rb") as file:
             state = torch.load(file, map_location=torch.device("cpu"))
         weights = state.pop("model")
         for name, tensor in trainer.get_model().state_dict().items():
             tensor.copy_(weights[name])
-        del weights  # as fairseq does, before the optimizer's turn
+        del weights  # as in fairseq, before the optimizer is loaded
         trainer.optimizer.optimizer.load_state_dict(state["last_optimizer_state"])
 
 
@@ -211,7 +214,7 @@ def measure(way: "Ours | RankByRank", arguments: argparse.Namespace, folder: Pat
     """Save and load once; `copy` is the size of all parameters and moments.
 
     Raises:
-        RuntimeError: on every rank, where what was loaded is not what was saved.
+        RuntimeError: on every rank, if the loaded state differs from the saved one.
     """
     if dist.get_rank() == 0:
         for other in ("ours", "fairseq"):
@@ -247,7 +250,7 @@ def measure(way: "Ours | RankByRank", arguments: argparse.Namespace, folder: Pat
 
 
 def compare(arguments: argparse.Namespace, folder: Path, display: Display) -> dict[str, list[Record]]:
-    """Return the records of all rounds by way, and `sizes` of what was saved."""
+    """Return the records of all rounds by way, and the `sizes` of the saved state."""
     display.begin("model", 1)
     trainer = make_trainer(arguments, folder)
     epoch_itr = trainer.get_train_iterator(epoch=1, load_dataset=True)
@@ -273,10 +276,10 @@ def compare(arguments: argparse.Namespace, folder: Path, display: Display) -> di
 
 
 def be_rank(rank: int, arguments: argparse.Namespace, folder: Path) -> None:
-    """Be one rank; the first one shows the progress and leaves the results in the folder."""
+    """Run one rank. The first rank shows the progress and writes the results to the folder."""
     torch.set_num_threads(1)
     logging.disable(logging.INFO)  # fairseq's report of every file
-    warnings.simplefilter("ignore")  # what fairseq calls is deprecated in many places
+    warnings.simplefilter("ignore")  # many functions that fairseq calls are deprecated
     dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=arguments.processes)
     steps = 1 + 2 * arguments.repeats
     with Display(steps, Console(stderr=True, highlight=False, soft_wrap=True, quiet=rank > 0)) as display:
@@ -289,7 +292,7 @@ def be_rank(rank: int, arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def binarize(folder: Path) -> None:
-    """Make a little corpus of random words in `folder`/bin."""
+    """Make a small corpus of random words in `folder`/bin."""
     draw = random.Random(1)
     words = [f"word{number}" for number in range(200)]
     lines = (" ".join(draw.choices(words, k=15)) for _ in range(400))
@@ -301,12 +304,12 @@ def binarize(folder: Path) -> None:
 
 
 def shown(value: float) -> str:
-    """Return a number with two decimals, or with none from 100 on."""
+    """Return a number with two decimals, or without decimals from 100 on."""
     return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
 
 
 def spread(values: list[float]) -> str:
-    """Return the median (smallest to largest) of all rounds, or the one value that they have in common."""
+    """Return the median (smallest to largest) of all rounds, or their common value."""
     middle, least, most = map(shown, (statistics.median(values), min(values), max(values)))
     return middle if least == most else f"{middle} ({least} to {most})"
 
@@ -323,7 +326,7 @@ def table(results: dict[str, list[Record]]) -> list[str]:
 
 def parse() -> argparse.Namespace:
     """Return the arguments, checked, with the number of `experts`."""
-    room = "--folder has to have 7.5 times --experts-gb free; memory of about 10 times --experts-gb is needed"
+    room = "--folder must have 7.5 times --experts-gb free; memory of about 10 times --experts-gb is needed"
     parser = Parser(description=__doc__.splitlines()[0], epilog=room)
     parser.add_argument("--experts-gb", type=float, default=1.0, metavar="GB", help="of fp32 weights (default: 1.0)")
     parser.add_argument("--processes", type=int, default=4, metavar="P", help="ranks, 2 or more (default: 4)")
@@ -349,7 +352,7 @@ def parse() -> argparse.Namespace:
     one = 4 * (2 * arguments.width * arguments.hidden + arguments.width + arguments.hidden)
     ranks = arguments.processes
     arguments.experts = max(1, round(arguments.experts_gb * 1e9 / one / ranks)) * ranks
-    # With both moments, fairseq's files twice, and a quarter for the dense part of every rank.
+    # This counts both moments, fairseq's files twice, and a quarter for the dense part of every rank.
     free, need = shutil.disk_usage(arguments.folder).free / 1e9, 3 * 2 * 1.25 * arguments.experts * one / 1e9
     if free < need:
         parser.error(f"--folder {arguments.folder} has {free:.1f} GB free and needs {need:.1f}; give another")
@@ -357,7 +360,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, print provenance and table, and write them to a file where it is asked for."""
+    """Measure, print provenance and table, and write them to a file if asked for."""
     arguments = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # after removing the temporary folder
     given = ("experts_gb", "processes", "width", "hidden", "repeats")
@@ -373,7 +376,7 @@ def main() -> None:
         try:
             while not ranks.join():
                 pass
-        finally:  # interrupted, too: no rank writes when the folder goes
+        finally:  # also when interrupted: no rank may write while the folder is removed
             for process in ranks.processes:
                 process.kill()
                 process.join()

@@ -1,8 +1,9 @@
-"""A candidate for the exchange: rows travel in chunks, so that the experts work on one while the next is under way.
+"""A candidate for the all-to-all: rows travel in chunks, so that the experts work on one chunk while the next one
+travels.
 
-It is here to be measured beside the library's exchange of all rows at once (`communication.py`), forward only. A chunk
-is all rows of some of each rank's experts, so each expert's weights are read once and its matrix product stays whole.
-Shape suffixes: see `fairseq_hash.moe.losses`; P ranks, e experts of each, R rows.
+It exists for comparison with the package's exchange of all rows at once (`communication.py`), forward only. A chunk has
+all rows of some experts of each rank, so each expert's weights are read once and its matrix product stays whole. Shape
+suffixes: see `fairseq_hash.moe.losses`; P ranks, e experts per rank, R rows.
 """
 
 from collections.abc import Sequence
@@ -19,14 +20,14 @@ from fairseq_hash.parallel.groups import ExpertParallel
 
 @dataclass(frozen=True)
 class Chunk:
-    """How the rows of some experts of each rank travel.
+    """The plan by which the rows of some experts of each rank travel.
 
     Attributes:
-        choice_R: int64, this rank's tokens that go out, by rank and within it by expert.
+        choice_R: int64, this rank's tokens to send, ordered by rank, then by expert.
         sent_P: rows to each rank.
-        received_P: rows from each.
-        arrival_R: int64, where each row stands among those that arrived, by expert.
-        rows_per_expert: rows of each of this rank's experts, zero for those of other chunks.
+        received_P: rows from each rank.
+        arrival_R: int64, the position of each row among the arrived rows, ordered by expert.
+        rows_per_expert: rows of each of this rank's experts, zero for experts of other chunks.
     """
 
     choice_R: Tensor
@@ -37,12 +38,12 @@ class Chunk:
 
 
 class ChunkedExchange:
-    """Dispatch, experts and combine of one plan in chunks; every rank has to make it and call it equally often."""
+    """Dispatch, experts and combine of one plan in chunks. Every rank must make it, and call it equally often."""
 
     def __init__(
         self, plan: DispatchPlan, expert_T: Tensor, experts: nn.Module, parallel: ExpertParallel, chunks: int
     ) -> None:
-        """Cut up a plan without dropped tokens, of one expert a token (`expert_T`), into at most e chunks."""
+        """Cut a plan without dropped tokens and with one expert per token (`expert_T`) into at most e chunks."""
         self.experts, self.group = experts, parallel.group
         sent_Pe = plan.tokens_per_expert_E.view(parallel.size, parallel.local_experts)
         received_Pe = torch.empty_like(sent_Pe)
@@ -61,7 +62,7 @@ class ChunkedExchange:
             self.chunks.append(Chunk(own_R, *sizes, arrival_R, received_Pc.sum(0).tolist()))
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        """Return what the experts make of the tokens, `[T, D]`."""
+        """Return the experts' outputs for the tokens, `[T, D]`."""
         there = [self._send(x_TD, self.chunks[0])]
         back = []
         for number, chunk in enumerate(self.chunks):
@@ -82,7 +83,9 @@ class ChunkedExchange:
         return self._move(x_TD.index_select(0, chunk.choice_R), chunk.sent_P, chunk.received_P)
 
     def _move(self, rows_RD: Tensor, sent_P: Sequence[int], received_P: Sequence[int]) -> "tuple[Tensor, Any, Tensor]":
-        """Return the rows that will arrive, what to wait for, and the rows sent, which have to live until then."""
+        """Return the rows that will arrive, the handle to wait for, and the sent rows, which must stay alive until
+        then.
+        """
         arriving_RD = rows_RD.new_empty(sum(received_P), rows_RD.shape[1])
         sizes = list(received_P), list(sent_P)
         return (

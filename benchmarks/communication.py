@@ -1,37 +1,39 @@
 #!/usr/bin/env python3
-"""Shared experts: where the time of our sparse layer goes, beside fairscale's `MOELayer`, on the CPU over gloo.
+"""Expert parallelism: where the time of our sparse layer goes, compared with fairscale's `MOELayer`, on the CPU over
+gloo.
 
     python benchmarks/communication.py [--processes P] [--experts E ...] [--json FILE] [--out FILE]
 
-One process of one thread a rank. Every rank has T tokens, whose Zipf-distributed ids a balanced hash table gives to E
-experts: D to F, ReLU, F to D. All candidates run forward and backward (gradients of input and parameters), in turn, in
-one run. A call takes as long as its slowest rank, after a barrier. Ratios are taken within a round: the median
-(quartiles) of all rounds.
+Each rank is one single-threaded process. Every rank has T tokens with Zipf-distributed ids; a balanced hash table
+assigns them to E experts: D to F, ReLU, F to D. All candidates run forward and backward (gradients of input and
+parameters), in turn, in one run. A call takes as long as its slowest rank, after a barrier. Ratios are taken within a
+round: the median (quartiles) of all rounds.
 
-- ours: `SparseLayer` with a hash route. The plan is made within the call, with its exchange of split sizes.
-- top-1: `MOELayer` with a gate of the same hash route, nothing dropped: its buffers have C rows, the largest load that
-  any expert gets from any rank, agreed on within the call. The same work: output and gradients have to equal ours.
-- top-2: `MOELayer` with its own `Top2Gate`, what its users get: two experts a token, so twice the rows, in buffers of
-  2 T / E rows, beyond which it drops. Without the gradient of its auxiliary loss.
+- ours: `SparseLayer` with a hash route. The call includes the plan and its exchange of split sizes.
+- top-1: `MOELayer` with a gate of the same hash route, nothing dropped: its buffers have C rows, the largest load of
+  any expert from any rank, found within the call. It does the same work, so output and gradients must equal ours.
+- top-2: `MOELayer` with its own `Top2Gate`, which is what its users get: two experts per token, so twice the rows, in
+  buffers of 2 T / E rows, beyond which it drops. The gradient of its auxiliary loss is left out.
 - dense: T rows through one network of the same width on each rank.
 
-`outside` is 1 - experts / ours: the share of our time outside the experts, that is plan, dispatch, exchange, combine,
-report, and waits for another rank in between. The experts' time is all that `ExpertFeedForward` does (matrix products,
-biases, ReLU) on the slowest rank, so that more rows on one rank than on another are no overhead. `busiest` is the most
-rows that the experts of a rank get, over T: about the least that ours / dense can be.
+`outside` is 1 - experts / ours: the share of our time outside the experts (plan, dispatch, exchange, combine, report,
+and waits for other ranks). The experts' time is everything that `ExpertFeedForward` does (matrix products, biases,
+ReLU) on the slowest rank, so uneven loads of the ranks do not count as overhead. `busiest` is the largest number of
+rows on one rank, divided by T: about the least that ours / dense can be.
 
-`MB` (10^6 bytes): what the rows take from rank to rank in one call, forward and backward, all ranks together. For
-`MOELayer` these are full buffers, E x C x D x 4 bytes in each of four exchanges, less what stays on its rank.
-`MOELayer` dispatches and combines by products with T x E x C masks, which cost 2 T / 3 F of what its experts cost on
-E x C rows, so that the ratios rise with T / F and with C.
+`MB` (10^6 bytes): the bytes of the rows sent from rank to rank in one call, forward and backward, all ranks together.
+For `MOELayer` these are full buffers, E x C x D x 4 bytes in each of four exchanges, minus the rows that stay on their
+rank. `MOELayer` dispatches and combines by products with T x E x C masks, which cost 2 T / 3 F of what its experts cost
+on E x C rows, so the ratios rise with T / F and with C.
 
-The split of one call: each part alone, after a barrier of its own, forward and backward as far as it has both.
-`route` makes the plan, `split sizes` exchanges how many rows come (forward only), `gather` takes the rows out of the
-tokens, `rows` is their exchange there and back and that of their gradients, and `combine` puts them back.
-`parts / ours` is the sum over the whole.
+The split of one call: each part alone, after a barrier of its own, forward and (if it has one) backward. `route` makes
+the plan, `split sizes` exchanges the numbers of rows (forward only), `gather` takes the rows from the tokens, `rows` is
+the exchange of rows and of their gradients in both directions, and `combine` puts the rows back. `parts / ours` is the
+sum of the parts divided by the whole.
 
-Chunks (forward only, the plan made before): `whole` is dispatch, experts and combine as the layer does them, all rows
-at once; in N chunks (`chunked_exchange.py`) the next chunk's rows travel while the experts work. Below 1 it pays.
+Chunks (forward only, the plan made before): `whole` is dispatch, experts and combine as in the layer, all rows at once;
+in N chunks (`chunked_exchange.py`) the next chunk's rows travel while the experts work. A ratio below 1 means that
+chunks pay.
 
 The JSON file holds the same: of every row the median, quartiles, ratio to dense (of those forward only: to dense
 forward only), and for ours the parts in seconds, in which `exchange` is rows and split sizes together.
@@ -69,11 +71,11 @@ from fairseq_hash.parallel.groups import ExpertParallel, expert_parallel
 from fairseq_hash.provenance import provenance
 
 VOCABULARY = 8000
-# What is called, what to clear gradients of, input and the gradient of the output.
+# The call, the tensors whose gradients to clear, the input, and the gradient of the output.
 Candidate = tuple[Callable[[Tensor], Tensor], nn.Module, Tensor, Tensor]
-# Of one call of ours, in their order.
+# The parts of one call of ours, in order.
 PARTS = ("route", "split sizes", "gather", "rows", "experts", "combine")
-# fp32 rounding, relative to a tensor's largest entry: both add up some hundreds of products, in different orders.
+# fp32 rounding, relative to a tensor's largest entry: both sum some hundreds of products, in different orders.
 TOLERANCE = 1e-5
 
 
@@ -123,7 +125,7 @@ def one_by_one(experts: ExpertFeedForward) -> nn.ModuleList:
 
 
 def call(forward: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, grad: Tensor) -> tuple[float, Tensor]:
-    """Return the seconds of one call, forward and backward, and its output; all ranks begin together."""
+    """Return the seconds of one call, forward and backward, and its output. All ranks begin together."""
     module.zero_grad()
     x.grad = None
     dist.barrier()
@@ -135,7 +137,7 @@ def call(forward: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, grad
 
 @torch.no_grad()
 def call_forward(forward: Callable[[], Any]) -> tuple[float, Any]:
-    """Return the seconds of one call without a backward pass, and its output; all ranks begin together."""
+    """Return the seconds of one call without a backward pass, and its output. All ranks begin together."""
     dist.barrier()
     start = time.perf_counter()
     y = forward()
@@ -150,7 +152,9 @@ def over_ranks(tensor: Tensor, how: dist.ReduceOp) -> Tensor:
 
 
 def largest_difference(candidates: dict[str, Candidate], experts: nn.Module, networks: nn.ModuleList) -> float:
-    """Return how far output and gradients of ours and top-1 differ on any rank, over the tensor's largest entry."""
+    """Return the largest difference between ours and top-1 on any rank, in output and gradients, relative to the
+    tensor's largest entry.
+    """
     x_LBD = candidates["ours"][2]
     ours = [call(*candidates["ours"])[1], x_LBD.grad, *(p.grad for p in experts.parameters())]
     top_1 = [call(*candidates["top-1"])[1], x_LBD.grad]
@@ -176,7 +180,7 @@ def measure(num_experts: int, arguments: argparse.Namespace, display: Display) -
     tokens, width = arguments.tokens, arguments.width
     parallel = expert_parallel(num_experts, arguments.processes)
     token_T, expert_TK = draw_tokens(tokens, num_experts, arguments.seed)
-    torch.manual_seed(arguments.seed)  # the same on all ranks: each expert's weights depend on its id besides
+    torch.manual_seed(arguments.seed)  # the same on all ranks; the weights of each expert also depend on its id
     experts = ExpertFeedForward(parallel.expert_ids, width, arguments.hidden, torch.relu, 0.0, (0,))
     layer, networks = SparseLayer(None, experts, make_dispatcher(parallel), hash_route=0), one_by_one(experts)
     top_1 = MOELayer(HashGate(expert_TK.squeeze(1), parallel), networks, parallel.group)
@@ -190,7 +194,7 @@ def measure(num_experts: int, arguments: argparse.Namespace, display: Display) -
     torch.manual_seed(arguments.seed + 1 + parallel.rank)
     x_LBD, grad_LBD = torch.randn(2, tokens, 1, width)
     plan = make_dispatcher(parallel).begin(expert_TK).plan
-    on_this_rank = replace(plan, exchange=None)  # what dispatch and combine do without the exchange
+    on_this_rank = replace(plan, exchange=None)  # dispatch and combine without the exchange
     x_TD, grad_TD = x_LBD.squeeze(1).clone(), grad_LBD.squeeze(1).clone()
     leaving_RD, grad_leaving_RD = (dispatch(tensor, on_this_rank) for tensor in (x_TD, grad_TD))
     rows_RD, grad_RD = (dispatch(tensor, plan) for tensor in (x_TD, grad_TD))
@@ -223,8 +227,8 @@ def measure(num_experts: int, arguments: argparse.Namespace, display: Display) -
 
     sent = parallel.traffic.bytes
     difference = largest_difference(candidates, experts, networks)
-    sent = parallel.traffic.bytes - sent  # by the one call of ours in there
-    if not difference <= TOLERANCE:  # NaN is no agreement either
+    sent = parallel.traffic.bytes - sent  # set by the one call of ours above
+    if not difference <= TOLERANCE:  # NaN does not count as agreement
         return {"error": f"{num_experts} experts: ours and top-1 differ by {difference:.0e}; rounding is {TOLERANCE}"}
     whole_TD = call_forward(forward_only["whole"])[1]
     for name in chunked:
@@ -300,7 +304,7 @@ def json_rows(
 
 
 def be_rank(rank: int, arguments: argparse.Namespace, folder: str) -> None:
-    """Be one rank; the first one shows the progress and leaves the rows in the folder."""
+    """Run one rank. The first rank shows the progress and writes the rows to the folder."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=arguments.processes)
     rows: list[dict[str, Any]] = []
@@ -350,7 +354,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, print provenance and table, and write them to a file where it is asked for."""
+    """Measure, print provenance and table, and write them to a file if asked for."""
     arguments = parse()
     settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "out")}
     facts = provenance()
@@ -375,7 +379,7 @@ def main() -> None:
 
 
 def table(rows: list[dict[str, str]]) -> list[str]:
-    """Return a Markdown table as lines; a column that a row does not have stays empty."""
+    """Return a Markdown table as lines. A column that a row lacks stays empty."""
     columns = dict.fromkeys(name for row in rows for name in row)
     lines = ["", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     return lines + [f"| {' | '.join(row.get(name, '') for name in columns)} |" for row in rows]

@@ -1,11 +1,11 @@
-"""Train a small model with every hash function, same budget, side by side; perplexities beside the paper's order.
+"""Train a small model with every hash function on the same budget; list the perplexities beside the paper's.
 
     python benchmarks/hash_functions.py DATA --out runs/hash-functions [--larger-dictionary DICT] [--updates 500]
 
-DATA is a folder that `python -m data_prep` made. A dense model comes first: k-means clusters are of its embeddings, and
-it predicts the next token for the feature `predicted`. A second call goes on where the first was stopped. Every run
-has one thread; `--jobs` of them run at a time. The table is printed, and written to RESULT.txt; the runs' folders are
-what `fairseq-hash report` takes.
+DATA is a folder that `python -m data_prep` made. A dense model is trained first: k-means clusters its embeddings, and
+it predicts the next token for the feature `predicted`. A second call continues a stopped one. Every run has one thread,
+and `--jobs` of them run at a time. The table is printed and written to RESULT.txt; `fairseq-hash report` takes the
+runs' folders.
 """
 
 import argparse
@@ -27,7 +27,7 @@ K2 = ("--experts-per-token", "2", "--hash-weights")
 SCATTERED = ("--hash-table", "scattered")
 E64 = ("--num-experts", "64")
 
-# By name: options of the model. {dense} is the dense model's checkpoint, {table} a table file built by BUILT.
+# Options of the model, by name. {dense} is the dense model's checkpoint, {table} a table file built by BUILT.
 MODELS: dict[str, tuple[str, ...]] = {
     "dense": ("--router", "none"),
     "balanced": SPARSE,
@@ -46,10 +46,10 @@ MODELS: dict[str, tuple[str, ...]] = {
     "clusters": (*SPARSE, "--hash-table", "{table}"),
     "dispersed": (*SPARSE, "--hash-table", "{table}"),
     "word": (*SPARSE, "--hash-table", "{table}", "--hash-feature", "word"),
-    # More experts, so that there are tokens that overload one.
+    # More experts, so that some tokens overload one.
     "64 experts, balanced": (*SPARSE, *E64),
     "64 experts, spread": (*SPARSE, *E64, "--hash-table", "{table}"),
-    # Twice the products of the others in two of the four FFNs.
+    # Twice as many products as the others in two of the four FFNs.
     "2 experts, balanced, learned": (*SPARSE, *K2, "learned"),
     "2 experts, scattered, learned": (*SPARSE, *K2, "learned", *SCATTERED),
     "2 experts, scattered, uniform": (*SPARSE, *K2, "uniform", *SCATTERED),
@@ -89,7 +89,7 @@ def train_options(updates: int) -> list[str]:
 
 
 def run(command: list[str], log: Path) -> None:
-    """Run one command with one thread, its output in a log; end all where it fails."""
+    """Run one command with one thread and its output in a log; end everything if it fails."""
     with log.open("a") as file:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
@@ -109,7 +109,7 @@ class Comparison:
         return self.out / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
     def filled(self, words: tuple[str, ...], name: str) -> list[str]:
-        """Return options with the paths that they leave open."""
+        """Return options with their paths filled in."""
         places = {
             "dense": self.folder("dense") / "checkpoint_last.pt",
             "table": self.folder(name) / "table.safetensors",
@@ -119,7 +119,7 @@ class Comparison:
         return [word.format(**places) for word in words]
 
     def make(self, name: str) -> None:
-        """Build a model's table, train and evaluate it, as far as that is not done."""
+        """Build a model's table, train the model and evaluate it, unless that is done already."""
         folder = self.folder(name)
         folder.mkdir(parents=True, exist_ok=True)
         if "Perplexity" in self.result(name):
@@ -138,7 +138,7 @@ class Comparison:
         run(command, folder / "eval-valid.log")
 
     def result(self, name: str) -> str:
-        """Return what the evaluation said, empty where there is none yet."""
+        """Return the output of the evaluation, empty if there is none yet."""
         log = self.folder(name) / "eval-valid.log"
         return log.read_text() if log.exists() else ""
 
@@ -159,7 +159,7 @@ class Comparison:
 
 
 def main() -> None:
-    """Run what is not done, then write the table."""
+    """Run everything that is not done yet, then write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="folder of binarized data")
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs")

@@ -1,20 +1,21 @@
 #!/usr/bin/env python3
-"""Hash tables: seconds and memory of each builder for a large dictionary, and the lookup beside an embedding's.
+"""Hash tables: seconds and memory of each builder for a large dictionary, and the lookup compared with an embedding's.
 
     python benchmarks/hash_tables.py [--symbols V] [--experts E] [--columns K] [--tokens N] [--repeats R] [--out FILE]
 
 The text is N tokens drawn by Zipf's law (the frequency of rank r is in proportion to 1 / (r + 2.7)), independently of
-each other; the clusters are drawn evenly, E of them. Each builder runs in a process of its own:
+each other. E clusters are drawn uniformly. Each builder runs in a process of its own:
 
-- `s`: to build the table from counts in memory, the median of R processes; of `best of 4` a quarter, one restart.
+- `s`: the time to build the table from counts in memory, the median of R processes; for `best of 4` a quarter of it,
+  that is, one restart.
 - `MB` (10^6 bytes): the largest resident memory of the process, libraries and inputs included (`nothing`: these alone,
   without the text). `count_pairs` and `spread` hold the whole text or its pairs.
-- `largest / mean`: the largest load over the mean. `bound`: what it is at least with these rows (`lower_bound`); of
-  `spread` with these pairs on top of the other tokens' loads (`filling_bound`).
+- `largest / mean`: the largest load divided by the mean. `bound`: its lower bound with these rows (`lower_bound`); for
+  `spread`, with these pairs on top of the other tokens' loads (`filling_bound`).
 
-The lookups are of 8 x 1024 tokens, on one thread, by a model's modules: rows to experts, and for a spread table the
-rows, too; ratios to `torch.nn.Embedding` of float32 `[V, K]`, which has half the bytes of a table's int64; one of
-float64 has as many. The calls in turn, medians of 200.
+The lookups take 8 x 1024 tokens, on one thread, by a model's modules: from rows to experts and, for a spread table, the
+rows, too. Ratios are to `torch.nn.Embedding` of float32 `[V, K]`, which has half the bytes of a table's int64; one of
+float64 has as many bytes. The calls run in turn; times are medians of 200.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def draw_text(symbols: int, tokens: int, experts: int, columns: int, folder: Pat
 def in_this_process(
     name: str, symbols: int, tokens: int, experts: int, columns: int, folder: Path
 ) -> dict[str, object]:
-    """Do one thing; of a builder return seconds, peak memory and balance."""
+    """Do one thing; for a builder return seconds, peak memory and balance."""
     if name == "text":
         draw_text(symbols, tokens, experts, columns, folder)
         return {}
@@ -100,7 +101,9 @@ def in_this_process(
 
 
 def in_a_process(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
-    """Return what one thing gives in a process of its own: a child begins with the peak memory of its parent."""
+    """Return the result of one thing in a fresh process, because a forked child begins with the peak memory of its
+    parent.
+    """
     command = [sys.executable, __file__, "--child", name, "--folder", str(folder)]
     command += [f"--{option}={getattr(arguments, option)}" for option in ("symbols", "tokens", "experts", "columns")]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
@@ -114,7 +117,7 @@ def lookups(experts: int, columns: int, folder: Path) -> dict[str, float]:
     base = hashing.HashTable(hashing.balanced_experts(counts, experts, columns), record)
     pairs = tuple(np.load(folder / f"{part}.npy") for part in ("pair", "pair_count"))
     spread = hashing.spread_table(base, counts, pairs)
-    # Here, as it imports fairseq, and builders are measured without.
+    # Here, because it imports fairseq, and builders are measured without it.
     from fairseq_hash.lm.table_buffers import TableBuffers
 
     embedding = torch.nn.Embedding(len(counts), columns).requires_grad_(False)
@@ -138,7 +141,7 @@ def lookups(experts: int, columns: int, folder: Path) -> dict[str, float]:
 
 
 def lines(arguments: argparse.Namespace, folder: Path) -> "list[str]":
-    """Measure all and return the lines of the report."""
+    """Measure everything and return the lines of the report."""
     in_a_process("text", arguments, folder)
     report = ["# Hash tables", ""]
     report += [
@@ -164,7 +167,7 @@ def lines(arguments: argparse.Namespace, folder: Path) -> "list[str]":
 
 
 def main() -> None:
-    """Measure and print a report, and write it to a file where that is asked for."""
+    """Measure and print a report, and write it to a file if asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--symbols", type=int, default=267_735, metavar="V", help="default: %(default)s, WikiText-103's"

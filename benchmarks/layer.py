@@ -1,48 +1,47 @@
 #!/usr/bin/env python3
-"""One sparse layer in one process: ours beside a dense FFN, the published reference's way, and peers.
+"""One sparse layer in one process: ours compared with a dense FFN, the published reference's way, and peers.
 
     python benchmarks/layer.py [--experts E ...] [--tokens T ...] [--ways W ...] [--dtype D] [--device D] [--json FILE]
                                [--out FILE]
 
 T tokens with Zipf-distributed ids and independent normal activations go through E experts (D to F, ReLU, F to D),
-forward and backward (gradients of input and parameters), or forward only. Parameters have the dtype asked for, without
-autocast. All candidates run in turn within each round, in one run; nothing is dropped, except by fairscale.
+forward and backward (gradients of input and parameters), or forward only. Parameters have the requested dtype, without
+autocast. All candidates run in turn within each round, in one run. Only fairscale drops tokens.
 
-- dense: T rows through one FFN, the floor.
+- dense: T rows through one FFN, the lower limit.
 - hash, switch, base: our `SparseLayer`. Hash includes the lookup in a balanced table and the plan; base includes the
-  balanced assignment, and with --forward-only takes the nearest centroid, as in evaluation.
-- hash (loop), hash (grouped), hash (padded): with --ways, hash by other ways of its experts (`WAYS` in
-  `fairseq_hash/moe/kernels/feed_forward.py`) than the one that it takes here.
-- dense (graph), hash (graph): with --graphs, on a GPU, each as the replay of a CUDA graph: the device's time without
-  the host's, which a training hides behind other layers' work. Their ratio is to dense (graph).
-- mask-and-loop: a list of FFNs; for each, mask the tokens, run, write back. The same hash route and weights as ours:
-  before timing, output and gradients have to equal ours, up to rounding (`TOLERANCE`, `GRADIENT_TOLERANCE`).
-- fairscale: `MOELayer` with `Top2Gate`: two experts a token, so twice the rows. Only in fp32 (its products take nothing
-  else), where E divides T, and up to a size of its masks.
+  balanced assignment; with --forward-only it takes the nearest centroid, as in evaluation.
+- hash (loop), hash (grouped), hash (padded): with --ways, hash with other implementations of its experts (`WAYS` in
+  `fairseq_hash/moe/kernels/feed_forward.py`) than the default here.
+- dense (graph), hash (graph): with --graphs, on a GPU, each as the replay of a CUDA graph: the time of the device
+  without that of the host, which a training hides behind other layers' work. The ratio is to dense (graph).
+- mask-and-loop: a list of FFNs; for each, mask the tokens, run, write back. It has the same hash route and weights as
+  ours. Before timing, output and gradients must equal ours, up to rounding (`TOLERANCE`, `GRADIENT_TOLERANCE`).
+- fairscale: `MOELayer` with `Top2Gate`: two experts per token, so twice the rows. Only in fp32 (its products take
+  nothing else), if E divides T, and up to a limit on the size of its masks.
 - transformers: `SwitchTransformersSparseMLP`, top-1, without biases, with room for all tokens; from the extra `peers`.
 
-What cannot run, for want of memory say, is left out with its reason.
+A candidate that cannot run, for lack of memory say, is left out with its reason.
 
-Times are medians (quartiles) of all rounds, ratios to dense the median of the ratios within a round. No candidate has
+Times are medians (quartiles) of all rounds; ratios to dense are medians of the ratios within a round. No candidate has
 an auxiliary loss.
 
-Memory. `peak` is the most of a call beyond what stood before it: activations, output, all gradients. Weights stood
-before. `memory` is (weights + peak) / (dense's weights + dense's peak + these weights + their gradients): how near a
-layer comes to a dense FFN that merely has to hold all experts' weights and gradients, too. Below the line this is one
-FFN more than above it, 1 / E of the experts. Many experts' weights hide much working memory, so `working / dense`
-stands beside it: peak less the parameters' gradients, over the same of dense. On the CPU this is resident memory, which
-knows pages only; where the system cannot reset its peak, these are left out. There our layers keep their gradients'
-memory for the next call, and `peak` counts it; their times are of calls that find it.
+Memory. `peak` is the peak memory of a call minus the memory before it: activations, output, all gradients, but not the
+weights. `memory` is (weights + peak) / (dense's weights + dense's peak + these weights + their gradients): how near a
+layer comes to a dense FFN that merely holds all experts' weights and gradients, too. The denominator has one FFN more
+than the numerator, 1 / E of the experts. The weights of many experts hide much working memory, so `working / dense`
+compares peak minus the parameters' gradients with the same of dense. On the CPU this is resident memory, which counts
+whole pages; if the system cannot reset its peak, these columns are left out. There our layers keep their gradients'
+memory for the next call. `peak` counts that memory, and the measured calls reuse it.
 
-The split of the hash layer: each part runs as a small piece of autograd of its own, forward and backward, in the same
-rounds. route: lookup and plan; gather: `dispatch`; exchange: between ranks, here nothing; experts; combine; rest: what
-the layer takes beyond the sum (its report, what the plan makes at first use, autograd's bookkeeping; below zero where
-pieces take longer alone).
-`matmuls` are the experts' matrix products alone, on threads as in the layer, into buffers made before: what the layer
-takes to get memory for gradients, for biases and the activation counts as outside of them. `outside experts` and
-`outside matmuls` are 1 - each / layer. `BASE assignment / route`: scores and balanced assignment of the same T and E,
-over the route; measured where base is (it takes seconds for many tokens and experts).
-`FLOP/s` counts matrix products; `rate` is that of one large product of the same dtype in the same rounds.
+The split of the hash layer: each part runs as a separate piece of autograd, forward and backward, in the same rounds.
+route: lookup and plan; gather: `dispatch`; exchange: between ranks, here nothing; experts; combine; rest: the layer's
+time minus the sum (its report, the parts of the plan made at first use, autograd's bookkeeping; below zero if pieces
+take longer alone). `matmuls` are the experts' matrix products alone, on threads as in the layer, into existing buffers:
+the time for gradient memory, biases and the activation counts as outside. `outside experts` and `outside matmuls` are
+the shares of the layer's time outside them. `BASE assignment / route`: scores and balanced assignment of the same T and
+E, divided by the route; measured if base is (it takes seconds for many tokens and experts). `FLOP/s` counts matrix
+products; `rate` is that of one large product of the same dtype in the same rounds.
 
 The JSON file (seconds, bytes; null where not measured): {"benchmark": "layer", "provenance": {...}, "settings": {...},
 "left_out": [text, ...], "rows": [row, ...]}, each row {"experts": E, "tokens": T, "candidate": name, "seconds": median,
@@ -76,16 +75,18 @@ CANDIDATES = ("dense", "hash", "switch", "base", "mask-and-loop", "fairscale", "
 PARTS = ("route", "gather", "exchange", "experts", "combine", "rest")
 BESIDE = ("matmuls", "assignment")
 GRAPH = "graph"
-LEAST_GRADIENTS = 2**24  # bytes that no measured peak can miss; of fewer, some pages may be there before
+LEAST_GRADIENTS = (
+    2**24
+)  # more bytes than this cannot be missing from a measured peak; of fewer, some pages may exist before
 
 
 def memory(case: Case, calls: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the memory of each layer by its name."""
     sizes = {}
     for name, call in calls.items():
-        weight_bytes = sum(leaf.nbytes for leaf in call.leaves[1:])  # the first one is the input
+        weight_bytes = sum(leaf.nbytes for leaf in call.leaves[1:])  # the first leaf is the input
         call.run()
-        # A loop makes none for an expert without tokens.
+        # A loop makes no gradient for an expert without tokens.
         gradient_bytes = sum(leaf.nbytes for leaf in call.leaves[1:] if leaf.grad is not None)
         call.clear()
         peak = peak_bytes(call, case.device)
@@ -128,9 +129,9 @@ def split(seconds: dict[str, np.ndarray], case: Case) -> dict[str, Any]:
 
 
 def measure(num_experts: int, tokens: int, arguments: argparse.Namespace, display: Display) -> list[dict[str, Any]]:
-    """Return one row a candidate."""
+    """Return one row per candidate."""
     case = Case(num_experts, tokens, arguments)
-    pieces = case.pieces("base" in arguments.candidates)  # first, so that what runs once then runs beside their buffers
+    pieces = case.pieces("base" in arguments.candidates)  # first, so that one-time work happens beside their buffers
     calls, left_out = case.candidates([*arguments.candidates, "mask-and-loop"], arguments.ways)
     arguments.left_out += left_out
     if "mask-and-loop" in calls:
@@ -156,7 +157,7 @@ def measure(num_experts: int, tokens: int, arguments: argparse.Namespace, displa
 
 
 def graphs(calls: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return dense and hash as replays of CUDA graphs, by name; nothing, and why, where one cannot be captured."""
+    """Return dense and hash as replays of CUDA graphs, by name; nothing, and the reason, if one cannot be captured."""
     try:
         return {f"{name} ({GRAPH})": graphed(calls[name]) for name in ("dense", "hash")}, []
     except RuntimeError as error:
@@ -169,7 +170,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def optional(value: "float | None", digits: str) -> str:
-    """Return a number, or a dash where it was not measured."""
+    """Return a number, or a dash if it was not measured."""
     return "-" if value is None else f"{value:{digits}}"
 
 
@@ -266,7 +267,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, print provenance and tables, and write files where it is asked for."""
+    """Measure, print provenance and tables, and write files if asked for."""
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "out")}
@@ -286,13 +287,13 @@ def main() -> None:
             display.begin(f"{num_experts} experts, {tokens} tokens", 1)
             try:
                 rows += measure(num_experts, tokens, arguments, display)
-            except RuntimeError as error:  # of torch: too large for the memory, most often
+            except RuntimeError as error:  # raised by torch, mostly because memory is too small
                 arguments.left_out.append(f"{num_experts} experts, {tokens} tokens are left out: {reason(error)}")
                 display.end(arguments.left_out[-1])
                 continue
-            if arguments.json:  # after each size, as a run may be ended before the last one
+            if arguments.json:  # after each size, because a run may be ended before the last one
                 arguments.json.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
-            ratios = {row["candidate"]: row["ratio"] for row in rows}  # of the last case
+            ratios = {row["candidate"]: row["ratio"] for row in rows}  # memory of the last case
             display.end(f"hash / dense {ratios['hash']:.2f}")
     if not rows:
         raise SystemExit(f"layer.py: nothing could be measured: {arguments.left_out[-1]}")

@@ -1,4 +1,4 @@
-"""What `layer.py` measures at one number of experts and of tokens: every layer, and the parts of the hash layer.
+"""The layers that `layer.py` measures at one number of experts and of tokens, and the parts of the hash layer.
 
 Shape suffixes: see `fairseq_hash.moe.losses`.
 """
@@ -41,15 +41,15 @@ from fairseq_hash.moe.token_dispatcher import combine, dispatch
 from fairseq_hash.parallel.groups import ExpertParallel
 
 VOCABULARY = 8000
-# Of the output, relative to its largest entry: sums of some hundreds of products in another order, then rounded.
+# For the output, relative to its largest entry: sums of some hundreds of products in another order, then rounded.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2.5e-3, torch.bfloat16: 2e-2}
-# Of a gradient, relative to its norm: ReLU's gradient jumps where another rounding takes a value over zero. A grouped
+# For a gradient, relative to its norm: ReLU's gradient jumps if other rounding takes a value across zero. A grouped
 # product in bfloat16 rounds once more, before the bias: 1e-2 to 2e-2, and 8e-2 of the largest entry.
 GRADIENT_TOLERANCE = {torch.float32: 3e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def draw_experts(num_experts: int, width: int, hidden: int, seed: int, here: Mapping[str, Any]) -> ExpertFeedForward:
-    """Return experts drawn on their device in their dtype: on the CPU, as in training, many would take minutes."""
+    """Return experts drawn on their device in their dtype; on the CPU, as in training, many would take minutes."""
     with torch.device("meta"):
         experts = ExpertFeedForward(range(num_experts), width, hidden, torch.relu, 0.0, (0,))
     generator = torch.Generator(here["device"]).manual_seed(seed)
@@ -119,12 +119,12 @@ class Case:
 
     @property
     def way(self) -> str:
-        """By which way the package serves these experts here."""
+        """The implementation by which the package runs these experts here."""
         weights = by_ways.Weights(self.experts.fc1_weight, None, self.experts.fc2_weight, None)
         return by_ways.choose_way(self.x_LBD.squeeze(1), weights)
 
     def by_way(self, way: str) -> Call:
-        """Return our layer with the hash route, its experts by this way."""
+        """Return our layer with the hash route and this implementation of its experts."""
         call, choose = self.sparse(None), by_ways.choose_way
 
         def forward() -> Tensor:
@@ -150,9 +150,9 @@ class Case:
         return self.call(layer, layer)
 
     def candidates(self, names: Sequence[str], ways: Sequence[str] = ()) -> tuple[dict[str, Call], list[str]]:
-        """Return the layers by name, each run once, and a line on each that cannot run here.
+        """Return the layers by name, each run once, and a line for each layer that cannot run here.
 
-        Raises what dense or hash raise: without them there is nothing to measure.
+        Raises the errors of dense and hash: without these two there is nothing to measure.
         """
         makers: dict[str, Callable[[], Call]] = {
             "dense": lambda: self.other(lambda: feed_forward(self.width, self.hidden).to(**self.here)),
@@ -179,7 +179,7 @@ class Case:
                     call = make()
                     call.run()
                     calls[name] = call
-                except Exception as error:  # of a peer: whatever it raises
+                except Exception as error:  # a peer may raise anything
                     if name in ("dense", "hash"):
                         raise
                     obstacle = reason(error)
@@ -192,11 +192,11 @@ class Case:
         return calls, left_out
 
     def without(self, name: str, why: str) -> str:
-        """Return the line on what is left out."""
+        """Return the line about a layer that is left out."""
         return f"{name} is left out with {self.num_experts} experts, {self.tokens} tokens: {why}"
 
     def pieces(self, with_assignment: bool) -> dict[str, Call]:
-        """Return the parts of the hash layer, and what is measured beside them."""
+        """Return the parts of the hash layer, and the calls measured beside them."""
         plan = self.route().plan
         x_TD, grad_TD = self.x_LBD.detach().squeeze(1), self.grad_LBD.squeeze(1)
         rows_RD, grad_RD = dispatch(x_TD, plan), dispatch(grad_TD, plan)
@@ -251,9 +251,9 @@ class Case:
         return Call(products)
 
     def check(self, calls: dict[str, Call]) -> list[str]:
-        """End the program where mask-and-loop does not give our output and gradients.
+        """End the program if mask-and-loop does not give our output and gradients.
 
-        Of the hash layer by a named way, drop the call instead, and return a line on it.
+        For the hash layer with a named implementation, drop the call instead, and return a line about it.
         """
         left_out = []
         y, *gradients = self._results(calls["mask-and-loop"])
@@ -280,11 +280,11 @@ class Case:
         return results
 
     def _difference(self, ours: Tensor, theirs: Tensor, number: int) -> tuple[float, float, float]:
-        """Return a difference over its tolerance, both first as a ratio; the output has the number 0."""
+        """Return the relative difference divided by its tolerance; the output has the number 0."""
         order, tolerance = (2, GRADIENT_TOLERANCE) if number else (math.inf, TOLERANCE)
         size = torch.linalg.vector_norm(theirs, order, dtype=torch.float32)
-        least = torch.finfo(self.dtype).tiny  # both may be zero throughout
+        least = torch.finfo(self.dtype).tiny  # both may be zero everywhere
         difference = torch.linalg.vector_norm(ours - theirs, order, dtype=torch.float32) / size.clamp(min=least)
-        # NaN is no agreement either.
+        # NaN does not count as agreement.
         value = math.inf if difference.isnan() else difference.item()
         return value / tolerance[self.dtype], value, tolerance[self.dtype]

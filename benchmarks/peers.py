@@ -1,7 +1,7 @@
-"""What is compared: ours, the published reference's way and peers' layers, on the same tokens and expert weights.
+"""The layers compared: ours, the published reference's way and peers' layers, on the same tokens and expert weights.
 
-Each expert's weights are views of our stacks, so that many experts are in memory once; gradients are each layer's own.
-Shape suffixes: see `fairseq_hash.moe.losses`.
+Each expert's weights are views of our stacks, so that many experts are in memory only once. Each layer has its own
+gradients. Shape suffixes: see `fairseq_hash.moe.losses`.
 """
 
 import copy
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fairseq_hash.moe.experts import ExpertFeedForward
 
-# Some CPUs take seconds for half a thousand rows and columns of half precision.
+# Some CPUs take seconds for 500 rows and columns in half precision.
 LARGE_PRODUCT = {"cpu": 512, "cuda": 8192}
 # Entries of one of fairscale's masks, of which it keeps about eight in fp32 at a time: 8 GiB and 32 GiB.
 LARGEST_MASK = {"cpu": 2**28, "cuda": 2**30}
@@ -30,9 +30,9 @@ def feed_forward(width: int, hidden: int) -> nn.Sequential:
 
 
 def one_by_one(experts: ExpertFeedForward) -> nn.ModuleList:
-    """Return our experts as one network each, with parameters of their own over the same memory."""
+    """Return our experts as one network each, with their own parameters over the same memory."""
     networks = nn.ModuleList()
-    with torch.device("meta"):  # once: there, too, a start is drawn, and slowly
+    with torch.device("meta"):  # once, because this also draws initial weights, slowly
         empty = feed_forward(experts.fc1_weight.shape[2], experts.fc1_weight.shape[1])
     for values in zip(experts.fc1_weight, experts.fc1_bias, experts.fc2_weight, experts.fc2_bias, strict=True):
         network = copy.deepcopy(empty)
@@ -43,7 +43,7 @@ def one_by_one(experts: ExpertFeedForward) -> nn.ModuleList:
 
 
 class MaskAndLoop(nn.Module):
-    """The published reference's way: every expert masks its tokens, runs, and writes back what it made."""
+    """The published reference's way: every expert masks its tokens, runs, and writes back its output."""
 
     def __init__(self, networks: nn.ModuleList) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class MaskAndLoop(nn.Module):
 
 @contextmanager
 def one_rank(device: torch.device) -> Iterator[None]:
-    """Be the only rank of a process group, without which fairscale's layer does not run."""
+    """Make a process group of one rank, without which fairscale's layer does not run."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group(backend, f"file://{folder}/meeting", rank=0, world_size=1)
@@ -83,12 +83,12 @@ def fairscale_obstacle(tokens: int, num_experts: int, dtype: torch.dtype, device
 
 
 def fairscale_top_2(networks: nn.ModuleList, width: int) -> MOELayer:
-    """Return fairscale's layer with its own gate: two experts a token, in buffers of 2 T / E rows."""
+    """Return fairscale's layer with its own gate: two experts per token, in buffers of 2 T / E rows."""
     return MOELayer(Top2Gate(width, len(networks)), networks, dist.group.WORLD)
 
 
 def transformers_version() -> "str | None":
-    """Return which transformers is installed, if any."""
+    """Return the installed version of transformers, if any."""
     return metadata.version("transformers") if find_spec("transformers") else None
 
 
@@ -104,7 +104,7 @@ class TransformersSwitch(nn.Module):
             d_model=width,
             d_ff=hidden,
             num_experts=len(networks),
-            expert_capacity=tokens,  # its own is 64 rows, beyond which it drops
+            expert_capacity=tokens,  # its default is 64 rows, beyond which it drops
             router_jitter_noise=0.0,
             dropout_rate=0.0,
             dense_act_fn="relu",

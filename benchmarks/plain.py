@@ -1,10 +1,10 @@
-"""The dense model in a plain PyTorch loop: what the same work takes outside of fairseq, as most would write it.
+"""The dense model in a plain PyTorch loop: the time of the same work outside fairseq, as most people would write it.
 
 The model is that of fairseq's decoder as `train.py` sets it up: pre-norm layers of causal attention and a ReLU FFN, a
 last norm, fixed sinusoidal positions, the embedding scaled by the root of the width and shared with the output, no
 dropout. `PlainModel.like` takes over the weights, so that both models have the same loss.
 
-An update is gradient clipping and AdamW without decay, which is Adam; fused, over fp32 weights. With bf16 the products
+An update is gradient clipping and AdamW without decay, which is Adam: fused, with fp32 weights. With bf16 the products
 run under autocast. Nothing waits for the device.
 
 Shape suffixes: see `fairseq_hash.moe.losses`; V is the vocabulary.
@@ -20,7 +20,7 @@ ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}  # as fairseq's
 
 
 class PlainLayer(nn.Module):
-    """Attention and FFN, each on the normed x and added to it."""
+    """Attention and FFN, each computed from the normed x and added to x."""
 
     def __init__(self, width: int, hidden: int, heads: int) -> None:
         super().__init__()
@@ -44,11 +44,11 @@ class PlainModel(nn.Module):
 
     Args:
         embedding_VD: weights of the embedding and of the output.
-        position_LD: what is added at each position.
+        position_LD: the vector added at each position.
         hidden: width within an FFN.
         heads: of attention.
         layers: their number.
-        padding: the token that no loss is of. It stands at a sentence's end, where causal attention never sees it.
+        padding: the token without a loss. It is at the end of a sentence, where causal attention never sees it.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class PlainModel(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, token_BL: Tensor, target_BL: Tensor) -> Tensor:
-        """Return the mean cross-entropy of a token, in nats."""
+        """Return the mean cross-entropy per token, in nats."""
         x_BLD = self.scale * self.embedding(token_BL) + self.position_LD[: token_BL.shape[1]]
         for layer in self.layers:
             x_BLD = layer(x_BLD)
@@ -74,7 +74,7 @@ class PlainModel(nn.Module):
     @torch.no_grad()
     def like(cls, decoder: nn.Module, context: int) -> "PlainModel":
         """Return fairseq's dense decoder as a plain model in fp32, on the same device, with copies of its weights."""
-        first = decoder.padding_idx + 1  # where fairseq's positions begin
+        first = decoder.padding_idx + 1  # fairseq's positions begin there
         embedding_VD = decoder.embed_tokens.weight.detach().float().clone()
         position_LD = decoder.embed_positions.weights[first : first + context].to(embedding_VD)
         fc1, heads = decoder.layers[0].fc1, decoder.layers[0].self_attn.num_heads

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""One update of each router through `torch.profiler`: which kernels take the time, and how long the device idles.
+"""One update of each router in `torch.profiler`: which kernels take the time, and how long the device is idle.
 
     python benchmarks/profile_step.py [the options of train.py] [--traces DIR] [--out FILE] [--json FILE]
 
 Models, trainer and batches are those of `train.py`. After a few updates, one is profiled. `busy` is the time in which
-at least one kernel runs on the device, `idle` the rest of the update; on a CPU the operators' own time stands in place
-of the kernels'. The profiler slows the host: idle is an upper bound. `waits` counts how often the host waited for the
-device. A trace (Chrome's format) of each router goes to --traces.
+at least one kernel runs on the device, `idle` the rest of the update. On a CPU the operators' own time replaces the
+kernels'. The profiler slows the host: idle is an upper bound. `waits` counts how often the host waited for the device.
+A trace (Chrome's format) of each router goes to --traces.
 """
 
 import argparse
@@ -30,7 +30,7 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 
 
 def union(spans: "list[tuple[float, float]]") -> float:
-    """Return the length that spans (start, end) cover together."""
+    """Return the total length covered by the spans (start, end)."""
     covered, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         covered += max(0.0, end - max(start, reached))
@@ -39,14 +39,14 @@ def union(spans: "list[tuple[float, float]]") -> float:
 
 
 def profile_update(trainer: Any, batches: "list[Any]", on_cuda: bool, trace: "Path | None") -> dict[str, Any]:
-    """Return what one update did: times in milliseconds."""
+    """Return the figures of one update; times in milliseconds."""
     for batch in batches[:-1]:
         train.update(trainer, batch)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     with profile(activities=activities) as profiler:
         wall = train.update(trainer, batches[-1])
     kind = DeviceType.CUDA if on_cuda else DeviceType.CPU
-    # fairseq names its phases, and a name lasts from its first kernel to its last.
+    # fairseq names its phases; the span of a name is from its first kernel to its last.
     events = [event for event in profiler.events() if event.device_type == kind and not event.is_user_annotation]
     total: defaultdict[str, float] = defaultdict(float)
     calls: defaultdict[str, int] = defaultdict(int)
@@ -80,7 +80,7 @@ def markdown(rows: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def write(arguments: argparse.Namespace, rows: dict[str, dict[str, Any]]) -> None:
-    """Write the files that are asked for."""
+    """Write the requested files."""
     settings, facts = train.settings_of(arguments), provenance()
     if arguments.json:
         content = {"benchmark": "profile", "provenance": facts, "settings": settings, "rows": rows}
@@ -113,7 +113,7 @@ def main() -> None:
             trace = None if mine.traces is None else mine.traces / f"{name}.json.gz"
             rows[name] = profile_update(trainer, batches, arguments.device == "cuda", trace)
             del trainer
-            write(arguments, rows)  # as far as it is
+            write(arguments, rows)  # the results so far
     print("\n".join(markdown(rows)))
 
 

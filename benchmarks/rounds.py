@@ -1,8 +1,8 @@
-"""Rounds of calls: what is measured beside each other runs in turn, in one process, so that a ratio is of one moment.
+"""Rounds of calls: calls to compare run in turn, in one process, so that a ratio compares the same moment.
 
 A `Call` is forward and backward; clearing gradients is outside the measured time. Peak memory is measured in calls of
 its own: on a GPU by torch's allocator; on Linux by the process's peak resident memory, which the kernel resets on
-request; elsewhere not at all. Memory that is kept from one call for the next is given back before, so that it counts.
+request; elsewhere not at all. Memory kept from one call to the next is released before, so that it counts.
 """
 
 import ctypes
@@ -27,9 +27,9 @@ class Call:
     """One thing to measure.
 
     Attributes:
-        forward: makes the output.
-        leaves: what gets gradients.
-        grad: of the output; None where there is no backward pass, and then autograd is off.
+        forward: computes the output.
+        leaves: the tensors that get gradients.
+        grad: the gradient of the output; None if there is no backward pass, in which case autograd is off.
     """
 
     forward: Callable[[], "Tensor | None"]
@@ -37,7 +37,7 @@ class Call:
     grad: "Tensor | None" = None
 
     def run(self) -> "Tensor | None":
-        """Run forward, and backward where there is a gradient; return the output."""
+        """Run forward, and backward if there is a gradient; return the output."""
         with torch.set_grad_enabled(self.grad is not None):
             y = self.forward()
         if self.grad is not None:
@@ -45,19 +45,19 @@ class Call:
         return y
 
     def clear(self) -> None:
-        """Let go of the gradients."""
+        """Release the gradients."""
         for leaf in self.leaves:
             leaf.grad = None
 
 
 def graphed(call: Call) -> Call:
-    """Return a call as the replay of a CUDA graph of it: the device's time, without the host's.
+    """Return a call as the replay of its CUDA graph: the time of the device without that of the host.
 
-    Raises what capturing raises, where the call waits for the device.
+    Raises the errors of the capture if the call waits for the device.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what runs once runs before
+    with torch.cuda.stream(side):  # one-time work runs before
         call.run()
         call.clear()
     torch.cuda.current_stream().wait_stream(side)
@@ -88,12 +88,12 @@ class Spread:
         return f"{median} ({low} to {high})"
 
     def as_seconds(self) -> dict[str, float]:
-        """Return the JSON form of a time."""
+        """Return a time in its JSON form."""
         return {"seconds": self.median, "low": self.low, "high": self.high}
 
 
 def seconds_of(call: Call, device: torch.device) -> float:
-    """Return how long one call takes, from an idle device to an idle device."""
+    """Return the time of one call, from an idle device to an idle device."""
     if device.type != "cuda":
         start = time.perf_counter()
         call.run()
@@ -111,9 +111,9 @@ def seconds_of(call: Call, device: torch.device) -> float:
 
 
 def in_rounds(calls: Mapping[str, Call], rounds: int, device: torch.device) -> "Iterator[dict[str, float]]":
-    """Yield the seconds of each call, round by round; the first round, which warms up, does not count.
+    """Yield the seconds of each call, round by round. The first round is a warm-up and does not count.
 
-    Every other round runs them in the opposite order, so that none always comes after the same one.
+    Every other round runs the calls in the opposite order, so that no call always follows the same one.
     """
     for number in range(rounds + 1):
         names = list(calls) if number % 2 else list(reversed(calls))
@@ -123,9 +123,9 @@ def in_rounds(calls: Mapping[str, Call], rounds: int, device: torch.device) -> "
 
 
 def peak_bytes(call: Call, device: torch.device) -> "int | None":
-    """Return the most memory of a call beyond what stood before it, output and gradients included.
+    """Return the peak memory of a call minus the memory before it, output and gradients included.
 
-    The median of a few calls; None where it cannot be measured.
+    The median of a few calls; None if it cannot be measured.
     """
     gc.collect()
     peaks = [_peak_of_one(call, device) for _ in range(MEMORY_CALLS)]
@@ -151,10 +151,10 @@ def _peak_of_one(call: Call, device: torch.device) -> "int | None":
 
 
 def reset_peak() -> bool:
-    """Let the peak of resident memory be what is resident now, and say whether the system can do so."""
-    huge_pages.release()  # of our experts' gradients
+    """Reset the peak of resident memory to the present value; return whether the system can do that."""
+    huge_pages.release()  # the kept memory of our experts' gradients
     try:
-        # What the allocator keeps of freed memory would otherwise serve the call without being seen.
+        # Otherwise the call could reuse freed memory that the allocator keeps, and this would not be counted.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError):

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""The models of `configs/one_gpu` side by side on one device: perplexity beside n-gram lines, in a given time.
+"""The models of `configs/one_gpu` side by side on one device: perplexity beside that of n-gram models, in a given time.
 
     python benchmarks/side_by_side.py --data DIR --runs DIR [--ngrams FILE] [--seconds S] [--out FILE] [--json FILE]
 
 All models train at the same time, each in a process of its own by `fairseq-hydra-train`, on the same batches in the
-same order, at one learning rate (or at --rates-at-a-time): a wave. The next wave, at the next learning rates, begins
-where the time that is left is enough for one as long as the last. No token is seen twice (`optimization.max_epoch` is
-1). At the end the best checkpoint of each model, by its valid perplexity, is evaluated on the test text.
+same order, at one learning rate (or at --rates-at-a-time): a wave. The next wave, at the next learning rates, begins if
+the remaining time is enough for a wave as long as the last. No token is seen twice (`optimization.max_epoch` is 1). At
+the end the best checkpoint of each model, by its valid perplexity, is evaluated on the test text.
 
-What this shows: valid perplexity of each model at each learning rate, one seed. The models share the device, so that
-their speeds say nothing. A model whose best rate is the lowest or the highest one is not tuned: the table marks it.
+What this shows: valid perplexity of each model at each learning rate, one seed. The models share the device, so their
+speeds mean nothing. A model whose best rate is the lowest or the highest one is not tuned: the table marks it.
 """
 
 import argparse
@@ -32,18 +32,18 @@ from fairseq_hash.reporting.runs import load_run
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("dense", "hash", "switch", "base")
-# Neither are weights kept for a resumption, nor is there a validation before the end.
+# No weights are kept for a resumption, and there is no validation before the end.
 SHORT = ("checkpoint.no_save_optimizer_state=true", "checkpoint.save_interval_updates=0")
 SHORT += ("dataset.validate_interval_updates=0", "common.log_interval=50")
 NGRAMS = {1: "unigram", 2: "bigram", 3: "trigram"}
 EVALUATION = 20
 """Seconds kept for the test text at the end."""
 SLACK = 1.15
-"""How much longer than the last one a wave may take."""
+"""Factor by which a wave may take longer than the last one."""
 
 
 def environment(processes: int) -> dict[str, str]:
-    """Return the environment of one of so many processes that share the cores."""
+    """Return the environment of one of `number` processes that share the cores."""
     threads = str(max(1, usable_cores() // processes))
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
@@ -52,7 +52,7 @@ def environment(processes: int) -> dict[str, str]:
 def run_together(
     commands: "dict[Hashable, list[str]]", logs: "dict[Hashable, Path]", until: float
 ) -> "dict[Hashable, str]":
-    """Run commands at the same time, until a moment of `time.monotonic`; return why any did not end well."""
+    """Run commands at the same time, until a time of `time.monotonic`; return the reason for each one that failed."""
     processes = {}
     for name, command in commands.items():
         with open(logs[name], "wb") as file:
@@ -75,7 +75,7 @@ def run_together(
 
 
 def train_wave(arguments: argparse.Namespace, rates: Sequence[str], until: float) -> list[dict[str, Any]]:
-    """Train all models at each of some learning rates; return a row each."""
+    """Train all models at some learning rates; return one row for each training."""
     commands, logs, folders = {}, {}, {}
     for one in itertools.product(arguments.models, rates):
         model, rate = one
@@ -181,7 +181,7 @@ def parse() -> argparse.Namespace:
         if path and not path.parent.is_dir():
             parser.error(f"--{name} {path}: the folder {path.parent} does not exist; make it first")
     for model, rate in itertools.product(arguments.models, arguments.rates):
-        if (arguments.runs / f"{model}-lr{rate}").exists():  # fairseq would go on from its weights
+        if (arguments.runs / f"{model}-lr{rate}").exists():  # fairseq would continue from its weights
             parser.error(f"--runs {arguments.runs} already holds {model}-lr{rate}; give another folder, or delete it")
     return arguments
 

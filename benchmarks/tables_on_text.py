@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""How evenly each builder's tables load the experts: in the text that they are built from, and in held-out text.
+"""How evenly each builder's tables load the experts, in the text from which they are built and in held-out text.
 
     python benchmarks/tables_on_text.py DATA [--experts 16,64,128] [--columns 1,4] [--embeddings CKPT] [--out FILE]
 
 DATA is a folder that fairseq-preprocess or data_prep wrote. Tables are built from the counts of its `train` and judged
-on `train` and on `valid`. Columns: the largest load over the mean and the bound that no table for the same keys is
-below; the coefficient of variation of the loads; how many keys alone exceed the mean load; in how many different sets
-of K experts the rows are. The result is a Markdown table.
+on `train` and on `valid`. Columns: the largest load divided by the mean, and its lower bound for any table with the
+same keys; the coefficient of variation of the loads; the number of keys that alone exceed the mean load; the number of
+different sets of K experts among the rows. The result is a Markdown table.
 """
 
 import argparse
@@ -28,7 +28,7 @@ HEADINGS += ("CV", "valid: CV", "keys that overload", "valid", "sets of experts"
 
 
 def recipes(base: Options) -> Iterator[tuple[str, Options]]:
-    """Yield what is built, by name; those of clusters only where there are embeddings."""
+    """Yield the tables to build, by name; those of clusters only if there are embeddings."""
     listed = replace(base, text=None)
     yield "random", replace(listed, builder="random")
     yield f"random, best of {RESTARTS}", replace(base, builder="random", restarts=RESTARTS)

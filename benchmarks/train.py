@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Whole trainings beside one another: updates a second, memory, and decoding token by token, by router.
+"""Whole trainings compared by router: updates per second, memory, and decoding token by token.
 
     python benchmarks/train.py [--data DIR] [--experts E ...] [--layers N] [--tokens T] [--json FILE] [--out FILE]
 
 Task, model, criterion and trainer are fairseq's, built as `fairseq-train` builds them, in one process. In every round
-each candidate takes one update with the same batch, the candidates in turn, and another begins each round. An update is
-all of `Trainer.train_step`: forward, backward, clipping, Adam, statistics. All candidates do the same products for a
+each candidate takes one update with the same batch, in turn, and another candidate begins each round. An update is the
+whole `Trainer.train_step`: forward, backward, clipping, Adam, statistics. All candidates do the same products per
 token; they differ in the FFNs of `--sparse-layers`.
 
 - dense: plain FFNs.
@@ -13,29 +13,30 @@ token; they differ in the FFNs of `--sparse-layers`.
 - switch: capacity factor 1.25 and jitter 0.01, as published.
 - base: a balanced assignment of every batch.
 
-Two more are measured where `--candidates` names them, the dense model outside of fairseq, from the same weights
-(`plain.py`); with --bf16 its weights stay in fp32, and its products run under autocast:
+Two more are measured if `--candidates` names them: the dense model outside fairseq, from the same weights (`plain.py`);
+with --bf16 its weights stay in fp32, and its products run under autocast:
 
 - plain: a plain PyTorch loop with fused attention and fused AdamW.
 - compiled: the same, model and loss by torch.compile, which needs a compiler; the first update compiles.
 
-A candidate that fails is left out, with a line that says why; dense must not.
+A candidate that fails is left out, with a line that says why; dense must not fail.
 
 Times are medians (quartiles) over the rounds. Ratios are taken within a round: `/ dense`, and `hash / BASE`, the
-updates a second of hash over those of BASE, for which Hash Layers (Roller et al. 2021) reports 1.11.
+updates per second of hash divided by those of BASE, for which Hash Layers (Roller et al. 2021) reports 1.11.
 
-`TFLOP/s` are those of the model: the matrix products of the dense model, forward and backward, attention over the full
-context, as `fairseq-hash plan` counts them; the same for every candidate, whatever it does besides. Beside it stands
-their share of `rate`, which is that of a large matrix product of the same dtype in the same rounds.
+`TFLOP/s` counts the matrix products of the dense model, forward and backward, with attention over the full context, as
+`fairseq-hash plan` does. The count is the same for every candidate, whatever else it does. Beside it is the share of
+`rate`, the speed of a large matrix product of the same dtype in the same rounds.
 
-`peak MB` (10^6 bytes) is what one update holds at most: the candidate's own weights, buffers and optimizer state, and
-what its update allocates on top, gradients included. On a GPU the allocator counts it; on a CPU it is the rise of the
-process's peak resident memory, which Linux alone can reset. `held MB` are weights, gradients, optimizer state and
-buffers after an update, and `planned` is what `fairseq-hash plan` says of the first three. All candidates of one number
-of experts stay in memory together: about 16 bytes a parameter in fp32 and 20 in bf16, those of all experts counted.
+`peak MB` (10^6 bytes) is the peak memory of one update: the candidate's own weights, buffers and optimizer state, and
+the memory that its update allocates on top, gradients included. On a GPU the allocator counts it; on a CPU it is the
+rise of the process's peak resident memory, which only Linux can reset. `held MB` is the memory of weights, gradients,
+optimizer state and buffers after an update, and `planned` is the figure of `fairseq-hash plan` for the first three. All
+candidates of one number of experts stay in memory together: about 16 bytes per parameter in fp32 and 20 in bf16,
+counting all experts.
 
-Decoding: with some tokens before, every step gives the model's decoder one more token of each sentence, with fairseq's
-incremental state, in evaluation. Ratios are taken within a step.
+Decoding: after a prefix, every step gives the model's decoder one more token of each sentence, with fairseq's
+incremental state, in evaluation mode. Ratios are taken within a step.
 """
 
 import argparse
@@ -81,9 +82,9 @@ from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.progress import Display
 from fairseq_hash.provenance import provenance, usable_cores
 
-RATE = "rate"  # the large product, beside the candidates
-PRODUCTS = {"cpu": 1, "cuda": 10}  # of a round: one alone is over before a GPU is busy
-REASON = 200  # characters of an error, which can be pages
+RATE = "rate"  # the name of the large product beside the candidates
+PRODUCTS = {"cpu": 1, "cuda": 10}  # products per round: a single one ends before a GPU is busy
+REASON = 200  # characters shown of an error, which can be pages long
 WARM_UP = 2  # rounds: the first one allocates gradients and Adam's state
 
 
@@ -93,9 +94,9 @@ def in_turn(
     tell: Callable[[int], None],
     leave_out: "Callable[[str, Exception], None] | None" = None,
 ) -> dict[str, list]:
-    """Return the seconds of each candidate's calls by round, another candidate first in each round.
+    """Return the seconds of each candidate's calls by round. Each round begins with another candidate.
 
-    One that fails has no more turns, and is told to `leave_out`; without that its error is raised.
+    A candidate that fails has no more turns, and `leave_out` is called; without `leave_out` its error is raised.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
@@ -114,7 +115,7 @@ def in_turn(
 
 
 def large_product(arguments: argparse.Namespace) -> tuple[Callable[[], float], float]:
-    """Return what measures a large matrix product, in seconds, and its FLOPs."""
+    """Return a function that measures a large matrix product, in seconds, and its FLOPs."""
     size, products = LARGE_PRODUCT[arguments.device], PRODUCTS[arguments.device]
     square = torch.randn(size, size).to(arguments.device, dtype_of(arguments)[0])
     out = torch.empty_like(square)
@@ -144,7 +145,7 @@ def decode(trainings: dict[str, FairseqTraining], token_BL: torch.Tensor, before
 
 
 def row(experts: int, tokens: int, candidate: str, seconds: list[float], dense: list[float]) -> dict[str, Any]:
-    """Return what stands in the JSON file of one candidate: median, quartiles, and the ratio within rounds."""
+    """Return one candidate's entry in the JSON file: median, quartiles, and the ratio within rounds."""
     ratio = statistics.median(one / other for one, other in zip(seconds, dense, strict=True))
     shape = {"experts": experts, "tokens": tokens, "candidate": candidate}
     return {**shape, **Spread.of(seconds).as_seconds(), "ratio": ratio, "peak_bytes": None}
@@ -162,7 +163,7 @@ def measure(arguments: argparse.Namespace, experts: int, data: Path, display: Di
         line = f"{name} is left out with {experts} experts: {type(error).__name__}: {reason[:REASON]}"
         arguments.left_out.append(line)
         trainings.pop(name, None)
-        traceback.clear_frames(error.__traceback__)  # which hold what the update had allocated
+        traceback.clear_frames(error.__traceback__)  # they hold memory that the update had allocated
         gc.collect()
         if arguments.device == "cuda":
             torch.cuda.empty_cache()
@@ -187,7 +188,7 @@ def measure(arguments: argparse.Namespace, experts: int, data: Path, display: Di
     rate_flops /= statistics.median(seconds.pop(RATE))
     tokens, context = batches[0]["ntokens"], batches[0]["net_input"]["src_tokens"].shape[1]
     flops = tokens * flops_of_token(trainer.get_model(), arguments.layers, context)
-    held = {name: held_bytes(training) for name, training in trainings.items()}  # before gradients are let go of
+    held = {name: held_bytes(training) for name, training in trainings.items()}  # before the gradients are released
     rows = []
     for name, times in seconds.items():
         training = trainings[name]
@@ -268,15 +269,15 @@ def parse() -> argparse.Namespace:
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what was measured, without where it is written to."""
+    """Return the settings of the measurement, without output paths."""
     settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "out", "data")}
     return settings | {"data": arguments.data.name if arguments.data else "embedded"}
 
 
 def silence() -> None:
-    """Keep fairseq's log and all warnings back."""
+    """Suppress fairseq's log and all warnings."""
     logging.disable(logging.INFO)
-    warnings.simplefilter("ignore")  # hundreds of fairseq's and its libraries', which we cannot mend
+    warnings.simplefilter("ignore")  # there are hundreds, of fairseq and its libraries, which we cannot fix
 
 
 def data_of(arguments: argparse.Namespace, folder: Path) -> Path:
@@ -293,7 +294,7 @@ def data_of(arguments: argparse.Namespace, folder: Path) -> Path:
 
 
 def main() -> None:
-    """Measure, print provenance and tables, and write them to files where it is asked for."""
+    """Measure, print provenance and tables, and write them to files if asked for."""
     arguments = parse()
     settings = settings_of(arguments)
     arguments.left_out = []

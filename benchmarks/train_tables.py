@@ -40,5 +40,5 @@ def table_line(cells: Sequence[str]) -> str:
 
 
 def text(one: dict[str, Any], factor: float, digits: str) -> str:
-    """Return median and quartiles of what `Spread.as_seconds` made, in other units."""
+    """Return median and quartiles of the result of `Spread.as_seconds`, in other units."""
     return Spread(one["seconds"], one["low"], one["high"]).text(factor, digits)

@@ -1,4 +1,4 @@
-"""The trainings that train.py measures, behind one form: fairseq's with each router, and the plain loop."""
+"""The trainings that train.py measures, with one interface: fairseq's with each router, and the plain loop."""
 
 import argparse
 import contextlib
@@ -18,7 +18,7 @@ from fairseq_hash.experiments.memory import KEPT
 from fairseq_hash.experiments.sizes import BACKWARD
 from fairseq_hash.lm.model import count_parameters
 
-ADAM = 8  # bytes of its two moments of a parameter, in fp32
+ADAM = 8  # bytes of Adam's two moments per parameter, in fp32
 ROUTERS = {
     "dense": ("--router", "none"),
     "hash": ("--router", "hash"),
@@ -26,8 +26,8 @@ ROUTERS = {
     "base": ("--router", "base"),
 }
 PLAIN = ("plain", "compiled")
-SENTENCE = 512  # tokens, where an update has as many
-HEAD = 64  # width of an attention head, where the model is as wide
+SENTENCE = 512  # tokens, if an update has that many
+HEAD = 64  # width of an attention head, if the model is that wide
 LR, CLIP_NORM = 1e-4, 0.1
 
 
@@ -35,9 +35,9 @@ class Training(Protocol):
     """One candidate.
 
     Attributes:
-        parameters: all of them.
-        active: those that one token uses.
-        planned_bytes: weights, gradients and Adam's state, as `fairseq-hash plan` counts them; None where it does not.
+        parameters: number of all parameters.
+        active: number of parameters that one token uses.
+        planned_bytes: weights, gradients and Adam's state, as `fairseq-hash plan` counts them; None if it does not.
     """
 
     parameters: int
@@ -48,10 +48,10 @@ class Training(Protocol):
         """Return the seconds of one update."""
 
     def zero_grad(self) -> None:
-        """Let go of the gradients."""
+        """Release the gradients."""
 
     def tensors(self) -> Iterable[Tensor]:
-        """Return what it holds between updates, some tensors more than once; without gradients."""
+        """Return the tensors that it holds between updates, some more than once, without gradients."""
 
 
 class FairseqTraining:
@@ -68,7 +68,7 @@ class FairseqTraining:
         return update(self.trainer, batch)
 
     def zero_grad(self) -> None:
-        """Let go of the gradients; with --bf16 fairseq keeps those in fp32."""
+        """Release the gradients; with --bf16 fairseq keeps those in fp32."""
         self.trainer.zero_grad()
 
     def tensors(self) -> Iterable[Tensor]:
@@ -96,7 +96,7 @@ class PlainTraining:
         return seconds_of(lambda: self.loop.train_step(batch))
 
     def zero_grad(self) -> None:
-        """Let go of the gradients."""
+        """Release the gradients."""
         self.loop.optimizer.zero_grad()
 
     def tensors(self) -> Iterable[Tensor]:
@@ -112,7 +112,7 @@ def state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def make_training(
     arguments: argparse.Namespace, experts: int, data: Path, candidate: str, dense: "FairseqTraining | None"
 ) -> Training:
-    """Return a candidate, which starts from the weights of `dense` where it is plain."""
+    """Return a candidate. A plain one starts from the weights of `dense`."""
     if candidate not in PLAIN:
         precision = ("memory-efficient " if arguments.memory_efficient_bf16 else "") + dtype_of(arguments)[1]
         return FairseqTraining(build(trainer_options(arguments, experts, data, candidate)), precision)
@@ -126,7 +126,7 @@ def dtype_of(arguments: argparse.Namespace) -> tuple[torch.dtype, str]:
 
 
 def trainer_options(arguments: argparse.Namespace, experts: int, data: Path, candidate: str) -> list[str]:
-    """Return the options that `fairseq-train` would get."""
+    """Return the options for `fairseq-train`."""
     values = {
         **{"task": "language_modeling", "user-dir": Path(__file__).parents[1] / "fairseq_hash"},
         **{"arch": "hash_transformer_lm_tiny", "criterion": "hash_moe", "seed": arguments.seed},
@@ -166,15 +166,15 @@ def update(trainer: Any, batch: Any) -> float:
     """Return the seconds of one update by fairseq's trainer."""
     from fairseq.logging import metrics
 
-    metrics.reset()  # candidates have loads of other numbers of experts
+    metrics.reset()  # candidates have different numbers of experts
     with metrics.aggregate(new_root=True):
-        # Where memory is short, the trainer would leave the update out and go on.
+        # If memory is short, the trainer would skip the update and go on.
         return seconds_of(lambda: trainer.train_step([batch], raise_oom=True))
 
 
 def batches_of(trainer: Any, count: int) -> list[Any]:
-    """Return so many full batches of the training data, from the first again where there are fewer."""
-    # All but the last sentence are of one length, so one batch at most is smaller than the others.
+    """Return a number of full batches of the training data; if there are fewer, they repeat from the first."""
+    # All sentences except the last have the same length, so at most one batch is smaller than the others.
     batches = list(itertools.islice(trainer.get_train_iterator(1).next_epoch_itr(), count + 1))
     most = max(batch["ntokens"] for batch in batches)
     full = [batch for batch in batches if batch["ntokens"] == most]
@@ -184,7 +184,7 @@ def batches_of(trainer: Any, count: int) -> list[Any]:
 def flops_of_token(model: nn.Module, layers: int, context: int) -> int:
     """Return the FLOPs of training a dense model on one token, counted as `fairseq_hash.experiments.sizes` does.
 
-    The output is a product with the embedding, which counts once: looking a token up is none.
+    The output is a product with the embedding, which counts once, because looking up a token is not a product.
     """
     matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
     attention = 4 * matrices[0].shape[1] * context * layers
@@ -192,7 +192,7 @@ def flops_of_token(model: nn.Module, layers: int, context: int) -> int:
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
-    """Return the seconds of a call, all of it on the device included."""
+    """Return the seconds of a call, including its work on the device."""
     synchronize = torch.cuda.synchronize if torch.cuda.is_initialized() else contextlib.nullcontext
     synchronize()
     start = time.perf_counter()
@@ -202,14 +202,14 @@ def seconds_of(call: Callable[[], Any]) -> float:
 
 
 def held_bytes(training: Training) -> int:
-    """Return the bytes that a training holds now: its own tensors and their gradients."""
+    """Return the bytes that a training holds now: its tensors and their gradients."""
     own = list(training.tensors())
     own += [tensor.grad for tensor in own if tensor.grad is not None]
     return sum(tensor.numel() * tensor.element_size() for tensor in {id(tensor): tensor for tensor in own}.values())
 
 
 def peak_bytes(training: Training, all_trainings: Iterable[Training], batch: Any, on_cuda: bool) -> "int | None":
-    """Return the most bytes that a training has in an update: its own, and what the update adds; None if unknown."""
+    """Return the peak bytes of a training in an update: its own, and those that the update adds; None if unknown."""
     for one in all_trainings:
         one.zero_grad()
     held = held_bytes(training)

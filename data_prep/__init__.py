@@ -1,1 +1,1 @@
-"""Data preparation: text to binarized data (`python -m data_prep`)."""
+"""Data preparation: from text to binarized data (`python -m data_prep`)."""

@@ -2,7 +2,7 @@
 
 import sys
 
-# Worker processes import this file under another name; they need none of what follows.
+# Worker processes import this file under another name, and do not need the rest.
 if __name__ == "__main__":
     from .cli import main
 

@@ -1,7 +1,7 @@
-"""Lines of tokens to what fairseq trains on: the dictionary, and `fairseq-preprocess` chunk by chunk.
+"""From lines of tokens to fairseq's training data: the dictionary, and `fairseq-preprocess` chunk by chunk.
 
-`fairseq-preprocess` keeps some 80 bytes a line in memory, too much for large corpora. It is therefore called on chunks,
-and their results are joined to the very files that one call on all of the text would have written.
+`fairseq-preprocess` keeps about 80 bytes per line in memory, which is too much for large corpora. So it is called on
+chunks, and the results are joined to exactly the files that one call on the whole text would have written.
 """
 
 import os
@@ -25,24 +25,24 @@ BLOCK = 1 << 20
 # number of tokens of every line (int32) and the byte where it starts (int64).
 HEADER = struct.Struct("<9sQBQ")
 MAGIC = b"MMIDIDX\x00\x00"
-TOKEN_TYPES = {8: "<u2", 9: "<u4", 5: "<i8"}  # by dtype code: up to 65,499 symbols, more, many more
+TOKEN_TYPES = {8: "<u2", 9: "<u4", 5: "<i8"}  # by dtype code: up to 65,499 symbols, more, and many more
 
 
 def make_dictionary(counts: Counter[str], pieces: "Iterable[str] | None", most: "int | None", least: int) -> Dictionary:
     """Return fairseq's dictionary of token counts: by descending count, padded to a multiple of 8 symbols.
 
     Args:
-        counts: how often each token occurs in the training text.
-        pieces: all pieces of a SentencePiece model: exactly these are the symbols, also where they do not occur. None:
-            the tokens that occur.
-        most: number of symbols at most, fairseq's four special ones among them; None without a limit.
-        least: the smallest count of a token that is a symbol.
+        counts: the count of each token in the training text.
+        pieces: all pieces of a SentencePiece model: exactly these are the symbols, even if some do not occur. None: the
+            tokens that occur.
+        most: largest number of symbols, including fairseq's four special ones; None: no limit.
+        least: the smallest count with which a token becomes a symbol.
     """
     dictionary = Dictionary()
     for token in counts if pieces is None else pieces:
         dictionary.add_symbol(token, n=counts[token])
     dictionary.finalize(threshold=-1 if pieces is not None else least, nwords=most or -1, padding_factor=8)
-    # A rare word can be one of those that fill up the last symbols (madeupword0000).
+    # A rare word can be one of the words that pad the dictionary (madeupword0000).
     dictionary.count[dictionary.nspecial :] = [counts[symbol] for symbol in dictionary.symbols[dictionary.nspecial :]]
     return dictionary
 
@@ -50,14 +50,14 @@ def make_dictionary(counts: Counter[str], pieces: "Iterable[str] | None", most: 
 def preprocess(
     chunks: dict[str, Path], dictionary: Path, folder: Path, running: "list[subprocess.Popen[bytes]]"
 ) -> None:
-    """Run `fairseq-preprocess` on a file a split; its files appear in `folder` when all are there.
+    """Run `fairseq-preprocess` on one file per split. Its files appear in `folder` when all are complete.
 
     The process is put on the list `running`, so that another thread can end it.
 
     Raises:
-        UserError: where it fails, with its last line and the place of its output.
+        UserError: if it fails, with its last line and the path of its output.
     """
-    # A folder of this process's own: a killed call may have left a child that still writes.
+    # A folder for this process only: a killed call may have left a child that still writes.
     partial = folder.with_name(f"{folder.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -77,10 +77,10 @@ def preprocess(
 
 
 def join(parts: Sequence[Path], target: Path) -> None:
-    """Join binarized parts (paths without suffix) to `TARGET.bin` and `TARGET.idx`; the index appears last, and whole.
+    """Join binarized parts (paths without suffix) to `TARGET.bin` and `TARGET.idx`. The index appears last, and whole.
 
     Raises:
-        UserError: where a part is not what `fairseq-preprocess` writes.
+        UserError: if a part was not written by `fairseq-preprocess`.
     """
     heads = [_read_header(part) for part in parts]
     if len({code for code, _ in heads}) > 1:
@@ -107,14 +107,14 @@ def join(parts: Sequence[Path], target: Path) -> None:
 
 
 def count_symbols(data: Path, symbols: int) -> tuple[int, int, np.ndarray]:
-    """Count what binarized data (a path without suffix) holds, in blocks.
+    """Count the contents of binarized data (a path without suffix), block by block.
 
     Returns:
-        Lines and tokens by `DATA.idx`, ends of lines among the tokens; and how often each of a dictionary's `symbols`
-        occurs in `DATA.bin`, int64 `[V]`.
+        Lines and tokens (including line ends) by `DATA.idx`; and the count of each of a dictionary's `symbols` in
+        `DATA.bin`, int64 `[V]`.
 
     Raises:
-        UserError: where the index is none of fairseq's, or a token is no symbol.
+        UserError: if the index was not written by fairseq, or a token is not a symbol.
     """
     code, lines = _read_header(data)
     count_V = np.zeros(symbols, dtype=np.int64)
@@ -122,7 +122,7 @@ def count_symbols(data: Path, symbols: int) -> tuple[int, int, np.ndarray]:
         while len(block := np.fromfile(file, dtype=TOKEN_TYPES[code], count=BLOCK)):
             found = np.bincount(block, minlength=symbols)
             if len(found) > symbols:
-                raise UserError(f"{data}.bin has a token that is no symbol; delete its folder and start again")
+                raise UserError(f"{data}.bin has a token that is not a symbol; delete its folder and start again")
             count_V += found
     return lines, int(_sizes(data, lines).sum(dtype=np.int64)), count_V
 

@@ -1,4 +1,4 @@
-"""A split's lines of tokens as files of bounded size, and what they add up to."""
+"""Writes a split's lines of tokens to files of bounded size, and counts them."""
 
 from collections import Counter
 from pathlib import Path
@@ -6,12 +6,12 @@ from typing import Any
 
 from .pieces import Batch
 
-# fairseq-preprocess holds some 80 bytes a line in memory, so a chunk has an end by lines, too.
+# fairseq-preprocess holds about 80 bytes per line in memory, so chunks have a limit on lines, too.
 CHUNK_BYTES, CHUNK_LINES = 128 << 20, 2_000_000
 
 
 class ChunkWriter:
-    """Writes a split's batches of tokens to chunks `SPLIT.000.txt`, ..., and adds up what they hold."""
+    """Writes a split's batches of tokens to chunks `SPLIT.000.txt`, ..., and adds up their counts."""
 
     def __init__(self, folder: Path, split: str) -> None:
         self.folder, self.split = folder, split
@@ -33,7 +33,7 @@ class ChunkWriter:
         self._room_bytes, self._room_lines = CHUNK_BYTES, CHUNK_LINES
 
     def add(self, batch: Batch) -> None:
-        """Write a batch, to a new chunk where this one is full."""
+        """Write a batch, to a new chunk if this one is full."""
         if self._room_bytes <= 0 or self._room_lines <= 0:
             self._file.close()
             self._open()
@@ -48,6 +48,6 @@ class ChunkWriter:
         self.counts.update(batch.counts)
 
     def totals(self) -> dict[str, Any]:
-        """Return what the split holds; tokens are without the ends of lines."""
+        """Return the split's counts; tokens are counted without line ends."""
         names = ("lines", "tokens", "words", "characters", "reserved")
         return {**{name: getattr(self, name) for name in names}, "chunks": self.names}

@@ -19,17 +19,17 @@ from .dialogue import DialogueText
 from .options import Options
 from .sources import EmbeddedText, GivenText, PublicText, Source
 
-DESCRIPTION = "From text to data for fairseq-train, in one folder (docs/data.md)."
-INTERRUPTED = "interrupted; the same command goes on from the last step done"
+DESCRIPTION = "Prepare text as data for fairseq-train, in one folder (docs/data.md)."
+INTERRUPTED = "interrupted; the same command continues from the last finished step"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the corpora and the options of each."""
+    """Add the corpora and their options to a parser."""
     corpora = parser.add_subparsers(dest="corpus", required=True, metavar="CORPUS")
     text = corpora.add_parser("text", help="text files of your own: a line of text is a line of data")
     dialogue = corpora.add_parser(
         "dialogue",
-        help="the same, of dialogues: lines of 'user: ...' and 'system: ...', a blank line between dialogues",
+        help="dialogues of your own: lines 'user: ...' and 'system: ...', a blank line between dialogues",
     )
     for given in (text, dialogue):
         for split, use in (("train", "to train on"), ("valid", "for validation"), ("test", "for testing")):
@@ -55,24 +55,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help="take whole documents from the beginning up to N bytes (cc100-en)",
         )
     for parsed in corpora.choices.values():
-        parsed.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the data, not there yet")
         parsed.add_argument(
-            "--words", action="store_true", help="tokens are words between spaces, as WikiText is reported; not pieces"
+            "--out", type=Path, required=True, metavar="DIR", help="folder for the data, which must not exist yet"
+        )
+        parsed.add_argument(
+            "--words",
+            action="store_true",
+            help="tokens are words between spaces, as in reports on WikiText, instead of pieces",
         )
         parsed.add_argument(
             "--vocab-size",
             type=int,
             metavar="N",
-            help="pieces of the SentencePiece model, 256 of them bytes (default: 8000); with --words the most symbols "
-            "(default: no limit)",
+            help="pieces of the SentencePiece model, 256 of them bytes (default: 8000); with --words the largest "
+            "number of symbols (default: no limit)",
         )
-        parsed.add_argument("--min-count", type=int, default=1, metavar="N", help="with --words: rarer words are <unk>")
+        parsed.add_argument(
+            "--min-count", type=int, default=1, metavar="N", help="with --words: rarer words become <unk>"
+        )
         parsed.add_argument(
             "--like", type=Path, metavar="DIR", help="use the model and dictionary of data prepared before"
         )
-        parsed.add_argument("--seed", type=int, default=1, metavar="N", help="of the text the model is trained on")
         parsed.add_argument(
-            "--workers", type=int, default=usable_cores(), metavar="N", help="processes (default: cores)"
+            "--seed", type=int, default=1, metavar="N", help="seed of the sample on which the model is trained"
+        )
+        parsed.add_argument(
+            "--workers",
+            type=int,
+            default=usable_cores(),
+            metavar="N",
+            help="number of processes (default: all usable cores)",
         )
 
 
@@ -88,11 +100,11 @@ def source_of(arguments: argparse.Namespace) -> Source:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prepare what the arguments ask for.
+    """Prepare the corpus that the arguments name.
 
     Raises:
-        UserError: with one line, where the input is bad or a file cannot be written.
-        KeyboardInterrupt: where it was interrupted, when its processes have ended.
+        UserError: with one line, if the input is bad or a file cannot be written.
+        KeyboardInterrupt: if it was interrupted, once its processes have ended.
     """
     options = Options(
         arguments.words,
@@ -103,7 +115,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.workers,
     )
     with _ended_by_one_signal():
-        fairseq_hash.register()  # before fairseq is imported, whose words it keeps back
+        fairseq_hash.register()  # before fairseq is imported, to suppress its messages
         from .prepare import prepare
 
         try:
@@ -115,7 +127,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 @contextmanager
 def _ended_by_one_signal() -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the processes that this one started, and a second Ctrl-C not end that."""
+    """Let SIGINT and SIGTERM end the processes that this one started, and let a second Ctrl-C not interrupt that."""
 
     def interrupt(number: int, frame: "FrameType | None") -> NoReturn:
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -18,8 +18,9 @@ from .download import OnProgress, RemoteFile, download, exclusive, mismatch
 SPLITS = ("train", "valid", "test")
 BLOCK = 1 << 20  # bytes
 
-# For a corpus without splits of its own: of every 2000 documents the last two go to valid and test. So both come from
-# all over the corpus, a smaller part of it has the same documents there, and each is about 0.05 % (5 MB of 10 GB).
+# For a corpus without splits of its own: of every 2000 documents the last two go to valid and test. So both are spread
+# over the whole corpus, a smaller part of the corpus has the same documents in them, and each has about 0.05 % of it (5
+# MB of 10 GB).
 DOCUMENTS_A_ROUND = 2000
 
 OnPhase = Callable[[str, int, int | None], None]
@@ -27,11 +28,11 @@ OnPhase = Callable[[str, int, int | None], None]
 
 @dataclass(frozen=True)
 class Corpus:
-    """A public corpus: its archive and, where they are published, the figures that a preparation can be checked with.
+    """A public corpus: its archive and, if published, the figures against which a preparation can be checked.
 
     `members`: the archive's text file for each split; None for an xz stream of documents that we split ourselves.
-    `expected_tokens`: tokens a split, words and one <eos> a line (blank lines too). `expected_vocabulary`: their kinds,
-    <unk> and <eos> among them.
+    `expected_tokens`: tokens per split, words and one <eos> per line (blank lines too). `expected_vocabulary`:
+    different tokens, including <unk> and <eos>.
     """
 
     name: str
@@ -60,9 +61,10 @@ def _wikitext(name: str, size: int, sha256: str, train_tokens: int, vocabulary: 
     )
 
 
-# WikiText's sizes stand in huggingface/datasets (datasets/wikitext/dataset_infos.json), its SHA-256 there and in other
-# public repositories: for both archives at their first address, for wikitext-103 at this one too. When this was written
-# the files themselves could not be downloaded to see. The figures are those of Merity et al. 2016.
+# WikiText's sizes are published in huggingface/datasets (datasets/wikitext/dataset_infos.json), its SHA-256 there and
+# in other public repositories: for both archives at their first address, and for wikitext-103 at this one too. When
+# this was written, the files themselves could not be downloaded for a check. The figures are those of Merity et al.
+# 2016.
 CORPORA: dict[str, Corpus] = {
     corpus.name: corpus
     for corpus in (
@@ -80,8 +82,9 @@ CORPORA: dict[str, Corpus] = {
             2_088_628,
             33_278,
         ),
-        # No checksum is published. What finds damage is xz's own check of every block (CRC64 unless its maker chose
-        # another), and a missing end. Nothing tells whether it is the file that others used: record its fingerprint.
+        # No checksum is published. Damage is found by xz's own check of every block (CRC64 unless its maker chose
+        # another) and by a missing end. Nothing shows whether others used the same file, so its fingerprint is
+        # recorded.
         Corpus(
             name="cc100-en",
             file=RemoteFile("https://data.statmt.org/cc-100/en.txt.xz", None, None),
@@ -97,24 +100,24 @@ def fetch_text(
 ) -> dict[str, Path]:
     """Write a corpus to `train.txt`, `valid.txt` and `test.txt` in `folder` and return their paths by split.
 
-    WikiText and files that are unpacked already go out byte for byte. CC-100 has a paragraph a line and a blank line
-    between documents, in each split as in the whole; see `DOCUMENTS_A_ROUND` for the splits. Either all three files
-    appear whole or none does. Memory depends on the longest document alone. Nothing is decoded: that the text is
-    UTF-8 is for its reader to check.
+    WikiText and unpacked files are copied byte for byte. CC-100 has one paragraph per line and a blank line between
+    documents, in each split as in the whole; see `DOCUMENTS_A_ROUND` for the splits. Either all three files appear
+    whole or none does. Memory depends only on the longest document. Nothing is decoded: the reader checks that the text
+    is UTF-8.
 
     Args:
         corpus: one of `CORPORA`.
-        folder: for the text, and for the archive where it is downloaded (it stays there); made where it is missing.
+        folder: for the text, and for the archive if it is downloaded (it stays there); created if missing.
         local: the archive, or a folder with the unpacked files (by their names in the archive, or `train.txt`,
             `valid.txt`, `test.txt`); None downloads.
-        max_bytes: for CC-100 archives: take whole documents from the beginning as long as the three files together
-            have no more bytes than this. Unpacking ends there, so the beginning of an archive is enough, and what
-            follows in xz's last block is not checked.
-        on_progress: called with the phase, what is done and what there is in all, in bytes: `download` counts the
-            archive; `unpack` the text, or the archive where the amount of text is not known.
+        max_bytes: for CC-100 archives: take whole documents from the beginning as long as the three files together have
+            no more bytes than this. Unpacking ends there, so the beginning of an archive is enough, and the rest of
+            xz's last block is not checked.
+        on_progress: called with the phase, the bytes done and the total bytes: `download` counts the archive; `unpack`
+            counts the text, or the archive if the amount of text is not known.
 
     Raises:
-        UserError: where the corpus cannot be had, is damaged or not the published one, or has no text in a split.
+        UserError: if the corpus is not available, is damaged or not the published one, or has no text in a split.
     """
     if max_bytes is not None and (corpus.members or (local and local.is_dir())):
         raise UserError(
@@ -129,12 +132,12 @@ def fetch_text(
         with _whole_files(folder) as files:
             _unpack(corpus, source, max_bytes, files, lambda done, total: on_progress("unpack", done, total))
     except OSError as error:
-        raise UserError(f"{error.filename or folder}: {error.strerror}; mend that and run again") from error
+        raise UserError(f"{error.filename or folder}: {error.strerror}; fix that and run again") from error
     return {split: folder / f"{split}.txt" for split in SPLITS}
 
 
 def _source(corpus: Corpus, folder: Path, local: Path | None, on_progress: OnProgress) -> Path:
-    """Return the archive or the folder of unpacked files, downloaded where none is given; checked where it can be."""
+    """Return the archive or the folder of unpacked files: downloaded if none is given, and checked if possible."""
     if local is None:
         return download(corpus.file, folder / corpus.archive, lambda done, total: on_progress("download", done, total))
     if local.is_file() and (problem := mismatch(corpus.file, local)):
@@ -156,7 +159,7 @@ def _unpacked(corpus: Corpus, folder: Path, split: str) -> Path:
 
 @contextmanager
 def _whole_files(folder: Path) -> Iterator[dict[str, BinaryIO]]:
-    """Give an open file for each split; all get their final names at the end, or none where something fails."""
+    """Open a file for each split. All get their final names at the end, or none if something fails."""
     partials = {split: folder / f"{split}.txt.partial" for split in SPLITS}
     lock = folder / "unpack.lock"
     with exclusive(lock):
@@ -181,7 +184,7 @@ def _unpack(
         else:
             _split_documents(source, max_bytes, files, on_progress)
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
-        # RuntimeError: a damaged zip entry can look encrypted, or compressed in a way that is not known.
+        # RuntimeError: a damaged zip entry can look encrypted, or compressed in an unknown way.
         raise UserError(
             f"{source} is damaged or not an archive of {corpus.name} ({type(error).__name__}: {error}); "
             "delete it and run again, or use --local PATH with a sound one"
@@ -220,7 +223,7 @@ def _pour(
     total: int,
     on_progress: OnProgress,
 ) -> int:
-    """Copy a text byte for byte; return how many bytes are done by then of the total of all splits."""
+    """Copy a text byte for byte; return the number of bytes done so far over all splits."""
     blank = True
     while block := text.read(BLOCK):
         blank = blank and not block.strip()
@@ -238,7 +241,7 @@ def _split_documents(
     files: dict[str, BinaryIO],
     on_progress: OnProgress,
 ) -> None:
-    """Decompress an xz stream of documents and deal them out to the splits."""
+    """Decompress an xz stream of documents and distribute them over the splits."""
     size = source.stat().st_size
     written, number = 0, 0
     with open(source, "rb") as archive, lzma.open(archive) as text:
@@ -250,7 +253,7 @@ def _split_documents(
                 break
             file.write(block)
             written += len(block)
-            if split != "train":  # often enough to be seen, seldom enough to cost nothing
+            if split != "train":  # often enough to be seen, and rarely enough to cost nothing
                 on_progress(*((archive.tell(), size) if max_bytes is None else (written, max_bytes)))
     if empty := [split for split, file in files.items() if not file.tell()]:
         limit = "" if max_bytes is None else f" within --max-bytes {max_bytes}"
@@ -266,7 +269,7 @@ def split_of_document(number: int) -> str:
 
 
 def _documents(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Join lines to documents: blank lines separate them and belong to none; every line ends with a newline."""
+    """Join lines to documents. Blank lines separate documents and belong to none; every line ends with a newline."""
     document = bytearray()
     for line in lines:
         if line.strip():

@@ -1,4 +1,4 @@
-"""Dialogues: an utterance a line with its speaker (`user: ...`, `system: ...`), a blank line between dialogues."""
+"""Dialogues: one utterance per line with its speaker (`user: ...`, `system: ...`), a blank line between dialogues."""
 
 import re
 from collections import Counter
@@ -12,34 +12,34 @@ from .sources import GivenText
 from .text import read_lines
 
 SPEAKERS = ("user", "system")
-UTTERANCE = re.compile(rf"({'|'.join(SPEAKERS)}):( |$)")  # some say nothing
-SHOWN = 60  # characters of a line that is refused
+UTTERANCE = re.compile(rf"({'|'.join(SPEAKERS)}):( |$)")  # an utterance may be empty
+SHOWN = 60  # characters shown of a refused line
 
 
 class DialogueText(GivenText):
-    """Files of dialogues of the user's. The text stays as it is: its blank lines are the ends of dialogues."""
+    """The user's files of dialogues. The text stays as it is: its blank lines are the ends of dialogues."""
 
     def identity(self) -> dict[str, Any]:
-        """Return the files' SHA-256 and what they hold, by split.
+        """Return the files' SHA-256 and their counts, by split.
 
         Raises:
-            UserError: where a file is missing, empty or not in the form of dialogues.
+            UserError: if a file is missing, empty or not in the form of dialogues.
         """
         given = super().identity()
         return {**given, "corpus": "dialogue", "held": {split: count(paths) for split, paths in self.files.items()}}
 
 
 def count(paths: Sequence[Path]) -> dict[str, Any]:
-    """Return how many dialogues and utterances files have, and how many utterances each speaker.
+    """Return the numbers of dialogues, of utterances, and of utterances of each speaker in some files.
 
     Raises:
-        UserError: for the first line of another form; for a file that ends inside a dialogue where another follows.
+        UserError: for the first line of another form; for a file that ends inside a dialogue, if another file follows.
     """
     dialogues = 0
     speakers = Counter[str](dict.fromkeys(SPEAKERS, 0))
     is_open = False
     for before, path in zip([None, *paths], paths, strict=False):
-        if is_open:  # the first utterance of this file would go on with the last dialogue of the one before
+        if is_open:  # otherwise the last dialogue of the file before would continue in this one
             raise UserError(f"{before} has no blank line at its end, and {path} follows it; add one")
         for number, line in enumerate(read_lines([path], lambda done: None), start=1):
             if not line.strip():

@@ -1,4 +1,4 @@
-"""Downloads: a remote file arrives whole and checked, or not at all."""
+"""Downloads: a remote file arrives complete and checked, or not at all."""
 
 import fcntl
 import http.client
@@ -18,9 +18,9 @@ from pathlib import Path
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.provenance import __version__, sha256_of_file
 
-TIMEOUT = 60.0  # seconds in which a server has to connect, and then to send something
-ATTEMPTS = 5  # in a row that bring nothing new
-PAUSE = 0.5  # seconds before the second attempt; it doubles with every further one
+TIMEOUT = 60.0  # seconds in which a server must connect, and then send something
+ATTEMPTS = 5  # attempts in a row that bring nothing new
+PAUSE = 0.5  # seconds before the second attempt; doubled before every further one
 BLOCK = 1 << 18  # bytes
 
 OnProgress = Callable[[int, int | None], None]
@@ -30,7 +30,7 @@ OTHERWISE = "or get it by other means and use --local PATH"
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file at a public address. `size` (bytes) and `sha256` (hexadecimal digits): None where none is published."""
+    """A file at a public address. `size` (bytes) and `sha256` (hexadecimal digits): None if none is published."""
 
     url: str
     size: int | None
@@ -38,25 +38,25 @@ class RemoteFile:
 
 
 class _Interrupted(Exception):
-    """The connection failed or ended early; another attempt may do better."""
+    """The connection failed or ended early; another attempt may succeed."""
 
 
 def download(file: RemoteFile, path: Path, on_progress: OnProgress) -> Path:
-    """Bring `file` to `path` and return `path`; a file that is there already is checked and used.
+    """Download `file` to `path` and return `path`. A file that exists already is checked and used.
 
-    What arrives is kept in `path` + `.partial` until it is whole and checked. After a cut the download goes on from
-    there, in this call and in a later one, but only while the server vouches that the file is still the same one
-    (RFC 9110, section 13.1.5, If-Range); otherwise it starts anew. Memory does not depend on the file's size.
+    Received bytes are kept in `path` + `.partial` until the file is complete and checked. After an interruption the
+    download continues from there, in this call or a later one, if the server confirms that the file is still the same
+    (RFC 9110, section 13.1.5, If-Range). Otherwise it starts anew. Memory does not depend on the file's size.
 
     Args:
         file: what to download.
-        path: the final name; its folder is made where it is missing.
-        on_progress: called with the bytes here so far and the bytes in all. It starts at more than 0 where a download
-            goes on, and falls back where one starts anew.
+        path: the final name; its folder is created if missing.
+        on_progress: called with the bytes received so far and the total. It starts above 0 if a download continues, and
+            falls back if one starts anew.
 
     Raises:
-        UserError: where the file cannot be had, is not the published one, or cannot be written; where another file is
-            at `path`; where another process downloads to `path` right now.
+        UserError: if the file is not available, is not the published one, or cannot be written; if another file is at
+            `path`; if another process is downloading to `path`.
     """
     partial = path.with_name(path.name + ".partial")
     sidecar = path.with_name(path.name + ".partial.json")
@@ -80,15 +80,16 @@ def download(file: RemoteFile, path: Path, on_progress: OnProgress) -> Path:
                 partial.unlink()
                 raise UserError(f"{file.url} arrived damaged and was removed: it {problem}; run again, {OTHERWISE}")
             os.replace(partial, path)
-    except OSError as error:  # the disk's: those of the network never get here
+    except OSError as error:  # errors of the disk: those of the network never get here
         raise UserError(
-            f"{error.filename or partial}: {error.strerror}; mend that and run again, the download goes on from there"
+            f"{error.filename or partial}: {error.strerror}; fix that and run again, and the download continues from "
+            "there"
         ) from error
     return path
 
 
 def mismatch(file: RemoteFile, path: Path) -> str | None:
-    """Say how the file at `path` differs from the published one; None where it does not, as far as is published."""
+    """Return how the file at `path` differs from the published one; None if it does not, as far as can be checked."""
     size = path.stat().st_size
     if file.size is not None and size != file.size:
         return f"has {size} bytes, but {file.size} are expected"
@@ -99,10 +100,10 @@ def mismatch(file: RemoteFile, path: Path) -> str | None:
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[io.FileIO]:
-    """Open `path` for appending, unbuffered, for this process alone; the file is made where it is missing.
+    """Open `path` for appending, unbuffered, for this process alone. The file is created if missing.
 
     Raises:
-        UserError: where another process has it open in this way.
+        UserError: if another process has it open in this way.
     """
     while True:
         with open(path, "ab", buffering=0) as stream:
@@ -116,7 +117,9 @@ def exclusive(path: Path) -> Iterator[io.FileIO]:
 
 
 def _is_still(stream: io.FileIO, path: Path) -> bool:
-    """Tell whether the name leads to the open file: the one who had the lock before may have renamed or removed it."""
+    """Return whether the name still leads to the open file: the previous holder of the lock may have renamed or removed
+    it.
+    """
     try:
         return os.path.samestat(os.fstat(stream.fileno()), path.stat())
     except FileNotFoundError:
@@ -124,7 +127,7 @@ def _is_still(stream: io.FileIO, path: Path) -> bool:
 
 
 def _transfer(file: RemoteFile, stream: io.FileIO, sidecar: Path, on_progress: OnProgress) -> None:
-    """Attempt it until the file is whole, or `ATTEMPTS` in a row have brought nothing new."""
+    """Try until the file is complete, or until `ATTEMPTS` in a row have brought nothing new."""
     furthest, failures = stream.seek(0, os.SEEK_END), 0
     while True:
         try:
@@ -136,14 +139,16 @@ def _transfer(file: RemoteFile, stream: io.FileIO, sidecar: Path, on_progress: O
             if failures == ATTEMPTS:
                 reason = " ".join(str(error).split())
                 raise UserError(
-                    f"{file.url}: {reason} ({failures} attempts in a row brought nothing new); "
-                    f"run again to go on after the {done} bytes that are here, {OTHERWISE}"
+                    f"{file.url}: {reason} ({failures} attempts in a row brought nothing new); run again to continue "
+                    f"after the {done} bytes that are here, {OTHERWISE}"
                 ) from error
         time.sleep(PAUSE * 2 ** (failures - 1))
 
 
 def _attempt(file: RemoteFile, stream: io.FileIO, sidecar: Path, on_progress: OnProgress) -> None:
-    """Receive what is missing over one connection; the sidecar holds what the bytes in `stream` are a part of."""
+    """Receive the missing bytes over one connection. The sidecar file says which remote file the bytes in `stream`
+    belong to.
+    """
     whole = _remembered(sidecar, file.url)
     done = stream.seek(0, os.SEEK_END) if whole["validator"] else 0
     if done and done == whole["total"]:
@@ -152,7 +157,7 @@ def _attempt(file: RemoteFile, stream: io.FileIO, sidecar: Path, on_progress: On
     with _open(file.url, part, sidecar) as response:
         validator = _validator(response.headers)
         if response.status == http.client.PARTIAL_CONTENT:
-            # Some servers ignore If-Range, and the parts of two files must not come together.
+            # Some servers ignore If-Range, and parts of two different files must not be joined.
             span = rf"bytes {done}-\d+/{whole['total']}"
             if not re.fullmatch(span, response.headers.get("Content-Range", "")) or (
                 validator not in (None, whole["validator"])
@@ -174,7 +179,7 @@ def _attempt(file: RemoteFile, stream: io.FileIO, sidecar: Path, on_progress: On
 
 
 def _remembered(sidecar: Path, url: str) -> dict[str, object]:
-    """Return what the sidecar says of the file that `url` leads to; a missing or damaged one says nothing."""
+    """Return the sidecar's facts about the file at `url`; nothing if the sidecar is missing or damaged."""
     try:
         whole = json.loads(sidecar.read_text())
         if whole["url"] == url:
@@ -202,7 +207,7 @@ def _open(url: str, headers: dict[str, str], sidecar: Path) -> http.client.HTTPR
 
 
 def _blocks(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    """Yield the bytes as they come: `read` would lose those of an unfinished block when the connection breaks."""
+    """Yield the bytes as they arrive: `read` would lose those of an unfinished block if the connection breaks."""
     while True:
         try:
             block = response.read1(BLOCK)
@@ -214,27 +219,27 @@ def _blocks(response: http.client.HTTPResponse) -> Iterator[bytes]:
 
 
 def _write(stream: io.FileIO, block: bytes) -> None:
-    """Write all of a block: an unbuffered file may take less at a time, and says by an error when it is full."""
+    """Write a whole block: an unbuffered file may take less at a time, and raises an error when the disk is full."""
     rest = memoryview(block)
     while rest:
         rest = rest[stream.write(rest) :]
 
 
 def _validator(headers: Message) -> str | None:
-    """Return what If-Range may name: the entity tag, unless it is a weak one, or else the date (RFC 9110, 13.1.5)."""
+    """Return the value for If-Range: the entity tag, unless it is weak, or else the date (RFC 9110, 13.1.5)."""
     tag = headers.get("ETag")
     return tag if tag and not tag.startswith("W/") else headers.get("Last-Modified")
 
 
 def _length(file: RemoteFile, headers: Message) -> int:
-    """Return the length of the whole file in bytes, by the server and, where it is published, checked."""
+    """Return the length of the whole file in bytes, as the server says it; checked if the length is published."""
     stated = headers.get("Content-Length", "")
     total = int(stated) if stated.isdigit() else file.size
     if total is None:
         raise UserError(f"{file.url}: the server does not say how long the file is; try again later, {OTHERWISE}")
     if file.size not in (None, total):
         raise UserError(
-            f"{file.url}: the server offers {total} bytes, but {file.size} are expected; "
-            f"see whether a proxy or a login page answers in its place, {OTHERWISE}"
+            f"{file.url}: the server offers {total} bytes, but {file.size} are expected; see whether a proxy or a "
+            f"login page answers instead, {OTHERWISE}"
         )
     return total

@@ -1,9 +1,9 @@
-"""The default corpus, made on the spot from the standard library of the Python that runs: no download.
+"""The default corpus, made from the standard library of the running Python: no download.
 
 Its text is what `help()` shows (docstrings after their signatures, or else the comment above a definition, and the help
 topics), the other comments, and the messages. The library's `.py` files are parsed, not imported, so one version of
-Python gives the same bytes on every machine. They fall some thousand words short of the minimum on Python 3.10 and
-3.11, so the docstrings of the modules that are part of every CPython interpreter come with them.
+Python gives the same bytes on every machine. On Python 3.10 and 3.11 this text is some thousand words short of the
+minimum, so the docstrings of the modules that are part of every CPython interpreter are added.
 """
 
 import ast
@@ -24,7 +24,7 @@ MINIMUM_WORDS = 400_000
 SPLITS = ("train", "valid", "test")
 
 # Modules, packages and folders that distributions leave out, move or patch (Debian's were compared with the original),
-# that one platform alone has, or that are tests or generated tables.
+# that only one platform has, or that are tests or generated tables.
 EXCLUDED = frozenset(
     "_opcode_metadata _sysconfig ctypes.macholib ctypes.util dbm.gnu dbm.ndbm distutils encodings ensurepip gettext "
     "html.entities idlelib lib2to3 msilib pydoc pydoc_data re._casefix site stringprep sysconfig test tests tkinter "
@@ -33,9 +33,9 @@ EXCLUDED = frozenset(
 # Compiled into every CPython interpreter, with the same docstrings on every platform.
 BUILT_IN = "_collections _functools _io _operator _tracemalloc atexit builtins gc itertools marshal".split()
 
-# Top-level packages and help topics that share text go to one split together, under the name of the first (_x, too,
-# goes with x). Those of the first family are always trained on: the largest packages, of which one alone could be half
-# of a held-out set, and what is like them.
+# Top-level packages and help topics that share text go to one split together, under the name of the first (_x goes with
+# x, too). The first family is always in the training text: the largest packages, one of which could be half of a
+# held-out set, and packages with similar text.
 FAMILIES = (
     "asyncio _collections_abc _compression _io _pydecimal _pyio bdb builtins bz2 cmd collections concurrent email "
     "fractions ftplib genericpath gzip http imaplib importlib logging lzma multiprocessing nntplib ntpath nturl2path "
@@ -47,12 +47,12 @@ FAMILIES = (
     "help:break help:continue help:return",
 )
 FAMILY_OF = {name: family.split()[0] for family in FAMILIES for name in family.split()}
-# This share of the other families goes to each of valid and test. The salt is the first from 0 with which each gets 4.6
-# to 5.4 % of all words on Python 3.10 to 3.13.
+# This share of the other families goes to each of valid and test. The salt is the first number from 0 with which each
+# of them gets 4.6 to 5.4 % of all words on Python 3.10 to 3.13.
 HELD_OUT, SALT = 0.105, 170
 
 # Python's lexical rule: a string or a comment, whichever begins first, hides the other. This finds exactly the comments
-# that `tokenize` finds, in a small part of its time.
+# that `tokenize` finds, in a fraction of the time.
 STRING_OR_COMMENT = re.compile(
     r'"""(?:\\.|[^\\])*?"""|"(?:\\.|[^"\\\n])*"'
     r"|'''(?:\\.|[^\\])*?'''|'(?:\\.|[^'\\\n])*'|#(?P<comment>[^\n]*)",
@@ -65,7 +65,7 @@ TYPOGRAPHY = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–
 ITEM = re.compile(r"(?:[-*+o•]|\(?(?:\d{1,2}|[a-z])[.)]|[:@]\w+:?) +(?=\S)")
 ENTRY = re.compile(r"[\w*.]+(?:\([^()]*\))?(?: +--?|:) +\S")
 
-# Lines that are no prose. A call or signature alone on its line goes before the indented text under it, if any.
+# Lines that are not prose. A call or signature alone on its line is left out before the indented text under it, if any.
 SIGNATURE = re.compile(r"[\w.]+\((?:[^()]|\([^()]*\))*\)(?: ?->[^.]+)?[:,;]?(?: *#.*)?$")
 PROMPT = re.compile(r">>>|\.\.\.(?: |$)|[$%] |\(Pdb\)")
 CODE = re.compile(
@@ -81,7 +81,7 @@ SEPARATOR = re.compile(r"[^A-Za-z]*$")
 TABLE = re.compile(r".*\S {3,}\S.*\S {3,}\S|[|+].*[|+]$|.*\|.*\|.*\|")
 TOOL = re.compile(r".*(?:-\*-|\bvim?:|\bpylint:|\btype: ?ignore|\bnoqa\b|\bfmt: o|\bpragma:)|!|\.\. [\w-]+::", re.I)
 NO_PROSE = (SIGNATURE, CODE, SEPARATOR, TABLE, TOOL)
-# Paragraphs that are no prose, and what their words look like.
+# Paragraphs that are not prose, and the form of words.
 LICENCE = re.compile(
     r"(?i)copyright|\(c\) ?\d|all rights reserved|licen[cs]ed? (?:to|under|agreement)|permission to use|warranty of"
     r"|redistribut|\bliable\b|\bdisclaim"
@@ -99,10 +99,10 @@ MARKUP = (
 
 
 def write_embedded_corpus(folder: Path, on_progress: Callable[[int, int], None] | None = None) -> dict[str, Path]:
-    """Write train.txt, valid.txt and test.txt to `folder`, a paragraph a line, and return their paths by split.
+    """Write train.txt, valid.txt and test.txt to `folder`, one paragraph per line, and return their paths by split.
 
     `on_progress(done, count)` is called after each source file. A text file appears whole or not at all. Raises
-    `UserError` where the library's source is not there, or gives fewer than `MINIMUM_WORDS` words.
+    `UserError` if the library's source is missing, or gives fewer than `MINIMUM_WORDS` words.
     """
     lines: dict[str, list[str]] = {split: [] for split in SPLITS}
     seen: set[str] = set()
@@ -128,7 +128,7 @@ def write_embedded_corpus(folder: Path, on_progress: Callable[[int, int], None] 
 
 
 def split_of(module: str) -> str:
-    """Return the split of a module ("email.header") or help topic ("help:with"): a function of its name alone."""
+    """Return the split of a module ("email.header") or help topic ("help:with"), which depends on its name alone."""
     package = module.partition(".")[0]
     family = FAMILY_OF.get(package, package.lstrip("_"))
     place = int(hashlib.sha256(f"{SALT} {family}".encode()).hexdigest()[:8], 16) / 16**8
@@ -138,7 +138,7 @@ def split_of(module: str) -> str:
 
 
 def paragraphs_of_source(text: str) -> list[str]:
-    """Return the paragraphs of a Python file in its order; of a file that is no Python, those of its comments."""
+    """Return the paragraphs of a Python file in order; if the file is not valid Python, those of its comments."""
     try:
         pieces, undocumented = _strings(ast.parse(text))
     except (SyntaxError, ValueError):
@@ -161,7 +161,7 @@ def paragraphs_of_text(text: str, heading: str = "") -> list[str]:
 
 
 def reads_as_prose(paragraph: str) -> bool:
-    """Say whether a paragraph is mostly of words, and no licence. Names and placeholders hardly count."""
+    """Return whether a paragraph consists mostly of words and is not a licence. Names and placeholders hardly count."""
     words = paragraph.split()
     others = [word for word in words if not WORD.match(word)]
     plain, strange = len(words) - len(others), sum(not NAME.match(word) for word in others)
@@ -170,7 +170,7 @@ def reads_as_prose(paragraph: str) -> bool:
 
 
 def _blocks(text: str) -> Iterator[list[str]]:
-    """Yield the lines of each paragraph; lines that are no prose end one, as empty ones do."""
+    """Yield the lines of each paragraph. Lines that are not prose end a paragraph, as empty lines do."""
     block: list[str] = []
     signatures: list[str] = []
     in_example, literal_below, signature_column, last_column = False, sys.maxsize, 0, 0
@@ -198,13 +198,13 @@ def _blocks(text: str) -> Iterator[list[str]]:
         if signatures and not block and column > signature_column:
             block = [" ".join(signatures).rstrip(":,;") + ":"]
         signatures = []
-        if content.endswith("::"):  # reStructuredText: what is indented more is no text
+        if content.endswith("::"):  # reStructuredText: text with deeper indentation is not prose
             content, literal_below = content[:-1], column
         block.append(content[item.end() :] if item else content)
 
 
 def _comments(text: str) -> list[tuple[int, int, list[str]]]:
-    """Return line, column and lines of each comment; lines under each other, alone on theirs, are one comment."""
+    """Return line, column and lines of each comment. Comment-only lines under each other are one comment."""
     comments: list[tuple[int, int, list[str]]] = []
     line, line_start = 1, 0
     for match in STRING_OR_COMMENT.finditer(text):
@@ -274,7 +274,7 @@ def _paragraphs_by_module(on_progress: Callable[[int, int], None]) -> Iterator[t
 
 
 def source_files(library: Path) -> dict[str, Path]:
-    """Return the path of each module to read, in the order of the modules' names."""
+    """Return the path of each module to read, in the order of module names."""
     files = {}
     for name in sys.stdlib_module_names:  # the same on every platform
         for path in (library / f"{name}.py", *(library / name).rglob("*.py")):

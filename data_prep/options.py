@@ -1,4 +1,4 @@
-"""How text becomes data: the options, and what of them is checked before work starts."""
+"""Options of data preparation, and their checks before work starts."""
 
 import json
 from collections import Counter
@@ -15,15 +15,15 @@ MODEL, DICTIONARY, PROVENANCE = "sentencepiece.model", "dict.txt", "provenance.j
 
 @dataclass(frozen=True)
 class Options:
-    """How text becomes data. Raises `UserError` where a value is out of range.
+    """Options of data preparation. Raises `UserError` if a value is out of range.
 
     Attributes:
-        words: tokens are words, not SentencePiece pieces.
+        words: whether tokens are words instead of SentencePiece pieces.
         vocabulary: pieces of the model, or the largest number of symbols in the dictionary of words (None: no limit).
-        least_count: occurrences that a word needs to be in the dictionary.
+        least_count: the count that a word needs to be in the dictionary.
         like: a folder of prepared data whose model and dictionary are used.
-        seed: of the sample that the model is trained on, where the text is larger than the sample.
-        workers: processes.
+        seed: seed of the sample on which the SentencePiece model is trained, if the text is larger than the sample.
+        workers: number of processes.
     """
 
     words: bool = False
@@ -53,17 +53,17 @@ class Options:
             check_like(self.like, self.words)
 
     def identity(self) -> dict[str, Any]:
-        """Return what makes the data what it is, JSON-ready."""
+        """Return the options that determine the data, JSON-ready."""
         kept = {key: value for key, value in asdict(self).items() if key not in ("workers", "like")}
         return kept | {"like": self.like and sha256_of_file(self.like / DICTIONARY)}
 
 
 def check_like(folder: Path, words: bool) -> None:
-    """Raise `UserError` where the model and the dictionary of a folder cannot serve for other text.
+    """Raise `UserError` if the model and the dictionary of a folder cannot serve for other text.
 
     Args:
-        folder: of data prepared before.
-        words: whether the other text is to be taken by words.
+        folder: a folder of data prepared before.
+        words: whether the other text is cut into words.
     """
     needed = [DICTIONARY, PROVENANCE] + ([] if words else [MODEL])
     if missing := [name for name in needed if not (folder / name).is_file()]:
@@ -76,13 +76,13 @@ def check_like(folder: Path, words: bool) -> None:
     if twice := [symbol for symbol, count in Counter(symbols).items() if count > 1]:
         # fairseq-preprocess reads it, but writes it without the mark, and fairseq-train refuses what it wrote.
         raise UserError(
-            f"--like {folder}: {DICTIONARY} has {twice[0]!r} twice (#fairseq:overwrite), which fairseq-preprocess does "
-            "not keep; give a dictionary with one line a symbol"
+            f"--like {folder}: {DICTIONARY} has {twice[0]!r} twice (#fairseq:overwrite), which fairseq-preprocess "
+            "does not keep; give a dictionary with one line per symbol"
         )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return what a JSON file holds, nothing where it cannot be read."""
+    """Return what a JSON file holds, nothing if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

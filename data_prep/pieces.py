@@ -1,6 +1,6 @@
-"""Lines of text to lines of tokens: SentencePiece pieces, or words; in worker processes, in order.
+"""From lines of text to lines of tokens (SentencePiece pieces or words), in worker processes, in order.
 
-This file imports nothing of `fairseq_hash`: worker processes start in a fraction of a second and stay small.
+This file imports nothing from `fairseq_hash`, so that worker processes start in a fraction of a second and stay small.
 """
 
 import io
@@ -24,10 +24,10 @@ Result = TypeVar("Result")
 
 BATCH_CHARACTERS = 1 << 20
 
-# Words that have a place of their own in fairseq's dictionary. As text they would be padding, or ends of lines.
+# Words that fairseq's dictionary reserves. As text they would be read as padding or ends of lines.
 RESERVED = ("<s>", "<pad>", "</s>")
 UNKNOWN = "<unk>"
-# SentencePiece leaves a line with this character out of its training, without a word.
+# SentencePiece silently leaves lines with this character out of its training.
 LEFT_OUT = "\u2585"
 
 _processor: "sentencepiece.SentencePieceProcessor | None" = None
@@ -35,9 +35,9 @@ _processor: "sentencepiece.SentencePieceProcessor | None" = None
 
 @dataclass(frozen=True)
 class Batch:
-    """Some lines of tokens, and what they add up to. `text` has a space between tokens and ends every line.
+    """Some lines of tokens, and their counts. `text` has a space between tokens and ends every line.
 
-    `reserved`: how many of the tokens are `<unk>` because fairseq's dictionary has their words for itself.
+    `reserved`: number of tokens that are `<unk>` because fairseq's dictionary reserves their words.
     """
 
     text: str
@@ -50,10 +50,10 @@ class Batch:
 
 
 def plain(line: str) -> str:
-    """Return a line with one space wherever it has white space, and none at its ends.
+    """Return a line with one space for any white space, and none at its ends.
 
-    White space is what `str.split` and fairseq take for it. SentencePiece knows less of it: it would join the words at
-    both sides of a vertical tab, and keep U+0085 inside of pieces, which fairseq-preprocess then splits.
+    White space is what `str.split` and fairseq take for it. SentencePiece knows fewer kinds: it would join the words on
+    both sides of a vertical tab, and keep U+0085 inside pieces, which fairseq-preprocess then splits.
     """
     return " ".join(line.split())
 
@@ -61,15 +61,15 @@ def plain(line: str) -> str:
 def train_model(sample: Path, model: Path, vocabulary: int) -> None:
     """Train a byte-pair encoding (Sennrich et al. 2016) on the lines of a file and write it to `model`.
 
-    `vocabulary` is the number of pieces, the 256 bytes that rare characters fall back to among them. The text is
-    normalised as SentencePiece does by default (NFKC; control characters go, runs of spaces become one space).
+    `vocabulary` is the number of pieces, including the 256 bytes to which rare characters fall back. The text is
+    normalised as SentencePiece does by default (NFKC; control characters are removed, runs of spaces become one space).
 
     Raises:
-        RuntimeError: where `vocabulary` does not fit the text.
+        RuntimeError: if `vocabulary` does not fit the text.
     """
     trained = io.BytesIO()
     with sample.open(encoding="utf-8", newline="\n") as lines:
-        # By names of files the model would hold these names, and be another one in another folder.
+        # With file names, the model would contain these names and differ between folders.
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(line.rstrip("\n").replace(LEFT_OUT, " ") for line in lines),
             model_writer=trained,
@@ -77,23 +77,23 @@ def train_model(sample: Path, model: Path, vocabulary: int) -> None:
             vocab_size=vocabulary,
             byte_fallback=True,
             character_coverage=0.9995,
-            max_sentence_length=1 << 30,  # bytes; longer lines would be left out without a word
+            max_sentence_length=1 << 30,  # bytes; longer lines would be left out silently
             minloglevel=2,
         )
     model.write_bytes(trained.getvalue())
 
 
 def model_pieces(model: Path) -> list[str]:
-    """Return the pieces that a model can give, without its control symbols."""
+    """Return the pieces that a model can produce, without its control symbols."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     ids = range(processor.get_piece_size())
     return [processor.id_to_piece(i) for i in ids if not (processor.is_control(i) or processor.is_unknown(i))]
 
 
 def encode(lines: list[str]) -> Batch:
-    """Return lines as pieces, or as words where this process was given no model.
+    """Return lines as pieces, or as words if this process was given no model.
 
-    Words are what white space separates, as fairseq's own `tokenize_line` sees them. `RESERVED` ones become `<unk>`.
+    Words are separated by white space, as in fairseq's own `tokenize_line`. `RESERVED` ones become `<unk>`.
     """
     words = [line.split() for line in lines]
     rows = words if _processor is None else _processor.encode([" ".join(row) for row in words], out_type=str)
@@ -124,7 +124,7 @@ def batches(lines: Iterable[str]) -> Iterator[list[str]]:
 
 @contextmanager
 def workers(count: int, model: "Path | None") -> "Iterator[ProcessPoolExecutor]":
-    """Start `count` processes that encode with a model, or by words where it is None. An error ends them at once."""
+    """Start `count` processes that encode with a model, or by words if it is None. An error ends them at once."""
     context = get_context("spawn")  # a forked copy of a process with threads can hang
     pool = ProcessPoolExecutor(count, context, _start_worker, (model and str(model),))
     others = set(multiprocessing.active_children())
@@ -132,14 +132,16 @@ def workers(count: int, model: "Path | None") -> "Iterator[ProcessPoolExecutor]"
         yield pool
     except BaseException:
         for process in set(multiprocessing.active_children()) - others:
-            process.kill()  # SentencePiece's training would go on for minutes
+            process.kill()  # otherwise SentencePiece's training would continue for minutes
         raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def submit(pool: ProcessPoolExecutor, function: Callable[..., Result], *arguments: object) -> "Future[Result]":
-    """Give a pool some work. Ctrl-C on a terminal goes to every process: the pool's, which inherit this mask, wait."""
+    """Give a pool some work. Ctrl-C on a terminal goes to every process; the pool's processes inherit this mask and
+    ignore it.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return pool.submit(function, *arguments)
@@ -148,7 +150,7 @@ def submit(pool: ProcessPoolExecutor, function: Callable[..., Result], *argument
 
 
 def _start_worker(model: "str | None") -> None:
-    # A worker whose parent was killed would wait for work for ever.
+    # A worker whose parent was killed would wait for work forever.
     threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
     _load_model(model)
 
@@ -164,7 +166,9 @@ def _load_model(model: "str | None") -> None:
 
 
 def encode_in_order(lines: Iterable[str], pool: ProcessPoolExecutor, count: int) -> Iterator[Batch]:
-    """Encode lines in a pool of `count` processes; batches come in the lines' order, and only a few wait at a time."""
+    """Encode lines in a pool of `count` processes. Batches come in the order of the lines, and only a few are in memory
+    at a time.
+    """
     waiting: deque[Future[Batch]] = deque()
     for batch in batches(lines):
         waiting.append(submit(pool, encode, batch))

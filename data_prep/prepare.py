@@ -1,7 +1,7 @@
-"""The preparation, step by step: text, model, tokens, dictionary, binarized data, and where it all comes from.
+"""The preparation, step by step: text, model, tokens, dictionary, binarized data, provenance.
 
-Everything is made in `OUT.partial` and renamed to `OUT` at the end. What is done is written down after every step, so
-that the same call goes on where an earlier one was stopped.
+Everything is made in `OUT.partial`, which is renamed to `OUT` at the end. The state is saved after every step, so that
+the same call continues a stopped one.
 """
 
 import json
@@ -32,16 +32,16 @@ from .text import read_lines
 from .verify import check_counts
 
 STATE = "state.json"
-SAMPLE_BYTES = 100 << 20  # of text the SentencePiece model is trained on; its training holds them in memory
-BYTES_A_WORKER = 16 << 20  # starting a process pays from there on
+SAMPLE_BYTES = 100 << 20  # bytes of text on which the SentencePiece model is trained; its training holds them in memory
+BYTES_A_WORKER = 16 << 20  # from this size on, starting a process pays
 MODEL_WORK, PIECES_WORK, BINARIZE_WORK = 10.0, 40.0, 40.0
 
 
 def prepare(source: Source, out: Path, options: Options, display_for: Callable[[float], Display] = Display) -> bool:
-    """Prepare a corpus in the folder `out`; return False where it was done before, by the same options.
+    """Prepare a corpus in the folder `out`. Return False if it was prepared before with the same options.
 
     Raises:
-        UserError: where the text cannot be used, `out` holds something else, or a step fails.
+        UserError: if the text cannot be used, `out` holds something else, or a step fails.
     """
     place = _place(out)
     identity = {**source.identity(), **options.identity()}
@@ -63,32 +63,32 @@ def prepare(source: Source, out: Path, options: Options, display_for: Callable[[
 
 
 def _place(out: Path) -> Path:
-    """Return the folder that `out` names, links followed. Raises `UserError` where no folder can get that name."""
+    """Return the folder that `out` names, with links followed. Raises `UserError` if no folder can get that name."""
     if out.is_symlink() and not out.exists():
-        raise UserError(f"--out {out} is a link to what does not exist; make that folder, or give another")
+        raise UserError(f"--out {out} is a link to a folder that does not exist; make that folder, or give another")
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; give a folder that is not there yet")
+        raise UserError(f"--out {out} is a file; give a folder that does not exist yet")
     place = out.resolve()
     if place == Path.cwd() or os.path.ismount(place):
-        what = "where you are" if place == Path.cwd() else "where a file system begins"
+        what = "where you are" if place == Path.cwd() else "the root of a file system"
         raise UserError(f"--out {out} is {what}, and cannot be replaced; give a folder in it: --out {out / 'data'}")
     return place
 
 
 class Preparation:
-    """The steps of one preparation, in its folder `work`. `state` holds what they found, and is saved after each."""
+    """The steps of one preparation, in its folder `work`. `state` holds their results, and is saved after each step."""
 
     def __init__(self, source: Source, work: Path, options: Options, identity: dict[str, Any]) -> None:
         self.source, self.work, self.options, self.identity = source, work, options, identity
         self.state = read_json(work / STATE)
         if self.state.get("identity") != identity:
-            # Of another preparation, or stopped before its first step was done.
+            # The state of another preparation, or of one that was stopped during its first step.
             for path in work.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             self.state = {"identity": identity, "parts": []}
 
     def run(self, display: Display) -> None:
-        """Do what is not done yet."""
+        """Do the steps that are not done yet."""
         self.files = self.source.fetch(self.work / "text", display)
         self.bytes = {split: sum(path.stat().st_size for path in paths) for split, paths in self.files.items()}
         self._step("model", MODEL_WORK, display, self._make_model)
@@ -120,7 +120,7 @@ class Preparation:
         size = self.options.vocabulary or 8000
         display.advance(0.5, f"training {size:,} pieces on {taken / 1e6:,.1f} MB")
         try:
-            # In a process of its own: its memory is given back.
+            # In a process of its own, so that its memory is given back.
             with pieces.workers(1, None) as pool:
                 pieces.submit(pool, pieces.train_model, sample, self.work / MODEL, size).result()
         except (RuntimeError, OSError) as error:
@@ -130,9 +130,9 @@ class Preparation:
         return f"{size:,} pieces, trained on {taken / 1e6:,.1f} MB"
 
     def _write_sample(self, path: Path, display: Display) -> int:
-        """Write lines for the training of the model, all of them where they are few; return their bytes."""
+        """Write lines for the training of the model (all lines if they are few); return their bytes."""
         total = self.bytes["train"]
-        # Of a compressed file the size is not known before it is read; 8 is more than text compresses to as a rule.
+        # The size of a compressed text is not known before it is read; a factor of 8 is more than usual for text.
         size = sum(f.stat().st_size * (1 if f.suffix not in (".xz", ".gz", ".bz2") else 8) for f in self.files["train"])
         share = min(1.0, SAMPLE_BYTES / size)
         generator = random.Random(self.options.seed)
@@ -203,7 +203,8 @@ class Preparation:
         parts = max(len(totals["chunks"]) for totals in splits.values())
         missing = [part for part in range(parts) if part not in self.state["parts"]]
         display.advance(1 - len(missing) / parts, f"part {parts - len(missing) + 1} of {parts}")
-        # One process a part: with workers of its own fairseq-preprocess would wait for them before it does its share.
+        # One process per part: with several workers, fairseq-preprocess would wait for them before it does its own
+        # share.
         with ThreadPoolExecutor(min(self.options.workers, parts)) as pool:
             running: list[subprocess.Popen[bytes]] = []
             calls = {pool.submit(self._binarize_part, part, splits, running): part for part in missing}

@@ -1,4 +1,4 @@
-"""Where text comes from: given files, Python's own documentation, or a public corpus."""
+"""Sources of text: given files, Python's own documentation, or a public corpus."""
 
 import platform
 from dataclasses import dataclass
@@ -17,29 +17,29 @@ TEXT_WORK = 10.0
 
 
 class Source(Protocol):
-    """A corpus: `identity` tells it from others (JSON-ready), `fetch` brings its files by split.
+    """A corpus. `identity` tells it from others (JSON-ready); `fetch` returns its files by split.
 
-    `expected_tokens`: the published numbers of tokens by split, words and an end of each line; None without any.
+    `expected_tokens`: the published numbers of tokens by split (words and line ends); None if there are none.
     """
 
     expected_tokens: "dict[str, int] | None"
 
     def identity(self) -> dict[str, Any]:
-        """Return what makes this text what it is."""
+        """Return the facts that identify this text."""
 
     def fetch(self, folder: Path, display: Display) -> dict[str, list[Path]]:
-        """Return the files of every split; what must be written first is written to `folder`."""
+        """Return the files of every split. Files that must be written first go to `folder`."""
 
 
 @dataclass(frozen=True)
 class GivenText:
-    """Text files of the user's."""
+    """The user's text files."""
 
     files: dict[str, list[Path]]
     expected_tokens = None
 
     def identity(self) -> dict[str, Any]:
-        """Return the files' SHA-256, by split. Raises `UserError` where a file is missing or empty."""
+        """Return the files' SHA-256, by split. Raises `UserError` if a file is missing or empty."""
         for paths in self.files.values():
             check_files(paths)
         return {
@@ -54,7 +54,7 @@ class GivenText:
 
 @dataclass(frozen=True)
 class EmbeddedText:
-    """The documentation that Python itself brings."""
+    """The documentation that comes with Python."""
 
     expected_tokens = None
 
@@ -82,11 +82,11 @@ class PublicText:
 
     @property
     def expected_tokens(self) -> "dict[str, int] | None":
-        """The published numbers, where the text is taken by words."""
+        """The published numbers, if the text is cut into words."""
         return self.corpus.expected_tokens if self.words else None
 
     def identity(self) -> dict[str, Any]:
-        """Return the corpus and how much of it; the size and date of a local copy."""
+        """Return the corpus, how much of it is used, and the size and date of a local copy."""
         if self.local and not self.local.exists():
             raise UserError(f"--local {self.local} does not exist; give {self.corpus.archive} or its unpacked files")
         local = None
@@ -96,12 +96,12 @@ class PublicText:
         return {"corpus": self.corpus.name, "local": local, "max_bytes": self.max_bytes}
 
     def fetch(self, folder: Path, display: Display) -> dict[str, list[Path]]:
-        """Download what is not there, and unpack it."""
+        """Download the archive if it is missing, and unpack it."""
         display.begin(f"text of {self.corpus.name}", TEXT_WORK)
 
         def show(phase: str, done: int, total: "int | None") -> None:
             of_total = f" of {total / 1e6:,.0f}" if total else ""
-            # A download of unknown size moves no bar.
+            # A download of unknown size does not move the bar.
             display.advance(done / total if total else 0.0, f"{phase}: {done / 1e6:,.0f}{of_total} MB")
 
         paths = fetch_text(self.corpus, self.downloads / self.corpus.name, self.local, self.max_bytes, show)

@@ -1,4 +1,4 @@
-"""Text as it comes: plain or compressed files, line by line, checked."""
+"""Reads text from plain or compressed files, line by line, with checks."""
 
 import bz2
 import gzip
@@ -12,7 +12,7 @@ from typing import BinaryIO
 from fairseq_hash.core.errors import UserError
 
 OPENERS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
-LONGEST_LINE = 1 << 24  # bytes; a line is held in memory, and training samples are much shorter
+LONGEST_LINE = 1 << 24  # bytes; a line is held in memory, and real training lines are much shorter
 
 
 def check_files(files: Sequence[Path]) -> None:
@@ -25,13 +25,13 @@ def check_files(files: Sequence[Path]) -> None:
 
 
 def read_lines(files: Sequence[Path], on_bytes: Callable[[int], None]) -> Iterator[str]:
-    """Yield the lines of UTF-8 files, one after another, without their line ends; blank lines too.
+    """Yield the lines of UTF-8 files, one after another, without their line ends, including blank lines.
 
-    `on_bytes` is told now and then how many bytes of the files, as they lie on the disk, are read. Memory does not
-    depend on the size of the files.
+    `on_bytes` is called now and then with the number of bytes read from the files on disk. Memory does not depend on
+    the size of the files.
 
     Raises:
-        UserError: where a file is damaged, is not UTF-8, has a line of more than 16 MiB, or where no line has text.
+        UserError: if a file is damaged, is not UTF-8, has a line of more than 16 MiB, or if no line has text.
     """
     before = 0
     blank = True

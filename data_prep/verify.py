@@ -1,4 +1,4 @@
-"""Whether binarized data is what was written: no token may be lost, or become another one, on the way."""
+"""Checks binarized data against what was written: no token may be lost or changed on the way."""
 
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,13 @@ from .binarize import count_symbols
 
 
 def check_counts(data: Path, dictionary: Path, totals: dict[str, Any], counted: bool) -> None:
-    """Compare binarized data (a path without suffix) with what a split was written as.
+    """Compare binarized data (a path without suffix) with the counts of the written split.
 
     Args:
         data: `DATA.idx` and `DATA.bin`.
         dictionary: the dict.txt of the data.
-        totals: lines, tokens (without ends of lines) and unknown tokens that were written.
-        counted: the dictionary's counts are those of this very text.
+        totals: numbers of lines, tokens (without line ends) and unknown tokens that were written.
+        counted: whether the dictionary's counts are those of this text.
 
     Raises:
         UserError: for the first number that differs.
@@ -39,6 +39,6 @@ def check_counts(data: Path, dictionary: Path, totals: dict[str, Any], counted: 
     for what, (found, written) in compared.items():
         if found != written:
             raise UserError(
-                f"{data.name} has {found:,} {what} where {written:,} were written: fairseq-preprocess saw the text in "
-                f"another way; delete {data.parent} and run again, and report it if it stays so"
+                f"{data.name} has {found:,} {what}, but {written:,} were written: fairseq-preprocess split the text "
+                f"differently; delete {data.parent} and run again, and report it if this happens again"
             )

@@ -1,7 +1,7 @@
 # The set-up that the scripts share. A script sources it as its first step:
 #     . "$(dirname "$0")/setup.sh"
-# It makes or repairs the environment in .venv where needed (scripts/setup_env.py), then leaves PROJECT_ROOT and
-# VENV_PYTHON; where the set-up fails it ends the script. What can be set: docs/install.md.
+# It creates the environment in .venv, or creates it anew, if needed (scripts/setup_env.py). Then it sets PROJECT_ROOT and
+# VENV_PYTHON. If the set-up fails, it ends the script. docs/install.md lists the variables that you can set.
 PROJECT_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P) || exit 1
 VENV_PYTHON=$PROJECT_ROOT/.venv/bin/python
 
@@ -14,7 +14,7 @@ find_python() {
         echo "setup: PYTHON=$PYTHON is not a Python 3.10 to 3.13 that runs; set it to one, or unset it" >&2
         return 1
     fi
-    # Each is run, not only looked up: a version manager's stub is on PATH even where it has no such Python.
+    # Run each one, not only look it up: a version manager's stub is on PATH even if it has no such Python.
     for candidate in python3 python3.11 python3.12 python3.13 python3.10; do
         is_supported "$candidate" && echo "$candidate" && return
     done
@@ -27,6 +27,6 @@ if ! mkdir -p "$PROJECT_ROOT/.venv" || ! : >>"$PROJECT_ROOT/.venv/in-use"; then
     echo "setup: cannot write to $PROJECT_ROOT/.venv; make it a folder that you can write to, or delete it" >&2
     exit 1
 fi
-# The open file carries a lock for as long as the script and what it starts run: no other set-up replaces .venv then.
+# The open file holds a lock as long as the script or a process that it started runs, so no other set-up replaces .venv.
 exec 9>>"$PROJECT_ROOT/.venv/in-use"
 "$base_python" "$PROJECT_ROOT/scripts/setup_env.py" --in-use 9 || exit 1

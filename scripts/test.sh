@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up .venv where needed, then lint and test. Arguments go to pytest: bash scripts/test.sh -k router
+# Set up .venv if needed, then lint and test. Arguments go to pytest: bash scripts/test.sh -k router
 . "$(dirname "$0")/setup.sh"
 cd "$PROJECT_ROOT" || exit 1
 

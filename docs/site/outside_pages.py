@@ -1,4 +1,4 @@
-"""mkdocs hook: pages that lie outside docs/ in the repository (README, benchmarks, CHANGELOG), and links to files."""
+"""mkdocs hook: pages that lie outside docs/ in the repository (README, CHANGELOG, ...), and links to files."""
 
 import os
 import posixpath
@@ -15,7 +15,8 @@ LINK = re.compile(r"(!?\[[^\]]*\]\()([^)#\s:]+)(#[^)\s]*)?(\))")
 
 def sources() -> dict[str, str]:
     """Return the path in the site of each page outside docs/, by its path in the repository."""
-    pages = {"README.md": "index.md", "CHANGELOG.md": "CHANGELOG.md", "benchmarks/README.md": "benchmarks/README.md"}
+    pages = {"README.md": "index.md"}
+    pages |= {page: page for page in ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md")}
     results = sorted((ROOT / "benchmarks" / "results").glob("*.md"))
     return pages | {f"benchmarks/results/{path.name}": f"benchmarks/results/{path.name}" for path in results}
 

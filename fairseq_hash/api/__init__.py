@@ -2,7 +2,7 @@
 
 from fairseq_hash import register
 
-register()  # before anything below imports fairseq: without its noise
+register()  # before anything below imports fairseq, to suppress its messages
 
 from fairseq_hash.api.language_model import LanguageModel  # noqa: E402
 from fairseq_hash.api.loading import load  # noqa: E402

@@ -1,4 +1,4 @@
-"""A trained language model to look at: logits, probabilities, routes, hash tables, samples."""
+"""A trained language model for inspection: logits, probabilities, routes, hash tables, samples."""
 
 import logging
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ Text = str | Tensor | Sequence[int]
 
 
 class LanguageModel:
-    """A language model for inference; `load` makes one.
+    """A language model for inference; `load` returns one.
 
-    A text of L tokens is read behind a start symbol, as in `fairseq-eval-lm`: what is "read" are L + 1 tokens, of which
-    the one at position i predicts the one at position i + 1. A line's end is the token `</s>`.
+    A text of L tokens is read after a start symbol, as in `fairseq-eval-lm`. So the model reads L + 1 tokens, and the
+    token at position i predicts the token at position i + 1. The end of a line is the token `</s>`.
 
-    Every method takes a text, or the int64 ids `[L]` that `tokenize` makes of one, and raises `UserError` with one line
-    for a text without tokens, of more than `max_tokens`, or with ids that the dictionary does not have.
+    Every method takes a text, or its int64 token ids `[L]` from `tokenize`. It raises `UserError` with one line if the
+    text has no tokens, has more than `max_tokens`, or has ids that the dictionary lacks.
 
     Attributes:
         model: fairseq's model, in evaluation mode, fp32, without gradients.
@@ -46,19 +46,19 @@ class LanguageModel:
         configuration: Any,
         tokenizer: "Words | Pieces | None",
     ) -> None:
-        """Take what `load` has loaded; `tokenizer` is None where only token ids can be given."""
+        """Take the loaded parts. `tokenizer` is None if only token ids can be given."""
         self.model, self.task, self.configuration = model, task, configuration
         self.dictionary: Dictionary = task.source_dictionary
         self._tokenizer = tokenizer
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return next(self.model.parameters()).device
 
     @property
     def max_tokens(self) -> int:
-        """The most tokens of a text that the model can read at once."""
+        """The largest number of tokens in a text that the model can read at once."""
         return self.model.max_positions() - 1
 
     @property
@@ -70,23 +70,23 @@ class LanguageModel:
     def tables(self) -> dict[int, pd.DataFrame]:
         """The hash table of each hash layer, by the number of its decoder layer.
 
-        Columns: `row` (int), `token` (str; missing where the rows are not tokens, as with `--hash-feature bigram`),
+        Columns: `row` (int), `token` (str; missing if the rows are not tokens, as with `--hash-feature bigram`),
         `choice` (int: which of the token's K experts, or of MultiHash's segments), `expert` (int).
         """
         return hash_tables(self.model, self.dictionary)
 
     def tokenize(self, text: str) -> Tensor:
-        """Return the token ids of a text, int64 `[L]`, on the CPU; between two lines stands `</s>`.
+        """Return the token ids of a text, int64 `[L]`, on the CPU, with `</s>` between two lines.
 
-        A warning is logged where the dictionary lacks words; they are `<unk>`.
+        If the dictionary lacks words, they become `<unk>`, and a warning is logged.
 
         Raises:
-            UserError: where the dictionary's symbols are pieces and there is no SentencePiece model.
+            UserError: if the dictionary's symbols are pieces and there is no SentencePiece model.
         """
         if self._tokenizer is None:
             raise UserError(
                 "the dictionary has pieces of words, and there is no sentencepiece.model beside it; give the "
-                "SentencePiece model that the data was prepared with, or token ids"
+                "SentencePiece model with which the data was prepared, or token ids"
             )
         symbols: list[str] = []
         for number, line in enumerate(text.split("\n")):
@@ -102,7 +102,7 @@ class LanguageModel:
         return torch.tensor([self.dictionary.index(symbol) for symbol in symbols], dtype=torch.int64)
 
     def detokenize(self, tokens: "Tensor | Sequence[int]") -> str:
-        """Return token ids `[L]` as a text, the opposite of `tokenize` up to white space."""
+        """Return token ids `[L]` as a text: the inverse of `tokenize`, up to white space."""
         tokenizer = self._tokenizer or Words()
         lines: list[list[str]] = [[]]
         for token in map(int, tokens):
@@ -113,7 +113,7 @@ class LanguageModel:
         return "\n".join(tokenizer.decode(line) for line in lines)
 
     def read(self, text: Text) -> Tensor:
-        """Return what the model reads of a text: int64 `[1, L + 1]`, the start symbol first, on the model's device."""
+        """Return the tokens that the model reads: int64 `[1, L + 1]`, the start symbol first, on the model's device."""
         tokens = self.tokenize(text) if isinstance(text, str) else torch.as_tensor(text)
         if tokens.dim() != 1 or not len(tokens):
             what = "the text has no token" if tokens.dim() == 1 else f"token ids of shape {tuple(tokens.shape)}"
@@ -122,13 +122,14 @@ class LanguageModel:
             raise UserError(f"the token ids are not all integers from 0 to {len(self.dictionary) - 1}; see tokenize")
         if len(tokens) > self.max_tokens:
             raise UserError(
-                f"the text has {len(tokens):,} tokens, the model reads {self.max_tokens:,} at once; give less"
+                f"the text has {len(tokens):,} tokens, but the model reads {self.max_tokens:,} at once; give a "
+                "shorter text"
             )
         return torch.cat([torch.tensor([self.start]), tokens.cpu().long()]).unsqueeze(0).to(self.device)
 
     @property
     def start(self) -> int:
-        """The id of the symbol that every text is read behind."""
+        """The id of the start symbol, which precedes every text."""
         has_begin = getattr(self.task.args, "add_bos_token", False)
         return self.dictionary.bos() if has_begin else self.dictionary.eos()
 
@@ -136,10 +137,10 @@ class LanguageModel:
     def logits(self, text: Text) -> Tensor:
         """Return the logits of each next token: fp32 `[L + 1, V]`, on the model's device.
 
-        Row i is of the token at position i + 1: the first row predicts the first token, the last row what follows.
+        Row i predicts the token at position i + 1: the first row the first token, the last row what follows the text.
 
         Raises:
-            UserError: for a model with an adaptive softmax, which has none.
+            UserError: for a model with an adaptive softmax, which has no logits.
         """
         if getattr(self.model.decoder, "adaptive_softmax", None) is not None:
             raise UserError("a model with an adaptive softmax has no logits; use log_probabilities")
@@ -147,16 +148,16 @@ class LanguageModel:
 
     @torch.no_grad()
     def log_probabilities(self, text: Text) -> Tensor:
-        """Return the log-probabilities of each next token, in nats: fp32 `[L + 1, V]`, rows as those of `logits`."""
+        """Return the log-probabilities of each next token, in nats: fp32 `[L + 1, V]`, rows as in `logits`."""
         output = self.model(self.read(text))
         return self.model.get_normalized_probs(output, log_probs=True)[0].float()
 
     def next_token_probabilities(self, text: Text, top: int = 10) -> pd.DataFrame:
-        """Return the most probable tokens to follow a text, most probable first.
+        """Return the most probable next tokens after a text, most probable first.
 
         Args:
-            text: what is before.
-            top: how many, 1 to V.
+            text: the text before the next token.
+            top: number of tokens, 1 to V.
 
         Returns:
             Columns `token` (str), `id` (int) and `probability` (float).
@@ -178,33 +179,32 @@ class LanguageModel:
         Returns:
             One row for each position, sparse layer and expert of the token. Columns: `position` (int; 0 is the start
             symbol), `token` (str), `layer` (int, of the decoder, from 0), `router` (str), `choice` (int: which of the
-            token's K experts, or of MultiHash's segments), `expert` (int), `weight` (float, what the expert's output is
-            scaled by) and `dropped` (bool: the expert was over its capacity, and did not serve it). No rows for a dense
-            model.
+            token's K experts, or of MultiHash's segments), `expert` (int), `weight` (float, the factor on the expert's
+            output) and `dropped` (bool: the expert was full and did not serve the token). No rows for a dense model.
         """
         return route(self.model, self.read(text), self.dictionary)
 
     def routes_read(self, read: Tensor, position: int = 0) -> pd.DataFrame:
-        """Return `routes` of a block of a longer text: token ids `[L]` as they are read, without a start symbol.
+        """Return `routes` of a block of a longer text: token ids `[L]`, without an added start symbol.
 
         Args:
             read: int64 `[L]`, 1 to `max_tokens` + 1 ids.
-            position: of the first one in the text.
+            position: of the block's first token in the text.
         """
         table = route(self.model, read.unsqueeze(0).to(self.device), self.dictionary)
         table["position"] += position
         return table
 
     def sample(self, text: "Text | None" = None, sampling: "Sampling | None" = None, **options: Any) -> list[Sample]:
-        """Go on from a text, or from the start of a line, by fairseq's generator.
+        """Continue a text, or begin a line, by fairseq's generator.
 
         Args:
-            text: one line; None begins a line.
-            sampling: how, or the fields of `Sampling` by name: `length`, `number`, `temperature`, `top_k`, `top_p`,
-                `beam`, `seed`.
+            text: one line; None begins a new line.
+            sampling: the options, which can also be given by name as fields of `Sampling`: `length`, `number`,
+                `temperature`, `top_k`, `top_p`, `beam`, `seed`.
 
         Returns:
-            Samples, by descending probability; each ends at its length or at a line's end.
+            Samples, by descending probability. Each ends at the given length or at the end of the line.
 
         Raises:
             UserError: for options out of range or that do not go together, a text of several lines, and

@@ -1,4 +1,4 @@
-"""Load a checkpoint to look at it: dictionary, tokenizer, model with all its experts."""
+"""Load a checkpoint for inspection: dictionary, tokenizer, and the model with all its experts."""
 
 import logging
 import os
@@ -30,29 +30,31 @@ def load(
     map_experts: bool = False,
     hash_predictor: "PathLike | None" = None,
 ) -> LanguageModel:
-    """Load a language model for inference, in fp32, with all its experts; no code from the checkpoint is run.
+    """Load a language model for inference, in fp32, with all its experts. No code from the checkpoint is run.
 
     Args:
-        path: the checkpoint: the main file of one with experts in shards, or a plain one; of this package's models or
-            of fairseq's own language models.
-        data: folder with the model's `dict.txt`. Left out, it is the training's data folder, and where that is gone,
-            the checkpoint's own folder.
-        sentencepiece: the SentencePiece model. Left out, it is `sentencepiece.model` beside `dict.txt`; where there is
-            none, tokens are words.
+        path: a checkpoint of this package's models or of fairseq's own language models: the main file if the experts
+            are in shards, or a plain file.
+        data: folder with the model's `dict.txt`. Default: the training's data folder or, if that is gone, the
+            checkpoint's own folder.
+        sentencepiece: the SentencePiece model. Default: `sentencepiece.model` beside `dict.txt`; if there is none,
+            tokens are words.
         device: cpu, cuda or cuda:N.
         map_experts: leave the experts in the checkpoint's files, for models that do not fit into memory.
-        hash_predictor: for `--hash-feature predicted`, the predicting model, where it is no longer where it was.
+        hash_predictor: for `--hash-feature predicted`, the new path of the predicting model, if it was moved.
 
     Returns:
         The model, ready to use.
 
     Raises:
-        UserError: with one line, where a file is missing, damaged, of another model or of another dictionary.
+        UserError: with one line, if a file is missing or damaged, or belongs to another model or dictionary.
     """
     path = Path(path)
     device = check_device(device)
     if sentencepiece is not None and not Path(sentencepiece).is_file():
-        raise UserError(f"sentencepiece {sentencepiece} does not exist; give the model that the data was prepared with")
+        raise UserError(
+            f"sentencepiece {sentencepiece} does not exist; give the model with which the data was prepared"
+        )
     try:
         with _quiet(), loading_weights_only():
             task_options = task_of(read_checkpoint(path, is_checked=False), path)
@@ -61,12 +63,12 @@ def load(
             changed = {"map_experts": map_experts or None, "hash_predictor": hash_predictor and str(hash_predictor)}
             _change(state["cfg"], folder, {name: value for name, value in changed.items() if value is not None}, path)
             (model,), configuration, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], state=state)
-    except SystemExit as error:  # the one line of what fairseq calls
+    except SystemExit as error:  # the error line of a function that fairseq calls
         raise UserError(str(error).removeprefix("fairseq_hash: ")) from error
     except RuntimeError as error:
         raise UserError(f"{path} does not fit the model of its own options: {one_line(error)}") from error
     except KeyError as error:
-        raise UserError(f"{path} is no checkpoint of fairseq-train: it lacks {error}") from error
+        raise UserError(f"{path} is not a checkpoint of fairseq-train: it lacks {error}") from error
     if not isinstance(model, FairseqLanguageModel) or not isinstance(task, LanguageModelingTask):
         raise UserError(f"{path} is a {type(model).__name__}, no language model; give a checkpoint of one")
     given = Path(sentencepiece) if sentencepiece is not None else None
@@ -76,7 +78,7 @@ def load(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave out what fairseq and the model tell of themselves: whoever looks at a model has asked something else."""
+    """Suppress the messages of fairseq and the model, which nobody who inspects a model has asked for."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.INFO))
     try:
@@ -86,7 +88,7 @@ def _quiet() -> Iterator[None]:
 
 
 def check_device(device: "str | torch.device") -> torch.device:
-    """Return a device. Raises `UserError` where it is none, or not there."""
+    """Return a device. Raises `UserError` if it is unknown or does not exist."""
     try:
         known = torch.device(device)
     except RuntimeError:
@@ -99,7 +101,7 @@ def check_device(device: "str | torch.device") -> torch.device:
 
 
 def task_of(state: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
-    """Return the task's options of a checkpoint. Raises `UserError` where it is no language model's."""
+    """Return the task's options of a checkpoint. Raises `UserError` if it is not of a language model."""
     if state.get("cfg") is None:
         raise UserError(f"{path} does not say how its model was made (no cfg); give a checkpoint of fairseq-train")
     options = state["cfg"].get("task") or {}
@@ -113,11 +115,11 @@ def dictionary_folder(path: Path, trained_on: "str | None", given: "PathLike | N
 
     Args:
         path: the checkpoint.
-        trained_on: the data of its training, perhaps several folders, of which fairseq reads the first one's.
-        given: what the user gives instead.
+        trained_on: the data of its training, perhaps several folders; fairseq reads the dictionary of the first one.
+        given: a folder that the user gives instead.
 
     Raises:
-        UserError: where there is no dictionary.
+        UserError: if there is no dictionary.
     """
     if given is not None:
         folders = [Path(given)]
@@ -131,7 +133,7 @@ def dictionary_folder(path: Path, trained_on: "str | None", given: "PathLike | N
 
 
 def _change(configuration: Any, folder: Path, changed: Mapping[str, Any], path: Path) -> None:
-    """Set the data's folder and options of the model. Raises `UserError` where it has no experts to set options of."""
+    """Set the data folder and options of the model. Raises `UserError` for options of a model without experts."""
     if changed and configuration.model.get("router") in (None, "", "none"):
         raise UserError(f"{path} has no experts of this package; leave out {' and '.join(changed)}")
     with open_dict(configuration):

@@ -1,7 +1,7 @@
-"""A text whose tokens show their experts: coloured for terminals, and as a page of HTML.
+"""A text whose tokens show their experts: in colour on terminals, and as an HTML page.
 
-Colour is never the only carrier: each token has the numbers of its experts beside it. Colours repeat where there are
-many experts.
+Colour never carries information alone: each token has the numbers of its experts beside it. With many experts, colours
+repeat.
 """
 
 import colorsys
@@ -15,8 +15,8 @@ import pandas as pd
 
 from fairseq_hash.hashing.words import BEGIN
 
-INK = "#1c2024"  # on every expert's colour
-GOLDEN = 0.618033988749895  # neighbours in number are far apart in hue
+INK = "#1c2024"  # text on every expert's colour
+GOLDEN = 0.618033988749895  # experts with neighbouring numbers get distant hues
 
 STYLE = """
 :root { --paper: #ffffff; --ink: #1c2024; --soft: #5b6570; --line: #d5d9de }
@@ -47,8 +47,8 @@ class Token:
         symbol: of the dictionary.
         experts: its experts, in the order of their choices.
         weights: of their outputs.
-        given: whether it is of the text that the model was given.
-        dropped: whether its experts were over their capacity.
+        given: whether the token belongs to the given text.
+        dropped: whether its experts were full.
     """
 
     symbol: str
@@ -59,7 +59,7 @@ class Token:
 
     @property
     def word(self) -> str:
-        """The symbol without SentencePiece's mark of a word's beginning, which is shown where it stands alone."""
+        """The symbol without SentencePiece's mark of a word's beginning; a mark alone is shown."""
         return self.symbol.replace(BEGIN, " ").strip() or "␣"
 
     @property
@@ -69,7 +69,7 @@ class Token:
 
     @property
     def main(self) -> int:
-        """The expert that weighs most, which gives the colour."""
+        """The expert with the largest weight, which gives the colour."""
         return self.experts[max(range(len(self.weights)), key=self.weights.__getitem__)]
 
     @property
@@ -88,7 +88,7 @@ def color(expert: int) -> str:
 
 
 def by_layer(routes: pd.DataFrame, given: int) -> Iterator[tuple[int, str, list[Token]]]:
-    """Yield number, router and tokens of each sparse layer; the first `given` tokens behind the start are the user's.
+    """Yield number, router and tokens of each sparse layer. The first `given` tokens after the start are the user's.
 
     The start symbol is left out.
     """
@@ -102,7 +102,7 @@ def by_layer(routes: pd.DataFrame, given: int) -> Iterator[tuple[int, str, list[
 
 
 def spaced(tokens: Sequence[Token]) -> Iterator[tuple[str, Token]]:
-    """Yield each token behind the space that stands before it: pieces of a word follow each other without one."""
+    """Yield each token with the space before it. There is no space between the pieces of a word."""
     are_pieces = any(token.symbol.startswith(BEGIN) for token in tokens)
     for place, token in enumerate(tokens):
         begins = not are_pieces or token.symbol.startswith(BEGIN)
@@ -110,7 +110,7 @@ def spaced(tokens: Sequence[Token]) -> Iterator[tuple[str, Token]]:
 
 
 def print_text(console: Any, tokens: Sequence[Token]) -> None:
-    """Print tokens, each on its expert's colour with the expert's number behind it; what was given is underlined."""
+    """Print tokens on their expert's colour, followed by the expert's number. The given text is underlined."""
     from rich.text import Text
 
     line = Text()
@@ -122,11 +122,11 @@ def print_text(console: Any, tokens: Sequence[Token]) -> None:
 
 
 def page(title: str, subtitle: str, samples: Sequence[tuple[pd.DataFrame, int]]) -> str:
-    """Return a self-contained page of samples: of each its routes, and how many of its tokens were given."""
+    """Return a self-contained page of samples. Each sample has its routes and the number of given tokens."""
     body = [f"<h1>{escape(title)}</h1>", f'<p class="soft">{escape(subtitle)}</p>']
     body.append(
-        "<p>Each token stands on the colour of its expert (of the heaviest, where there are "
-        "several), with their numbers behind it. What the model was given is underlined.</p>"
+        "<p>Each token has the colour of its expert (if there are several, of the one with the largest weight), "
+        "followed by their numbers. The given text is underlined.</p>"
     )
     for number, (routes, given) in enumerate(samples, 1):
         body.append(f"<section><h2>Sample {number}</h2>")

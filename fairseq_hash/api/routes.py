@@ -20,16 +20,16 @@ Decision = tuple[RoutingContext, Assignment, DispatchPlan]
 
 
 def sparse_layers(model: nn.Module) -> list[tuple[Place, SparseLayer]]:
-    """Return the sparse layers of a model and where they stand, in their order; none of a dense model."""
+    """Return the sparse layers of a model in order, each with its place. A dense model has none."""
     places = getattr(model.decoder, "places", {})
     layers = [module for module in model.decoder.modules() if isinstance(module, SparseLayer)]
     return list(zip(places.values(), layers, strict=True))
 
 
 class Watch:
-    """In its context, `decisions` fills with what each sparse layer decides: for each layer a list, one a forward pass.
+    """In its context, `decisions` collects the routing decisions of each sparse layer, one per forward pass.
 
-    Each router is asked once more with the layer's own input; in evaluation it answers the same.
+    Each router runs once more on the layer's own input; in evaluation its result is the same.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -77,7 +77,7 @@ def _of_layer(place: Place, segments: int, decision: Decision, token_L: Tensor, 
     position_T = torch.arange(len(token_L)) if context.place_T is None else context.place_T.cpu()
     position_C = position_T.repeat_interleave(choices)
     expert_TK, weight_TK = assignment.expert_TK, assignment.weight_TK
-    if segments > 1:  # of MultiHash, an expert has a group of rows for each segment
+    if segments > 1:  # with MultiHash, an expert has a group of rows for each segment
         expert_TK = expert_TK // segments
     dropped_C = torch.ones(tokens * choices, dtype=torch.bool)
     dropped_C[plan.choice_R.cpu()] = False
@@ -109,7 +109,7 @@ def _table(table: Any, dictionary: Dictionary) -> pd.DataFrame:
     expert_HK = table.expert.cpu()
     rows, choices = expert_HK.shape
     names: list[str | None] = [None] * rows
-    if table.feature.name in (*OF_TOKENS, "word"):  # rows behind the dictionary's are of spread tokens, or of words
+    if table.feature.name in (*OF_TOKENS, "word"):  # the rows after those of the dictionary belong to pairs or words
         names[: len(dictionary)] = dictionary.symbols
     return pd.DataFrame(
         {

@@ -1,4 +1,4 @@
-"""Text that a model goes on with, by fairseq's own generator."""
+"""Text that a model generates, by fairseq's own generator."""
 
 import math
 from argparse import Namespace
@@ -17,17 +17,17 @@ DEFAULT_LENGTH = 50
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to go on from a text. Without `beam`, each next token is drawn.
+    """Options of sampling. Without `beam`, each next token is drawn at random.
 
     Attributes:
-        length: the most tokens to add, 1 or more; None: 50, or as many as the model has room for.
-        number: how many samples, 1 or more.
-        temperature: divides the logits, above 0: under 1 for the probable, over 1 for the improbable.
+        length: the most tokens to add, 1 or more; None: 50, or as many as fit.
+        number: number of samples, 1 or more.
+        temperature: divides the logits, above 0. Below 1 it favours probable tokens, above 1 improbable ones.
         top_k: draw among the K most probable tokens.
         top_p: draw among the fewest most probable tokens that together reach this probability, above 0 and up to 1
             (Holtzman et al. 2019).
-        beam: search with so many beams instead of drawing, `number` or more; 1 always takes the most probable token.
-        seed: of what is drawn, 0 or more.
+        beam: number of beams for a search instead of drawing, `number` or more; 1 always takes the most probable token.
+        seed: random seed, 0 or more.
 
     Raises:
         UserError: for a value out of range, or two that do not go together.
@@ -62,13 +62,13 @@ def _option(name: str) -> str:
 
 @dataclass(frozen=True)
 class Sample:
-    """A text and what a model went on with.
+    """A text and its continuation by a model.
 
     Attributes:
-        text: all of it, without the end of the line.
+        text: the whole text, without the end of the line.
         tokens: int64 `[L]`, the text's token ids, on the CPU.
-        given: how many of them the model was given.
-        log_probabilities: fp32 `[L - given]`, of each token that was added, in nats, at the sampling's temperature.
+        given: number of tokens that the model was given.
+        log_probabilities: fp32 `[L - given]`, of each added token, in nats, at the sampling's temperature.
     """
 
     text: str
@@ -78,10 +78,10 @@ class Sample:
 
 
 class _Generator(SequenceGenerator):
-    """fairseq's generator, to which the given text is certain.
+    """fairseq's generator, with probability 1 for the given text.
 
-    Upstream: the tokens of a prefix keep their own log-probabilities. Where one is so improbable that its probability
-    is 0 in fp32, as at a low temperature, drawing stops with "invalid multinomial distribution".
+    Upstream: the tokens of a prefix keep their own log-probabilities. If one is so improbable that its probability is 0
+    in fp32, as at a low temperature, drawing stops with "invalid multinomial distribution".
     """
 
     def _prefix_tokens(
@@ -103,16 +103,18 @@ def sample(
     given = read_BL.shape[1] - 1
     eos, size = task.target_dictionary.eos(), len(task.target_dictionary)
     if (read_BL[0, 1:] == eos).any():
-        raise UserError("the text has several lines, and fairseq's generator stops where a line ends; give one line")
+        raise UserError("the text has several lines, and fairseq's generator stops at the end of a line; give one line")
     for name, most in (("number", size - 1), ("beam", size - 1), ("top_k", size)):
         value = getattr(sampling, name)
         if value is not None and value > most:
-            raise UserError(f"{_option(name)} {value} is out of range; give at most {most}: so few symbols are there")
+            raise UserError(
+                f"{_option(name)} {value} is out of range; give at most {most}, because there are no more symbols"
+            )
     room = model.max_positions() - 1 - given
     length = min(DEFAULT_LENGTH, room) if sampling.length is None else sampling.length
     if room < 1 or length > room:
         raise UserError(
-            f"the model reads {model.max_positions():,} tokens at once: behind {given:,} of the text there is room for "
+            f"the model reads {model.max_positions():,} tokens at once: after {given:,} of the text there is room for "
             f"{max(room, 0):,} more, not {max(length, 1):,}; give a shorter text or --length"
         )
     options = Namespace(

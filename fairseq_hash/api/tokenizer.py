@@ -1,4 +1,4 @@
-"""Text to the symbols of a dictionary and back: SentencePiece where there is a model, words otherwise."""
+"""Converts text to the symbols of a dictionary and back: by SentencePiece if there is a model, otherwise by words."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,16 +9,16 @@ from fairseq.data import Dictionary
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.hashing.words import BEGIN, JOIN
 
-# What data_prep writes beside dict.txt, and what fairseq's hub interface looks for.
+# The name that data_prep writes beside dict.txt, and the name that fairseq's hub interface looks for.
 MODELS = ("sentencepiece.model", "sentencepiece.bpe.model")
 
 
-# Words that fairseq's dictionary keeps for itself: in a text they are `<unk>`, as in the data of the training.
+# Words that fairseq's dictionary reserves. In a text they are `<unk>`, as in the training data.
 RESERVED = ("<s>", "<pad>", "</s>")
 
 
 class Words:
-    """Words are what white space separates, as fairseq sees them."""
+    """Words, separated by what fairseq takes for white space."""
 
     def encode(self, line: str) -> list[str]:
         """Return the words of a line."""
@@ -36,22 +36,22 @@ class Pieces:
         """Read the model.
 
         Raises:
-            UserError: where it is none.
+            UserError: if it is not a SentencePiece model.
         """
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"{path} is no SentencePiece model; give the one that the data was prepared with"
+                f"{path} is not a SentencePiece model; give the one with which the data was prepared"
             ) from error
 
     def encode(self, line: str) -> list[str]:
         """Return the pieces of a line."""
-        # One space for any white space, as `data_prep` does it: SentencePiece knows less of it than fairseq.
+        # One space for any white space, as in `data_prep`: SentencePiece knows fewer kinds of it than fairseq.
         return _without_reserved(self._processor.encode(" ".join(line.split()), out_type=str))
 
     def decode(self, symbols: Sequence[str]) -> str:
-        """Return pieces as a line; the bytes of rare characters are put together."""
+        """Return pieces as a line; the bytes of rare characters are joined."""
         return self._processor.decode_pieces(list(symbols))
 
 
@@ -60,19 +60,19 @@ def _without_reserved(symbols: list[str]) -> list[str]:
 
 
 def tokenizer_for(folder: Path, given: "Path | None", dictionary: Dictionary) -> "Words | Pieces | None":
-    """Return what makes symbols of text: None where the symbols are pieces of a model that is not there.
+    """Return the tokenizer; None if the symbols are pieces and their model is missing.
 
     Args:
-        folder: of the dictionary, in which a SentencePiece model is looked for.
-        given: the SentencePiece model, where it lies elsewhere.
-        dictionary: whose symbols are wanted.
+        folder: the dictionary's folder, in which a SentencePiece model is looked for.
+        given: the SentencePiece model, if it is elsewhere.
+        dictionary: the dictionary of the symbols.
 
     Raises:
-        UserError: where `given` is no model.
+        UserError: if `given` is not a SentencePiece model.
     """
     found = [given] if given is not None else [folder / name for name in MODELS if (folder / name).is_file()]
     if found:
         return Pieces(found[0])
     counted = zip(dictionary.symbols, dictionary.count, strict=True)
     marked = sum(count for symbol, count in counted if symbol.startswith(BEGIN) or symbol.endswith(JOIN))
-    return None if 100 * marked > sum(dictionary.count) else Words()  # a stray symbol among words is no mark
+    return None if 100 * marked > sum(dictionary.count) else Words()  # a few marked symbols among words do not count

@@ -12,16 +12,17 @@ from fairseq_hash.provenance import __version__
 
 # Verb -> what it does. Its module is `fairseq_hash.cli.VERB`, with an underscore for a hyphen.
 VERBS = {
-    "data": "from text to data for fairseq-train",
+    "data": "prepare text as data for fairseq-train",
     "tables": "build hash tables, judge their balance, exchange them",
-    "plan": "sizes, cost and checks of an experiment's configuration, and the same experiment as flags",
+    "plan": "show an experiment's sizes and cost, check it, or print it as flags of fairseq-train",
     "evaluate": "evaluate trained runs by fairseq-eval-lm, each with its own data, context and device",
-    "ngrams": "perplexity of n-gram models on the same tokens, to compare language models with",
+    "ngrams": "compute the perplexity of n-gram models on the same tokens, for comparison",
     "checkpoint": "show, verify, merge, split and average checkpoints",
     "export": "write a model for Hugging Face transformers",
-    "sample": "let a model go on from a text, and show which expert served each token",
-    "experts": "which experts serve the tokens of a text, as a table",
-    "report": "compare runs: tables, learning curves, perplexity by experts, expert loads, and a page with all of it",
+    "sample": "let a model continue a text, and show which expert served each token",
+    "experts": "show which experts serve the tokens of a text, as a table",
+    "report": "compare runs: tables, learning curves, perplexity by number of experts, expert loads, and a page with "
+    "all of them",
     "user-dir": "print the package's folder, for fairseq's --user-dir",
 }
 
@@ -35,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser_for(words: Sequence[str]) -> Parser:
-    """Return the parser of a command line. Of the verbs it knows the one that is called; of the others their names."""
+    """Return the parser of a command line: the called verb with its options, the other verbs by name only."""
     parser = Parser(prog="fairseq-hash", description="Tools around fairseq_hash's models.")
     parser.add_argument("--version", action="version", version=f"fairseq-hash {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="VERB")
@@ -49,7 +50,7 @@ def parser_for(words: Sequence[str]) -> Parser:
 
 
 def main(argv: "Sequence[str] | None" = None) -> int:
-    """Run one verb. Returns 0, or 1 after one line on standard error where the input is bad."""
+    """Run one verb. Returns 0, or 1 after one line on standard error if the input is bad."""
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         parser = parser_for(words)
@@ -59,7 +60,7 @@ def main(argv: "Sequence[str] | None" = None) -> int:
             parser.exit(
                 2, f"fairseq-hash {verb}: unrecognized arguments: {' '.join(rest)} (see fairseq-hash {verb} --help)\n"
             )
-        if rest:  # argparse takes those between two options, but not those after a third
+        if rest:  # argparse takes overrides between two options, but not those after a third option
             arguments.overrides += rest
         arguments.run(arguments)
         sys.stdout.flush()
@@ -69,7 +70,7 @@ def main(argv: "Sequence[str] | None" = None) -> int:
     except KeyboardInterrupt:
         print("fairseq-hash: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # nobody reads on, as with `| head`; what is left over must not be an error at the end
+    except BrokenPipeError:  # the reader has gone, as with `| head`; the rest of the output must not fail at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return 0

@@ -1,4 +1,4 @@
-"""`fairseq-hash checkpoint`: look into checkpoints, check them, merge, split and average them, take their table out."""
+"""`fairseq-hash checkpoint`: show, check, merge, split and average checkpoints, and extract their hash table."""
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping
@@ -10,10 +10,12 @@ from fairseq_hash.core.errors import UserError
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the verb `checkpoint` with its own verbs."""
-    checkpoint = subparsers.add_parser("checkpoint", description="Look into checkpoints, and make others of them.")
+    checkpoint = subparsers.add_parser(
+        "checkpoint", description="Show and check checkpoints, and make others from them."
+    )
     verbs = checkpoint.add_subparsers(dest="checkpoint_verb", required=True, metavar="VERB")
 
-    show = verbs.add_parser("show", help="show what a checkpoint has, without reading its experts")
+    show = verbs.add_parser("show", help="show the contents of a checkpoint without reading its experts")
     show.add_argument("checkpoint", type=Path, metavar="CKPT", help="main file, such as checkpoint_best.pt")
     show.add_argument("--json", action="store_true", help="print the facts as one JSON object")
     show.set_defaults(run=run_show)
@@ -22,26 +24,31 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     verify.add_argument("checkpoints", nargs="+", type=Path, metavar="CKPT", help="main files")
     verify.set_defaults(run=run_verify)
 
-    merge = verbs.add_parser("merge", help="write one plain fairseq file that has all experts")
+    merge = verbs.add_parser("merge", help="write one plain fairseq file with all experts")
     merge.add_argument("checkpoint", type=Path, metavar="CKPT", help="main file")
     merge.add_argument("--no-optimizer", action="store_true", help="leave the optimizer's state out")
     merge.add_argument(
-        "--ema", action="store_true", help="the running average of --store-ema as the weights, without optimizer state"
+        "--ema",
+        action="store_true",
+        help="take the running average of --store-ema as the weights, without optimizer state",
     )
     _add_out(merge, "checkpoint to write")
     merge.set_defaults(run=run_merge)
 
     split = verbs.add_parser("split", help="write a checkpoint whose experts are in shards")
     split.add_argument("checkpoint", type=Path, metavar="CKPT", help="main file, or a plain file that merge wrote")
-    split.add_argument("--shards", type=int, default=1, metavar="N", help="1 to the number of experts (default: 1)")
+    split.add_argument(
+        "--shards", type=int, default=1, metavar="N", help="number of shards, 1 to the number of experts (default: 1)"
+    )
     _add_out(split, "main file to write, .pt; its shards go to experts/ beside it")
     split.set_defaults(run=run_split)
 
     average = verbs.add_parser(
         "average",
         help="write the mean of the weights of checkpoints of one model",
-        description="Write the mean of the weights of checkpoints of one model. All but the weights is that of the "
-        "last one, without the optimizer's state; the result is in shards where the last one is.",
+        description="Write the mean of the weights of checkpoints of one model. Everything else comes from the last "
+        "checkpoint, except the optimizer's state, which is left out. The result is in shards if the "
+        "last checkpoint is.",
     )
     average.add_argument("checkpoints", nargs="+", type=Path, metavar="CKPT", help="main files, two or more")
     _add_out(average, "checkpoint to write, .pt")
@@ -50,7 +57,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     table = verbs.add_parser("table", help="write a checkpoint's hash table to a file for --hash-table")
     table.add_argument("checkpoint", type=Path, metavar="CKPT", help="main file")
     table.add_argument(
-        "--number", type=int, metavar="N", help="which, from 0, where each hash layer has a table of its own"
+        "--number", type=int, metavar="N", help="number of the table, from 0, if each hash layer has a table of its own"
     )
     _add_out(table, "table file to write (safetensors)")
     table.set_defaults(run=run_table)
@@ -73,9 +80,9 @@ def _check_out(arguments: argparse.Namespace) -> None:
 
 
 def _check_main_name(out: Path) -> None:
-    """Raise `UserError` for a name that trainings do not look at when they remove shards that nothing names."""
+    """Raise `UserError` for a name that trainings ignore when they remove unused shards."""
     if out.suffix != ".pt":
-        raise UserError(f"--out {out} does not end in .pt, as the main file of shards has to; give such a name")
+        raise UserError(f"--out {out} does not end in .pt, as the main file of shards must; give such a name")
 
 
 def run_merge(arguments: argparse.Namespace) -> None:
@@ -134,7 +141,7 @@ def run_table(arguments: argparse.Namespace) -> None:
 
 
 def run_verify(arguments: argparse.Namespace) -> None:
-    """Check every file, say of each how it is, and raise `UserError` at the end where one is not what was saved."""
+    """Check every file, print a line for each, and raise `UserError` at the end if one is missing or damaged."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
@@ -149,11 +156,11 @@ def run_verify(arguments: argparse.Namespace) -> None:
 
 
 class Checks:
-    """Checks of files, each reported with one line, and their number.
+    """Checks of files: one line for each file, and counts.
 
     Attributes:
-        files: how many were checked.
-        wrong: how many are missing or damaged.
+        files: number of files checked.
+        wrong: number of files missing or damaged.
     """
 
     def __init__(self, bars: "Progress") -> None:  # noqa: F821
@@ -194,24 +201,24 @@ class Checks:
             try:
                 for part in ("weights", "optimizer"):
                     open_shards(path.parent, manifest, part)
-            except UserError as error:  # such as files that are whole, but not all experts
+            except UserError as error:  # such as whole files that do not have all experts
                 self.wrong += 1
                 self._say(f"wrong: {path}: {error}")
         if self.wrong > wrong and path.is_file() and not os.path.samestat(before or path.stat(), path.stat()):
             self._say(f"{path} was replaced by a newer checkpoint while it was checked; verify it again")
 
     def _expect(self, size: int) -> None:
-        """Count bytes that will be read."""
+        """Add bytes that will be read to the progress bar's total."""
         self.bytes += size
         self.bars.update(self.task, total=self.bytes)
 
     def _check(self, path: Path, size: int, work: Callable[[], Iterable[int]]) -> None:
-        """Do the work, which yields how many bytes it has read, and say whether the file is whole."""
+        """Do the work, which yields the number of bytes it has read, and print whether the file is whole."""
         self.files += 1
         try:
             for count in work():
                 self.bars.advance(self.task, count)
-        except (UserError, OSError) as error:  # also a disc that fails to read
+        except (UserError, OSError) as error:  # also a disk that fails to read
             self.wrong += 1
             self._say(f"wrong: {error}" if isinstance(error, UserError) else f"wrong: {path}: {error}")
         else:

@@ -1,4 +1,4 @@
-"""`fairseq-hash data`: from text to data for fairseq-train; what `python -m data_prep` does in a checkout."""
+"""`fairseq-hash data`: prepare text as data for fairseq-train, like `python -m data_prep` in a checkout."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from types import ModuleType
 
 
 def preparation() -> ModuleType:
-    """Return the module `data_prep.cli`: in an installed package it lies inside, in a checkout beside it."""
+    """Return the module `data_prep.cli`, which is inside an installed package, but beside it in a checkout."""
     package = "fairseq_hash.data_prep" if find_spec("fairseq_hash.data_prep") else "data_prep"
     return import_module(f"{package}.cli")
 
@@ -22,7 +22,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prepare the data. Exits with 130 where it was interrupted."""
+    """Prepare the data. Exits with 130 if it was interrupted."""
     command = preparation()
     try:
         command.run(arguments)

@@ -1,4 +1,4 @@
-"""`fairseq-hash evaluate`: trained runs on their validation and test data."""
+"""`fairseq-hash evaluate`: evaluate trained runs on their validation and test data."""
 
 import argparse
 from pathlib import Path
@@ -8,13 +8,18 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add the verb `evaluate`."""
     parser = subparsers.add_parser(
         "evaluate",
-        description="Evaluate the checkpoint of each run by fairseq-eval-lm as the run was trained, into "
-        "eval-SUBSET.log in its folder, where fairseq-hash report finds it. What is done stays done.",
+        description="Evaluate the checkpoint of each run by fairseq-eval-lm, with the run's training options. The "
+        "output goes to eval-SUBSET.log in the run's folder, where fairseq-hash report finds it. "
+        "Finished evaluations are skipped.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished training")
-    parser.add_argument("--subsets", default="valid,test", metavar="LIST", help="comma separated; default valid,test")
-    parser.add_argument("--checkpoint", default="best", choices=("best", "last"), help="which; default best")
-    parser.add_argument("--again", action="store_true", help="also what is done already")
+    parser.add_argument(
+        "--subsets", default="valid,test", metavar="LIST", help="subsets, comma separated; default valid,test"
+    )
+    parser.add_argument(
+        "--checkpoint", default="best", choices=("best", "last"), help="checkpoint to evaluate; default best"
+    )
+    parser.add_argument("--again", action="store_true", help="repeat finished evaluations, too")
     parser.set_defaults(run=run)
 
 

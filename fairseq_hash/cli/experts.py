@@ -37,13 +37,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Read, load, route, write."""
+    """Read the text, load the model, and write the routes."""
     from fairseq_hash.core.files import check_out, write_whole
 
     out = arguments.out
     if out is not None:
         if out.suffix not in SEPARATORS:
-            raise UserError(f"--out {out} is of no known kind; give a name that ends in {' or '.join(SEPARATORS)}")
+            raise UserError(f"--out {out} has an unknown ending; give a name that ends in {' or '.join(SEPARATORS)}")
         check_out(out, arguments.overwrite)
     text = read_text(arguments.text)
 
@@ -68,7 +68,7 @@ def read_text(name: str) -> str:
     """Return the text of a file, or of standard input.
 
     Raises:
-        UserError: where it cannot be read, is not UTF-8, or has no word.
+        UserError: if it cannot be read, is not UTF-8, or has no word.
     """
     try:
         content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
@@ -85,12 +85,12 @@ def read_text(name: str) -> str:
 
 
 def blocks_of(model: "LanguageModel", text: str, length: "int | None") -> "Iterator[pd.DataFrame]":
-    """Return the routes of a text, block by block; positions are those of the whole text.
+    """Return the routes of a text, block by block. Positions count from the start of the whole text.
 
-    What the model reads is cut into blocks, as `fairseq-eval-lm` cuts it: a block knows nothing of the one before.
+    The text is cut into blocks as in `fairseq-eval-lm`: the first token of a block does not see the block before.
 
     Raises:
-        UserError: where the length of a block is out of range.
+        UserError: if the length of a block is out of range.
     """
     import torch
 
@@ -122,13 +122,13 @@ def summary(model: "LanguageModel", blocks: "Iterator[pd.DataFrame]") -> "pd.Dat
 
 
 def write_tables(tables: "Iterator[pd.DataFrame]", file: TextIO, separator: str) -> None:
-    """Write tables below each other, under one line of names."""
+    """Write tables below each other, under one header line."""
     for number, table in enumerate(tables):
         table.to_csv(file, sep=separator, index=False, header=number == 0, float_format="%.6g", lineterminator="\n")
 
 
 def _to_standard_output(write: Callable[[TextIO], None]) -> None:
-    """Write to standard output, as long as somebody reads it: `| head` is no error."""
+    """Write to standard output until its reader ends: `| head` is no error."""
     try:
         write(sys.stdout)
         sys.stdout.flush()

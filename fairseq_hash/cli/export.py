@@ -19,7 +19,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "of plain PyTorch, the tokenizer and a model card. It needs neither fairseq nor fairseq_hash.",
     )
     export.add_argument("checkpoint", type=Path, metavar="CKPT", help="main file, such as checkpoint_best.pt")
-    export.add_argument("--to", choices=("hf",), required=True, help="for which library: hf (transformers)")
+    export.add_argument("--to", choices=("hf",), required=True, help="format: hf (transformers)")
     export.add_argument("out", type=Path, metavar="DIR", help="folder to write, which must not exist")
     export.add_argument(
         "--data",
@@ -37,13 +37,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--shard-size",
         default="5GB",
         metavar="SIZE",
-        help="of one file of weights at most: bytes, or a number with KB, MB or GB (powers of 1000; default: 5GB)",
+        help="largest size of one file of weights: bytes, or a number with KB, MB or GB (powers of 1000; default: 5GB)",
     )
     export.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Export, and say what was written."""
+    """Export, and print the folder that was written."""
     shard_size = bytes_of(arguments.shard_size)
     check_checkpoint(arguments.checkpoint)
     from fairseq_hash.export.hf import export
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def bytes_of(size: str) -> int:
-    """Return how many bytes a size is; raise `UserError` where it is none."""
+    """Return a size in bytes; raise `UserError` if it is not a size."""
     found = re.fullmatch(r"(\d+)\s*([KMG]B|)", size.strip().upper())
     if found is None or int(found[1]) == 0:
         raise UserError(f"--shard-size {size} is no size; give bytes, or a number with KB, MB or GB, such as 5GB")

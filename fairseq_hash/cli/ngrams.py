@@ -1,4 +1,4 @@
-"""`fairseq-hash ngrams`: the perplexity of count models on the tokens that language models are evaluated on."""
+"""`fairseq-hash ngrams`: the perplexity of n-gram models on the tokens on which language models are evaluated."""
 
 import argparse
 import json
@@ -21,9 +21,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("data", type=Path, metavar="DATA", help="folder that fairseq-preprocess or data_prep wrote")
     parser.add_argument("--tokens", type=int, metavar="N", help="count the first N tokens of train; default all")
     parser.add_argument(
-        "--subset", nargs="+", default=["valid"], metavar="NAME", help="what to evaluate on; default valid"
+        "--subset", nargs="+", default=["valid"], metavar="NAME", help="subsets to evaluate on; default valid"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures and where they are from")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures and their provenance")
     parser.set_defaults(run=run)
 
 
@@ -39,14 +39,16 @@ def run(arguments: argparse.Namespace) -> None:
 
     data, limit = arguments.data, arguments.tokens
     if limit is not None and limit < 1:
-        raise UserError(f"--tokens is {limit}; give how many tokens of train to count, 1 or more")
+        raise UserError(f"--tokens is {limit}; give the number of tokens of train to count, 1 or more")
     if not data.is_dir():
         raise UserError(f"{data} is no folder; give one that fairseq-preprocess or data_prep wrote")
     if arguments.json is not None and (arguments.json.is_dir() or not arguments.json.parent.is_dir()):
         raise UserError(f"--json {arguments.json} cannot be written; give a file in a folder that exists")
     symbols, _ = read_dictionary(data / "dict.txt")
     check_size(len(symbols))
-    texts = {subset: open_text(data, subset, symbols) for subset in ("train", *arguments.subset)}  # all are there
+    texts = {
+        subset: open_text(data, subset, symbols) for subset in ("train", *arguments.subset)
+    }  # raises if one is missing
     held_out = {}
     for subset in dict.fromkeys(arguments.subset):
         with reading(texts[subset]) as blocks:
@@ -65,14 +67,14 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def print_lines(lines: "list[Line]") -> None:
-    """Print the table, and a line where discounts could not be estimated."""
+    """Print the table, and a line for each order whose discounts could not be estimated."""
     print(f"{'subset':<10}{'order':>6}{'perplexity':>14}{'nats/token':>12}{'tokens':>13}{'training tokens':>17}")
     for line in lines:
         print(
             f"{line.subset:<10}{line.order:>6}{line.perplexity:>14,.2f}{line.nats:>12.4f}{line.tokens:>13,}"
             f"{line.training_tokens:>17,}"
         )
-    # The same on each subset, and the lower orders' counts differ with the highest order.
+    # The discounts are the same for each subset. The counts of lower orders depend on the highest order.
     missing = {
         (line.order, order)
         for line in lines
@@ -87,10 +89,10 @@ def print_lines(lines: "list[Line]") -> None:
 
 
 def write_json(path: Path, data: Path, symbols: list[str], lines: "list[Line]") -> None:
-    """Write the lines with where they are from.
+    """Write the lines with their provenance.
 
     Raises:
-        UserError: where the file cannot be written.
+        UserError: if the file cannot be written.
     """
     from dataclasses import asdict
 

@@ -1,4 +1,4 @@
-"""`fairseq-hash plan`: what an experiment's configuration means, before anything runs."""
+"""`fairseq-hash plan`: the sizes, cost and checks of an experiment's configuration, before anything runs."""
 
 import argparse
 import shlex
@@ -14,24 +14,27 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add the verb `plan`."""
     parser = subparsers.add_parser(
         "plan",
-        description="Compose a configuration as fairseq-hydra-train does, and say what it means: parameters, work, "
-        "memory. Without a choice below, the table of one experiment.",
+        description="Compose a configuration as fairseq-hydra-train does, and print what it means: parameters, work, "
+        "memory. Without one of --list, --all, --check, --flags and --run-dir, print the table of one "
+        "experiment.",
     )
     parser.add_argument(
         "--config-dir", type=Path, default=own_configs(), metavar="DIR", help="default: the project's own"
     )
     parser.add_argument("--config-name", metavar="NAME", help="experiment, such as reddit/hash_1x64")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as fairseq-hydra-train takes them")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks (GPUs) that are to train, default 1")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides, as in fairseq-hydra-train")
     parser.add_argument(
-        "--tflops", type=float, default=300.0, help="what one GPU really does, in 10^12 FLOPs/s; default 300"
+        "--ranks", type=int, default=1, metavar="N", help="number of ranks (GPUs) for the training, default 1"
+    )
+    parser.add_argument(
+        "--tflops", type=float, default=300.0, help="real speed of one GPU, in 10^12 FLOPs/s; default 300"
     )
     choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--list", action="store_true", help="names of all experiments")
-    choice.add_argument("--all", action="store_true", help="sizes of all experiments, as Markdown")
+    choice.add_argument("--list", action="store_true", help="print the names of all experiments")
+    choice.add_argument("--all", action="store_true", help="print the sizes of all experiments, as Markdown")
     choice.add_argument("--check", action="store_true", help="only check data, files and ranks: one line on an error")
-    choice.add_argument("--flags", action="store_true", help="the same experiment as arguments of fairseq-train")
-    choice.add_argument("--run-dir", action="store_true", help="only the run's folder")
+    choice.add_argument("--flags", action="store_true", help="print the same experiment as arguments of fairseq-train")
+    choice.add_argument("--run-dir", action="store_true", help="print only the run's folder")
     parser.set_defaults(run=run)
 
 
@@ -72,8 +75,8 @@ def print_one(experiment: Any, ranks: int, tflops: float) -> None:
     of = sizes(experiment, ranks)
     try:
         memory = describe(of, experiment.config, ranks)
-    except UserError:  # which `check_experiment` says below
-        memory = "not known: so many ranks cannot share the experts so"
+    except UserError:  # `check_experiment` prints the same reason below
+        memory = "not known: this number of ranks cannot share the experts"
     try:
         check_experiment(experiment, ranks)
         state = f"all is there for {ranks} rank{'s' if ranks > 1 else ''}"

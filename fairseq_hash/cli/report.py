@@ -1,4 +1,4 @@
-"""`fairseq-hash report`: from the logs of runs, or from the files of benchmarks, to tables, figures and a page."""
+"""`fairseq-hash report`: tables, figures and a page from the logs of runs or the files of benchmarks."""
 
 import argparse
 import functools
@@ -14,9 +14,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add the verb `report`."""
     parser = subparsers.add_parser(
         "report",
-        description="Compare runs by their own logs. Runs that differ in their seed only are averaged; runs that are "
-        "incomplete or were evaluated otherwise than the others are left out, which stderr and the page say with the "
-        "reason. With --benchmarks: show what benchmarks measured.",
+        description="Compare runs by their own logs. Runs that differ only in their seed are averaged. Runs that are "
+        "incomplete, or that were evaluated differently from the others, are left out; stderr and the "
+        "page give the reason. With --benchmarks: show the results of benchmarks.",
     )
     parser.add_argument(
         "runs",
@@ -32,9 +32,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="in place of runs: what benchmarks/layer.py, train.py and communication.py wrote with --json",
+        help="files that benchmarks/layer.py, train.py and communication.py wrote with --json, instead of runs",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to, made where missing")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to; created if missing")
     parser.add_argument("--title", help=f"heading of the page (default: {TITLE}; of benchmarks: {BENCHMARKS_TITLE})")
     parser.add_argument("--note", type=Path, metavar="FILE", help="text for the page: what these runs can show")
     parser.add_argument(
@@ -42,14 +42,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         nargs="?",
         const="30",
         metavar="SECONDS",
-        help="keep index.html current while runs train, a new page after so many seconds (30, or 1 and more); the page "
-        "reloads itself; Ctrl-C ends it. Write the report without --watch when the runs are done",
+        help="keep index.html current while runs train: write a new page every so many seconds (default 30, at least "
+        "1); the page reloads itself; Ctrl-C ends it. When the runs are done, write the report without --watch",
     )
     parser.set_defaults(run=functools.partial(run, parser))
 
 
 def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Write the report and say where it is."""
+    """Write the report and print its files."""
     if not arguments.runs and not arguments.benchmarks:
         parser.error("the following arguments are required: RUN or --benchmarks FILE")
     if arguments.runs and arguments.benchmarks:
@@ -81,7 +81,7 @@ def _watch(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
     except ValueError:
         seconds = math.nan
     if not 1 <= seconds < math.inf:
-        parser.error(f"--watch {arguments.watch} is no time to wait; give 1 or more seconds, or none for 30")
+        parser.error(f"--watch {arguments.watch} is not a number of seconds; give 1 or more, or nothing for 30")
     from fairseq_hash.reporting.report import read_note
     from fairseq_hash.reporting.watching import watch
 

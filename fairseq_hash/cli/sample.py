@@ -1,4 +1,4 @@
-"""`fairseq-hash sample`: what a model goes on with, and which expert served each token."""
+"""`fairseq-hash sample`: continue a text, and show which expert served each token."""
 
 import argparse
 from pathlib import Path
@@ -14,46 +14,54 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add the verb `sample`."""
     parser = subparsers.add_parser(
         "sample",
-        description="Go on from TEXT by fairseq's generator. Each next token is drawn, unless --beam says otherwise.",
+        description="Continue TEXT by fairseq's generator. Each next token is drawn at random unless --beam is given.",
     )
     add = parser.add_argument
     add_model(parser)
-    add("text", nargs="?", metavar="TEXT", help="one line to go on from (default: begin a line)")
+    add("text", nargs="?", metavar="TEXT", help="one line to continue (default: begin a line)")
     add(
         "--length",
         type=int,
         metavar="N",
-        help="the most tokens to add, 1 or more (default: 50, or what there is room for)",
+        help="the most tokens to add, 1 or more (default: 50, or as many as fit)",
     )
-    add("--number", type=int, default=1, metavar="N", help="samples, 1 or more (default: 1)")
+    add("--number", type=int, default=1, metavar="N", help="number of samples, 1 or more (default: 1)")
     add("--temperature", type=float, default=1.0, metavar="T", help="divides the logits, above 0 (default: 1)")
     add("--top-k", type=int, metavar="K", help="draw among the K most probable tokens")
     add("--top-p", type=float, metavar="P", help="draw among the most probable tokens that reach P together, up to 1")
     add(
         "--beam", type=int, metavar="N", help="search with N beams, --number or more; 1: always the most probable token"
     )
-    add("--seed", type=int, default=1, help="of what is drawn, 0 or more (default: 1)")
+    add("--seed", type=int, default=1, help="random seed, 0 or more (default: 1)")
     add("--show-experts", action="store_true", help="also show which expert served each token, for each sparse layer")
     add("--html", type=Path, metavar="FILE", help="also write a page that shows the experts; replaces FILE")
     parser.set_defaults(run=run)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add which checkpoint to load, and how."""
+    """Add the options for loading a checkpoint."""
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CKPT", help="checkpoint of a language model")
-    add("--data", type=Path, metavar="DIR", help="folder of its dict.txt (default: that of its training, or its own)")
+    add(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder of its dict.txt (default: its training's data folder, or the checkpoint's own folder)",
+    )
     add("--sentencepiece", type=Path, metavar="FILE", help="its SentencePiece model (default: beside dict.txt)")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     add("--map-experts", action="store_true", help="leave the experts in the checkpoint's files: for large models")
     add(
-        "--hash-predictor", type=Path, metavar="CKPT", help="the predicting model of --hash-feature predicted, if moved"
+        "--hash-predictor",
+        type=Path,
+        metavar="CKPT",
+        help="the predicting model of --hash-feature predicted, if its file was moved",
     )
 
 
 def check_checkpoint(path: Path) -> None:
-    """Raise `UserError` where a file is not there, before the seconds that importing torch takes."""
-    if not path.exists() and ":/" not in str(path):  # of what is elsewhere, loading says what to do
+    """Raise `UserError` if the file does not exist, before importing torch, which takes seconds."""
+    if not path.exists() and ":/" not in str(path):  # for addresses, the error of loading says what to do
         raise UserError(f"{path} does not exist; give the file of a checkpoint")
 
 
@@ -69,7 +77,7 @@ def load_model(arguments: argparse.Namespace) -> "LanguageModel":
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Load, sample, show."""
+    """Load the model, sample from it, and show the samples."""
     if arguments.text is not None and not arguments.text.strip():
         raise UserError("TEXT is empty; give some words, or leave it out to begin a line")
     check_html(arguments.html)
@@ -111,6 +119,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def check_html(path: "Path | None") -> None:
-    """Raise `UserError` where a page cannot be written."""
+    """Raise `UserError` if a page cannot be written."""
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise UserError(f"--html {path} cannot be written; give a file in a folder that exists")

@@ -6,7 +6,7 @@ from pathlib import Path
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.hashing.dictionary import read_dictionary
 
-# Names only, so that the command's help needs no torch: those of `table_tools.build_options` and of `hashing.features`.
+# The names of `table_tools.build_options` and `hashing.features`, repeated so that the command's help needs no torch.
 BUILDERS = ("balanced", "scattered", "random", "modulo", "round-robin", "clusters", "dispersed", "spread")
 FEATURES = ("token", "previous", "bigram", "ngram", "history", "position", "future", "predicted", "word")
 
@@ -22,8 +22,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     show = verbs.add_parser(
         "show",
         help="show how evenly a table loads the experts",
-        description="Show how evenly a table loads the experts: on the dictionary's counts or others, on held-out "
-        "text, and beside the bound that no table can beat.",
+        description="Show how evenly a table loads the experts, on the dictionary's counts or others and on held-out "
+        "text, compared with the bound that no table can beat.",
     )
     show.add_argument("table", type=Path, metavar="TABLE", help="table file")
     show.add_argument("dictionary", type=Path, metavar="DICT", help="dict.txt that the table was built for")
@@ -45,11 +45,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     _add_out(export, "file to write: .npy, or else safetensors")
     export.set_defaults(run=run_export)
 
-    imported = verbs.add_parser("import", help="make a table of another framework's tensor of token ids to expert ids")
+    imported = verbs.add_parser(
+        "import", help="make a table from another framework's tensor, which maps token ids to expert ids"
+    )
     imported.add_argument("file", type=Path, metavar="FILE", help="safetensors, or .npy")
-    imported.add_argument("dictionary", type=Path, metavar="DICT", help="dict.txt that the table shall serve")
+    imported.add_argument("dictionary", type=Path, metavar="DICT", help="dict.txt for which the table is made")
     imported.add_argument("--num-experts", type=int, required=True, metavar="E", help="number of experts, 1 or more")
-    imported.add_argument("--tensor", metavar="NAME", help="default: the only one whose name ends in tid2eid")
+    imported.add_argument(
+        "--tensor", metavar="NAME", help="tensor to read (default: the only one whose name ends in tid2eid)"
+    )
     _add_vocabulary(imported, "of the tensor's rows", "that the vocabulary lacks")
     _add_out(imported, "table file to write (safetensors)")
     imported.set_defaults(run=run_import)
@@ -58,23 +62,33 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def _add_build(build: argparse.ArgumentParser) -> None:
     add = build.add_argument
     add("dictionary", type=Path, metavar="DICT", help="dict.txt of the data, with token counts")
-    add("--builder", choices=BUILDERS, default="balanced", help="how (default: balanced)")
+    add("--builder", choices=BUILDERS, default="balanced", help="builder of the table (default: balanced)")
     add("--num-experts", type=int, required=True, metavar="E", help="number of experts, 1 or more")
-    add("--experts-per-token", type=int, default=1, metavar="K", help="distinct experts of a token (default: 1)")
-    add("--multi-hash", type=int, default=1, metavar="N", help="hash functions, one a segment of the experts' width")
-    add("--seed", type=int, default=42, help="of what is random, 0 or more (default: 42)")
+    add("--experts-per-token", type=int, default=1, metavar="K", help="distinct experts per token (default: 1)")
+    add(
+        "--multi-hash",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of hash functions, one for each segment of the experts' width",
+    )
+    add("--seed", type=int, default=42, help="random seed, 0 or more (default: 42)")
     add("--restarts", type=int, default=1, metavar="R", help="build R tables and keep the best (default: 1)")
-    add("--feature", choices=FEATURES, default="token", help="what a token's key is (default: token)")
+    add("--feature", choices=FEATURES, default="token", help="the key of a token, which is hashed (default: token)")
     add("--length", type=int, default=0, metavar="N", help="tokens of ngram (2 or more) and history (1 or more)")
     add("--keys", type=int, metavar="H", help="rows of a table of buckets (default: 262144) or positions")
     add("--words", type=Path, metavar="DICT", help="for --feature word: dict.txt of the larger dictionary")
     add("--counts", type=Path, metavar="FILE", help="lines `symbol count`, instead of the dictionary's counts")
     add("--text", type=Path, metavar="PATH", help="count keys in a file of symbols, a binarized text or a data folder")
-    add("--subset", default="train", help="of a data folder (default: train)")
+    add("--subset", default="train", help="subset of --text, if it is a data folder (default: train)")
     _add_samples(build)
     add("--embeddings", type=Path, metavar="CKPT", help="for clusters and dispersed: a trained checkpoint")
-    add("--base", choices=("balanced", "scattered"), help="of spread: the table of single tokens (default: balanced)")
-    add("--clusters", type=int, metavar="C", help="for dispersed (default: as many as experts)")
+    add(
+        "--base",
+        choices=("balanced", "scattered"),
+        help="for spread: builder of the table of single tokens (default: balanced)",
+    )
+    add("--clusters", type=int, metavar="C", help="for dispersed: number of clusters (default: as many as experts)")
     _add_out(build, "table file to write (safetensors)")
     build.set_defaults(run=run_build)
 
@@ -83,9 +97,9 @@ def _add_judging(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--counts", type=Path, metavar="FILE", help="lines `symbol count`, instead of the dictionary's counts")
     add("--text", type=Path, metavar="PATH", help="count in this text instead (as tables build --text)")
-    add("--subset", default="train", help="of --text, where it is a data folder (default: train)")
+    add("--subset", default="train", help="subset of --text, if it is a data folder (default: train)")
     add("--held-out", type=Path, metavar="PATH", help="judge on this text as well")
-    add("--held-out-subset", default="valid", metavar="SUBSET", help="of --held-out (default: valid)")
+    add("--held-out-subset", default="valid", metavar="SUBSET", help="subset of --held-out (default: valid)")
     _add_samples(parser)
     add("--out", type=Path, metavar="FOLDER", help="write a page, a figure, CSV and JSON to this folder")
 
@@ -101,9 +115,9 @@ def _add_samples(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_vocabulary(parser: argparse.ArgumentParser, whose: str, lacking: str) -> None:
-    text = f"symbols {whose}, one a line, or a SentencePiece .vocab (default: the dictionary's order)"
+    text = f"symbols {whose}, one per line, or a SentencePiece .vocab (default: the dictionary's order)"
     parser.add_argument("--vocabulary", type=Path, metavar="FILE", help=text)
-    text = f"of the random experts for symbols {lacking}, 0 or more (default: 42)"
+    text = f"seed of the random experts for symbols {lacking}, 0 or more (default: 42)"
     parser.add_argument("--seed", type=int, default=42, help=text)
 
 
@@ -139,12 +153,12 @@ def run_build(arguments: argparse.Namespace) -> None:
 
 
 def run_show(arguments: argparse.Namespace) -> None:
-    """Show a table, and write a folder where one is asked for."""
+    """Show a table, and write a folder if asked for."""
     _judge([arguments.table], arguments.dictionary, arguments)
 
 
 def run_compare(arguments: argparse.Namespace) -> None:
-    """Show several tables, and write a folder where one is asked for."""
+    """Show several tables, and write a folder if asked for."""
     paths, dictionary = arguments.tables, arguments.dictionary
     if dictionary is None:
         *paths, dictionary = paths
@@ -161,7 +175,7 @@ def _judge(paths: list[Path], dictionary: Path, arguments: argparse.Namespace) -
     from fairseq_hash.table_tools.token_streams import open_text
 
     if arguments.counts and arguments.text:
-        raise UserError("--counts and --text both say how often tokens occur; leave one out")
+        raise UserError("--counts and --text both give the counts of tokens; leave one out")
     if arguments.tokens_per_sample < 0:
         raise UserError(f"--tokens-per-sample {arguments.tokens_per_sample} is out of range; give 0 or more")
     if arguments.out is not None:
@@ -194,7 +208,7 @@ def run_export(arguments: argparse.Namespace) -> None:
     check_out(arguments.out, arguments.overwrite)
     if arguments.vocabulary is not None and arguments.dictionary is None:
         raise UserError(
-            "--vocabulary needs DICT, too, as a table has no symbols: fairseq-hash tables export TABLE DICT"
+            "--vocabulary needs DICT, too, because a table has no symbols: fairseq-hash tables export TABLE DICT"
         )
     symbols = read_dictionary(arguments.dictionary)[0] if arguments.dictionary is not None else None
     if symbols is None:
@@ -212,7 +226,7 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 
 def run_import(arguments: argparse.Namespace) -> None:
-    """Make a table of another framework's, and write it."""
+    """Make a table from another framework's tensor, and write it."""
     from fairseq_hash.core.files import check_out
     from fairseq_hash.hashing import save_table
     from fairseq_hash.hashing.dictionary import read_vocabulary, token_counts

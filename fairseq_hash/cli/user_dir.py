@@ -1,4 +1,4 @@
-"""`fairseq-hash user-dir`: where the package is, as fairseq's commands want to know it."""
+"""`fairseq-hash user-dir`: print the package's folder, for fairseq's `--user-dir`."""
 
 import argparse
 from pathlib import Path

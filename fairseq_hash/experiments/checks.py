@@ -1,4 +1,4 @@
-"""Whether an experiment can run here: its data, its files, and the ranks that are to train it."""
+"""Checks whether an experiment can run here: its data, its files and its number of ranks."""
 
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ from fairseq_hash.training.shared_experts import check_training, scaled_update_f
 
 
 def check_experiment(experiment: Experiment, ranks: int) -> None:
-    """Raise `UserError` for the first thing for which a training on `ranks` ranks would not start."""
+    """Raise `UserError` for the first reason for which a training on `ranks` ranks would not start."""
     config = experiment.config
     options = SparseOptions.from_config(config.model)
     options.check()
@@ -44,13 +44,13 @@ def check_experiment(experiment: Experiment, ranks: int) -> None:
 
 
 def in_vain(config: DictConfig) -> list[str]:
-    """Return the options that a dense experiment has in vain; raise `UserError` where others cannot act."""
+    """Return the options that a dense experiment does not use; raise `UserError` if other options cannot act."""
     options, kind = SparseOptions.from_config(config.model), CRITERION_REGISTRY[config.criterion._name]
     return option_use.check_model(options) + option_use.check_criterion(kind, config.criterion, options)
 
 
 def check_data(folders: "str | None", subsets: tuple[str, ...]) -> None:
-    """Raise `UserError` where a folder of binarized data, or one of several, lacks a dictionary or a subset."""
+    """Raise `UserError` if a folder of binarized data, or one of several, lacks a dictionary or a subset."""
     for place, folder in enumerate((folders or "").split(os.pathsep)):
         wanted = subsets if place == 0 else subsets[:1]  # fairseq reads other folders for training only
         names = ["dict.txt", *(f"{subset}.{kind}" for subset in wanted for kind in ("bin", "idx"))]
@@ -58,19 +58,19 @@ def check_data(folders: "str | None", subsets: tuple[str, ...]) -> None:
         if not folder or missing:
             raise UserError(
                 f"task.data={folder} holds no {missing[0]}; prepare the data (fairseq-hash data, docs/experiments.md "
-                "has the command), or give their folder as task.data=DIR"
+                "has the command), or give the folder of the data as task.data=DIR"
             )
 
 
 def check_tables(config: DictConfig, options: SparseOptions) -> None:
-    """Raise `UserError` where the hash tables cannot be built for this data's dictionary, or do not fit."""
+    """Raise `UserError` if the hash tables cannot be built for this data's dictionary, or do not fit."""
     symbols, counts = read_dictionary(Path(config.task.data.split(os.pathsep)[0]) / "dict.txt")
     shape = options.table_shape(options.num_experts, config.task.tokens_per_sample)
     build_tables(options, symbols, counts, shape, options.hash_layers)
 
 
 def check_files(experiment: Experiment, options: SparseOptions) -> None:
-    """Raise `UserError` where a table or a checkpoint that the experiment starts from is missing."""
+    """Raise `UserError` if a table or a checkpoint that the experiment starts from is missing."""
     config = experiment.config
     files = [("checkpoint.finetune_from_model", config.checkpoint.finetune_from_model)]
     files.append(("model.from_dense", options.from_dense))

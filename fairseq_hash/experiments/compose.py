@@ -22,11 +22,11 @@ from fairseq_hash.core.errors import UserError
 from fairseq_hash.experiments.names import experiment_names
 from fairseq_hash.lm.model import HashTransformerLMConfig
 
-# They register themselves: their defaults belong to the configuration.
+# Imported because they register themselves: their defaults belong to the configuration.
 from fairseq_hash.options.criterion_options import HashMoECriterionConfig
 
 FAIRSEQ_KEYS = tuple(FairseqConfig.__dataclass_fields__)
-# Groups that an experiment chooses one of.
+# Groups of which an experiment chooses one option each.
 NAMED = ("task", "model", "criterion", "optimizer", "lr_scheduler")
 
 
@@ -38,7 +38,7 @@ class Experiment:
         name: such as `reddit/hash_1x64`.
         config: fairseq's whole configuration, resolved, with all defaults.
         about: its node `experiment`.
-        folder: the run's folder, relative to where the command is given.
+        folder: the run's folder, relative to the current folder.
     """
 
     name: str
@@ -51,13 +51,13 @@ def compose(config_dir: Path, name: str, overrides: Sequence[str] = ()) -> Exper
     """Compose an experiment with overrides in Hydra's grammar (`model.num_experts=8`).
 
     Raises:
-        UserError: with one line, where there is no such experiment, key, option or value.
+        UserError: with one line, if there is no such experiment, key, option or value.
     """
-    if tuple(map(int, hydra.__version__.split(".")[:2])) < (1, 3):  # that of the fairseq release is 1.0
+    if tuple(map(int, hydra.__version__.split(".")[:2])) < (1, 3):  # the fairseq release has 1.0
         raise UserError(
-            f"the configurations need Hydra 1.3, this is {hydra.__version__}; use the project's set-up, or flags"
+            f"the configurations need Hydra 1.3, but this is {hydra.__version__}; use the project's set-up, or flags"
         )
-    importlib.import_module("fairseq_hash.experiments.run_folder")  # as Hydra does, which this needs
+    importlib.import_module("fairseq_hash.experiments.run_folder")  # as Hydra does
     if not config_dir.is_dir():
         raise UserError(f"{config_dir} is no folder; give the folder of the configurations (--config-dir configs)")
     if not (config_dir / f"{name}.yaml").is_file():
@@ -67,7 +67,7 @@ def compose(config_dir: Path, name: str, overrides: Sequence[str] = ()) -> Exper
     hydra_init()
     before = HydraConfig.instance().cfg
     try:
-        with warnings.catch_warnings():  # fairseq asks for Hydra 1.1's behaviour, and Hydra warns of it
+        with warnings.catch_warnings():  # fairseq asks for Hydra 1.1's behaviour, which Hydra warns about
             warnings.simplefilter("ignore")
             with hydra.initialize_config_dir(str(config_dir.resolve()), version_base="1.1"):
                 config = hydra.compose(name, list(overrides), return_hydra_config=True)
@@ -75,14 +75,14 @@ def compose(config_dir: Path, name: str, overrides: Sequence[str] = ()) -> Exper
         return _finished(name, config)
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra's ValueError: a group set to null
         raise UserError(f"{name}: {_one_line(error)}") from error
-    except SystemExit as error:  # of `fairseq_patches.configuration`, where fairseq merges in the defaults
+    except SystemExit as error:  # raised by `fairseq_patches.configuration` when fairseq merges in the defaults
         raise UserError(f"{name}: {str(error).removeprefix('fairseq_hash: ')}") from error
     finally:
         HydraConfig.instance().cfg = before
 
 
 def _finished(name: str, config: DictConfig) -> Experiment:
-    """Do what `_hydra_main` in fairseq_cli/hydra_train.py does between Hydra and the training."""
+    """Do the same as `_hydra_main` in fairseq_cli/hydra_train.py between Hydra and the training."""
     folder = Path(config.hydra.run.dir)
     OmegaConf.set_readonly(config.hydra, False)
     config.hydra.runtime.output_dir = str(folder)
@@ -90,11 +90,9 @@ def _finished(name: str, config: DictConfig) -> Experiment:
     OmegaConf.set_struct(config, False)
     del config["hydra"]
     if unknown := sorted(set(config) - {*FAIRSEQ_KEYS, "experiment"}):
-        raise UserError(f"{name}: {unknown[0]} is no group of options; known are {', '.join(FAIRSEQ_KEYS)}")
+        raise UserError(f"{name}: {unknown[0]} is not a group of options; the groups are {', '.join(FAIRSEQ_KEYS)}")
     if empty := [group for group in NAMED if config.get(group) is None]:
-        raise UserError(
-            f"{name}: {empty[0]} says nothing; give one ({empty[0]}: {{_name: ...}}), or leave the line out"
-        )
+        raise UserError(f"{name}: {empty[0]} is empty; give one ({empty[0]}: {{_name: ...}}), or leave the line out")
     add_defaults(config)
     for group in FAIRSEQ_KEYS:
         known = getattr(OmegaConf.get_type(config, group), "__dataclass_fields__", None)
@@ -108,14 +106,14 @@ def _finished(name: str, config: DictConfig) -> Experiment:
 
 
 def unknown_key(group: str, key: str, known: Iterable[str]) -> str:
-    """Return one line about an option that a group, which has those `known`, does not have."""
+    """Return one line about an option that a group lacks; `known` are the group's options."""
     near = difflib.get_close_matches(key, known, n=3)
     hint = f"near: {', '.join(near)}" if near else f"{group} has {', '.join(known)}"
     return f"there is no option {group}.{key}; {hint}"
 
 
 def _one_line(error: Exception) -> str:
-    """Return what Hydra or OmegaConf says in one line, and better where it is of an option that no file names."""
+    """Return Hydra's or OmegaConf's message in one line, with a better text for an option that no file names."""
     unnamed = re.search(r"Could not override '(\w+)\.(\w+)'", str(error))
     if unnamed:
         group, key = unnamed.groups()

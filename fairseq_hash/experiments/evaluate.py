@@ -1,4 +1,4 @@
-"""Evaluate trained runs by `fairseq-eval-lm`, each as it was trained."""
+"""Evaluate trained runs by `fairseq-eval-lm`, each with its training options."""
 
 import os
 import subprocess
@@ -34,12 +34,12 @@ def evaluate_run(
     """Evaluate one run on each subset; the output goes to `eval-SUBSET.log` in its folder.
 
     Args:
-        which: best or last, the checkpoint.
-        again: whether to repeat what was done after the training's end.
-        tell: called with a line on each step.
+        which: the checkpoint, best or last.
+        again: whether to repeat evaluations that were made after the training's end.
+        tell: called with a line for each step.
 
     Raises:
-        UserError: where the run is not complete, its checkpoint is missing, or an evaluation fails.
+        UserError: if the run is not complete, its checkpoint is missing, or an evaluation fails.
     """
     run = load_run(folder)
     if run.not_done:
@@ -62,7 +62,7 @@ def evaluate_run(
 
 
 def _run(command: Sequence[str], log: Path) -> None:
-    """Run a command with its output in a file, which gets its name when the command has succeeded."""
+    """Run a command with its output in a file. The file gets its final name when the command has succeeded."""
     partial = log.with_name(f"{log.name}.partial")
     with open(partial, "wb") as file:
         status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode

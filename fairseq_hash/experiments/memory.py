@@ -1,5 +1,5 @@
-"""What one rank of a training keeps in memory, by the rules of the run: experts as they are shared, states as fairseq
-keeps them. Activations, the buffers of data parallelism and what a library holds come on top.
+"""The memory of one rank of a training, computed as in the run: its share of the experts, and the states that fairseq
+keeps. Activations, the buffers of data parallelism and the memory of libraries come on top.
 """
 
 from omegaconf import DictConfig
@@ -9,18 +9,19 @@ from fairseq_hash.moe.dispatchers import check_dispatcher
 from fairseq_hash.options.sparse_options import SparseOptions
 from fairseq_hash.parallel.groups import ExpertParallel, planned
 
-# Bytes of a weight, and of its copy and its gradient's in fp32, by precision. A gradient is of its weight's type.
+# Bytes of a weight, and of the fp32 copies of the weight and its gradient, by precision. A gradient has its weight's
+# dtype.
 KEPT = {"fp32": (4, 0), "amp": (4, 0), "fp16": (2, 8), "bf16": (2, 8)}
 KEPT |= {"memory-efficient fp16": (2, 0), "memory-efficient bf16": (2, 0)}
-# Values that an optimizer keeps for each parameter, besides the parameter.
+# Number of values that an optimizer keeps per parameter, besides the parameter.
 STATES = {"adam": 2, "fused_adam": 2, "adamax": 2, "adadelta": 2, "adagrad": 1, "nag": 1}
 
 
 def place_of(config: DictConfig, ranks: int) -> ExpertParallel:
-    """Return who holds which experts on so many ranks, as the run chooses it; a dense model has one, on every rank.
+    """Return which rank holds which experts, as the run chooses it. A dense model counts as one expert on every rank.
 
     Raises:
-        UserError: where so many ranks cannot share the experts as the options say.
+        UserError: if this number of ranks cannot share the experts as the options say.
     """
     options = SparseOptions.from_config(config.model)
     if not options.is_sparse:
@@ -31,7 +32,7 @@ def place_of(config: DictConfig, ranks: int) -> ExpertParallel:
 
 
 def precision_of(config: DictConfig) -> str:
-    """Return in what a training computes: fp32, amp, fp16 or bf16, memory-efficient or not."""
+    """Return the precision of a training: fp32, amp, fp16 or bf16, memory-efficient or not."""
     common = config.common
     for form in ("fp16", "bf16"):
         if common[f"memory_efficient_{form}"]:
@@ -44,9 +45,9 @@ def precision_of(config: DictConfig) -> str:
 def state_bytes(of: Sizes, config: DictConfig, place: ExpertParallel) -> int:
     """Return the bytes of weights, gradients, optimizer state and buffers on one rank.
 
-    In half precision fairseq keeps weights and gradients in fp32 besides, unless it is memory-efficient. Frozen weights
-    have neither gradient nor state. Fully sharded data parallel shares out all that is not of the experts; it keeps
-    weights in fp32, and those in half precision for a moment only.
+    In half precision fairseq also keeps weights and gradients in fp32, unless it is memory-efficient. Frozen weights
+    have neither gradient nor state. Fully sharded data parallel divides everything except the experts among the ranks.
+    It keeps weights in fp32, and has half-precision weights only for a moment.
     """
     precision = precision_of(config)
     is_sharded = config.distributed_training.ddp_backend == "fully_sharded"
@@ -62,10 +63,10 @@ def state_bytes(of: Sizes, config: DictConfig, place: ExpertParallel) -> int:
 
 
 def describe(of: Sizes, config: DictConfig, ranks: int) -> str:
-    """Return for people what a rank keeps, and which experts.
+    """Describe a rank's memory and its experts, for people.
 
     Raises:
-        UserError: as `place_of`.
+        UserError: as in `place_of`.
     """
     place, name = place_of(config, ranks), config.optimizer._name
     lacks = "" if name == "sgd" or name in STATES else f", without the state of {name}"

@@ -1,14 +1,14 @@
-"""Where experiments are, and their names: they need no fairseq."""
+"""The names of experiments and their folder; needs no fairseq."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
-# Folders of parts. Every file in another folder is an experiment, but for those that start with an underscore.
+# Folders of option groups. Every file in another folder is an experiment, except those that start with an underscore.
 GROUPS = ("data", "size", "router", "training", "cluster")
 
 
 def own_configs() -> Path:
-    """Return the folder of the configurations: inside of the installed package, beside it in a checkout."""
+    """Return the folder of the configurations: inside an installed package, but beside it in a checkout."""
     package = Path(__file__).parent.parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"

@@ -1,10 +1,11 @@
-"""N-gram lines: the perplexity of count models on the tokens that a language model is evaluated on.
+"""N-gram lines: the perplexity of n-gram models on the tokens on which a language model is evaluated.
 
 Modified Kneser-Ney, interpolated: S. F. Chen and J. Goodman, An empirical study of smoothing techniques for language
 modeling, Computer Speech & Language 13 (1999), 359-394. The lowest order is interpolated with the uniform distribution
 over the dictionary, as in K. Heafield et al., Scalable modified Kneser-Ney language model estimation, ACL 2013.
 
-Shape suffixes: S stretch of tokens, G different n-grams of one order, C their different contexts, O order of the model.
+Shape suffixes: S tokens of a stream, G different n-grams of one order, C their different contexts, O order of the
+model.
 """
 
 import math
@@ -24,11 +25,11 @@ BLOCK = 1 << 20  # tokens that are evaluated at once
 
 @dataclass(frozen=True)
 class Discounts:
-    """What an order subtracts from n-grams that were counted once, twice, and more often.
+    """What an order subtracts from the counts of n-grams that occur once, twice, and more often.
 
     Attributes:
-        values: the three, of which that of a count k is above 0 and at most k.
-        estimated: whether they are from the counts; else they are FALLBACK.
+        values: the three discounts. That of a count k is above 0 and at most k.
+        estimated: whether they were estimated from the counts; otherwise they are FALLBACK.
     """
 
     values: tuple[float, float, float]
@@ -37,13 +38,13 @@ class Discounts:
 
 @dataclass(frozen=True)
 class Level:
-    """One order of a model. N-grams and contexts are keys: their ids are the digits of a number with base V.
+    """One order of a model. N-grams and contexts are stored as keys: their ids are the digits of a number with base V.
 
     Attributes:
         key_G: int64, ascending.
-        share_G: float64, discounted count of an n-gram over that of its context.
+        share_G: float64, the discounted count of an n-gram divided by the count of its context.
         context_C: int64, ascending.
-        weight_C: float64, what the order below gets after a context.
+        weight_C: float64, the weight of the order below after a context.
     """
 
     key_G: np.ndarray
@@ -55,11 +56,11 @@ class Level:
 
 @dataclass(frozen=True)
 class Line:
-    """What a model of one order has on one subset.
+    """The result of a model of one order on one subset.
 
     Attributes:
-        tokens: of the subset, all of which are predicted.
-        training_tokens: that were counted.
+        tokens: number of tokens in the subset; all are predicted.
+        training_tokens: number of training tokens counted.
         nats: mean of minus the natural logarithm of a token's probability.
         perplexity: e to that power.
         discounts: of the orders from 1 up.
@@ -75,23 +76,24 @@ class Line:
 
 
 class KneserNey:
-    """A count model of one order: the highest one of true counts, those below of how many tokens came before.
+    """An n-gram model of one order. The highest level uses true counts, lower levels the number of different preceding
+    tokens.
 
     Attributes:
-        levels: one an order, from 1 up.
-        training_tokens: how many were counted.
+        levels: one per order, from 1 up.
+        training_tokens: number of tokens counted.
     """
 
     def __init__(self, id_S: np.ndarray, order: int, vocabulary: int) -> None:
-        """Count a stream; before its first token are `</s>`, so that every token has a full context.
+        """Count a stream. `</s>` are put before its first token, so that every token has a full context.
 
         Args:
             id_S: integers `[S]`, 0 to V - 1, at least one.
-            order: how many tokens an n-gram has.
+            order: number of tokens in an n-gram.
             vocabulary: V.
 
         Raises:
-            UserError: where n-grams of so many symbols do not fit into int64.
+            UserError: if n-grams of this many symbols do not fit into int64.
         """
         check_size(vocabulary, order)
         self.order, self.vocabulary, self.training_tokens = order, vocabulary, len(id_S)
@@ -103,7 +105,7 @@ class KneserNey:
         key_G, count_G = np.unique(key_S, return_counts=True)
         levels = [make_level(key_G, count_G, vocabulary)]
         for length in range(order - 1, 0, -1):
-            # Each different n-gram counts once for what is left of it without its first token.
+            # Each different n-gram counts once for the n-gram without its first token.
             key_G, count_G = np.unique(key_G % vocabulary**length, return_counts=True)
             levels.insert(0, make_level(key_G, count_G, vocabulary))
         self.levels = tuple(levels)
@@ -125,10 +127,10 @@ class KneserNey:
         return probability_S
 
     def nats(self, id_S: np.ndarray) -> float:
-        """Return minus the mean natural logarithm of the probabilities of a stream's tokens, each of them predicted.
+        """Return minus the mean natural logarithm of the probabilities of all tokens in a stream.
 
-        As for fairseq-eval-lm with --sample-break-mode none, the first token comes after `</s>`. A language model sees
-        less before the first tokens of its other samples; a count model sees O - 1 tokens before each.
+        As in fairseq-eval-lm with --sample-break-mode none, the first token comes after `</s>`. A language model sees
+        less before the first tokens of its other samples, but an n-gram model sees O - 1 tokens before each token.
 
         Args:
             id_S: integers `[S]`, 0 to V - 1, at least one.
@@ -142,7 +144,7 @@ def check_size(vocabulary: int, order: int = max(ORDERS)) -> None:
     """Refuse a vocabulary of V symbols that is too large.
 
     Raises:
-        UserError: where n-grams of so many symbols do not fit into int64.
+        UserError: if n-grams of this many symbols do not fit into int64.
     """
     if vocabulary**order >= 1 << 63:
         most = round((1 << 63) ** (1 / order)) - 1
@@ -154,8 +156,8 @@ def check_size(vocabulary: int, order: int = max(ORDERS)) -> None:
 def estimate_discounts(count_G: np.ndarray) -> Discounts:
     """Return the discounts of one order from its counts of counts.
 
-    Small texts do not have n-grams of each count from 1 to 4, or not fewer of the larger ones, so that a discount is
-    not defined or not above 0, and some token would have no probability: FALLBACK stands for all three then.
+    A small text may lack n-grams of some count from 1 to 4, or may not have fewer n-grams of the larger counts. Then a
+    discount is not defined or not above 0, and some token would have no probability, so all three are FALLBACK.
 
     Args:
         count_G: int64, above 0.
@@ -180,13 +182,13 @@ def make_level(key_G: np.ndarray, count_G: np.ndarray, vocabulary: int) -> Level
 
 
 def looked_up(known_G: np.ndarray, value_G: np.ndarray, key_S: np.ndarray, other: float) -> np.ndarray:
-    """Return each key's value, float64 `[S]`, or `other` where the key is not among the ascending known ones."""
+    """Return each key's value, float64 `[S]`, or `other` if the (ascending) known keys lack it."""
     place_S = np.minimum(np.searchsorted(known_G, key_S), len(known_G) - 1)
     return np.where(known_G[place_S] == key_S, value_G[place_S], other)
 
 
 def padded(id_S: np.ndarray, order: int) -> np.ndarray:
-    """Return a stream with what is before its first token, int64 `[order - 1 + S]`."""
+    """Return a stream with `</s>` before its first token, int64 `[order - 1 + S]`."""
     return np.concatenate([np.full(order - 1, END, dtype=np.int64), np.asarray(id_S, dtype=np.int64)])
 
 
@@ -215,16 +217,16 @@ def ngram_lines(
 
     Args:
         training_S: integers `[S]`, 0 to V - 1.
-        held_out: the same of each subset, by its name.
+        held_out: the same for each subset, by name.
         vocabulary: V.
-        display: shows the orders; its work is one unit an order.
-        orders: of the models.
+        display: shows progress, one unit of work per order.
+        orders: the orders of the models.
 
     Returns:
         The lines of the first subset in the order of `orders`, then those of the next.
 
     Raises:
-        UserError: where n-grams of so many symbols do not fit into int64.
+        UserError: if n-grams of this many symbols do not fit into int64.
     """
     lines: dict[str, list[Line]] = {subset: [] for subset in held_out}
     for order in orders:

@@ -1,6 +1,6 @@
-"""Names of run folders: what a run was given at the command line, as one name that no shell takes for more.
+"""Names of run folders: the overrides of a run, as one name that needs no quotes in a shell.
 
-Hydra imports this file for `hydra.callbacks` in configs/base.yaml, before it makes a folder, in each of its processes.
+Hydra imports this file for `hydra.callbacks` in configs/base.yaml, in each process, before it makes a folder.
 """
 
 import hashlib
@@ -13,10 +13,11 @@ LONGEST = 200  # characters; file systems take 255 bytes
 
 
 def folder_name(overrides: str) -> str:
-    """Return Hydra's `override_dirname` without what a shell takes for a pattern, a quote or an end.
+    """Return Hydra's `override_dirname` without characters that mean something to a shell.
 
-    Brackets and quotes go: `optimization.lr=[0.1,0.2]` is `optimization.lr=0.1,0.2`. What else is not plain becomes
-    `_`, and too long a name ends early; so that two runs never share a folder, a sum of the whole is put behind then.
+    Brackets and quotes are removed: `optimization.lr=[0.1,0.2]` becomes `optimization.lr=0.1,0.2`. Other special
+    characters become `_`, and a name that is too long is cut. In these two cases a checksum of the whole name is
+    appended, so that two runs never share a folder.
     """
     kept = re.sub(r"[\[\]'\"]", "", overrides)
     plain = re.sub(r"[^a-zA-Z0-9_.,=+@%/-]", "_", kept)
@@ -26,7 +27,7 @@ def folder_name(overrides: str) -> str:
 
 
 class NamesFolders(Callback):
-    """Does nothing: that Hydra imports it is what counts."""
+    """Does nothing. Hydra imports this file because of it."""
 
 
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)

@@ -1,7 +1,7 @@
-"""How large an experiment's model is and what it costs, counted on the model itself, built without memory for weights.
+"""Size and cost of an experiment's model, counted on the model itself, which is built without memory for weights.
 
-Work is counted in multiply-adds of matrix products, as PyTorch's FlopCounterMode counts them (2 FLOPs each): embedding
-lookups, biases, norms and activations are left out.
+Work is counted in multiply-adds of matrix products (2 FLOPs each), as in PyTorch's FlopCounterMode. Embedding lookups,
+biases, norms and activations are left out.
 """
 
 import contextlib
@@ -21,23 +21,23 @@ from fairseq_hash.hashing.build import BUILDERS
 from fairseq_hash.lm.model import HashTransformerLanguageModel, count_parameters, count_trained
 from fairseq_hash.moe.layer import SparseLayer
 
-BACKWARD = 2  # a backward pass is two products for each of the forward pass
+BACKWARD = 2  # a backward pass has two products for each product of the forward pass
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one model and one training.
+    """Sizes of one model and one training.
 
     Attributes:
         total: parameters.
         active: parameters that one token uses.
-        expert_parameters: parameters of all experts, of `total`.
-        trained: parameters that are not frozen, of `total`.
-        trained_experts: those of all experts that are not frozen.
+        expert_parameters: parameters of `total` that belong to experts.
+        trained: parameters of `total` that are not frozen.
+        trained_experts: parameters of all experts that are not frozen.
         buffer_bytes: of hash tables and other buffers, on every rank.
         flops_per_token: of a forward pass, without attention over the context.
         attention_flops_per_token: of the products of attention over a full context.
-        tokens_per_update: the batch of all ranks, as the configuration means it.
+        tokens_per_update: the batch of all ranks, as configured.
         updates: of the whole training.
     """
 
@@ -60,10 +60,10 @@ class Sizes:
 
 
 def sizes(experiment: Experiment, ranks: int = 1) -> Sizes:
-    """Return the sizes of an experiment, for the vocabulary that it states, trained on so many ranks.
+    """Return the sizes of an experiment for its stated vocabulary, trained on `ranks` ranks.
 
     Raises:
-        UserError: for what the model refuses, and where the experiment states no vocabulary.
+        UserError: for options that the model refuses, or if the experiment states no vocabulary.
     """
     model = build_on_meta(experiment)
     config, layers = experiment.config, sparse_layers(model)
@@ -86,7 +86,7 @@ def sizes(experiment: Experiment, ranks: int = 1) -> Sizes:
 
 
 def dense_twin(experiment: Experiment) -> Experiment:
-    """Return the experiment without its experts: all else is the same."""
+    """Return the experiment without its experts; everything else is the same."""
     config = OmegaConf.create(OmegaConf.to_container(experiment.config))
     config.model.router, config.model.freeze, config.model.from_dense = "none", "none", ""
     return replace(experiment, config=config)
@@ -98,15 +98,15 @@ def sparse_layers(model: nn.Module) -> list[SparseLayer]:
 
 
 def _multiplications(model: nn.Module) -> int:
-    """Return the elements of all weights that one token is multiplied with.
+    """Return the number of weights with which one token is multiplied.
 
-    Every weight matrix is one, but for embeddings that no product uses: the output projection may share its weight with
-    the embedding. A stack of experts counts with those that serve a token.
+    Every weight matrix counts, except embeddings that no product uses (the output projection may share its weight with
+    the embedding). Of a stack of experts, only those that serve one token count.
     """
     layers = sparse_layers(model)
     stacked = {id(parameter) for layer in layers for parameter in layer.experts.parameters()}
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    # An adaptive softmax has matrices of its own; a rare word needs them all.
+    # An adaptive softmax has matrices of its own, and a rare word needs all of them.
     outputs = [] if model.decoder.output_projection is None else [model.decoder.output_projection.weight]
     count = sum(weight.numel() for weight in outputs)
     counted = stacked | embeddings | {id(weight) for weight in outputs}
@@ -114,15 +114,15 @@ def _multiplications(model: nn.Module) -> int:
     for layer in layers:
         matrices = sum(p[0].numel() for p in layer.experts.parameters() if p.dim() == 3)
         shared = 0 if layer.shared is None else sum(p[0].numel() for p in layer.shared.parameters() if p.dim() == 3)
-        # The shared expert is a stack of one: its matrices have three dimensions, and were not counted above.
+        # The shared expert is a stack of one expert: its matrices have three dimensions, and were not counted above.
         count += layer.top_k * matrices + shared
     return count
 
 
 def build_on_meta(experiment: Experiment) -> nn.Module:
-    """Build an experiment's model on PyTorch's meta device: all shapes, no memory, and all experts in one place.
+    """Build an experiment's model on PyTorch's meta device: all shapes, no memory, and all experts on one rank.
 
-    A table file, and a model that predicts, need not be there: neither changes a size.
+    A table file or a predicting model need not exist: neither changes a size.
     """
     config = OmegaConf.create(OmegaConf.to_container(experiment.config))
     model = config.model
@@ -148,7 +148,7 @@ def _task(config: OmegaConf, vocabulary: int) -> LanguageModelingTask:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the model's own record: this model is not trained."""
+    """Suppress the model's own record in the log, because this model is not trained."""
     logger = logging.getLogger("fairseq_hash.model")
     before, logger.disabled = logger.disabled, True
     try:

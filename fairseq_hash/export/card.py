@@ -10,8 +10,8 @@ def model_card(name: str, model: Model, tokens: Tokens, facts: dict[str, Any]) -
     """Return the text of README.md.
 
     Args:
-        name: of the folder.
-        model: what was exported.
+        name: the folder's name.
+        model: the exported model.
         tokens: its tokens.
         facts: of the checkpoint, as `fairseq-hash checkpoint show --json` prints them.
     """

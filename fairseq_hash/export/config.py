@@ -1,4 +1,4 @@
-"""What a checkpoint is, in the terms of `config.json`; what cannot be exported is refused here."""
+"""Turns a checkpoint's options into `config.json`, and refuses models that cannot be exported."""
 
 import re
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from fairseq_hash.options.sparse_options import SparseOptions
 MODELING, TOKENIZATION = "modeling_fairseq_hash", "tokenization_fairseq_hash"
 ACTIVATIONS = {"gelu_fast": "gelu_accurate"}  # older names
 ACTIVATIONS.update({name: name for name in ("relu", "gelu", "gelu_accurate", "tanh", "linear")})
-# Parts of fairseq's decoder that the exported model does not have: options, and what they are when they are off.
+# Options of parts of fairseq's decoder that the exported model does not have, with the values that switch them off.
 REFUSED: dict[str, tuple[Any, ...]] = {
     "adaptive_softmax_cutoff": (None,),
     "adaptive_input": (False,),
@@ -28,7 +28,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "scale_resids": (False, None),
     "decoder_xformers_att_config": (None, ""),
 }
-# What is in a state beside the model's parameters and tables.
+# Entries of a state besides the model's parameters and tables.
 LEFT_OUT = re.compile(r"decoder\.(version|embed_positions\._float_tensor|hash_tables\.\d+\.dictionary_fingerprint)")
 TABLE = re.compile(r"decoder\.hash_tables\.(\d+)\.(\w+)")
 
@@ -38,9 +38,9 @@ class Model:
     """A checkpoint's model, ready to be written.
 
     Attributes:
-        config: of `config.json`, all but the tokens.
-        tensors: weights and tables by name; experts in shards are not read yet.
-        options: of the sparse layers.
+        config: the content of `config.json`, except the tokens.
+        tensors: weights and tables by name. Experts in shards are not read yet.
+        options: the options of the sparse layers.
     """
 
     config: dict[str, Any]
@@ -49,7 +49,7 @@ class Model:
 
     @property
     def is_oracle(self) -> bool:
-        """Whether it sees the token that it is to predict."""
+        """Whether the model sees the token that it must predict."""
         return self.options.is_sparse and self.options.feature.is_oracle
 
 
@@ -57,7 +57,7 @@ def model_of(path: object, state: Mapping[str, Any]) -> Model:
     """Return the model in a checkpoint's state, as `read_checkpoint` returns it.
 
     Raises:
-        UserError: where it is no language model, or one that the exported files cannot be.
+        UserError: if it is not a language model, or one that cannot be exported.
     """
     if state["model"].manifest is None and KEY in state:
         raise UserError(
@@ -67,7 +67,9 @@ def model_of(path: object, state: Mapping[str, Any]) -> Model:
     given = model_options(state)
     tensors = {name: value for name, value in state["model"].items() if not LEFT_OUT.fullmatch(name)}
     if not given or "decoder_embed_dim" not in given or any(not name.startswith("decoder.") for name in tensors):
-        raise UserError(f"{path} is no language model of this package or of fairseq's transformer_lm; give such a one")
+        raise UserError(
+            f"{path} is not a language model of this package or of fairseq's transformer_lm; give a checkpoint of one"
+        )
     options = SparseOptions.from_config(given)
     _check_exportable(path, given, options)
     rows = [len(tensors[f"decoder.{name}.weight"]) for name in ("embed_tokens", "output_projection")]

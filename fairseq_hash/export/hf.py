@@ -23,14 +23,14 @@ def export(
 
     Args:
         checkpoint: its main file.
-        out: the folder, which must not exist; it appears when all of it is written.
+        out: the folder, which must not exist. It appears when it is complete.
         data: the folder of the dictionary and of the SentencePiece model; None for that of the training.
         pieces: the SentencePiece model; None for that in the folder of the data.
-        shard_size: bytes of tensors in one file of weights at most; a larger tensor has a file of its own.
+        shard_size: most bytes of tensors in one file of weights; a larger tensor has a file of its own.
 
     Raises:
-        UserError: where the checkpoint is damaged or cannot be exported, its dictionary is not found, or the folder
-            cannot be written; nothing of the folder is left then.
+        UserError: if the checkpoint is damaged or cannot be exported, its dictionary is not found, or the folder cannot
+            be written. Nothing of the folder is left then.
     """
     _check_out(out)
     with loading_weights_only():
@@ -70,7 +70,7 @@ def _write(folder: Path, model: Model, tokens: Tokens) -> None:
     for module in (MODELING, TOKENIZATION):
         shutil.copyfile(here / f"{module}.py", folder / f"{module}.py")
     tokens.write(folder, model.config["max_position_embeddings"])
-    # Padding is never generated, as by fairseq's generator.
+    # Padding is never generated, as in fairseq's generator.
     generation = {**tokens.config, "suppress_tokens": [tokens.config["pad_token_id"]]}
     for name, content in (("config", {**model.config, **tokens.config}), ("generation_config", generation)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,10 +1,10 @@
-"""A language model with sparse feed-forward layers, as fairseq_hash trains it under fairseq, in plain PyTorch.
+"""A language model with sparse feed-forward layers, as trained by fairseq_hash, in plain PyTorch.
 
 This file needs torch and transformers only; `config.json` beside it says which of its parts a model has. Parameters
-have the names that they have in fairseq's checkpoint.
+have the same names as in fairseq's checkpoint.
 
-Shape suffixes: B batch, L length of what is computed now, P length with what is in the cache, T tokens that are no
-padding, D model width, F hidden width, E experts, K experts of a token, H rows of a hash table.
+Shape suffixes: B batch, L length of the new tokens, P length including the cached tokens, T tokens without padding, D
+model width, F hidden width, E experts, K experts per token, H rows of a hash table.
 """
 
 import dataclasses
@@ -28,7 +28,8 @@ ACTIVATIONS = {
 
 
 class FairseqHashConfig(PretrainedConfig):
-    """What the model is. Names of fairseq's options where there is one; see the docs of fairseq_hash for what they do.
+    """The model's sizes and options. They have the names of fairseq's options if there are such; the docs of
+    fairseq_hash explain them.
 
     `sparse_layers` has for each sparse layer the number of its decoder layer, its router (hash, switch or base) and,
     of hash layers, the number of its table; `tables` has the shapes of each table's tensors by their names.
@@ -79,13 +80,14 @@ class FairseqHashConfig(PretrainedConfig):
         special = {name: given.pop(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
         for name, value in given.items():
             setattr(self, name, value)
-        # One matrix for both ends is `share_embeddings`: there is no second parameter for transformers to tie.
+        # `share_embeddings` means one matrix for input and output: there is no second parameter for transformers to
+        # tie.
         kwargs["tie_word_embeddings"] = False
         super().__init__(**special, **kwargs)
 
 
 def shifted(token_BP: Tensor, distance: int, padding: int) -> Tensor:
-    """Return the token `distance` places before each (after it, where negative); padding where there is none."""
+    """Return the token `distance` positions before each token (after it, if negative); padding if there is none."""
     if abs(distance) >= token_BP.shape[1]:
         return torch.full_like(token_BP, padding)
     return F.pad(token_BP, (distance, -distance), value=padding)
@@ -119,7 +121,7 @@ class HashTable(nn.Module):
         return self.feature not in ("token", "position") or hasattr(self, "pair")
 
     def forward(self, token_BP: Tensor) -> Tensor:
-        """Return the experts of each token, `[B, P, K]`; where padding stands, any."""
+        """Return the experts of each token, `[B, P, K]`; at padding, any experts."""
         return self.expert[self.rows(token_BP)]
 
     def rows(self, token_BP: Tensor) -> Tensor:
@@ -151,7 +153,7 @@ class HashTable(nn.Module):
         return torch.where(self.pair[place_BP] == pair_BP, len(self.heavy) + place_BP, row_BP)
 
     def word_rows(self, token_BP: Tensor) -> Tensor:
-        """Give each piece the row of the word that it completes, where the larger dictionary has that word."""
+        """Give each piece the row of the word that it completes, if the larger dictionary has that word."""
         place_P = torch.arange(token_BP.shape[1], device=token_BP.device)
         begins_BP = self.begins[token_BP]
         begins_BP[:, 1:] |= self.ends[token_BP[:, :-1]]
@@ -171,8 +173,8 @@ class HashTable(nn.Module):
 class PlainExperts(nn.Module):
     """Linear, activation, linear, for each of E experts.
 
-    With N segments (MultiHash), group e * N + n is the n-th piece of expert e's hidden layer; the pieces of a token's N
-    groups add up to one hidden layer.
+    With N segments (MultiHash), group e * N + n is the n-th segment of expert e's hidden layer. The segments of a
+    token's N groups make up one hidden layer.
     """
 
     def __init__(self, config: FairseqHashConfig, experts: int, segments: int = 1) -> None:
@@ -194,7 +196,7 @@ class PlainExperts(nn.Module):
 
 
 class GatedExperts(nn.Module):
-    """SwiGLU without biases, for each of E experts; gate and up lie in one parameter, gate first."""
+    """SwiGLU without biases, for each of E experts. Gate and up are one parameter, gate first."""
 
     def __init__(self, config: FairseqHashConfig, experts: int) -> None:
         super().__init__()
@@ -222,7 +224,7 @@ class StackedExperts(nn.Module):
         self.feed_forward = nn.ModuleList(PlainExperts(config, experts) for _ in sublayers)
 
     def forward(self, x_RD: Tensor, expert: int) -> Tensor:
-        """Return what one expert adds to rows."""
+        """Return the vectors that one expert adds to rows."""
         y_RD = x_RD
         for weight_ED, bias_ED, feed_forward in zip(self.norm_weight, self.norm_bias, self.feed_forward, strict=True):
             normed_RD = F.layer_norm(y_RD, y_RD.shape[-1:], weight_ED[expert], bias_ED[expert])
@@ -257,7 +259,7 @@ class BaseRouter(nn.Module):
 
 
 class HashWeights(nn.Module):
-    """Learned weights of the K experts that a table chose: their scores over the sum of the K, times a scale."""
+    """Learned weights of the K experts in a table's row: scores divided by the sum over the K, times a scale."""
 
     def __init__(self, config: FairseqHashConfig) -> None:
         super().__init__()
@@ -267,7 +269,7 @@ class HashWeights(nn.Module):
     def forward(self, x_TD: Tensor, expert_TK: Tensor) -> Tensor:
         """Return weights, fp32 `[T, K]`."""
         logit_TK = F.linear(x_TD.float(), self.weight.float()).gather(1, expert_TK)
-        # Scores over their sum are the softmax of the scores' logarithms, where nothing underflows.
+        # Scores divided by their sum are the softmax of their logarithms, in which nothing underflows.
         if self.score == "sigmoid":
             logit_TK = F.logsigmoid(logit_TK)
         elif self.score == "sqrt-softplus":
@@ -277,7 +279,7 @@ class HashWeights(nn.Module):
 
 
 class SparseLayer(nn.Module):
-    """Experts, and what picks among them: a router, or the experts that a hash table has for the tokens."""
+    """Experts with a router, or with the experts that a hash table names for the tokens."""
 
     def __init__(self, config: FairseqHashConfig, router: str) -> None:
         super().__init__()
@@ -302,7 +304,7 @@ class SparseLayer(nn.Module):
             self.router = HashWeights(config)
 
     def forward(self, x_BLD: Tensor, real_BL: Tensor, expert_BLK: "Tensor | None") -> Tensor:
-        """Return what the experts add: zero for padding, and for tokens beyond an expert's capacity."""
+        """Return the experts' output: zero for padding, and for tokens beyond an expert's capacity."""
         # Position first, as in fairseq: whether a token is dropped does not depend on later positions.
         x_LBD, real_LB = x_BLD.transpose(0, 1), real_BL.t()
         x_TD = x_LBD[real_LB]
@@ -322,8 +324,8 @@ class SparseLayer(nn.Module):
         return y_LBD.transpose(0, 1)
 
     def apply_experts(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: "Tensor | None") -> Tensor:
-        """Return the weighted sum of what each token's experts make of it."""
-        if self.segments > 1:  # expert e of the n-th hash function gives its n-th segment
+        """Return the weighted sum of the outputs of each token's experts."""
+        if self.segments > 1:  # expert e of the n-th hash function serves its n-th segment
             expert_TK = expert_TK * self.segments + torch.arange(self.segments, device=expert_TK.device)
         group_C, choices = expert_TK.flatten(), expert_TK.shape[1]
         capacity = len(group_C)
@@ -349,7 +351,7 @@ class Attention(nn.Module):
             setattr(self, name, nn.Linear(width, width))
 
     def forward(self, x_BLD: Tensor, mask_B1LP: Tensor, cache: "DynamicCache | None") -> Tensor:
-        """Return what each place takes from those that `mask_B1LP` allows, the cached ones included."""
+        """Return each position's attention over the positions that `mask_B1LP` allows, including cached ones."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (p(x_BLD).unflatten(2, (self.heads, -1)).transpose(1, 2) for p in projections)
         if cache is not None:
@@ -359,7 +361,7 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """fairseq's decoder layer: attention and a feed-forward network, here perhaps one of experts."""
+    """fairseq's decoder layer: attention and a feed-forward network, which can be a sparse layer."""
 
     def __init__(self, config: FairseqHashConfig, number: int, router: "str | None") -> None:
         super().__init__()
@@ -395,7 +397,7 @@ class DecoderLayer(nn.Module):
 
 
 class InsertedLayer(nn.Module):
-    """A sparse layer of its own, behind a decoder layer."""
+    """An inserted sparse layer, after a decoder layer."""
 
     def __init__(self, config: FairseqHashConfig, router: str) -> None:
         super().__init__()
@@ -440,12 +442,12 @@ class Decoder(nn.Module):
         self.hash_tables = nn.ModuleList(HashTable(config, shapes) for shapes in config.tables)
 
     def forward(self, token_BP: Tensor, length: int, cache: "DynamicCache | None") -> "tuple[Tensor, list[Tensor]]":
-        """Return features of the last `length` places, `[B, L, D]`, and the hidden states on the way to them.
+        """Return the features of the last `length` positions, `[B, L, D]`, and the hidden states of all layers.
 
         Args:
-            token_BP: the whole sequences; padding may stand anywhere.
-            length: L; what is before is in the cache.
-            cache: keys and values of the places before.
+            token_BP: the whole sequences; padding may be anywhere.
+            length: L; earlier positions are in the cache.
+            cache: keys and values of earlier positions.
         """
         real_BP = token_BP.ne(self.config.pad_token_id)
         real_BL, token_BL = real_BP[:, -length:], token_BP[:, -length:]
@@ -453,14 +455,14 @@ class Decoder(nn.Module):
         if self.project_in_dim is not None:
             x_BLD = self.project_in_dim(x_BLD)
         if self.config.positions != "none":
-            # fairseq counts the tokens that are no padding, from the id of padding plus one.
+            # fairseq counts the tokens without padding, from the id of padding plus one.
             position_BP = real_BP.cumsum(dim=1) * real_BP + self.config.pad_token_id
             x_BLD = x_BLD + self.positions(position_BP[:, -length:]).to(x_BLD.dtype)
         if self.layernorm_embedding is not None:
             x_BLD = self.layernorm_embedding(x_BLD)
         place_P = torch.arange(token_BP.shape[1], device=token_BP.device)
         earlier_LP = place_P <= place_P[-length:, None]
-        # Padding looks at itself: it has nothing else, and a softmax over nothing may be NaN (it is in older torch).
+        # Padding attends to itself: it has nothing else, and a softmax over nothing may be NaN (it is in older torch).
         itself_LP = place_P == place_P[-length:, None]
         mask_B1LP = (earlier_LP & real_BP[:, None, None, :]) | itself_LP
         routes = [table(token_BP)[:, -length:] for table in self.hash_tables]
@@ -475,7 +477,7 @@ class Decoder(nn.Module):
         return x_BLD, states
 
     def positions(self, position_BL: Tensor) -> Tensor:
-        """Return the embeddings of positions, `[B, L, D]`; zero where padding stands."""
+        """Return the embeddings of positions, `[B, L, D]`; zero at padding."""
         if self.config.positions == "learned":
             most = self.config.max_position_embeddings
             if position_BL.max() > most + self.config.pad_token_id:
@@ -491,7 +493,7 @@ class Decoder(nn.Module):
 
 
 class FairseqHashForCausalLM(PreTrainedModel, GenerationMixin):
-    """The language model. Tokens that `attention_mask` leaves out are padding, as are those with the id of padding."""
+    """The language model. Tokens masked by `attention_mask` count as padding, like those with the id of padding."""
 
     config_class = FairseqHashConfig
     base_model_prefix = "decoder"
@@ -504,14 +506,14 @@ class FairseqHashForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Leave weights as they are: a trained model brings all of them."""
+        """Leave the weights as they are: a trained model has all of them."""
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the embedding of tokens."""
         return self.decoder.embed_tokens
 
     def get_output_embeddings(self) -> "nn.Module | None":
-        """Return the output projection; None where it is the embedding of tokens."""
+        """Return the output projection; None if it is the embedding of tokens."""
         return self.decoder.output_projection
 
     def forward(
@@ -532,14 +534,14 @@ class FairseqHashForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: int64 `[B, L]`, the tokens that are not in the cache yet.
-            attention_mask: `[B, L]`, or `[B, P]` with those in the cache; 0 where padding stands.
-            cache: of transformers, for generation; `past_key_values` is its older name.
-            prefix_ids: int64 `[B, P]`, the whole sequences, where a cache is used and a hash table looks at
-                earlier tokens. `generate` gives them.
+            attention_mask: `[B, L]`, or `[B, P]` including the cached tokens; 0 at padding.
+            cache: transformers' cache, for generation; `past_key_values` is its older name.
+            prefix_ids: int64 `[B, P]`, the whole sequences, if a cache is used and a hash table looks at earlier
+                tokens. `generate` gives them.
             labels: int64 `[B, L]`, usually `input_ids`; -100 is left out of the loss.
             use_cache: return a cache.
-            output_hidden_states: return what each layer returns, too.
-            logits_to_keep: only the logits of so many last places; 0 for all.
+            output_hidden_states: also return the output of each layer.
+            logits_to_keep: number of last positions whose logits are returned; 0 for all.
             return_dict: False for a tuple.
             kwargs: for the loss.
         """
@@ -566,7 +568,7 @@ class FairseqHashForCausalLM(PreTrainedModel, GenerationMixin):
         return output.to_tuple() if return_dict is False else output
 
     def whole(self, input_ids: Tensor, prefix_ids: "Tensor | None", past: int) -> Tensor:
-        """Return the whole sequences `[B, P]`, of which `past` places are in the cache."""
+        """Return the whole sequences `[B, P]`, of which `past` positions are in the cache."""
         if past == 0:
             return input_ids
         if prefix_ids is not None and prefix_ids.shape[1] == past + input_ids.shape[1]:

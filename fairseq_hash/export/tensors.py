@@ -1,4 +1,4 @@
-"""Weights to safetensors files, one tensor after the other and experts one by one: never all of them in memory."""
+"""Writes safetensors files tensor by tensor and expert by expert, so that memory never holds all weights."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -20,12 +20,12 @@ def write_weights(tensors: Mapping[str, Value], folder: Path, shard_size: int) -
 
     Args:
         tensors: by name; experts in shards are read one at a time.
-        folder: where to, an existing one.
-        shard_size: bytes of tensors in one file at most; a larger tensor has a file of its own.
+        folder: an existing folder to write to.
+        shard_size: most bytes of tensors in one file; a larger tensor has a file of its own.
 
     Raises:
-        OSError: where a file cannot be written.
-        UserError: where an expert fails its checksum.
+        OSError: if a file cannot be written.
+        UserError: if an expert fails its checksum.
     """
     files = _files(tensors, shard_size)
     if len(files) == 1:
@@ -54,8 +54,8 @@ def _files(tensors: Mapping[str, Value], shard_size: int) -> list[list[str]]:
 
 
 def _write(path: Path, tensors: Mapping[str, Value]) -> None:
-    """Write one file: the header, which has every tensor's place, then the tensors."""
-    # Wide types first: every tensor then begins at a multiple of its element's size.
+    """Write one file: the header, which has the offsets of every tensor, then the tensors."""
+    # Wide dtypes first, so that every tensor begins at a multiple of its element's size.
     names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
@@ -79,7 +79,7 @@ def _write_rows(file: BinaryIO, value: Value) -> None:
 
 
 def _parts(value: Value) -> Iterator[Tensor]:
-    """Yield what a tensor consists of: of one in shards, each expert."""
+    """Yield the parts of a tensor: each expert if it is in shards, else the whole tensor."""
     if isinstance(value, Tensor):
         yield value
         return

@@ -1,7 +1,7 @@
 """The tokenizer of a language model that fairseq trained: the ids are those of fairseq's dictionary.
 
-With `sentencepiece.model` beside it, text is cut into SentencePiece's pieces first; without, tokens are what white
-space separates. This file needs transformers, and sentencepiece where there is such a model.
+If `sentencepiece.model` is beside this file, text is first cut into SentencePiece's pieces; otherwise tokens are words
+between white space. This file needs transformers, and sentencepiece if there is such a model.
 """
 
 import json
@@ -10,15 +10,15 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizer
 
-RESERVED = ("<s>", "<pad>", "</s>")  # in a text they are no tokens of their own, as in the data of the training
+RESERVED = ("<s>", "<pad>", "</s>")  # in a text they are not special tokens, as in the training data
 
 
 class FairseqHashTokenizer(PreTrainedTokenizer):
     """Text to ids, and back.
 
     A text begins with `bos_token`, as every sample does in training (fairseq begins with `</s>`, the end of the line
-    before); `add_special_tokens=False` leaves it out. The end of a line is `</s>`. White space within a line separates
-    tokens and no more. A special token that is written in a text is text.
+    before); `add_special_tokens=False` leaves it out. The end of a line is `</s>`. White space within a line only
+    separates tokens. A special token written in a text is ordinary text.
     """
 
     vocab_files_names = {"vocab_file": "vocab.json", "model_file": "sentencepiece.model"}
@@ -73,7 +73,7 @@ class FairseqHashTokenizer(PreTrainedTokenizer):
     def build_inputs_with_special_tokens(
         self, token_ids_0: "list[int]", token_ids_1: "list[int] | None" = None
     ) -> "list[int]":
-        """Put the beginning in front; of a pair, the second goes on where the first ends."""
+        """Add the beginning; the second text of a pair continues the first."""
         return [self.bos_token_id, *token_ids_0, *(token_ids_1 or [])]
 
     def get_special_tokens_mask(
@@ -82,7 +82,7 @@ class FairseqHashTokenizer(PreTrainedTokenizer):
         token_ids_1: "list[int] | None" = None,
         already_has_special_tokens: bool = False,
     ) -> "list[int]":
-        """Return 1 where a special token stands."""
+        """Return 1 for special tokens, else 0."""
         if already_has_special_tokens:
             return [int(number in self.all_special_ids) for number in token_ids_0]
         return [1] + [0] * (len(token_ids_0) + len(token_ids_1 or []))
@@ -90,7 +90,7 @@ class FairseqHashTokenizer(PreTrainedTokenizer):
     def create_token_type_ids_from_sequences(
         self, token_ids_0: "list[int]", token_ids_1: "list[int] | None" = None
     ) -> "list[int]":
-        """Return zeros: the model has no types."""
+        """Return zeros: the model has no token types."""
         return [0] * len(self.build_inputs_with_special_tokens(token_ids_0, token_ids_1))
 
     def save_vocabulary(self, save_directory: str, filename_prefix: "str | None" = None) -> "tuple[str, ...]":

@@ -12,18 +12,18 @@ from fairseq_hash.export.config import TOKENIZATION
 from fairseq_hash.hashing import dictionary_fingerprint
 from fairseq_hash.hashing.dictionary import read_dictionary
 
-DICTIONARY, PIECES = "dict.txt", "sentencepiece.model"  # in the folder of the data, as data_prep writes them
+DICTIONARY, PIECES = "dict.txt", "sentencepiece.model"  # the names in the data folder, as data_prep writes them
 BEGIN = "\u2581"  # SentencePiece's mark of a word's beginning
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What text becomes ids by.
+    """The vocabulary that turns text into ids.
 
     Attributes:
         symbols: of fairseq's dictionary, in the order of their ids.
-        pieces: the SentencePiece model; None where tokens are what white space separates.
-        begin: the symbol that every sample begins with.
+        pieces: the SentencePiece model; None if tokens are words between white space.
+        begin: the symbol with which every sample begins.
     """
 
     symbols: Sequence[str]
@@ -31,7 +31,7 @@ class Tokens:
     begin: str
 
     def write(self, folder: Path, max_length: int) -> None:
-        """Write what the tokenizer reads."""
+        """Write the files that the tokenizer reads."""
         (folder / "vocab.json").write_text(json.dumps(self.symbols, ensure_ascii=False, indent=0), encoding="utf-8")
         if self.pieces is not None:
             shutil.copyfile(self.pieces, folder / PIECES)
@@ -40,7 +40,7 @@ class Tokens:
             "auto_map": {"AutoTokenizer": [f"{TOKENIZATION}.FairseqHashTokenizer", None]},
             "tokenizer_class": "FairseqHashTokenizer",
             "model_max_length": max_length,
-            "padding_side": "left",  # as generation needs it
+            "padding_side": "left",  # generation needs this
             "split_special_tokens": True,
             "clean_up_tokenization_spaces": False,
             **special,
@@ -50,7 +50,7 @@ class Tokens:
 
     @property
     def config(self) -> dict[str, int]:
-        """What `config.json` and `generation_config.json` say of tokens."""
+        """The token ids for `config.json` and `generation_config.json`."""
         return {"bos_token_id": self.symbols.index(self.begin), "eos_token_id": 2, "pad_token_id": 1}
 
 
@@ -66,15 +66,15 @@ def find_tokens(
 
     Args:
         path: the checkpoint.
-        state: what it holds, which says where the data of the training was.
-        fingerprint: of its dictionary; None where it does not say.
+        state: its contents, which name the data folder of the training.
+        fingerprint: of its dictionary; None if not known.
         vocabulary: rows of its embedding.
         data: the folder with dict.txt and, for pieces, sentencepiece.model; None for that of the training, or the
             checkpoint's own.
         pieces: the SentencePiece model; None for that in the folder.
 
     Raises:
-        UserError: where one of them is missing, or belongs to other data.
+        UserError: if one of them is missing, or belongs to other data.
     """
     task = (state.get("cfg") or {}).get("task") or {}
     where = data if data is not None else Path(str(task.get("data") or "").split(":")[0])
@@ -85,7 +85,7 @@ def find_tokens(
     symbols, counts = read_dictionary(where / DICTIONARY)
     if len(symbols) != vocabulary or fingerprint not in (None, dictionary_fingerprint(symbols)):
         raise UserError(
-            f"{where / DICTIONARY} is not the dictionary that {path} was trained with; give the folder of the "
+            f"{where / DICTIONARY} is not the dictionary with which {path} was trained; give the folder of the "
             "training's data by --data"
         )
     if pieces is None and (where / PIECES).is_file():
@@ -101,29 +101,29 @@ def find_tokens(
 
 
 def _has_pieces(symbols: Sequence[str], counts: Sequence[int]) -> bool:
-    """Return whether the symbols are pieces of words; a stray one among words is not enough."""
+    """Return whether the symbols are pieces of words; a few pieces among words are not enough."""
     marked = sum(count for symbol, count in zip(symbols, counts, strict=True) if symbol.startswith(BEGIN))
     return 100 * marked > sum(counts)
 
 
 def _check_pieces(path: Path, symbols: Sequence[str]) -> None:
-    """Raise `UserError` where a file is no SentencePiece model, or one of another dictionary."""
+    """Raise `UserError` if a file is not a SentencePiece model, or belongs to another dictionary."""
     import sentencepiece
 
     if not path.is_file():
-        raise UserError(f"--sentencepiece {path} does not exist; give the model that the data was cut by")
+        raise UserError(f"--sentencepiece {path} does not exist; give the model with which the data was cut")
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"--sentencepiece {path} is no SentencePiece model; give the one that the data was cut by"
+            f"--sentencepiece {path} is not a SentencePiece model; give the one with which the data was cut"
         ) from error
     known = {processor.id_to_piece(number) for number in range(processor.get_piece_size())}
-    # Characters that a model does not know are symbols all the same, unless it falls back to bytes.
+    # Characters that a model does not know are also symbols, unless the model falls back to bytes.
     own = [symbol for symbol in symbols[4:] if not symbol.startswith("madeupword")]
     others = [symbol for symbol in own if symbol not in known]
     if len(others) > len(own) / 10:
         raise UserError(
-            f"{path} does not cut text into the symbols of the dictionary: {len(others)} of {len(own)} are none of its "
-            f"pieces, such as {others[0]!r}; give the model that the data was cut by"
+            f"{path} does not cut text into the symbols of the dictionary: {len(others)} of {len(own)} are none of "
+            f"its pieces, such as {others[0]!r}; give the model with which the data was cut"
         )

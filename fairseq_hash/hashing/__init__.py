@@ -1,6 +1,6 @@
-"""Hash tables: which experts serve which token. Importing it imports neither fairseq nor torch.
+"""Hash tables: which experts serve which token. This package imports neither fairseq nor torch.
 
-A table is an int64 array `[H, K]` of expert ids; a feature of the token says which row is looked up (`lookup`, in
+A table is an int64 array `[H, K]` of expert ids. A feature of the token says which row is looked up (`lookup`, in
 torch).
 """
 

@@ -1,9 +1,9 @@
-"""How evenly a hash table loads its experts, beside what no table can beat.
+"""How evenly a hash table loads its experts, and a bound that no table can beat.
 
-An expert's load is the number of tokens of a text that it serves. With N tokens, E experts and K experts a token the
-mean load is K N / E; with perfect balance the largest one equals it.
+An expert's load is the number of tokens of a text that it serves. With N tokens, E experts and K experts per token the
+mean load is K N / E. With perfect balance the largest load equals it.
 
-Shape suffixes: see `losses`; H is the number of keys, a table's rows.
+Shape suffixes: see `moe.losses`; H is the number of keys, a table's rows.
 """
 
 import math
@@ -22,10 +22,10 @@ class Balance:
     """The loads of a table's experts on the counts of a text.
 
     Attributes:
-        load_E: int64 `[E]`, tokens that each expert serves; with MultiHash the sum over the hash functions.
+        load_E: int64 `[E]`, the tokens that each expert serves; with MultiHash the sum over the hash functions.
         bound: the smallest largest load that any table for these keys can have, as far as is proven (`lower_bound`).
-        overloading: int64, the keys whose count alone exceeds the mean load, by descending count: while there is one,
-            no table for these keys is balanced.
+        overloading: int64, the keys whose count alone exceeds the mean load, by descending count. If there is one, no
+            table for these keys is balanced.
         overloading_counts: their counts.
     """
 
@@ -51,12 +51,12 @@ class Balance:
 
     @property
     def bound_over_mean(self) -> float:
-        """What `largest_over_mean` is at least for any table on these keys."""
+        """A lower bound of `largest_over_mean` for any table on these keys."""
         return self.bound / self.mean
 
     @property
     def coefficient_of_variation(self) -> float:
-        """The loads' standard deviation over their mean: 0 is perfect."""
+        """The standard deviation of the loads divided by their mean: 0 is perfect."""
         return float(self.load_E.std()) / self.mean
 
     @property
@@ -67,30 +67,30 @@ class Balance:
 
     @property
     def entropy_share(self) -> float:
-        """The entropy over log E: 1 is perfect."""
+        """The entropy divided by log E: 1 is perfect."""
         return self.entropy / math.log(len(self.load_E)) if len(self.load_E) > 1 else 1.0
 
 
 def complaint(balance: Balance) -> "str | None":
-    """Return in words what is wrong with the loads; None where all experts have tokens and none has far too many.
+    """Return what is wrong with the loads, in words; None if all experts have tokens and none has far too many.
 
-    Far too many: more than `FAR` times the largest load of the best table for these keys, as far as that is proven.
+    "Far too many" means more than `FAR` times the proven lower bound of the largest load for these keys.
     """
     parts = []
     if idle := int((balance.load_E == 0).sum()):
         parts.append(f"{idle:,} of {len(balance.load_E):,} experts get no token")
     largest, bound = balance.largest_over_mean, balance.bound_over_mean
     if largest > FAR * bound:
-        parts.append(f"the largest load is {largest:.2f} times the mean, where a table could have {bound:.2f}")
+        parts.append(f"the largest load is {largest:.2f} times the mean, and a table could have {bound:.2f}")
     return "; ".join(parts) or None
 
 
 def judge(expert_HK: np.ndarray, counts: Sequence[int], num_experts: int, is_multi_hash: bool = False) -> Balance:
     """Return the balance of a table.
 
-    A table of MultiHash, H keys and K hash functions, loads as a table of one column does that has each key K times.
-    So its bound is that of K H keys with one expert each; its rows may name an expert twice, and the bound for distinct
-    experts would not hold.
+    A MultiHash table with H keys and K hash functions has the loads of a table with one column that lists each key K
+    times. So its bound is that of K H keys with one expert each. The bound for distinct experts would not hold, because
+    a row may name an expert twice.
 
     Args:
         expert_HK: int64 `[H, K]`, experts from 0 to E - 1.
@@ -99,14 +99,14 @@ def judge(expert_HK: np.ndarray, counts: Sequence[int], num_experts: int, is_mul
         is_multi_hash: whether the columns are hash functions of their own.
 
     Raises:
-        UserError: where counts and rows differ in number, or nothing is counted.
+        UserError: if counts and rows differ in number, or if all counts are 0.
     """
     count_H = np.asarray(counts, dtype=np.int64)
     columns = expert_HK.shape[1]
     if len(count_H) != len(expert_HK):
         raise UserError(f"{len(count_H)} counts for a hash table of {len(expert_HK)} rows; give one for each row")
     if not count_H.any():
-        raise UserError("all counts are 0, so that no expert has a load; give the counts of a text with tokens")
+        raise UserError("all counts are 0, so no expert has a load; give the counts of a text with tokens")
     load_E = expert_loads(expert_HK, count_H, num_experts)
     if is_multi_hash:
         bound = lower_bound(np.repeat(count_H, columns), num_experts, 1)
@@ -126,18 +126,18 @@ def expert_loads(expert_HK: np.ndarray, counts: Sequence[int], num_experts: int)
 
 
 def lower_bound(counts: Sequence[int], num_experts: int, columns: int = 1) -> int:
-    """Return a load that some expert has at least, whatever the table: no table's largest load is smaller.
+    """Return a lower bound of the largest load: in every table some expert has at least this load.
 
     Proof. Let a table name K distinct experts in each of its rows, K <= E, and let c_1 >= c_2 >= ... be the counts.
 
     1. The loads sum to K N. The largest is at least their mean, and it is whole: at least ceil(K N / E).
-    2. Take any m = 0, 1, 2, ... and the first j = floor(m E / K) + 1 keys. They name K j > m E experts, so that by the
-       pigeonhole principle some expert is named m + 1 times at least, and as no row names it twice, by m + 1 different
-       ones of these keys. Each of them counts as much as the smallest ones do: its load is at least that of the last
-       m + 1 among the first j, c_{j-m} + ... + c_j. (There are so many: j >= m + 1 as E >= K.)
+    2. Take any m = 0, 1, 2, ... and the first j = floor(m E / K) + 1 keys. They name K j > m E experts. By the
+       pigeonhole principle some expert is named at least m + 1 times, and because no row names it twice, by m + 1
+       different keys among these j. Its load is at least the sum of the m + 1 smallest counts among the first j,
+       c_{j-m} + ... + c_j. (There are that many: j >= m + 1 because E >= K.)
 
-    m = 0 says that no largest load is below the largest count, m = 1 that where E / K keys fill all experts, the next
-    key meets another one. More than j keys would only add smaller counts to the sum.
+    m = 0 says that the largest load is at least the largest count. m = 1 says that once E / K keys fill all experts,
+    the next key shares an expert with another one. More than j keys would only add smaller counts to the sum.
 
     Args:
         counts: how often each key occurs, `[H]`.
@@ -154,13 +154,14 @@ def lower_bound(counts: Sequence[int], num_experts: int, columns: int = 1) -> in
 
 
 def filling_bound(counts: Sequence[int], load_E: np.ndarray, columns: int = 1) -> int:
-    """Return a load that some expert has at least where keys are added to experts that have loads already.
+    """Return a lower bound of the largest load when keys are added to experts that already have loads.
 
-    Proof. Take the first j keys by descending count c_1 >= c_2 >= ... Whatever K distinct experts they get, expert e
-    gets some number n_e <= j of them, these sum to K j, and its load grows by n_e c_j at least. If no load is above L,
-    n_e <= floor((L - load_e) / c_j): an L is too small at which all min(j, floor((L - load_e) / c_j)) sum to less than
-    K j. The result is the largest, over j, of the smallest L that this does not rule out. (Only j up to 2 E are tried:
-    later keys are small, and what they add comes near the mean load, which bounds as well.)
+    Proof. Take the first j keys by descending count c_1 >= c_2 >= ... Whichever K distinct experts each key gets,
+    expert e gets some number n_e <= j of the keys, the n_e sum to K j, and the load of e grows by at least n_e c_j. If
+    no load is above L, then n_e <= floor((L - load_e) / c_j). So L is too small if all min(j, floor((L - load_e) /
+    c_j)) sum to less than K j. The result is the largest, over j, of the smallest L that this does not rule out. (Only
+    j up to 2 E are tried: later keys are small, and with them the bound comes near the mean load, which is a bound,
+    too.)
 
     Args:
         counts: of the keys that are added, `[H]`.
@@ -172,7 +173,7 @@ def filling_bound(counts: Sequence[int], load_E: np.ndarray, columns: int = 1) -
     for keys, count in enumerate(count_H[: 2 * len(load_E)].tolist(), start=1):
         if count == 0:
             break
-        low, high = bound, int(load_E.max()) + keys * count  # with the latter there is room for all
+        low, high = bound, int(load_E.max()) + keys * count  # `high` has room for all
         while low < high:
             middle = (low + high) // 2
             if np.minimum(keys, (middle - load_E) // count).sum() < columns * keys:

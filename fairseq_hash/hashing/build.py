@@ -1,4 +1,4 @@
-"""The table that a model's options name: built on the spot from the dictionary, or read from a file."""
+"""The table that a model's options name: built from the dictionary, or read from a file."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -32,13 +32,13 @@ DRAWN = ("scattered", "random")
 
 @dataclass(frozen=True)
 class TableShape:
-    """What a model asks of its table.
+    """The shape that a model needs its table to have.
 
     Attributes:
         num_experts: E.
-        columns: K experts of a token; with `is_multi_hash`, N hash functions.
+        columns: K experts per token; with `is_multi_hash`, N hash functions.
         is_multi_hash: whether each column picks one segment of the experts' hidden width.
-        feature: what finds a token's row.
+        feature: the feature that finds a token's row.
         num_keys: rows of a table of buckets or positions.
     """
 
@@ -58,12 +58,12 @@ def build_table(
         kind: builder or path.
         symbols: the dictionary's symbols, V of them.
         counts: how often each occurs in the training text.
-        shape: what is asked of the table.
-        seed: of what is random; a balanced table has a random part where it is not the first.
-        is_first: whether this is the only table of a model, or the first of several that shall differ.
+        shape: the shape that the table must have.
+        seed: random seed. A balanced table has a random part if it is not the first.
+        is_first: whether this is the only table of a model, or the first of several that must differ.
 
     Raises:
-        UserError: where the builder cannot build such a table, or the file has another one.
+        UserError: if the builder cannot build such a table, or the file has a table of another shape.
     """
     if kind not in BUILDERS:
         table = load_table(kind)
@@ -81,15 +81,16 @@ def build_table(
         )
     if shape.is_multi_hash and shape.columns > 1 and kind not in ("balanced", *DRAWN):
         raise UserError(
-            f"--multi-hash {shape.columns} needs tables that differ; use balanced, {' or '.join(DRAWN)}, not {kind}"
+            f"--multi-hash {shape.columns} needs a builder that can make different tables; use balanced, "
+            f"{' or '.join(DRAWN)}, not {kind}"
         )
     num_keys = len(symbols) if of_tokens else shape.num_keys
     check_table_size(num_keys, shape.columns, shape.num_experts)
     if kind in OF_COUNTS and (count := equal_count(counts)):
         raise UserError(
-            f"the dictionary counts every symbol {count:,} times, as no text does, and --hash-table {kind} balances by "
-            "counts; count the training text (fairseq-hash tables build DATA/dict.txt --text DATA --num-experts "
-            f"{shape.num_experts} --out FILE, and --hash-table FILE), or use --hash-table random"
+            f"the dictionary counts every symbol {count:,} times, which no text does, and --hash-table {kind} "
+            "balances by counts; count the training text (fairseq-hash tables build DATA/dict.txt --text DATA "
+            f"--num-experts {shape.num_experts} --out FILE, and --hash-table FILE), or use --hash-table random"
         )
 
     def build(columns: int, number: int) -> np.ndarray:
@@ -121,7 +122,7 @@ def build_table(
 
 
 def check_shape(table: HashTable, shape: TableShape, symbols: Sequence[str], name: str) -> None:
-    """Raise `UserError` where a table from a file is not what the model asks for."""
+    """Raise `UserError` if a table from a file does not have the shape that the model needs."""
     record = table.record
     if record.dictionary_fingerprint != dictionary_fingerprint(symbols):
         raise UserError(
@@ -136,8 +137,8 @@ def check_shape(table: HashTable, shape: TableShape, symbols: Sequence[str], nam
     if table.feature != shape.feature:
         length = f" --hash-length {record.length}" if record.length else ""
         raise UserError(
-            f"--hash-table {name} is a table of {table.feature}, the model asks for {shape.feature}; "
-            f"give --hash-feature {record.feature}{length}, or another table"
+            f"--hash-table {name} is a table of {table.feature}, but the model asks for {shape.feature}; give "
+            f"--hash-feature {record.feature}{length}, or another table"
         )
     columns = table.expert_HK.shape[1]
     option = "--multi-hash" if record.is_multi_hash else "--experts-per-token"

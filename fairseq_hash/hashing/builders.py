@@ -1,6 +1,6 @@
-"""Builders of experts `[H, K]` for H keys: pure functions, with the same result for a seed on every machine.
+"""Builders of tables `[H, K]` for H keys: pure functions, with the same result for the same seed on every machine.
 
-Shape suffixes: see `losses`; H is the number of keys, a table's rows.
+Shape suffixes: see `moe.losses`; H is the number of keys, a table's rows.
 """
 
 import heapq
@@ -12,12 +12,12 @@ from fairseq_hash.core.errors import UserError
 from fairseq_hash.hashing.balance import expert_loads
 from fairseq_hash.hashing.mixing import draws
 
-SPECIAL_SYMBOLS = 4  # of every dictionary of fairseq
+SPECIAL_SYMBOLS = 4  # in every fairseq dictionary
 FEWEST_SYMBOLS = 16
 
 
 def random_experts(num_keys: int, num_experts: int, columns: int = 1, seed: int = 42) -> np.ndarray:
-    """Draw K distinct experts for every key, each set of K with the same chance.
+    """Draw K distinct experts for every key; all sets of K are equally probable.
 
     Hash Layers (Roller et al. 2021), section 3, random hash. A draw is a hash of seed and key (`mixing`).
 
@@ -31,12 +31,12 @@ def random_experts(num_keys: int, num_experts: int, columns: int = 1, seed: int 
         int64 `[H, K]`.
 
     Raises:
-        UserError: where K is not from 1 to E.
+        UserError: if K is not from 1 to E.
     """
     check_columns(num_experts, columns)
     expert_HK = np.empty((num_keys, columns), dtype=np.int64)
     for column in range(columns):
-        # One of the experts that the row does not have yet, by its place among them.
+        # Draw among the experts that the row does not have yet, by position.
         expert_H = (draws(seed, num_keys, column) % np.uint64(num_experts - column)).astype(np.int64)
         for taken_H in np.sort(expert_HK[:, :column], axis=1).T:
             expert_H += expert_H >= taken_H
@@ -47,30 +47,30 @@ def random_experts(num_keys: int, num_experts: int, columns: int = 1, seed: int 
 def balanced_experts(
     counts: Sequence[int], num_experts: int, columns: int = 1, seed: "int | None" = None
 ) -> np.ndarray:
-    """Give the keys, by descending count, each to the K experts with the smallest loads so far.
+    """Give each key, by descending count, to the K experts with the smallest loads so far.
 
     Hash Layers (Roller et al. 2021), section 3, balanced hash; K > 1 as in kexue.fm 11750. Ties go to the expert with
-    fewer keys, then to the lower one; keys of one count keep their order.
+    fewer keys, then to the lower number. Keys with the same count keep their order.
 
     Args:
         counts: how often each key occurs in the training text, `[H]`.
         num_experts: E.
         columns: K.
-        seed: None for this order; a number, 0 or more, for another table that is balanced, too: its order is one of
-            counts with noise, and the experts change their numbers. Loads are those of the true counts.
+        seed: None for this order. A number, 0 or more, gives another balanced table: its order is by counts with noise,
+            and the experts are renumbered. Loads are those of the true counts.
 
     Returns:
         int64 `[H, K]`.
 
     Raises:
-        UserError: where the counts carry no information, or K is not from 1 to E.
+        UserError: if the counts carry no information, or K is not from 1 to E.
     """
     check_columns(num_experts, columns)
     count_H = check_counts(counts)
     if seed is None:
         return greedy_experts(count_H, count_H, np.zeros(num_experts, dtype=np.int64), columns)
-    # Factors from 1 to 1.5 mix keys of similar counts only: the rare keys, which even out the loads, still come last.
-    # One is added so that they also mix keys that never occur. Only sums and products: the same on every machine.
+    # Factors from 1 to 1.5 mix only keys of similar counts. The rare keys, which even out the loads, still come last.
+    # One is added so that keys that never occur are mixed, too. Only sums and products: the same on every machine.
     fraction_H = (draws(seed, len(count_H)) >> np.uint64(11)).astype(np.float64) / 2**53
     expert_HK = greedy_experts(
         count_H, (count_H + 1) * (1 + fraction_H / 2), np.zeros(num_experts, dtype=np.int64), columns
@@ -79,12 +79,12 @@ def balanced_experts(
 
 
 def greedy_experts(count_H: np.ndarray, weight_H: np.ndarray, load_E: np.ndarray, columns: int) -> np.ndarray:
-    """Give the keys, by descending weight, each to the K experts with the smallest loads so far (int64 `[H, K]`).
+    """Give each key, by descending weight, to the K experts with the smallest loads so far (int64 `[H, K]`).
 
     Args:
-        count_H: int64, what a key adds to the load of its experts.
-        weight_H: its place in the order; keys of one weight keep theirs.
-        load_E: int64, the loads to begin with. It is left as it is.
+        count_H: int64, the load that a key adds to its experts.
+        weight_H: sets the order of the keys. Keys with the same weight keep their order.
+        load_E: int64, the starting loads. Not changed.
         columns: K.
     """
     emptiest = [(load, 0, expert) for expert, load in enumerate(load_E.tolist())]  # (load, keys, expert): a heap
@@ -100,12 +100,13 @@ def greedy_experts(count_H: np.ndarray, weight_H: np.ndarray, load_E: np.ndarray
 
 
 def scattered_experts(counts: Sequence[int], num_experts: int, columns: int = 1, seed: int = 42) -> np.ndarray:
-    """Draw 2 K distinct experts for every key, and give it, by descending count, the K of them with the smallest loads.
+    """Draw 2 K distinct experts for every key. By descending count, give each key the K of them with the smallest
+    loads.
 
-    Ours. Where K divides E, the K emptiest experts of `balanced_experts` stay together: they end up in E / K fixed
-    sets, each as good as one expert K times as wide. Here nearly every key has a set of its own, and the loads are as
-    even: two random choices are nearly as good as all (Mitzenmacher 2001, The power of two choices), and rare keys
-    come last. Of equal loads the expert that was drawn first wins.
+    Ours. If K divides E, the K emptiest experts of `balanced_experts` stay together: they form E / K fixed sets, and
+    each set acts as one expert K times as wide. Here nearly every key has a set of its own, and the loads are as even.
+    Two random choices are nearly as good as all (Mitzenmacher 2001, The power of two choices), and rare keys come last.
+    Among equal loads the expert that was drawn first wins.
 
     Args:
         counts: how often each key occurs in the training text, `[H]`.
@@ -117,7 +118,7 @@ def scattered_experts(counts: Sequence[int], num_experts: int, columns: int = 1,
         int64 `[H, K]`.
 
     Raises:
-        UserError: where the counts carry no information, or K is not from 1 to E.
+        UserError: if the counts carry no information, or K is not from 1 to E.
     """
     check_columns(num_experts, columns)
     count_H = check_counts(counts)
@@ -135,14 +136,14 @@ def scattered_experts(counts: Sequence[int], num_experts: int, columns: int = 1,
 def best_of(
     restarts: int, build: Callable[[int], np.ndarray], counts: Sequence[int], num_experts: int
 ) -> tuple[np.ndarray, int]:
-    """Build some tables and return the one with the smallest largest load, and its number.
+    """Build several tables. Return the one with the smallest largest load, and its number.
 
-    Of equal largest loads the smaller sum of squared loads wins, then the lower number: where `build(0)` is the table
-    without restarts, more restarts never make it worse. Several orders, as in kexue.fm 11750.
+    Among equal largest loads the smaller sum of squared loads wins, then the lower number. If `build(0)` is the table
+    without restarts, more restarts never make it worse. Several orders are tried, as in kexue.fm 11750.
 
     Args:
-        restarts: how many, 1 or more.
-        build: makes the table of a number from 0 to `restarts` - 1, int64 `[H, K]`.
+        restarts: number of tables, 1 or more.
+        build: makes the table with a number from 0 to `restarts` - 1, int64 `[H, K]`.
         counts: how often each key occurs, `[H]`.
         num_experts: E.
     """
@@ -159,7 +160,7 @@ def best_of(
 
 
 def check_counts(counts: Sequence[int]) -> np.ndarray:
-    """Return counts as int64; raise `UserError` where they carry no information (none above 1) or one is negative."""
+    """Return counts as int64; raise `UserError` if they carry no information (none above 1) or one is negative."""
     count_H = np.asarray(counts, dtype=np.int64)
     if count_H.size and count_H.min() < 0:
         raise UserError(f"a count is {count_H.min()}; a count of 0 or more is needed for each key")
@@ -172,11 +173,11 @@ def check_counts(counts: Sequence[int]) -> np.ndarray:
 
 
 def equal_count(counts: Sequence[int]) -> "int | None":
-    """Return how often a dictionary counts each of its symbols, where it counts all alike; None where it does not.
+    """Return the count of each symbol if a dictionary counts all symbols alike, else None.
 
-    No text of `FEWEST_SYMBOLS` symbols or more has each equally often: such counts were written by hand. The four
-    special symbols of a dictionary come first and are not counted in any; words that fill it up count 0. Counts of 1
-    are none: `check_counts` says so.
+    No text with `FEWEST_SYMBOLS` symbols or more has each of them equally often: such counts were written by hand. The
+    four special symbols come first and have no counts in any dictionary; words that pad it count 0. Counts of 1 carry
+    no information, which `check_counts` reports.
 
     Args:
         counts: of a dictionary's symbols, `[V]`, the special ones first.
@@ -189,7 +190,7 @@ def equal_count(counts: Sequence[int]) -> "int | None":
 def check_columns(num_experts: int, columns: int) -> None:
     """Raise `UserError` unless there are K distinct experts to choose, 1 <= K <= E."""
     if not 1 <= columns <= num_experts:
-        raise UserError(f"{columns} distinct experts a token of {num_experts} experts; give 1 to {num_experts}")
+        raise UserError(f"{columns} distinct experts per token of {num_experts} experts; give 1 to {num_experts}")
 
 
 def modulo_experts(num_keys: int, num_experts: int, columns: int = 1) -> np.ndarray:
@@ -199,9 +200,9 @@ def modulo_experts(num_keys: int, num_experts: int, columns: int = 1) -> np.ndar
 
 
 def round_robin_experts(num_keys: int, num_experts: int, columns: int = 1) -> np.ndarray:
-    """Deal the experts out in turn: key h has the experts (h K + k) mod E.
+    """Assign the experts in turn: key h has the experts (h K + k) mod E.
 
-    Megatron-LM fills the tables of its DeepSeek-V4 layers so until real ones are loaded.
+    Megatron-LM fills the tables of its DeepSeek-V4 layers like this until real ones are loaded.
     """
     check_columns(num_experts, columns)
     return np.arange(num_keys * columns).reshape(num_keys, columns) % num_experts

@@ -1,8 +1,8 @@
-"""Clusters of tokens with similar embeddings, as experts or spread over the experts.
+"""Clusters of tokens with similar embeddings: one expert each, or spread over the experts.
 
 Hash Layers (Roller et al. 2021), section 3, clustered and dispersed hash: k-means of the embeddings of a trained model.
 
-Shape suffixes: see `losses`; H is the number of keys, a table's rows.
+Shape suffixes: see `moe.losses`; H is the number of keys, a table's rows.
 """
 
 import warnings
@@ -36,9 +36,9 @@ def check_embedding(embedding_HD: "Tensor", num_keys: int) -> None:
 def cluster_keys(embedding_HD: "Tensor", num_clusters: int, seed: int = 42) -> tuple[np.ndarray, np.ndarray]:
     """Group keys by k-means (scikit-learn's, from one k-means++ start).
 
-    It runs on one thread: sums of several threads are added in the order in which these happen to end, which changes
-    last digits and in the end labels. Another processor or version of its libraries may still round otherwise, so that
-    a clustered table is to be kept as a file.
+    It runs on one thread. Several threads add their sums in the order in which they happen to end, which changes the
+    last digits and finally the labels. Another processor or version of the libraries may still round differently, so
+    keep a clustered table as a file.
 
     Args:
         embedding_HD: floating point `[H, D]`.
@@ -49,9 +49,9 @@ def cluster_keys(embedding_HD: "Tensor", num_clusters: int, seed: int = 42) -> t
         The cluster of each key, int64 `[H]`, and the clusters' means, float32 `[clusters, D]`.
 
     Raises:
-        UserError: where there are more clusters than keys, or than different rows, or a row is not finite.
+        UserError: if there are more clusters than keys or than different rows, or a row is not finite.
     """
-    # Here, as importing hashing takes no scikit-learn.
+    # Here, because importing hashing must not import scikit-learn.
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
@@ -61,7 +61,7 @@ def cluster_keys(embedding_HD: "Tensor", num_clusters: int, seed: int = 42) -> t
         raise UserError(f"{num_clusters} clusters of {len(embedding_HD)} keys; give 1 to {len(embedding_HD)}")
     means = KMeans(num_clusters, n_init=1, random_state=seed)
     with threadpool_limits(limits=1), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # of too few different rows: refused below
+        warnings.simplefilter("ignore", ConvergenceWarning)  # too few different rows are refused below
         cluster_H = means.fit_predict(embedding_HD.detach().cpu().float().numpy())
     found = len(np.unique(cluster_H))
     if found < num_clusters:
@@ -70,7 +70,8 @@ def cluster_keys(embedding_HD: "Tensor", num_clusters: int, seed: int = 42) -> t
 
 
 def clustered_experts(embedding_HD: "Tensor", num_experts: int, columns: int = 1, seed: int = 42) -> np.ndarray:
-    """Make one expert of each of E clusters; a key has that of its own and those of the K - 1 next nearest means.
+    """Make one expert of each of E clusters. A key has the expert of its own cluster and of the K - 1 next nearest
+    means.
 
     Args:
         embedding_HD: floating point `[H, D]`.
@@ -82,9 +83,9 @@ def clustered_experts(embedding_HD: "Tensor", num_experts: int, columns: int = 1
         int64 `[H, K]`, the key's own cluster first.
 
     Raises:
-        UserError: as `cluster_keys`, or where K is not from 1 to E.
+        UserError: as in `cluster_keys`, or if K is not from 1 to E.
     """
-    import torch  # here, as an embedding is a tensor, and other tables are built without torch
+    import torch  # here, because other tables are built without torch
 
     check_columns(num_experts, columns)
     cluster_H, mean_ED = map(torch.from_numpy, cluster_keys(embedding_HD, num_experts, seed))
@@ -93,7 +94,7 @@ def clustered_experts(embedding_HD: "Tensor", num_experts: int, columns: int = 1
         own_B1 = cluster_H[start : start + BLOCK].unsqueeze(1)
         rows_BD = embedding_HD[start : start + BLOCK].detach().cpu().double()
         distance_BE = torch.cdist(rows_BD, mean_ED.double(), compute_mode="donot_use_mm_for_euclid_dist")
-        distance_BE.scatter_(1, own_B1, -1.0)  # first, even where another one is as near
+        distance_BE.scatter_(1, own_B1, -1.0)  # first, even if another one is as near
         blocks.append(distance_BE.argsort(dim=1, stable=True)[:, :columns])
     return torch.cat(blocks).numpy()
 
@@ -101,11 +102,11 @@ def clustered_experts(embedding_HD: "Tensor", num_experts: int, columns: int = 1
 def dispersed_experts(
     cluster_H: Sequence[int], counts: Sequence[int], num_experts: int, columns: int = 1
 ) -> np.ndarray:
-    """Spread the keys of each cluster over the experts as evenly as can be, and balance the loads.
+    """Spread the keys of each cluster over the experts as evenly as possible, and balance the loads.
 
-    The keys, by descending count, go each to K of the experts that have the fewest keys of its cluster so far; among
-    these to the ones with the smallest loads, then to the lower ones. So the numbers of keys that two experts have of
-    one cluster differ by one at most. Memory: 4 bytes for each cluster and expert.
+    The keys, by descending count, go each to K of the experts that have the fewest keys of its cluster so far. Among
+    these, the experts with the smallest loads come first, then those with the lower numbers. So the numbers of keys
+    that two experts have of one cluster differ by at most one. Memory: 4 bytes per cluster and expert.
 
     Args:
         cluster_H: the cluster of each key, 0 or more, `[H]`.
@@ -117,7 +118,7 @@ def dispersed_experts(
         int64 `[H, K]`, ascending in each row.
 
     Raises:
-        UserError: where the counts carry no information, clusters and counts differ in number, or K is not 1 to E.
+        UserError: if the counts carry no information, if clusters and counts differ in number, or if K is not 1 to E.
     """
     check_columns(num_experts, columns)
     count_H, cluster_H = check_counts(counts), np.asarray(cluster_H, dtype=np.int64)
@@ -126,11 +127,11 @@ def dispersed_experts(
     keys_CE = np.zeros((cluster_H.max() + 1, num_experts), dtype=np.int32)
     load_E = np.zeros(num_experts, dtype=np.int64)
     expert_HK = np.empty((len(count_H), columns), dtype=np.int64)
-    beyond = columns * int(count_H.sum()) + 1  # any load is below
+    beyond = columns * int(count_H.sum()) + 1  # above any load
     for key in np.argsort(-count_H, kind="stable").tolist():
         keys_E = keys_CE[cluster_H[key]]
-        # Each expert has the fewest keys or one more. A partition finds the K-th best value, the same everywhere; which
-        # of equal ones it puts before that is not, so these are taken in their order.
+        # Each expert has the fewest keys or one more. A partition finds the K-th best value on every machine, but its
+        # order of equal values differs, so equal ones are taken in their own order.
         badness_E = load_E + beyond * (keys_E > keys_E.min())
         worst = np.partition(badness_E, columns - 1)[columns - 1]
         better = np.flatnonzero(badness_E < worst)

@@ -13,10 +13,10 @@ OVERWRITE = "#fairseq:overwrite"
 
 
 def read_dictionary(path: Path) -> tuple[list[str], list[int]]:
-    """Return symbols and counts of a dict.txt, the four special ones first: those of `fairseq.data.Dictionary.load`.
+    """Return symbols and counts of a dict.txt, the four special ones first, as `fairseq.data.Dictionary.load` has them.
 
     Raises:
-        UserError: where the file is missing or no dictionary.
+        UserError: if the file is missing or is not a dictionary.
     """
     symbols, counts = list(SPECIAL), [1] * len(SPECIAL)
     known = set(symbols)
@@ -30,7 +30,7 @@ def read_dictionary(path: Path) -> tuple[list[str], list[int]]:
         if word in known and not overwrites:
             raise UserError(
                 f"{path} is no fairseq dictionary: line {number} repeats the symbol {word!r}; end that line with "
-                f"{OVERWRITE}, which fairseq-preprocess leaves out of the dict.txt that it writes"
+                f"{OVERWRITE}, which fairseq-preprocess does not write"
             )
         known.add(word)
         symbols.append(word)
@@ -39,18 +39,18 @@ def read_dictionary(path: Path) -> tuple[list[str], list[int]]:
 
 
 def indices(symbols: Sequence[str]) -> dict[str, int]:
-    """Return each symbol's id; where one was overwritten, the later id, as in fairseq."""
+    """Return each symbol's id; if a symbol was overwritten, the later id, as in fairseq."""
     return {symbol: number for number, symbol in enumerate(symbols)}
 
 
 def read_counts(path: Path, symbols: Sequence[str]) -> tuple[np.ndarray, int]:
-    """Return the counts of a file of `symbol count` lines, and how many of its symbols the dictionary lacks.
+    """Return the counts in a file of `symbol count` lines, and the number of its symbols that the dictionary lacks.
 
     Returns:
-        int64 `[V]`, 0 where the file does not have a symbol; number of unknown symbols.
+        int64 `[V]`, 0 for symbols that the file lacks; the number of unknown symbols.
 
     Raises:
-        UserError: where the file is missing, a line is something else, a symbol comes twice, or all counts are 0.
+        UserError: if the file is missing, a line has another form, a symbol comes twice, or all counts are 0.
     """
     index, count_V = indices(symbols), np.zeros(len(symbols), dtype=np.int64)
     seen: set[str] = set()
@@ -74,9 +74,9 @@ def read_counts(path: Path, symbols: Sequence[str]) -> tuple[np.ndarray, int]:
 def token_counts(
     counts: "Path | None", dictionary: Path, symbols: Sequence[str], listed: Sequence[int], say: Callable[[str], object]
 ) -> tuple[np.ndarray, str]:
-    """Return the counts of a file, or else those that the dictionary lists, int64 `[V]`; and where they are from.
+    """Return the counts of a file, or else those of the dictionary, int64 `[V]`, and the name of their source.
 
-    `say` gets a line where the file counts symbols that the dictionary lacks.
+    `say` gets a line if the file counts symbols that the dictionary lacks.
     """
     if counts is None:
         return np.asarray(listed, dtype=np.int64), f"dictionary {dictionary.name}"
@@ -89,16 +89,16 @@ def token_counts(
 def read_vocabulary(path: Path) -> list[str]:
     """Return another framework's symbols in the order of its ids.
 
-    One symbol a line, or a SentencePiece .vocab (symbol, tab, score).
+    The file has one symbol per line, or is a SentencePiece .vocab (symbol, tab, score).
 
     Raises:
-        UserError: where the file is missing or empty, or a symbol comes twice.
+        UserError: if the file is missing or empty, or a symbol comes twice.
     """
-    lines = [line for _, line in _lines(path, "a file of one symbol a line", "vocabulary", keeps_blanks=True)]
+    lines = [line for _, line in _lines(path, "a file of one symbol per line", "vocabulary", keeps_blanks=True)]
     if all(_is_score(line.rpartition("\t")[2]) and "\t" in line for line in lines):
         lines = [line.rpartition("\t")[0] for line in lines]
     if not lines:
-        raise UserError(f"{path} is an empty vocabulary; give a file of one symbol a line")
+        raise UserError(f"{path} is an empty vocabulary; give a file of one symbol per line")
     seen: dict[str, int] = {}
     for number, symbol in enumerate(lines, 1):
         if symbol in seen:
@@ -110,7 +110,7 @@ def read_vocabulary(path: Path) -> list[str]:
 def _lines(path: Path, wanted: str, kind: str, keeps_blanks: bool = False) -> Iterator[tuple[int, str]]:
     """Yield the lines of a file with their numbers from 1.
 
-    Without `keeps_blanks`, what is blank is left out, at the end of each line and where the whole line is.
+    Without `keeps_blanks`, blanks at the end of lines and blank lines are left out.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; give {wanted}")

@@ -1,11 +1,11 @@
-"""Features of a token: which row of a hash table is looked up for it.
+"""Features of a token, which say which row of a hash table is looked up.
 
-Hash Layers (Roller et al. 2021), section 3.1. A feature sees a batch of token ids with padding. Beyond its ends, and
-where padding stands, there is "no token", whose id is that of padding: the first token of a sequence has the same row
-with and without padding before it. All but `future` look at the token and what is before it only: a prefix has the rows
-that it has in the whole sequence, so that generation step by step equals one pass.
+Hash Layers (Roller et al. 2021), section 3.1. A feature sees a batch of token ids with padding. Beyond the ends of a
+sequence, and at padding, there is "no token", with the id of padding. So the first token of a sequence has the same row
+with and without padding before it. All features except `future` look only at the token and at what is before it. So a
+prefix has the same rows as in the whole sequence, and generation step by step equals one pass.
 
-Shape suffixes: see `losses`; H is the number of keys, the rows of a table.
+Shape suffixes: see `moe.losses`; H is the number of keys, the rows of a table.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FEATURES = ("token", "previous", "bigram", "ngram", "history", "position", "future", "predicted", "word")
 
-# Features whose rows are token ids, those whose rows are buckets of a hash, and those that look before the token.
+# Features whose rows are token ids, and features whose rows are buckets of a hash.
 OF_TOKENS = ("token", "previous", "future", "predicted")
 OF_BUCKETS = ("bigram", "ngram", "history")
 MOST_TOKENS = 64
@@ -27,18 +27,15 @@ MOST_TOKENS = 64
 
 @dataclass(frozen=True)
 class Feature:
-    """What the key of a token is.
+    """The key of a token: what is hashed.
 
     Attributes:
-        name: one of `FEATURES`.
-            token: the token itself.
-            previous: the token before it.
-            bigram: both. ngram: the last `length` tokens, it included. history: the `length` tokens before it, without
-            it. Their rows are buckets: SplitMix64 of these tokens in their order, modulo the number of rows.
-            position: how many tokens of its sequence are before it, modulo the number of rows.
-            future: the token after it, an oracle: the very one that the model is to predict.
-            predicted: the token that a trained model predicts to follow.
-            word: the word of a larger dictionary that the token's piece completes (`words`).
+        name: one of `FEATURES`. token: the token itself. previous: the token before it. bigram: both. ngram: the last
+            `length` tokens, it included. history: the `length` tokens before it, without it. Their rows are buckets:
+            SplitMix64 of these tokens in their order, modulo the number of rows. position: the number of tokens before
+            it in its sequence, modulo the number of rows. future: the token after it, an oracle: the very one that the
+            model is to predict. predicted: the token that a trained model predicts to follow. word: the word of a
+            larger dictionary that the token's piece completes (`words`).
         length: tokens of ngram (2 or more) and history (1 or more); 0 for all others.
 
     Raises:
@@ -64,7 +61,7 @@ class Feature:
 
     @property
     def is_oracle(self) -> bool:
-        """Whether it sees what the model is to predict: a perplexity is then that of an oracle."""
+        """Whether it sees the token that the model must predict; a perplexity is then an oracle's."""
         return self.name == "future"
 
     def __str__(self) -> str:
@@ -78,15 +75,15 @@ class Feature:
         index: "Mapping[str, Tensor]",
         predicted_BL: "Tensor | None" = None,
     ) -> "Tensor":
-        """Return the row of each token (int64 `[B, L]`); where padding stands, any row.
+        """Return the row of each token (int64 `[B, L]`); at padding, any row.
 
         Args:
             token_BL: int64 token ids.
             padding: the id of padding.
             num_keys: H, rows of the table.
-            index: what else the table brings to find rows, as tensors: of `words` or of `spread`, else empty.
-            predicted_BL: for `predicted`, the ids that are predicted to follow.
+            index: the table's further arrays for finding rows, as tensors: those of `words` or of `spread`, else empty.
+            predicted_BL: for `predicted`, the ids of the predicted next tokens.
         """
-        from fairseq_hash.hashing.lookup import rows  # here, as a table is built and judged without torch
+        from fairseq_hash.hashing.lookup import rows  # here, because a table is built and judged without torch
 
         return rows(self, token_BL, padding, num_keys, index, predicted_BL)

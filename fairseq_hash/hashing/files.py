@@ -13,14 +13,14 @@ from fairseq_hash.core.errors import UserError
 from fairseq_hash.hashing.table import HashTable, TableRecord
 
 FILE_FORMAT = "fairseq_hash table 1"
-EXPERT = "expert"  # the table's own array; all others are of its index
+EXPERT = "expert"  # the table's own array; all others belong to its index
 
 
 def save_table(table: HashTable, path: "str | os.PathLike[str]") -> None:
-    """Write a table to a safetensors file with its record as metadata; the file appears whole or not at all.
+    """Write a table to a safetensors file with its record as metadata. The file appears whole or not at all.
 
     Raises:
-        UserError: where the file cannot be written.
+        UserError: if the file cannot be written.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -36,7 +36,7 @@ def save_table(table: HashTable, path: "str | os.PathLike[str]") -> None:
 
 
 def load_table(path: "str | os.PathLike[str]") -> HashTable:
-    """Read a table file; raise `UserError` where it is missing, damaged or something else."""
+    """Read a table file; raise `UserError` if it is missing, damaged or something else."""
     if not Path(path).is_file():
         raise UserError(f"--hash-table {path} is neither a builder's name nor an existing table file")
     try:

@@ -1,6 +1,6 @@
-"""The rows of tokens in a table, in torch: what a model looks up in every batch. See `features`.
+"""The rows of tokens in a table, in torch, as a model looks them up in every batch. See `features`.
 
-Shape suffixes: see `losses`; V is the number of the dictionary's symbols, P that of pairs.
+Shape suffixes: see `moe.losses`; V is the number of the dictionary's symbols, P that of pairs.
 """
 
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ def rows(
 
 
 def shifted(token_BL: Tensor, distance: int, padding: int) -> Tensor:
-    """Return the token `distance` places before each (after it, where negative); padding where there is none."""
+    """Return the token `distance` positions before each token (after it, if negative); padding if there is none."""
     if distance == 0:
         return token_BL
     other_BL = torch.full_like(token_BL, padding)
@@ -75,12 +75,12 @@ def word_rows(index: Mapping[str, Tensor], token_BL: Tensor) -> Tensor:
     place_L = torch.arange(token_BL.shape[1], device=token_BL.device)
     begins_BL = index["begins"][token_BL]  # padding is a special symbol: it begins and ends a word
     begins_BL[:, 1:] |= index["ends"][token_BL[:, :-1]]
-    # Not `where` with a number: on a GPU that is copied there, and waited for.
+    # No `where` with a number: a GPU would wait for the copy of that number.
     start_BL = (place_L * begins_BL).cummax(dim=1).values
     pieces_BL = place_L - start_BL + 1
     hash_BL, power_BL = index["piece_hash"][token_BL], index["piece_power"][token_BL]
     for distance in range(1, min(MOST_PIECES, token_BL.shape[1])):
-        # Where the word has more pieces than `distance`, the one so far back is put before what is joined already.
+        # If the word has more pieces than `distance`, prepend the piece that is so far back.
         older_BL = torch.cat([token_BL[:, :distance], token_BL[:, :-distance]], dim=1)
         joined_BL = index["piece_hash"][older_BL] * power_BL + hash_BL
         within_BL = pieces_BL > distance
@@ -93,7 +93,7 @@ def word_rows(index: Mapping[str, Tensor], token_BL: Tensor) -> Tensor:
 
 
 def mix_tensor(key: Tensor) -> Tensor:
-    """Mix 64-bit keys in an int64 tensor: the bits of `mixing.mix`, as torch has no unsigned arithmetic."""
+    """Mix 64-bit keys in an int64 tensor: the same bits as `mixing.mix`. torch has no unsigned arithmetic."""
     key = key + _signed(GOLDEN)
     key = (key ^ _shift(key, 30)) * _signed(FIRST)
     key = (key ^ _shift(key, 27)) * _signed(SECOND)
@@ -101,7 +101,7 @@ def mix_tensor(key: Tensor) -> Tensor:
 
 
 def remainder(key: Tensor, divisor: int) -> Tensor:
-    """Return mixed keys as numbers from 0 to `divisor` - 1."""
+    """Map mixed keys to numbers from 0 to `divisor` - 1."""
     return (key & torch.iinfo(torch.int64).max) % divisor
 
 

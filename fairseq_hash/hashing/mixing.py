@@ -1,7 +1,7 @@
-"""SplitMix64 (Steele, Lea, Flood 2014): the one source of pseudo-random numbers of hash tables.
+"""SplitMix64 (Steele, Lea, Flood 2014): the only source of pseudo-random numbers for hash tables.
 
-It needs no generator and no library's version: the same numbers on every machine, here in NumPy and in `lookup` in
-torch, on a GPU too.
+It depends on no generator and no version of a library. It gives the same numbers on every machine: here in NumPy, and
+in `lookup` in torch, on a GPU too.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ def mix(key: np.ndarray) -> np.ndarray:
 
 
 def draws(seed: int, size: int, stream: int = 0) -> np.ndarray:
-    """Return `size` pseudo-random uint64; another seed or stream (0 or more) gives others."""
+    """Return `size` pseudo-random uint64. Another seed or stream (0 or more) gives other numbers."""
     key = np.arange(size, dtype=np.uint64) + (np.uint64(seed % 2**64) << np.uint64(32))
     drawn = mix(mix(key))
     for _ in range(stream):

@@ -1,15 +1,16 @@
-"""Spread tables (ours): the few tokens that overload an expert have the token before them as a second key.
+"""Spread tables (ours): the few tokens that overload an expert get one row for each token before them.
 
-Where a token's share of the text exceeds K / E, no table over single tokens can balance (`balance.lower_bound`). Here
-the rows of such a token are those of its pairs with the token before it; all other tokens keep their one row.
+If a token's share of the text exceeds K / E, no table over single tokens can balance the experts
+(`balance.lower_bound`). Here such a heavy token has a row for each pair with the token before it. All other tokens keep
+their one row.
 
-Rows 0 to V - 1 are the tokens', row V + i is that of the i-th pair. A pair that the building text does not have uses
-the row of the token before it, which is spread over the experts, too.
+Rows 0 to V - 1 belong to the tokens, row V + i to the i-th pair. A pair that the building text does not have uses the
+row of the token before it, so these pairs are spread over the experts, too.
 
 `index` of such a table: `heavy`, bool `[V]`: which tokens have pairs; `pair`, int64 `[P]`, ascending: token x V +
 previous token.
 
-Shape suffixes: see `losses`; P is the number of pairs, S that of a text's tokens.
+Shape suffixes: see `moe.losses`; P is the number of pairs, S the number of tokens in a text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,10 +28,11 @@ NO_PAIRS = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
 
 
 def heavy_tokens(counts: Sequence[int], num_experts: int, columns: int = 1) -> np.ndarray:
-    """Return which tokens overload an expert in any table (bool `[V]`): their count exceeds the mean load K N / E.
+    """Return which tokens overload an expert in any table (bool `[V]`): those whose count exceeds the mean load K N /
+    E.
 
     Raises:
-        UserError: where the counts carry no information.
+        UserError: if the counts carry no information.
     """
     count_V = check_counts(counts)
     return count_V > columns * int(count_V.sum()) / num_experts
@@ -42,7 +44,7 @@ def count_pairs(token_S: Sequence[int], heavy_V: np.ndarray, padding: int = 1) -
     Args:
         token_S: int64 token ids of the text in its order, `[S]`.
         heavy_V: bool `[V]`, from `heavy_tokens`.
-        padding: stands before the first token.
+        padding: id that counts as the token before the first one.
 
     Returns:
         The pairs, token x V + previous token, ascending, and how often each occurs; both int64 `[P]`.
@@ -59,7 +61,7 @@ def count_pairs(token_S: Sequence[int], heavy_V: np.ndarray, padding: int = 1) -
 def add_pairs(
     pairs: tuple[np.ndarray, np.ndarray], token_S: np.ndarray, previous_S: np.ndarray, heavy_V: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return counted pairs with those of some more text: of its heavy tokens, each with the token before it."""
+    """Add the pairs of some more text (heavy tokens with the token before them) to pairs already counted."""
     places = np.flatnonzero(heavy_V[token_S])
     new_P, new_count_P = np.unique(token_S[places] * len(heavy_V) + previous_S[places], return_counts=True)
     pair_P, place = np.unique(np.concatenate([pairs[0], new_P]), return_inverse=True)
@@ -89,7 +91,7 @@ def spread_counts(
 def _rows_of_pairs(index: Mapping[str, np.ndarray], token_P: np.ndarray, previous_P: np.ndarray) -> np.ndarray:
     import torch
 
-    from fairseq_hash.hashing.lookup import spread_rows  # the one that the model looks rows up by
+    from fairseq_hash.hashing.lookup import spread_rows  # the function by which the model looks rows up
 
     tensors = {name: torch.from_numpy(array) for name, array in index.items()}
     return spread_rows(tensors, torch.from_numpy(token_P), torch.from_numpy(previous_P)).numpy()
@@ -98,24 +100,25 @@ def _rows_of_pairs(index: Mapping[str, np.ndarray], token_P: np.ndarray, previou
 def spread_table(
     base: HashTable, counts: Sequence[int], pairs: tuple[np.ndarray, np.ndarray], most_pairs: "int | None" = None
 ) -> HashTable:
-    """Give the heavy tokens (`heavy_tokens`) of a text their pairs as rows; all other tokens keep their rows of `base`.
+    """Make a table in which heavy tokens have rows for their pairs, and all other tokens keep their rows of `base`.
 
-    The loads begin with what the experts serve without the pairs; the pairs, by descending count, then go each to the K
-    experts with the smallest loads so far. Of more than `most_pairs` the most frequent are kept; the others use the row
-    of the token before them, which is part of the loads to begin with.
+    The loads start with the tokens that the experts serve without the pairs. Then the pairs, by descending count, go
+    each to the K experts with the smallest loads so far. Only the `most_pairs` most frequent pairs are kept. The others
+    use the row of the token before them, which the starting loads include.
 
     The record says how even the loads are on these counts (`largest_over_mean`), and how even they could be with these
-    pairs on top of these loads (`bound_over_mean`, from `balance.filling_bound`). Where one pair exceeds the mean load,
-    or three pairs of more than half of it meet two empty experts, this table is not balanced either.
+    pairs on top of the starting loads (`bound_over_mean`, from `balance.filling_bound`). If one pair exceeds the mean
+    load, or if three pairs of more than half of it meet two empty experts, this table is not balanced either.
 
     Args:
         base: a table over tokens, `[V, K]`, best balanced on the same counts.
         counts: how often each token occurs in the text, `[V]`.
         pairs: what `count_pairs` returns for the text.
-        most_pairs: the largest P; None is V, so that a table at most doubles. Pairs of one count stay together.
+        most_pairs: the largest P; None means V, so that a table at most doubles. Pairs with the same count are kept or
+            left out together.
 
     Raises:
-        UserError: where the base is another kind of table, or counts and pairs are not those of one text.
+        UserError: if the base is another kind of table, or if counts and pairs come from different texts.
     """
     vocabulary, num_experts, columns = len(base.expert_HK), base.record.num_experts, base.expert_HK.shape[1]
     if base.record.feature != "token" or base.record.is_multi_hash or base.index:
@@ -145,7 +148,7 @@ def spread_table(
 
 
 def check_pairs(counts: Sequence[int], heavy_V: np.ndarray, pairs: tuple[np.ndarray, np.ndarray]) -> None:
-    """Raise `UserError` unless the pairs are those of the heavy tokens, as often as these occur."""
+    """Raise `UserError` unless each heavy token has as many pairs as occurrences, and no other token has pairs."""
     token_P = pairs[0] // len(heavy_V)
     paired_V = np.bincount(token_P, weights=pairs[1], minlength=len(heavy_V)).astype(np.int64)
     expected_V = np.where(heavy_V, np.asarray(counts, dtype=np.int64), 0)
@@ -158,7 +161,7 @@ def check_pairs(counts: Sequence[int], heavy_V: np.ndarray, pairs: tuple[np.ndar
 
 
 def _most_frequent(count_P: np.ndarray, most: int) -> np.ndarray:
-    """Return which pairs are kept, bool `[P]`: those with more occurrences than the first one beyond `most` has."""
+    """Return which pairs are kept, bool `[P]`: those more frequent than the first pair beyond the `most` best."""
     if len(count_P) <= most:
         return np.ones(len(count_P), dtype=bool)
     return count_P > np.sort(count_P)[::-1][most]

@@ -1,4 +1,4 @@
-"""Hash tables and what they were built from. Shape suffixes: see `losses`; H is the number of keys, a table's rows."""
+"""Hash tables and their records. Shape suffixes: see `moe.losses`; H is the number of keys, a table's rows."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from fairseq_hash.hashing.features import OF_TOKENS, Feature
 if TYPE_CHECKING:
     from torch import Tensor
 
-ENTRY = 3 * 8  # bytes for one entry while a table is built: itself, what it is drawn from, and a copy
+ENTRY = 3 * 8  # bytes per entry while a table is built: the entry, the number it is drawn from, and a copy
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class TableRecord:
         builder: name of the builder.
         num_experts: E.
         dictionary_fingerprint: of the dictionary's symbols.
-        seed: of the builder; None where it draws nothing.
-        counts_fingerprint: of the counts that the builder saw, of each key; None where it saw none.
+        seed: the builder's seed; None if it draws nothing.
+        counts_fingerprint: of the counts of all keys that the builder used; None if it used none.
         feature, length: the `Feature` that finds a token's row.
         is_multi_hash: whether the K columns are K hash functions, one for each segment of the experts' hidden width;
             else they are K distinct experts.
-        settings: what else the builder was given or found, by name.
+        settings: other inputs and results of the builder, by name.
     """
 
     builder: str
@@ -46,7 +46,7 @@ class TableRecord:
 
 @dataclass(frozen=True)
 class HashTable:
-    """A table, its record, and what its feature needs to find rows.
+    """A table, its record, and the arrays that its feature needs to find rows.
 
     `expert_HK`: int64 `[H, K]`, every entry from 0 to E - 1, distinct in a row unless the columns are those of
     MultiHash. `index`: arrays of `words.word_index` or of a spread table (`spread`), else empty.
@@ -78,7 +78,9 @@ class HashTable:
 
 
 def dictionary_fingerprint(symbols: Sequence[str]) -> str:
-    """Return the SHA-256 of a dictionary's symbols in their order: two dictionaries with one fingerprint share ids."""
+    """Return the SHA-256 of a dictionary's symbols in their order. Two dictionaries with the same fingerprint share
+    ids.
+    """
     digest = hashlib.sha256()
     for symbol in symbols:
         encoded = symbol.encode("utf-8", "surrogatepass")
@@ -94,7 +96,7 @@ def counts_fingerprint(counts: Sequence[int]) -> str:
 def table_fingerprint(
     expert_HK: np.ndarray, index: "Mapping[str, np.ndarray] | None" = None, feature: "Feature | None" = None
 ) -> str:
-    """Return the SHA-256 of a table's entries, and of its index and feature where it has others than tokens."""
+    """Return the SHA-256 of a table's entries, of its index, and of its feature if that is not the token."""
     digest = hashlib.sha256(expert_HK.astype("<i8").tobytes())
     if feature not in (None, Feature()):
         digest.update(str(feature).encode())
@@ -104,7 +106,7 @@ def table_fingerprint(
 
 
 def fingerprint_of_tables(fingerprints: Sequence[str]) -> "str | None":
-    """Return one fingerprint for the tables of a model: of one table its own, of none None."""
+    """Return one fingerprint for the tables of a model. For one table it is the table's own; for none it is None."""
     if len(fingerprints) < 2:
         return fingerprints[0] if fingerprints else None
     return hashlib.sha256("".join(fingerprints).encode()).hexdigest()
@@ -116,12 +118,12 @@ def check_table(expert_HK: np.ndarray, num_experts: int, is_multi_hash: bool = F
     Args:
         expert_HK: the table.
         num_experts: E.
-        is_multi_hash: its columns are hash functions of their own, so that a row may name an expert twice.
+        is_multi_hash: whether the columns are independent hash functions, so that a row may name an expert twice.
     """
     if expert_HK.dtype != np.int64 or expert_HK.ndim != 2 or not expert_HK.size:
         raise UserError(
-            f"a hash table of {expert_HK.dtype} with shape {tuple(expert_HK.shape)} is not usable; "
-            "give a NumPy array of int64 of shape [vocabulary, experts a token]"
+            f"a hash table of {expert_HK.dtype} with shape {tuple(expert_HK.shape)} is not usable; give an int64 "
+            "NumPy array of shape [vocabulary, experts per token]"
         )
     low, high = int(expert_HK.min()), int(expert_HK.max())
     if low < 0 or high >= num_experts:
@@ -137,17 +139,17 @@ def check_table(expert_HK: np.ndarray, num_experts: int, is_multi_hash: bool = F
     if twice_H.any():
         row = int(twice_H.argmax())
         raise UserError(
-            f"the hash table names an expert twice for one token (row {row}: {expert_HK[row].tolist()}); "
-            "give K distinct experts a row"
+            f"the hash table names an expert twice for one token (row {row}: {expert_HK[row].tolist()}); give K "
+            "distinct experts per row"
         )
 
 
 def check_table_size(rows: int, columns: int, num_experts: int) -> None:
-    """Raise `UserError` where a table cannot be built: more experts than it has entries, or more than memory holds."""
+    """Raise `UserError` if a table has fewer entries than experts, or does not fit into memory."""
     if num_experts > rows * columns:
         raise UserError(
-            f"{num_experts:,} experts are more than the {rows * columns:,} entries of the hash table ({rows:,} rows of "
-            f"{columns:,}), so that some would never have a token; give {rows * columns:,} experts or fewer"
+            f"{num_experts:,} experts are more than the {rows * columns:,} entries of the hash table ({rows:,} rows "
+            f"of {columns:,}), so some would never get a token; give {rows * columns:,} experts or fewer"
         )
     check_fits(
         ENTRY * rows * columns,
@@ -157,7 +159,7 @@ def check_table_size(rows: int, columns: int, num_experts: int) -> None:
 
 
 def check_rows(table: HashTable, vocabulary: int) -> None:
-    """Raise `UserError` where a table of token ids has another number of rows than the dictionary has symbols."""
+    """Raise `UserError` if a table of token ids has another number of rows than the dictionary has symbols."""
     rows, wanted = len(table.expert_HK), vocabulary
     if "pair" in table.index:
         wanted += len(table.index["pair"])

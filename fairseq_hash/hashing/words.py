@@ -1,12 +1,12 @@
 """Words of a larger dictionary as keys: a piece has the row of the word that it completes.
 
-Hash Layers (Roller et al. 2021), section 4: hashing with a larger dictionary than the model's own. A language model may
-not know how a word goes on: the key of a piece is the word as far as it is written, this piece included, where the
-larger dictionary has that word; else it is the piece itself.
+Hash Layers (Roller et al. 2021), section 4: hashing with a larger dictionary than the model's own. A language model
+must not see how a word continues. So the key of a piece is the word as far as it is written, this piece included, if
+the larger dictionary has that word; otherwise it is the piece itself.
 
-Rows 0 to V - 1 are the pieces', row V + i is that of the i-th word, in the order of their hashes. Words are compared by
-polynomial hashes modulo 2^64 of their UTF-8 bytes, which pieces can be joined by; `word_index` refuses a dictionary
-in which two words have one hash.
+Rows 0 to V - 1 belong to the pieces, row V + i to the i-th word, in the order of the hashes. Words are compared by
+polynomial hashes, modulo 2^64, of their UTF-8 bytes, because these hashes can be computed from those of the pieces.
+`word_index` refuses a dictionary in which two words have the same hash.
 """
 
 from collections.abc import Sequence
@@ -16,25 +16,26 @@ import numpy as np
 from fairseq_hash.core.errors import UserError
 
 BASE = 0x5851F42D4C957F2D  # odd, so that no power of it loses bits
-MOST_PIECES = 16  # a word of more pieces has, from there on, the rows of its pieces
-BEGIN, JOIN = "\u2581", "@@"  # SentencePiece's mark of a word's beginning; subword-nmt's of a piece that goes on
+MOST_PIECES = 16  # after that many pieces of a word, each further piece has its own row
+BEGIN, JOIN = "\u2581", "@@"  # SentencePiece marks the beginning of a word, subword-nmt a piece that continues
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 
 
 def word_index(symbols: Sequence[str], words: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return what `lookup.word_rows` needs to know of the model's dictionary and of the larger one.
+    """Return what `lookup.word_rows` needs from the model's dictionary and the larger one.
 
     Args:
         symbols: the model's dictionary: SentencePiece pieces, or pieces of subword-nmt.
-        words: the symbols of the larger dictionary. Where some have SentencePiece's mark, those without it are none.
+        words: the symbols of the larger dictionary. If some have SentencePiece's mark, those without it do not count as
+            words.
 
     Returns:
-        `piece_hash`, `piece_power` (int64 `[V]`): a piece's hash, and what a hash is multiplied by when the piece is
-        joined to it; `begins`, `ends` (bool `[V]`): whether a word begins with a piece, or ends with it at the latest;
-        `word_hash` (int64 `[words]`), ascending.
+        `piece_hash`, `piece_power` (int64 `[V]`): a piece's hash, and the factor by which a hash is multiplied when the
+        piece is appended; `begins`, `ends` (bool `[V]`): whether a word begins with a piece, or ends with it at the
+        latest; `word_hash` (int64 `[words]`), ascending.
 
     Raises:
-        UserError: where the model's dictionary marks no words, or the larger one has none, or two of one hash.
+        UserError: if the model's dictionary marks no words, or the larger one has none, or has two with the same hash.
     """
     joined = any(symbol.endswith(JOIN) for symbol in symbols)
     if not joined and not any(symbol.startswith(BEGIN) for symbol in symbols):
@@ -56,7 +57,7 @@ def word_index(symbols: Sequence[str], words: Sequence[str]) -> dict[str, np.nda
         raise UserError("the larger dictionary has no words; give a dict.txt of words, or of pieces with their marks")
     word_hashes = {polynomial_hash(word)[0] for word in known}
     if len(word_hashes) < len(known):
-        raise UserError("two words of the larger dictionary have one hash; leave one of them out")
+        raise UserError("two words of the larger dictionary have the same hash; leave one of them out")
     piece_hash, piece_power = (np.array([pair[i] for pair in hashes], dtype=np.int64) for i in (0, 1))
     return {
         "piece_hash": piece_hash,

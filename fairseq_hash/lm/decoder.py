@@ -20,9 +20,9 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from torch import Tensor, nn
 
-from fairseq_hash.lm.table_buffers import HashTables, build_tables
 from fairseq_hash.lm.predictor import Predictor
 from fairseq_hash.lm.sparse_layers import Place, build_sparse_layer
+from fairseq_hash.lm.table_buffers import HashTables, build_tables
 from fairseq_hash.moe.assignment import Assignment
 from fairseq_hash.moe.routing_context import HashRoute, RoutingContext
 from fairseq_hash.moe.token_dispatcher import TokenDispatcher

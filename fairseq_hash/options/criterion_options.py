@@ -22,14 +22,15 @@ class HashMoECriterionConfig(CrossEntropyCriterionConfig):
     log_expert_loads: bool = field(
         default=False,
         metadata={
-            "help": "also log each expert's share of the tokens as a list, for every sparse layer: in the JSON log, "
-            "and as histograms in TensorBoard"
+            "help": "also log each expert's share of the tokens, for every sparse layer: as a list in the JSON log, "
+            "and as a histogram in TensorBoard"
         },
     )
     update_freq_ranks: int = field(
         default=0,
         metadata={
-            "help": "number of ranks N that --update-freq F is meant for: W ranks accumulate F * N / W batches each, "
-            "so that an update has as many tokens on any number of ranks; 0: F on any number"
+            "help": "number of ranks N for which --update-freq F is meant: W ranks accumulate F * N / W batches "
+            "each, so that an update has the same number of tokens on any number of ranks; 0: F batches on "
+            "any number"
         },
     )

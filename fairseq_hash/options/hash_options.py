@@ -1,4 +1,4 @@
-"""Options of hash layers: features, tables, several experts a token. The other half of `options`."""
+"""Options of hash layers: features, tables, several experts per token. `sparse_options` has the other options."""
 
 from dataclasses import dataclass, field
 
@@ -16,21 +16,22 @@ WEIGHTS = ("uniform", "learned")
 
 @dataclass
 class HashOptions(FairseqDataclass):
-    """What the hash layers of a model are. `check_hash` raises `UserError` for a value out of range."""
+    """The options of the hash layers of a model. `check_hash` raises `UserError` for a value out of range."""
 
     hash_table: str = field(
         default="balanced",
         metadata={
-            "help": "balanced or scattered (by the counts in the dictionary; scattered for several experts a token), "
-            f"{', '.join(BUILDERS[2:])}, or the path of a table file; one for all layers with --router hash, or one "
-            "for each, comma separated"
+            "help": "balanced or scattered (by the counts in the dictionary; scattered for several experts per "
+            f"token), {', '.join(BUILDERS[2:])}, or the path of a table file; one for all layers with "
+            "--router hash, or one for each, comma separated"
         },
     )
-    hash_seed: int = field(default=42, metadata={"help": "seed of the tables that are random, 0 or more"})
+    hash_seed: int = field(default=42, metadata={"help": "seed of random tables, 0 or more"})
     hash_per_layer: bool = field(
         default=False,
         metadata={
-            "help": "give each hash layer a table of its own: --hash-table balanced, scattered or random, other seeds"
+            "help": "give each hash layer a table of its own, with another seed; for --hash-table balanced, "
+            "scattered or random"
         },
     )
     hash_feature: str = field(
@@ -54,8 +55,8 @@ class HashOptions(FairseqDataclass):
     hash_predictor: str = field(
         default="",
         metadata={
-            "help": "checkpoint of a language model with the same dictionary whose most probable next token is what "
-            "--hash-feature predicted hashes"
+            "help": "checkpoint of a language model with the same dictionary; --hash-feature predicted hashes its "
+            "most probable next token"
         },
     )
     multi_hash: int = field(
@@ -71,17 +72,17 @@ class HashOptions(FairseqDataclass):
     hash_weights: str = field(
         default="uniform",
         metadata={
-            "help": "how the outputs of a token's experts are weighted: uniform (their mean) or learned (by scores of "
-            "the activation, normalised over these experts)"
+            "help": "weights of the outputs of a token's experts: uniform (their mean) or learned (scores of the "
+            "activation, normalised over these experts)"
         },
     )
     hash_score: str = field(
-        default="softmax", metadata={"help": f"score of --hash-weights learned: {', '.join(SCORES)}"}
+        default="softmax", metadata={"help": f"score function of --hash-weights learned: {', '.join(SCORES)}"}
     )
     hash_scale: float = field(
         default=1.0,
         metadata={
-            "help": "what the weights of a token's experts add up to, more than 0 (2.5 in DeepSeek-V4); for "
+            "help": "sum of the weights of a token's experts, more than 0 (2.5 in DeepSeek-V4); for "
             "--experts-per-token 2 or more"
         },
     )
@@ -93,11 +94,11 @@ class HashOptions(FairseqDataclass):
 
     @property
     def feature(self) -> Feature:
-        """The feature that is hashed; raises `UserError` where it is none."""
+        """The feature that is hashed. Raises `UserError` if there is no such feature."""
         return Feature(self.hash_feature, self.hash_length)
 
     def table_shape(self, num_experts: int, positions: int) -> TableShape:
-        """Return what is asked of a table, for sequences of at most `positions` tokens."""
+        """Return the shape that a table must have, for sequences of at most `positions` tokens."""
         is_multi_hash = self.multi_hash > 1
         return TableShape(
             num_experts,
@@ -132,5 +133,5 @@ class HashOptions(FairseqDataclass):
         if self.hash_per_layer and self.hash_table not in ("balanced", *DRAWN):
             raise UserError(
                 f"--hash-per-layer draws tables for --hash-table balanced, {' or '.join(DRAWN)}, not "
-                f"{self.hash_table}; give a table file for each hash layer, comma separated, in its place"
+                f"{self.hash_table}; give a table file for each hash layer instead, comma separated"
             )

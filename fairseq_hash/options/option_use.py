@@ -1,8 +1,8 @@
-"""When each of our options acts: one statement for each, so that none is given in vain without a word.
+"""When each of our options acts: one statement for each option, so that none is silently ignored.
 
-A value that is not the default and cannot act beside the other options is refused. Where a dense model is asked for by
-name (`--router none`) it is named in the log in its place: configurations share options among dense and sparse models.
-In evaluation nothing is asked: the options are then those of a checkpoint.
+A value that is not the default and cannot act beside the other options is refused. With `--router none`, a line in the
+log names it instead, because configurations share options among dense and sparse models. Evaluation makes no such
+check: its options are those of a checkpoint.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,10 +22,10 @@ class Statement:
     """When an option acts.
 
     Attributes:
-        acts: whether it does beside these options of the model.
-        needs: what it needs to act, as a user gives it.
-        asks_nothing: a value beside the default that asks for nothing, so that it needs nothing.
-        is_shared: whether a dense model by name may have it: named in the log, not refused.
+        acts: whether the option acts beside these options of the model.
+        needs: what the option needs to act, in the words of the command line.
+        asks_nothing: a second value, besides the default, that has no effect and so needs nothing.
+        is_shared: whether a model with `--router none` may have it: then the log names it, and it is not refused.
     """
 
     acts: Callable[[SparseOptions], bool]
@@ -56,7 +56,7 @@ def _weighs_several(options: SparseOptions) -> bool:
 
 
 def _draws_tables(options: SparseOptions) -> bool:
-    """Whether some table depends on the seed: of balanced ones all but the first do."""
+    """Whether some table depends on the seed. Of balanced tables all but the first one do."""
     has_further = options.hash_per_layer or options.multi_hash > 1
     return any(name in DRAWN or (name == "balanced" and has_further) for name in _tables(options))
 
@@ -72,7 +72,7 @@ SWITCH = Statement(lambda options: "switch" in options.routers, "a switch layer 
 BALANCED = Statement(lambda options: _has_loss(options, "load_balance_weight"), "a switch layer (--router switch)")
 Z_LOSS = Statement(lambda options: _has_loss(options, "z_loss_weight"), "a switch layer (--router switch)")
 BASE = Statement(lambda options: "base" in options.routers, "a BASE layer (--router base)")
-SEVERAL = Statement(_weighs_several, "several experts of a token (--router hash, --experts-per-token 2 or more)")
+SEVERAL = Statement(_weighs_several, "several experts per token (--router hash, --experts-per-token 2 or more)")
 
 MODEL = {
     "router": ALWAYS,
@@ -97,7 +97,7 @@ MODEL = {
     "expert_dispatch": SPARSE,
     "from_dense": Statement(SPARSE.acts, SPARSE.needs, is_shared=False),
     "freeze": Statement(SPARSE.acts, SPARSE.needs, is_shared=False),
-    "map_experts": ALWAYS,  # refused in training, where it never acts
+    "map_experts": ALWAYS,  # refused in training, in which it never acts
     "hash_table": HASH,
     "hash_seed": Statement(
         lambda options: _has_hash(options) and _draws_tables(options),
@@ -131,7 +131,7 @@ CRITERION = {
 
 
 def check_model(options: SparseOptions) -> list[str]:
-    """Raise `UserError` for an option that cannot act; return those that a model, dense by name, has in vain."""
+    """Raise `UserError` for an option that cannot act. Return those that a model with `--router none` does not use."""
     return _check(options, {f.name: f.default for f in fields(SparseOptions)}, MODEL, vars(options))
 
 
@@ -139,7 +139,7 @@ def check_criterion(kind: type, config: Mapping[str, Any], options: SparseOption
     """Do the same for a criterion: its class, and its options with its name as `_name`.
 
     Raises:
-        UserError: where an option cannot act, too, and where a router needs another criterion.
+        UserError: if an option cannot act, or a router needs another criterion.
     """
     from fairseq_hash.lm.criterion import HashMoECriterion, HashMoECriterionConfig
 

@@ -1,4 +1,4 @@
-"""Options of the sparse layers: one dataclass, each field with help, unit, range and a check."""
+"""Options of the sparse layers: one dataclass; each field has a help text with unit and range, and a check."""
 
 from argparse import Namespace
 from collections.abc import Mapping
@@ -19,15 +19,15 @@ FREEZES = ("none", "experts", "all-but-experts")
 
 @dataclass
 class SparseOptions(HashOptions):
-    """What the sparse layers of a `hash_transformer_lm` are. `check` raises `UserError` for a value out of range."""
+    """Options of the sparse layers of a `hash_transformer_lm`. `check` raises `UserError` for a value out of range."""
 
     router: str = field(
         default="",
         metadata={
-            "help": "what picks a token's expert: none (a dense model, fairseq's transformer_lm), hash (a fixed table "
-            "over a feature of the tokens), switch (learned top-1), base (learned, balanced assignment); one for all "
-            "sparse layers, or one for each, comma separated, such as hash,hash,switch; default: none, and then no "
-            "other option of experts may be given"
+            "help": "router, which picks the expert of each token: none (a dense model, fairseq's transformer_lm), "
+            "hash (a fixed table over a feature of the tokens), switch (learned top-1), base (learned, "
+            "balanced assignment); one for all sparse layers, or one for each, comma separated, such as "
+            "hash,hash,switch; default: none, with which no other option of experts may be given"
         },
     )
     num_experts: int = field(default=16, metadata={"help": "number of experts of each sparse layer, 1 or more"})
@@ -40,21 +40,19 @@ class SparseOptions(HashOptions):
     sparse_placement: str = field(
         default="replace",
         metadata={
-            "help": "replace: the experts stand in place of the layer's FFN (Hash Layers, Switch); insert: an extra "
-            "stack of residual sub-layers follows the layer (BASE)"
+            "help": "replace: the experts replace the layer's FFN (Hash Layers, Switch); insert: an extra stack of "
+            "residual sub-layers follows the layer (BASE)"
         },
     )
     expert_sublayers: int = field(
         default=1,
-        metadata={
-            "help": "residual sub-layers of each expert, 1 or more; only --sparse-placement insert has more than 1"
-        },
+        metadata={"help": "residual sub-layers of each expert, 1 or more; more than 1 needs --sparse-placement insert"},
     )
     capacity_factor: float = field(
         default=0.0,
         metadata={
-            "help": "largest number of tokens an expert takes in a training batch, as a multiple of the mean load "
-            "(1.25 in Switch); 0 drops nothing"
+            "help": "capacity of an expert: the largest number of tokens it takes in a training batch, as a multiple "
+            "of the mean load (1.25 in Switch); 0 drops nothing"
         },
     )
     eval_capacity_factor: float = field(
@@ -85,76 +83,80 @@ class SparseOptions(HashOptions):
     recompute_hidden: bool = field(
         default=False,
         metadata={
-            "help": "compute the experts' hidden layer again in the backward pass in place of keeping it: tokens x "
-            "hidden width values less in memory for each sparse layer, and a matrix product more beside six"
+            "help": "recompute the experts' hidden layer in the backward pass instead of keeping it: saves tokens x "
+            "hidden width values of memory per sparse layer, and costs a seventh matrix product beside the "
+            "usual six"
         },
     )
     expert_form: str = field(
         default="plain",
         metadata={
             "help": "plain: linear, activation, linear, as fairseq's FFN; swiglu: gated and without biases, as in "
-            "frontier models (half as many parameters more at one hidden width)"
+            "frontier models (50 % more parameters at the same hidden width)"
         },
     )
     swiglu_limit: float = field(
         default=0.0,
-        metadata={"help": "largest gate and largest magnitude that --expert-form swiglu multiplies; 0: no limit"},
+        metadata={
+            "help": "clamp of --expert-form swiglu: the largest gate, and the largest magnitude of the value "
+            "it multiplies; 0: no limit"
+        },
     )
     shared_expert: bool = field(
         default=False,
-        metadata={"help": "add to each sparse layer one more expert that serves every token, whatever the router says"},
+        metadata={"help": "add to each sparse layer one more expert that serves every token"},
     )
     expert_parallel_size: int = field(
         default=0,
         metadata={
             "help": "ranks that share one set of experts, a divisor of the number of ranks and of --num-experts; 0: "
-            "the largest there is; 1: all experts on every rank"
+            "the largest possible; 1: all experts on every rank"
         },
     )
     expert_dispatch: str = field(
         default="all-to-all",
         metadata={
-            "help": "how rows travel between ranks that share experts: all-to-all (exactly the rows that must) or "
-            "fairscale (its MOELayer: full capacity buffers, fp32 only); the result is the same"
+            "help": "token dispatcher between ranks that share experts: all-to-all (sends exactly the rows that must "
+            "move) or fairscale (its MOELayer: full capacity buffers, fp32 only); the result is the same"
         },
     )
     from_dense: str = field(
         default="",
         metadata={
-            "help": "checkpoint of a dense model of the same sizes (--router none, or fairseq's transformer_lm) from "
-            "whose weights a new training starts: every expert as the FFN of its layer"
+            "help": "upcycling: start a new training from the checkpoint of a dense model of the same sizes "
+            "(--router none, or fairseq's transformer_lm); every expert starts as the FFN of its layer"
         },
     )
     freeze: str = field(
         default="none",
         metadata={
-            "help": "what keeps its weights in training, such as fine-tuning with --finetune-from-model: none, experts "
-            "(those of the sparse layers, the shared one included) or all-but-experts (all else, routers included); "
-            "evaluation is the same"
+            "help": "weights that do not train, in fine-tuning with --finetune-from-model, say: none, experts (those "
+            "of the sparse layers, the shared one included) or all-but-experts (everything else, routers "
+            "included); evaluation ignores it"
         },
     )
     map_experts: bool = field(
         default=False,
         metadata={
             "help": "evaluation only, as --model-overrides \"{'map_experts': True}\": leave the experts in the "
-            "checkpoint's files, memory-mapped, and bring in those of one layer at a time"
+            "checkpoint's files, memory-mapped, and read those of one layer at a time"
         },
     )
 
     @classmethod
     def from_config(cls, config: "Mapping[str, Any] | Namespace") -> "SparseOptions":
-        """Take the options out of a model's configuration; one that an older checkpoint lacks has its default."""
+        """Take the options out of a model's configuration. An option that an older checkpoint lacks has its default."""
         values = vars(config) if isinstance(config, Namespace) else config
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name != "_name" and f.name in values})
 
     @property
     def is_sparse(self) -> bool:
-        """Whether there are sparse layers at all."""
+        """Whether the model has sparse layers."""
         return self.routers != ("none",)
 
     @property
     def is_dense_by_name(self) -> bool:
-        """Whether `--router none` is given: a dense model is then meant, and not one whose router was forgotten."""
+        """Whether `--router none` is given, so that a dense model is intended and no router was forgotten."""
         return bool(self.router) and not self.is_sparse
 
     @property
@@ -166,8 +168,8 @@ class SparseOptions(HashOptions):
     def layer_routers(self, decoder_layers: int) -> dict[int, str]:
         """Return the router of each sparse decoder layer, in ascending order, for a decoder of `decoder_layers` layers.
 
-        Raises `UserError` where the list of layers is empty, not numbers, repeated, or out of range, or where the
-        routers are neither one nor as many as the layers.
+        Raises `UserError` if a layer number is missing, not a number, repeated or out of range, or if there is neither
+        one router nor one for each layer.
         """
         numbers = self.layer_numbers(decoder_layers)
         routers = self.routers
@@ -182,7 +184,7 @@ class SparseOptions(HashOptions):
 
     @property
     def routers(self) -> tuple[str, ...]:
-        """The routers that `router` names; `none` where it names nothing."""
+        """The routers that `router` names; `none` if it names nothing."""
         return tuple(name.strip() for name in (self.router or "none").split(","))
 
     def layer_numbers(self, decoder_layers: int) -> tuple[int, ...]:
@@ -212,7 +214,10 @@ class SparseOptions(HashOptions):
         for router in self.routers:
             check_one_of("--router", router, ("none", "hash", *router_names()))
         if "none" in self.routers and len(self.routers) > 1:
-            raise UserError(f"--router {self.router}: none has no layers; leave its layer out of --sparse-layers")
+            raise UserError(
+                f"--router {self.router}: none cannot be mixed with other routers; leave the dense layer "
+                "out of --sparse-layers"
+            )
         check_one_of("--sparse-placement", self.sparse_placement, PLACEMENTS)
         check_one_of("--expert-dispatch", self.expert_dispatch, tuple(DISPATCHERS))
         check_one_of("--base-balance", self.base_balance, BALANCES)
@@ -240,4 +245,4 @@ class SparseOptions(HashOptions):
             ("--shared-expert", self.shared_expert),
         ):
             if is_given:
-                raise UserError(f"{option} is of experts in place of an FFN; use --sparse-placement replace")
+                raise UserError(f"{option} needs experts in place of an FFN; use --sparse-placement replace")

@@ -1,1 +1,1 @@
-"""From fairseq's own logs to results: lines -> runs -> comparison -> tables, figures and a page."""
+"""Results from fairseq's own logs: lines -> runs -> comparison -> tables, figures and a page."""

@@ -1,4 +1,4 @@
-"""The report on benchmarks: what the JSON files of the programs in benchmarks/ say, as tables, figures and a page."""
+"""The report on benchmarks: tables, figures and a page from the JSON files of the programs in benchmarks/."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,29 +14,29 @@ from fairseq_hash.reporting.plots import DARK, LIGHT
 from fairseq_hash.reporting.report import read_note, write_files
 
 COLUMNS = """
-Every file is of one run of one program, whose own text defines its candidates, its peak memory and its parts. Times are
-medians with the first and the third quartile of all rounds. / dense is the time over that of the dense model or layer
-in the same round: the median of the rounds. Tokens are those of one call; in decoding these are the sentences, each of
-which gets one more token a step. The parts of a call were measured one by one, so their sum is not exactly the call;
-shares are of the sum.
+Every file comes from one run of one program, whose own text defines its candidates, its peak memory and its parts.
+Times are medians with the first and the third quartile of all rounds. / dense is the time divided by that of the dense
+model or layer in the same round: the median over the rounds. Tokens are those of one call; in decoding they are the
+sentences, each of which gets one more token per step. The parts of a call were measured one by one, so their sum is not
+exactly the call; shares are shares of the sum.
 """
 PROVENANCE = {
     **{"fairseq_hash": "fairseq_hash", "commit": "Commit", "python": "Python", "torch": "torch", "fairseq": "fairseq"},
     **{"processor": "Processor", "cores": "Usable cores", "gpus": "GPUs", "platform": "Platform", "date": "Date (UTC)"},
 }
-# The figures by their files, in the order of the page: as a picture, and as HTML.
+# The figures by file, in the order of the page: as a picture, and as HTML.
 FIGURES = {
     "time_by_experts.png": (
         time_by_experts,
         charts_by_experts,
         "Time by the number of experts",
-        "Time over that of dense: medians of the ratios within a round; below 1 is faster than dense.",
+        "Time divided by that of dense: medians of the ratios within a round; below 1 is faster than dense.",
     ),
     "time_by_tokens.png": (
         time_by_tokens,
         charts_by_tokens,
         "Time by the number of tokens",
-        "Time over that of dense, as above.",
+        "Time divided by that of dense, as above.",
     ),
     "split_of_time.png": (
         split_of_time,
@@ -45,7 +45,7 @@ FIGURES = {
         "The parts of a call, each as a share of their sum; the milliseconds stand in the tables.",
     ),
 }
-# What some rows have besides: heading, form and unit.
+# Further values of some rows: heading, form and unit.
 FURTHER = {
     "held_bytes": ("Held memory", "{:,.1f} MB", 1e6),
     "state_bytes_planned": ("Planned", "{:,.1f} MB", 1e6),
@@ -61,7 +61,7 @@ NOTHING = "–"
 def write_benchmarks(files: Sequence[Path], out: Path, title: str, note: "Path | None" = None) -> list[Path]:
     """Write results.csv, results.md, the figures and index.html; return their paths.
 
-    Raises `UserError` with one line for a file that is no benchmark's, before anything is written.
+    Raises `UserError` with one line for a file that no benchmark wrote, before anything is written.
     """
     benchmarks, words = load_benchmarks(files), read_note(note)
     drawn = {name: [draw(benchmarks, theme) for theme in (LIGHT, DARK)] for name, (draw, *_) in FIGURES.items()}
@@ -74,7 +74,7 @@ def write_benchmarks(files: Sequence[Path], out: Path, title: str, note: "Path |
 
 
 def times(benchmark: Benchmark) -> pd.DataFrame:
-    """Return the times of one file as text with headings and units; columns that no row has are left out."""
+    """Return the times of one file as text, with headings and units. Columns without values are left out."""
     rows = [_times_of(row) for row in benchmark.rows]
     headings = dict.fromkeys(heading for row in rows for heading in row)
     return pd.DataFrame([[row.get(heading, NOTHING) for heading in headings] for row in rows], columns=list(headings))
@@ -110,7 +110,7 @@ def split(benchmark: Benchmark) -> pd.DataFrame:
 
 
 def _flat(benchmarks: Sequence[Benchmark]) -> pd.DataFrame:
-    """Return every number of all files, one row each."""
+    """Return every number of all files, one row for each file's row."""
     rows = []
     for benchmark in benchmarks:
         for row in benchmark.rows:

@@ -22,12 +22,12 @@ from fairseq_hash.reporting.plots import COLOURS
 
 
 def charts_by_experts(benchmarks: Sequence[Benchmark]) -> str:
-    """Return time over dense's by the number of experts as HTML, "" without any."""
+    """Return the chart of time / dense by the number of experts as HTML, "" without any."""
     return _charts(benchmarks, panels_by_experts(benchmarks), lambda row: row.experts, "Experts in a layer")
 
 
 def charts_by_tokens(benchmarks: Sequence[Benchmark]) -> str:
-    """Return time over dense's by the number of tokens as HTML, "" without any."""
+    """Return the chart of time / dense by the number of tokens as HTML, "" without any."""
     return _charts(benchmarks, panels_by_tokens(benchmarks), lambda row: row.tokens, "Tokens of a call")
 
 
@@ -56,9 +56,9 @@ def _charts(benchmarks: Sequence[Benchmark], panels: list[Panel], size: Callable
 
 
 def bars_of_split(benchmarks: Sequence[Benchmark]) -> str:
-    """Return the parts of each call as bars, shares of their sum, with a legend, as HTML; "" where no call was split.
+    """Return the parts of each call as bars, shares of their sum, with a legend, as HTML; "" if no call was split.
 
-    The same numbers stand in the tables, so a screen reader passes the bars over.
+    The tables have the same numbers, so a screen reader skips the bars.
     """
     bars = some(bars_of(benchmarks), MOST_BARS)
     if not bars:

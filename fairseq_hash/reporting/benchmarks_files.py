@@ -12,25 +12,25 @@ from fairseq_hash.core.errors import UserError
 
 KINDS = {"layer": "One layer", "train": "Whole trainings", "communication": "Shared experts"}
 PARTS = ("route", "gather", "exchange", "experts", "combine")  # of a call, in their order
-# Ends of a candidate's name that say what was measured of it.
+# Endings of a candidate's name that say what was measured.
 VARIANTS = {" decoding": "decoding", ", forward": "forward only"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one candidate at one size; times in seconds.
+    """The measurement of one candidate at one size; times in seconds.
 
     Attributes:
-        experts: in a layer.
-        tokens: of one call.
+        experts: experts per layer.
+        tokens: tokens per call.
         candidate: its whole name.
         seconds: the median.
         low: the first quartile.
         high: the third.
-        ratio: to dense.
-        peak_bytes: of memory; None where it was not measured.
-        parts: of a call, {} where it was not split.
-        further: what else the file has.
+        ratio: time divided by that of dense.
+        peak_bytes: peak memory; None if it was not measured.
+        parts: seconds of the parts of a call, {} if it was not split.
+        further: other values in the file.
     """
 
     experts: int
@@ -46,7 +46,7 @@ class Row:
 
     @property
     def plain_candidate(self) -> str:
-        """The candidate's name without what was measured of it."""
+        """The candidate's name without the ending that says what was measured."""
         for end in VARIANTS:
             if self.candidate.endswith(end):
                 return self.candidate[: -len(end)]
@@ -54,13 +54,13 @@ class Row:
 
     @property
     def variant(self) -> str:
-        """What was measured of the candidate: "" for all of a call or an update."""
+        """The part of the candidate that was measured: "" for a whole call or update."""
         return next((variant for end, variant in VARIANTS.items() if self.candidate.endswith(end)), "")
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One file: its program, a name that tells it apart, where it comes from, and its rows in their order."""
+    """One file: its program, a distinct name, its provenance, and its rows in order."""
 
     kind: str
     name: str
@@ -72,10 +72,11 @@ class Benchmark:
 
 
 def load_benchmarks(paths: Sequence[Path]) -> list[Benchmark]:
-    """Return what the files hold, in their order.
+    """Return the contents of the files, in order.
 
     Raises:
-        UserError: with one line that names the file, where one cannot be read, is given twice or is no benchmark's.
+        UserError: with one line that names the file, if it cannot be read, is given twice or was not written by a
+            benchmark.
     """
     contents = [_read(path) for path in paths]
     for path, count in Counter(path.resolve() for path in paths).items():

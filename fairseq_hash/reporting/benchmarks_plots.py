@@ -1,4 +1,4 @@
-"""The figures of benchmarks: time over dense's by the number of experts and of tokens, and the parts of a call."""
+"""The figures of benchmarks: time / dense by the number of experts and of tokens, and the parts of a call."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ from fairseq_hash.reporting.labels import Label, label_ends
 from fairseq_hash.reporting.plots import COLOURS, MARKERS, Theme, lightened, styled
 
 DENSE = "dense"
-# A longer figure could not be read.
+# A longer figure would be unreadable.
 COLUMNS, MOST_PANELS, MOST_BARS = 2, 12, 40
-# Of ratios, in each power of ten, by what the largest is below.
+# Ticks of ratios in each power of ten, by an upper limit of the largest ratio.
 TICKS = {1.4: (1, 1.05, 1.1, 1.2, 1.3, 9), 10: (1, 1.25, 1.5, 2, 3, 5), float("inf"): (1, 2, 5)}
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes: rows that differ in their candidate and in one size."""
+    """One pair of axes: rows that differ in their candidate and in one size only."""
 
     title: str
     rows: list[Row]
@@ -38,7 +38,7 @@ class Panel:
 
 
 def panels_by_experts(benchmarks: Sequence[Benchmark]) -> list[Panel]:
-    """Return a panel for each number of tokens; where a file has one number of experts, with one point a candidate."""
+    """Return a panel for each number of tokens. If a file has one number of experts, each candidate has one point."""
     panels = []
     for benchmark in benchmarks:
         varies = len({row.experts for row in benchmark.rows}) > 1
@@ -59,15 +59,15 @@ def panels_by_tokens(benchmarks: Sequence[Benchmark]) -> list[Panel]:
 
 
 def time_by_experts(benchmarks: Sequence[Benchmark], theme: Theme) -> "bytes | None":
-    """Draw time over dense's by the number of experts, a panel for each number of tokens; return a PNG."""
+    """Draw time / dense by the number of experts, a panel for each number of tokens; return a PNG."""
     panels = panels_by_experts(benchmarks)
     return _time(benchmarks, panels, lambda row: row.experts, "Experts in a layer", theme)
 
 
 def time_by_tokens(benchmarks: Sequence[Benchmark], theme: Theme) -> "bytes | None":
-    """Draw time over dense's by the number of tokens, a panel for each number of experts; return a PNG.
+    """Draw time / dense by the number of tokens, a panel for each number of experts; return a PNG.
 
-    Returns None where no file has several numbers of tokens.
+    Returns None if no file has several numbers of tokens.
     """
     panels = panels_by_tokens(benchmarks)
     return _time(benchmarks, panels, lambda row: row.tokens, "Tokens of a call", theme)
@@ -76,7 +76,8 @@ def time_by_tokens(benchmarks: Sequence[Benchmark], theme: Theme) -> "bytes | No
 def split_of_time(benchmarks: Sequence[Benchmark], theme: Theme) -> "bytes | None":
     """Draw the parts of each call that was split as stacked bars, shares of their sum; return a PNG.
 
-    A part below zero (a rest, where parts took longer alone) is not drawn. Returns None where no call was split.
+    A part below zero is not drawn (the rest of a call, if its parts took longer when measured alone). Returns None if
+    no call was split.
     """
     bars = bars_of(benchmarks)
     if not bars:
@@ -109,7 +110,7 @@ def split_of_time(benchmarks: Sequence[Benchmark], theme: Theme) -> "bytes | Non
 
 
 def bars_of(benchmarks: Sequence[Benchmark]) -> list[tuple[Benchmark, Row]]:
-    """Return the calls that were split, each with the file it is from."""
+    """Return the calls that were split, each with its file."""
     return [(benchmark, row) for benchmark in benchmarks for row in benchmark.rows if row.parts]
 
 
@@ -195,7 +196,7 @@ def drawn_sum(row: Row) -> float:
 
 
 def some(items: list[Any], count: int) -> list[Any]:
-    """Return so many of the items, evenly from the first to the last."""
+    """Return `most` of the items, evenly from the first to the last."""
     if len(items) <= count:
         return items
     return [items[round(place)] for place in np.linspace(0, len(items) - 1, count)]

@@ -9,22 +9,22 @@ from typing import Any
 
 import numpy as np
 
-# More points of one chart make a page slow, and no screen shows them.
+# More points per chart make a page slow, and no screen shows them.
 MOST_POINTS = 20_000
 DASHES = 4  # kinds that `assets/charts.js` knows
 
 
 @dataclass(frozen=True)
 class Line:
-    """Points by ascending `x`; a `y` that is not finite is a gap.
+    """A line: points by ascending `x`. A `y` that is not finite is a gap.
 
     Attributes:
-        name: what the legend shows; lines of one name are shown and hidden together.
-        what: which line of that name it is, such as "validation, seed 1".
+        name: the name in the legend. Lines with the same name are shown and hidden together.
+        what: tells lines with the same name apart, such as "validation, seed 1".
         x: float [N].
         y: float [N].
-        colour: place in the palette (`plots.COLOURS`), None for the neutral colour of dense models.
-        dash: the kind of dashes, any number of 0 or more; lines of near colours have different ones.
+        colour: index into the palette (`plots.COLOURS`), None for the neutral colour of dense models.
+        dash: the kind of dashes, any number from 0. Lines with similar colours have different ones.
         style: "strong", "faint", or "points" (hollow, not joined).
         spread: lowest and highest value at each point, float [N, 2], or None.
     """
@@ -48,12 +48,12 @@ class Chart:
         x_label: with the unit.
         y_label: with the unit.
         lines: in the legend's order.
-        values: what the legend shows beside a name.
-        x_range: what is shown before a reader zooms.
-        y_range: the same; above 0 where the axis is logarithmic.
+        values: the text beside a name in the legend.
+        x_range: the range shown before a reader zooms.
+        y_range: the same; above 0 if the axis is logarithmic.
         log_x: whether the axis is logarithmic (base 2).
         log_y: the same (base 10).
-        x_ticks: where labels stand; None for round numbers.
+        x_ticks: positions of the labels; None for round numbers.
     """
 
     title: str
@@ -69,21 +69,21 @@ class Chart:
 
 
 def figure_of(chart: Chart) -> str:
-    """Return a chart as HTML: its heading, and its numbers for the script of the page."""
+    """Return a chart as HTML: its heading, and its numbers for the page's script."""
     content = json.dumps(as_json(chart), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    # No text may end the script's element.
+    # No text in the numbers may end the script element.
     content = content.replace("<", "\\u003c")
     script = f'<script type="application/json">{content}</script>'
     return f'<figure class="chart"><h3>{escape(chart.title)}</h3>{script}</figure>'
 
 
 def figures_of(charts: Sequence[Chart]) -> str:
-    """Return charts as HTML, beside one another where there is room."""
+    """Return charts as HTML, beside one another if there is room."""
     return f'<div class="charts">{"".join(map(figure_of, charts))}</div>'
 
 
 def as_json(chart: Chart) -> dict[str, Any]:
-    """Return what the page's script reads. Long lines are thinned out, numbers have six digits, gaps are None."""
+    """Return the data for the page's script. Long lines are thinned out, numbers have six digits, gaps are None."""
     most = max(100, MOST_POINTS // max(1, len(chart.lines)))
     content = {"title": chart.title, "xLabel": chart.x_label, "yLabel": chart.y_label}
     content |= {"xRange": list(map(_number, chart.x_range)), "yRange": list(map(_number, chart.y_range))}
@@ -103,8 +103,8 @@ def _line(line: Line, most: int) -> dict[str, Any]:
 
 
 def thinned_out(values: np.ndarray, most: int) -> np.ndarray:
-    """Return the places to keep of a long line, ascending, int [at most `most`]: the first, the last, and of each
-    stretch the lowest, the highest and a gap where there is one. Of a line of `most` points or fewer, all.
+    """Return the indices of the points to keep of a long line, ascending, int [at most `most`]: the first, the last,
+    and for each stretch the lowest, the highest and a gap if there is one. A line of `most` points or fewer keeps all.
     """
     if len(values) <= most:
         return np.arange(len(values))
@@ -119,7 +119,7 @@ def thinned_out(values: np.ndarray, most: int) -> np.ndarray:
 
 
 def _number(value: float) -> "float | int | None":
-    """Return a number of six digits, a whole one as int, None for one that JSON does not know."""
+    """Return a number with six digits: a whole number as int, NaN and infinities as None."""
     if not math.isfinite(value):
         return None
     rounded = float(f"{value:.6g}") if abs(value) < 1e6 or value % 1 else value

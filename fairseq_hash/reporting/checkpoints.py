@@ -1,4 +1,4 @@
-"""Whether a run's checkpoint is of the model that its log tells of; no tensor is read for that."""
+"""Checks whether a run's checkpoint belongs to the model in its log, without reading a tensor."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +9,7 @@ from fairseq_hash.reporting.runs import Run
 if TYPE_CHECKING:
     from fairseq_hash.checkpoint.manifest import Manifest
 
-# What both the manifest of a checkpoint and the model's record say, by their name in words.
+# Entries of both a checkpoint's manifest and the model's record, by their name in words.
 SAID_BY_BOTH = {
     "num_experts": "number of experts",
     "router": "router",
@@ -20,9 +20,9 @@ USUAL = ("checkpoint_best.pt", "checkpoint_last.pt")
 
 
 def contradiction(run: Run) -> "str | None":
-    """Return in what the evaluated checkpoint (else the best or the last one) in the run's folder contradicts its log.
+    """Return how the evaluated checkpoint (else the best or the last one) in the run's folder contradicts its log.
 
-    None where it does not, or where there is no such checkpoint, or one without a manifest.
+    None if it does not, if there is no such checkpoint, or if it has no manifest.
     """
     names = [*(evaluation.checkpoint for evaluation in run.evaluations.values()), *USUAL]
     path = next((run.folder / name for name in names if name and (run.folder / name).is_file()), None)
@@ -46,7 +46,7 @@ def _manifest(path: Path) -> "Manifest | None":
     try:
         return Manifest.of(read_main(path, is_checked=False), path)
     except UserError:
-        return None  # what the logs say stands without it
+        return None  # the logs are enough without it
 
 
 def _short(value: object) -> object:

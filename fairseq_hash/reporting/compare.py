@@ -1,4 +1,4 @@
-"""Which runs may be compared: complete, of one kind of data, evaluated alike."""
+"""Selects the runs that may be compared: complete, on the same data, evaluated alike."""
 
 import math
 from collections import Counter
@@ -12,11 +12,11 @@ from fairseq_hash.reporting.runs import Run
 
 
 def sort_out(runs: Sequence[Run], unfinished: bool = False) -> tuple[list[Run], dict[Path, str]]:
-    """Return the runs that may be compared, and why each other one may not, by its folder.
+    """Return the runs that may be compared, and for each other run, by folder, the reason why not.
 
     Args:
-        runs: of one dictionary.
-        unfinished: whether a run may be compared whose training is not done.
+        runs: runs with one dictionary.
+        unfinished: whether runs may be compared whose training is not done.
     """
     reasons = {run.folder: reason for run in runs if (reason := why_incomplete(run, unfinished))}
     for left_out in (_odd_ones, _not_evaluated_as_their_like, _repeated):
@@ -25,7 +25,7 @@ def sort_out(runs: Sequence[Run], unfinished: bool = False) -> tuple[list[Run], 
 
 
 def why_incomplete(run: Run, unfinished: bool = False) -> "str | None":
-    """Return why a run cannot be compared with any other, None where it can."""
+    """Return why a run cannot be compared with any other run, None if it can."""
     training = run.training
     if run.not_done and (training.model is None or not unfinished):
         return run.not_done
@@ -42,7 +42,9 @@ def why_incomplete(run: Run, unfinished: bool = False) -> "str | None":
 
 
 def _not_evaluated_as_their_like(runs: Sequence[Run]) -> dict[Path, str]:
-    """Return the runs that lack an evaluation that another one of their model has: all means are of the same runs."""
+    """Return the runs that lack an evaluation that another run of their model has, so that all means are over the same
+    runs.
+    """
     reasons = {}
     for run in runs:
         wanted = {subset: None for other in runs if other.model == run.model for subset in other.evaluations}
@@ -61,7 +63,7 @@ def _repeated(runs: Sequence[Run]) -> dict[Path, str]:
 
 
 def _changed_on_resuming(configs: Sequence[dict[str, Any]]) -> set[str]:
-    """Return the options that differ between sessions; the seed, too, belongs to one training."""
+    """Return the options that differ between sessions. The seed counts, too: one training has one seed."""
     sessions = [{**stable(config), "common.seed": config.get("common.seed")} for config in configs]
     return {key for session in sessions for key in _differences(session, sessions[-1])}
 
@@ -71,7 +73,7 @@ def _differences(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
 
 
 def _odd_ones(runs: Sequence[Run]) -> dict[Path, str]:
-    """Return the runs that were trained or evaluated on other data, or evaluated otherwise, than most."""
+    """Return the runs that were trained or evaluated on other data than most runs, or evaluated differently."""
     circumstances = {run.folder: _circumstances(run) for run in runs}
     reasons: dict[Path, str] = {}
     for name in dict.fromkeys(name for values in circumstances.values() for name in values):

@@ -1,4 +1,4 @@
-"""A comparison: the runs that may be compared, by model, their tables, and the words beside them."""
+"""A comparison: the runs that may be compared, by model, their tables, and the texts beside them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,34 +15,33 @@ from fairseq_hash.reporting.noise import words_on_noise
 from fairseq_hash.reporting.runs import Run, load_runs
 
 COLUMNS = """
-Perplexity is per token of the dictionary, of the cross-entropy alone, as fairseq-eval-lm printed it; where (training)
-stands beside it, it is of the best validation in training, which checkpoint_best.pt is of. With more than one seed it
-is the mean ± the sample standard deviation.
-Active parameters are those that one token uses. Tokens/s is the median over the training's log intervals without the
-first tenth, updates/s as well; the time is all of the training, validation included. Peak memory is that of the first
-rank, of its GPU where there is one. Max load is the largest demand for an expert over the
-mean demand (1 is even), in the first table of the worst layer: in training the mean over log intervals, in validation
-at the end. Load variation is the coefficient of variation. Dropped is the share of training tokens that found their
-expert full.
+Perplexity is per token of the dictionary, from the cross-entropy alone, as fairseq-eval-lm printed it. If it is marked
+(training), it is that of the best validation in training, the one of checkpoint_best.pt. With more than one seed it is
+the mean ± the sample standard deviation. Active parameters are those that one token uses. Tokens/s and updates/s are
+medians over the training's log intervals without the first tenth; the time is that of the whole training, validation
+included. Peak memory is that of the first rank, on its GPU if it has one. Max load is the largest demand for an expert
+divided by the mean demand (1 is even); the first table has the worst layer. In training it is the mean over log
+intervals, in validation the last value. Load variation is the coefficient of variation. Dropped is the share of
+training tokens that found their expert full.
 """
 
 
-# Where no run can be compared, so many reasons are told.
+# Number of reasons to report if no run can be compared.
 MOST_REASONS = 5
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a report says, before it is written in any form.
+    """The content of a report, before it is written in any form.
 
     Attributes:
         title: the heading.
-        note: what these runs can show, in the words of who made them.
+        note: what these runs can show, in the user's words.
         models: the compared runs by the name of their model.
-        reasons: why something is left out: a run by its folder, an evaluation by `FOLDER, evaluation on SUBSET`.
-        of_runs: one row a run.
-        of_models: one row a model.
-        caution: what the seeds say of chance.
+        reasons: why a run or an evaluation is left out; by folder, or by `FOLDER, evaluation on SUBSET`.
+        of_runs: one row per run.
+        of_models: one row per model.
+        caution: which differences may be chance, judged by the seeds.
         legend: what the marks of published figures mean, "" without any.
     """
 
@@ -62,21 +61,21 @@ class Comparison:
 
     @property
     def left_out(self) -> pd.DataFrame:
-        """What is left out, with the reason."""
+        """The runs and evaluations that are left out, with the reason."""
         return pd.DataFrame(list(self.reasons.items()), columns=["Run", "Why"])
 
     @property
     def summary(self) -> list[str]:
-        """What is compared and what is left out, in lines for a terminal."""
+        """What is compared and what is left out, as lines for a terminal."""
         compared = f"compared {_number(len(self.runs), 'run')} of {_number(len(self.models), 'model')}"
         reasons = [f"left out: {what}: {why}" for what, why in self.reasons.items()]
         return [f"{compared}, left out {len(reasons)}" if reasons else compared, *reasons]
 
 
 def compare(folders: Sequence[Path], title: str, note: str = "", unfinished: bool = False) -> Comparison:
-    """Read and compare the runs in folders and below them, also those whose training is not done where `unfinished`.
+    """Read and compare the runs in folders and below them; with `unfinished`, also those whose training is not done.
 
-    Raises `UserError` where no run can be compared.
+    Raises `UserError` if no run can be compared.
     """
     runs = load_runs(folders)
     compared, left_out = sort_out(runs, unfinished)
@@ -94,7 +93,7 @@ def compare(folders: Sequence[Path], title: str, note: str = "", unfinished: boo
 
 
 def _faults(runs: Sequence[Run]) -> dict[str, str]:
-    """Return why figures of compared runs are left out."""
+    """Return why results of compared runs are left out."""
     faults = {}
     for run in runs:
         faults |= {f"{run.folder}, evaluation on {subset}": f"it {why}" for subset, why in run.faults.items()}

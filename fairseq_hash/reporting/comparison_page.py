@@ -1,4 +1,4 @@
-"""The page of a comparison: tables, figures, and where they come from."""
+"""The page of a comparison: tables, figures and their provenance."""
 
 from collections.abc import Sequence
 
@@ -12,13 +12,13 @@ from fairseq_hash.reporting.loads import load_charts, sorted_loads
 from fairseq_hash.reporting.runs import Run
 from fairseq_hash.reporting.scaling import scaling_charts
 
-# What a model's record says of the machine and the libraries, by its heading on the page.
+# Entries of a model's record about the machine and the libraries, by their heading on the page.
 PROVENANCE = {
     **{"fairseq_hash": "fairseq_hash", "commit": "Commit", "python": "Python", "torch": "torch", "fairseq": "fairseq"},
     **{"processor": "Processor", "cores": "Usable cores", "gpus": "GPUs", "platform": "Platform"},
     **{"dictionary_fingerprint": "Dictionary fingerprint", "table_fingerprint": "Hash table fingerprint"},
 }
-# The figures by their files, in the order of the page: heading, caption, and the same as charts.
+# The figures by file, in the order of the page: heading, caption, and the same figure as charts.
 FIGURES = {
     "learning_curves.png": (
         "Learning curves",
@@ -42,14 +42,14 @@ def comparison_page(comparison: Comparison, figures: dict[str, list[bytes]]) -> 
     """Return the page as HTML.
 
     Args:
-        comparison: what to show.
-        figures: each figure for light and for dark screens, by the name of its file, for browsers without scripts.
+        comparison: the comparison to show.
+        figures: by file name, each figure for light and for dark screens, for browsers without scripts.
     """
     return page.render(comparison.title, subtitle(comparison.runs), sections(comparison, figures, comparison.models))
 
 
 def subtitle(runs: Sequence[Run]) -> str:
-    """Return how many runs these are, when their models were built and on what."""
+    """Return the number of runs, when their models were built, and on which hardware."""
     dates = sorted(run.training.model["date"][:10] for run in runs)
     dated = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     return f"{len(runs)} run{'s' if len(runs) > 1 else ''}, {dated}, on {_hardware(runs)}"
@@ -94,7 +94,7 @@ def _hardware(runs: Sequence[Run]) -> str:
 
 
 def _provenance(runs: Sequence[Run]) -> pd.DataFrame:
-    """Return what the runs' records say, each different value once."""
+    """Return the entries of the runs' records, each different value once."""
     rows = []
     for key, heading in PROVENANCE.items():
         values = [run.training.model.get(key) for run in runs]

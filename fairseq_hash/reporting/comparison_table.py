@@ -1,4 +1,4 @@
-"""Results of runs as tables: one row a run, and one row a model with mean and spread over its seeds."""
+"""Results of runs as tables: one row per run, and one row per model with mean and spread over its seeds."""
 
 import math
 import re
@@ -13,23 +13,23 @@ from fairseq_hash.reporting.runs import Run
 # Start-up, first allocations and empty caches are not the model's speed or balance.
 SETTLING_SHARE = 0.1
 PERPLEXITY = "_perplexity"
-# What the criterion logs of each sparse layer; all else of a layer is its router's own.
+# Statistics that the criterion logs for each sparse layer. The other statistics of a layer belong to its router.
 OF_EVERY_LAYER = ("load_max", "load_min", "load_cv", "dropped", "load")
 
 
 def settled_intervals(run: Run) -> list[dict[str, Any]]:
-    """Return the statistics of the training's log intervals in their order, without the first tenth."""
+    """Return the statistics of the training's log intervals in order, without the first tenth."""
     intervals = [values for _, values in sorted(run.training.intervals.items())]
     return intervals[min(len(intervals) - 1, max(1, round(SETTLING_SHARE * len(intervals)))) :]
 
 
 def last_validation(run: Run) -> dict[str, Any]:
-    """Return the statistics of the last validation, {} where the training had none."""
+    """Return the statistics of the last validation, {} if the training had none."""
     return run.training.validations[max(run.training.validations)] if run.training.validations else {}
 
 
 def best_validation(run: Run) -> "float | None":
-    """Return the lowest perplexity of a validation in training, None where none was of all of the text."""
+    """Return the lowest perplexity of a validation in training, None if no validation covered the whole text."""
     perplexities = [values["ppl"] for values in run.training.validations.values() if "ppl" in values]
     return (
         min((value for value in perplexities if math.isfinite(value)), default=None) if not why_partial(run) else None
@@ -37,32 +37,33 @@ def best_validation(run: Run) -> "float | None":
 
 
 def why_partial(run: Run) -> "str | None":
-    """Return why the validations in training were of a part of the text, None where they were of all of it."""
+    """Return why the validations in training covered only a part of the text, None if they covered all of it."""
     if steps := run.training.config.get("dataset.max_valid_steps"):
         return f"it was of {steps} batches of the text (--max-valid-steps)"
     return "it left out samples that were too long" if "valid" in run.training.left_out_of else None
 
 
 def sparse_layers(run: Run) -> list[int]:
-    """Return the sparse layers that the training's log tells of."""
+    """Return the sparse layers in the training's log."""
     keys = {key for values in run.training.intervals.values() for key in values}
     return sorted(int(found[1]) for key in keys if (found := re.fullmatch(r"layer(\d+)_load_max", key)))
 
 
 def router_statistics(run: Run, layer: int) -> list[str]:
-    """Return the names of what the router of a layer logs of its own, besides loads and dropped tokens."""
+    """Return the names of the statistics that a layer's router logs, besides loads and dropped tokens."""
     prefix = f"layer{layer}_"
     keys = dict.fromkeys(key for values in run.training.intervals.values() for key in values if key.startswith(prefix))
     return [name for name in (key.removeprefix(prefix) for key in keys) if name not in OF_EVERY_LAYER]
 
 
 def measure(model: str, run: Run) -> dict[str, Any]:
-    """Return one row: what a run's logs say of it. Perplexities are per token of the dictionary, times in seconds.
+    """Return one row: the results in a run's logs. Perplexities are per token of the dictionary, times in seconds.
 
-    `valid_from` says what `valid_perplexity` is of: "evaluation", or "training" for its best validation.
-    `peak_gb` is the largest of the log, NaN for logs without it. `load_max` is the largest demand for an expert over
-    the mean demand: the mean over the training's log intervals, and of the last validation; `dropped` is the mean share
-    of the training's tokens that found their expert full. Without a layer's number they are those of the worst layer.
+    `valid_from` is the source of `valid_perplexity`: "evaluation", or "training" for the best validation. `peak_gb` is
+    the largest of the log, NaN for logs without it. `load_max` is the largest demand for an expert divided by the mean
+    demand: the mean over the training's log intervals, and the value of the last validation. `dropped` is the mean
+    share of the training's tokens that found their expert full. Columns without a layer number are those of the worst
+    layer.
     """
     record, intervals, validation = run.training.model, settled_intervals(run), last_validation(run)
     peaks = [values["peak_gb"] for values in run.training.intervals.values() if "peak_gb" in values]
@@ -107,7 +108,7 @@ def _mean(intervals: Sequence[dict[str, Any]], key: str) -> float:
 
 
 def table_of_runs(models: dict[str, list[Run]]) -> pd.DataFrame:
-    """Return one row a run, in the order of the models."""
+    """Return one row per run, in the order of the models."""
     rows = pd.DataFrame([measure(model, run) for model, runs in models.items() for run in runs])
     known = ordered(name.removesuffix(PERPLEXITY) for name in rows if name.endswith(PERPLEXITY))
     others = [name for name in rows if not name.endswith(PERPLEXITY)]
@@ -116,9 +117,9 @@ def table_of_runs(models: dict[str, list[Run]]) -> pd.DataFrame:
 
 
 def table_of_models(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return one row a model: the number of its runs, means, and for perplexities the sample standard deviation.
+    """Return one row per model: the number of its runs, means, and for perplexities the sample standard deviation.
 
-    The deviation (`..._sd`) is NaN for a single run. Of the memory it is the largest, not the mean.
+    The deviation (`..._sd`) is NaN for a single run. The memory is the largest value, not the mean.
     """
     groups = runs.groupby("model", sort=False)
     table = groups.mean(numeric_only=True).drop(columns="seed")
@@ -166,9 +167,9 @@ def for_readers(models: pd.DataFrame) -> pd.DataFrame:
 
 
 def layers_for_readers(models: pd.DataFrame) -> pd.DataFrame:
-    """Return one row a model and sparse layer as text. Empty where all models are dense.
+    """Return one row per model and sparse layer, as text. Empty if all models are dense.
 
-    Loads, dropped tokens, and what the routers log of their own: means over the training's log intervals.
+    Loads, dropped tokens and the routers' own statistics: means over the training's log intervals.
     """
     rows = []
     layers = [int(found[1]) for name in models if (found := re.fullmatch(r"layer(\d+)_dropped", name))]
@@ -188,7 +189,7 @@ def layers_for_readers(models: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(table: pd.DataFrame, words: bool = False) -> str:
-    """Return a table of text in Markdown; all but the first column to the right, unless they hold `words`."""
+    """Return a table of text in Markdown. All columns except the first are right-aligned unless they hold `words`."""
     rows = [
         list(table.columns),
         ["---", *["---" if words else "---:"] * (len(table.columns) - 1)],

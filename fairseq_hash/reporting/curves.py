@@ -14,7 +14,7 @@ from fairseq_hash.reporting.plots import MARKERS, Theme, colours_of, is_dense, s
 from fairseq_hash.reporting.published import curve_of, is_comparable
 from fairseq_hash.reporting.runs import Run
 
-# More lines than these cannot be told apart: the other models are drawn faint, and no training beside validations.
+# More lines cannot be told apart, so the other models are drawn faint, and training is not drawn beside validations.
 MOST_LABELLED = 10
 MOST_WITH_TRAINING = 6
 MOST_MARKERS = 12
@@ -62,7 +62,7 @@ def learning_curves(models: dict[str, list[Run]], theme: Theme) -> bytes:
 
 
 def learning_charts(models: dict[str, list[Run]]) -> list[Chart]:
-    """Return perplexity by updates and by wall-clock time; of many models without the training beside validations."""
+    """Return perplexity by updates and by wall-clock time; with many models, without training beside validations."""
     with_training = len(models) <= MOST_WITH_TRAINING
     low, high = _perplexity_range([_end_curve(run) for runs in models.values() for run in runs])
     shown = {model: _published(runs, models) for model, runs in models.items()}
@@ -95,7 +95,7 @@ def learning_charts(models: dict[str, list[Run]]) -> list[Chart]:
 
 
 def labelled(models: dict[str, list[Run]]) -> list[str]:
-    """Return the models to draw strong, in their order: dense ones first, then those with the lowest perplexity."""
+    """Return the models to draw strong, in order: dense models first, then those with the lowest perplexity."""
 
     def rank(model: str) -> tuple[bool, float]:
         last = np.mean([_end_curve(run)["ppl"][-1] for run in models[model]])
@@ -115,7 +115,7 @@ def _draw(axes: Axes, scale: str, runs: Sequence[Run], colour: object, marker: s
 
 
 def _published(runs: Sequence[Run], models: dict[str, list[Run]]) -> list[tuple[int, float]]:
-    """Return published perplexities by update, as far as the longest training goes."""
+    """Return published perplexities by update, up to the last update of the longest training."""
     if not is_comparable(runs[0]):
         return []
     longest = max(run.training.updates for others in models.values() for run in others)
@@ -140,7 +140,7 @@ def _key(with_training: bool, others: int, with_published: bool) -> str:
 
 
 def _curves(run: Run) -> tuple[Curve, Curve]:
-    """Return training and validation as arrays `updates`, `minutes` and `ppl`; validation has no clock of its own."""
+    """Return training and validation as arrays `updates`, `minutes` and `ppl`. Validation uses the training's clock."""
     steps = sorted(run.training.intervals.items())
     updates = np.array([update for update, _ in steps])
     minutes = np.array([values["wall"] for _, values in steps]) / 60
@@ -152,13 +152,15 @@ def _curves(run: Run) -> tuple[Curve, Curve]:
 
 
 def _end_curve(run: Run) -> Curve:
-    """Return the validation's curve, the training's where there was no validation."""
+    """Return the validation's curve, or the training's if there was no validation."""
     train, valid = _curves(run)
     return valid if len(valid["ppl"]) else train
 
 
 def _perplexity_range(curves: Sequence[Curve]) -> tuple[float, float]:
-    """Leave out the first fall from chance, beside which all later differences would vanish, and what is not finite."""
+    """Leave out the first drop from chance, beside which all later differences would vanish, and values that are not
+    finite.
+    """
     every: list[float] = []
     late: list[float] = []
     for curve in curves:

@@ -1,4 +1,4 @@
-"""How a training ended, or that it seems to run still."""
+"""How a training ended, or whether it seems to be running still."""
 
 import re
 from datetime import datetime
@@ -6,19 +6,19 @@ from pathlib import Path
 
 from fairseq_hash.reporting.logs import TrainingLog, parse_line
 
-# A log that grew within this time is taken for that of a running training, in seconds.
+# If a log grew within this time, in seconds, its training counts as running.
 ALIVE = 600.0
 ERROR = re.compile(r"(fairseq_hash: |\w[\w.]*(Error|Exception|Interrupt)\b|slurmstepd: error|Killed).*")
 
 
 def why_not_done(training: TrainingLog, grown: float, error: "str | None", now: float) -> "str | None":
-    """Return why a training is not done, None where it is.
+    """Return why a training is not done, None if it is.
 
     Args:
         training: its log.
         grown: when its log last grew, in seconds since 1970.
-        error: what its log ends with (`last_error`).
-        now: in seconds since 1970.
+        error: the error with which its log ends (`last_error`).
+        now: the current time, in seconds since 1970.
     """
     if training.finished is not None:
         return None
@@ -39,7 +39,7 @@ def why_not_done(training: TrainingLog, grown: float, error: "str | None", now: 
 
 
 def last_error(path: Path) -> "str | None":
-    """Return the error that a log ends with: a line of this project, else the last line of a traceback."""
+    """Return the error with which a log ends: a line of this project, else the last line of a traceback."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     end = next((place for place in range(len(lines), 0, -1) if parse_line(lines[place - 1])), 0)
     errors = [line.strip() for line in lines[end:] if ERROR.match(line)]

@@ -1,10 +1,10 @@
-"""Which evaluations are results: complete ones, of all of the text, of the model as it is at the training's end."""
+"""Selects the evaluations that count: complete, of the whole text, and of the model at the end of its training."""
 
 from fairseq_hash.reporting.logs import Evaluation, TrainingLog
 
 
 def why_no_result(evaluation: Evaluation, training: TrainingLog) -> "str | None":
-    """Return why an evaluation is no result of a training, None where it is one."""
+    """Return why an evaluation does not count as a result of a training, None if it counts."""
     config, again = evaluation.config, f"repeat it with --tokens-per-sample {_length(training)}"
     if evaluation.perplexity is None:
         return f"has no result: {evaluation.error or 'its log ends without one'}"

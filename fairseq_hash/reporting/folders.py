@@ -1,4 +1,4 @@
-"""Which folders are runs: those with a training's log directly in them."""
+"""Finds the folders of runs: those with a training log directly in them."""
 
 import os
 import re
@@ -9,9 +9,9 @@ from fairseq_hash.core.errors import UserError
 from fairseq_hash.reporting.endings import last_error
 
 LOG_SUFFIXES = (".log", ".out")
-# Hydra's folder of a run has a file a rank; the first one tells all.
+# Hydra's folder of a run has one file per rank; the first file is enough.
 OTHER_RANK = re.compile(r"rank0*[1-9]\d*\.log")
-# The launcher's own files are of jobs, not of runs; hidden folders, such as Hydra's, are left out as well.
+# The launcher's own files belong to jobs, not to runs. Hidden folders, such as Hydra's, are left out, too.
 SKIPPED = "slurm"
 # The configuration, which fairseq-train and fairseq-hydra-train log first.
 TRAINING = re.compile(rb"fairseq_cli\.train(?: \| |\]\[INFO\] - )\{")
@@ -27,9 +27,9 @@ def log_files(folder: Path) -> list[Path]:
 
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:
-    """Return the run folders among the given ones and below them, which are not searched inside a run.
+    """Return the run folders among the given ones and below them. The inside of a run is not searched.
 
-    Raises `UserError` with one line for a folder that is none or holds no run, and for a run that is named twice.
+    Raises `UserError` with one line for a path that is not a folder, a folder without runs, and a run named twice.
     """
     found: dict[Path, Path] = {}
     for folder in folders:
@@ -46,10 +46,10 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 
 
 def find_failed_starts(folders: Sequence[Path]) -> dict[Path, str]:
-    """Return why folders among the given ones and below them hold no run, although one was meant to be there.
+    """Return the folders, among the given ones and below them, in which a training failed to start, with the reason.
 
-    Their logs are empty or end with an error before the training's first line. A folder that holds an evaluation alone,
-    or a launcher's output, is none of them.
+    Their logs are empty or end with an error before the training's first line. A folder with only an evaluation or a
+    launcher's output does not count.
     """
     failed = {}
     for folder in (below for given in folders for below, is_run in _logs_from(given) if not is_run):
@@ -62,7 +62,7 @@ def find_failed_starts(folders: Sequence[Path]) -> dict[Path, str]:
 
 
 def _logs_from(folder: Path) -> Iterator[tuple[Path, bool]]:
-    """Yield the folders with logs, and whether they hold a training's, inside of which is not looked."""
+    """Yield the folders with logs, and whether they hold a training log. Folders inside a run are not searched."""
     logs = log_files(folder)
     is_run = any(map(tells_of_training, logs))
     if logs:
@@ -77,11 +77,11 @@ def _logs_from(folder: Path) -> Iterator[tuple[Path, bool]]:
 
 
 def tells_of_training(path: Path) -> bool:
-    """Return whether a file is a training's log, or cannot be read."""
+    """Return whether a file is a training log, or cannot be read."""
     try:
         return TRAINING.search(path.read_bytes()) is not None
     except OSError:
-        return True  # reading the run will tell why it cannot be read
+        return True  # reading the run will report why it cannot be read
 
 
 def _by_numbers(name: str) -> list[tuple[int, str]]:

@@ -1,4 +1,4 @@
-"""Labels right of the axes, at the ends of lines."""
+"""Labels to the right of the axes, at the ends of lines."""
 
 import textwrap
 from collections.abc import Sequence
@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-# Heights in shares of the axes', for the axes of reports (about 4 inches).
+# Heights as shares of the axes' height, for the axes of reports (about 4 inches).
 LINE = 0.052
 WIDTH = 30  # of a label in letters
 
 
 @dataclass(frozen=True)
 class Label:
-    """The end of a line, in the axes' data, and what is written there."""
+    """The end of a line, in data coordinates, and its label."""
 
     x: float
     y: float
@@ -24,7 +24,7 @@ class Label:
 
 
 def label_ends(axes: Axes, labels: Sequence[Label]) -> None:
-    """Write each label at its line's end, moved apart where they would overlap; the limits must be set before.
+    """Write each label at its line's end, moved apart if they would overlap. Set the limits of the axes first.
 
     A line whose end is not finite has its label at the top.
     """
@@ -50,11 +50,11 @@ def label_ends(axes: Axes, labels: Sequence[Label]) -> None:
 
 
 def spread(wanted: Sequence[float], heights: Sequence[float]) -> list[float]:
-    """Return places for labels, in ascending order as they are wanted: none overlaps, from 0 up and as far as 1.
+    """Return positions for labels from their wanted positions, in ascending order, without overlap, between 0 and 1.
 
-    Of all such places they are those with the least squares of the distances from where the labels are wanted: counted
-    from the place that a label would have if all stood one on another, places may only rise, and where they would fall,
-    labels share their mean. Where there is no room for all, they go on above 1.
+    They minimise the sum of squared distances from the wanted positions. Measured from a stack in which each label
+    touches the next, positions may only rise; if they would fall, the labels concerned share their mean. If there is
+    not enough room, labels continue above 1.
     """
     stacked = np.concatenate([[0.0], np.cumsum((np.array(heights[:-1]) + np.array(heights[1:])) / 2)])
     groups: list[list[float]] = []

@@ -14,7 +14,7 @@ from fairseq_hash.reporting.comparison_table import last_validation, settled_int
 from fairseq_hash.reporting.plots import Theme, colours_of, styled, styles_of
 from fairseq_hash.reporting.runs import Run
 
-# A wider or longer figure could not be read.
+# A wider or longer figure would be unreadable.
 COLUMNS, MOST_PANELS, MOST_LAYERS = 4, 24, 3
 MOST_CHARTS = 6
 TITLE_WIDTH = 34
@@ -23,10 +23,10 @@ Loads = dict[int, tuple[np.ndarray, "np.ndarray | None"]]
 
 
 def expert_loads(models: dict[str, list[Run]], theme: Theme) -> "bytes | None":
-    """Draw every expert's load, sorted, over the uniform share, by layer and model; return a PNG.
+    """Draw every expert's load divided by the uniform share, sorted, by layer and model; return a PNG.
 
-    Returns None where no run logged its experts' loads (`--log-expert-loads`). Seeds are averaged after sorting. Each
-    layer begins a row; of many layers some are shown, from the first to the last.
+    Returns None if no run logged its experts' loads (`--log-expert-loads`). Seeds are averaged after sorting. Each
+    layer begins a row. If there are many layers, some are shown, evenly from the first to the last.
     """
     shown = {model: layers for model, runs in models.items() if (layers := sorted_loads(runs))}
     if not shown:
@@ -56,7 +56,7 @@ def expert_loads(models: dict[str, list[Run]], theme: Theme) -> "bytes | None":
 
 
 def load_charts(models: dict[str, list[Run]]) -> list[Chart]:
-    """Return every expert's load, sorted, over the uniform share: one chart a layer, of many layers some."""
+    """Return every expert's load divided by the uniform share, sorted, as one chart per layer (of many, some)."""
     shown = {model: layers for model, runs in models.items() if (layers := sorted_loads(runs))}
     styles = styles_of(models)
     charts = []
@@ -76,7 +76,7 @@ def load_charts(models: dict[str, list[Run]]) -> list[Chart]:
 
 
 def _some(layers: Sequence[int], count: int) -> list[int]:
-    """Return so many of the layers, evenly from the first to the last."""
+    """Return `most` of the layers, evenly from the first to the last."""
     if len(layers) <= count:
         return list(layers)
     return [layers[round(place)] for place in np.linspace(0, len(layers) - 1, count)]
@@ -89,7 +89,7 @@ def _rows(layer: int, shown: dict[str, Loads], columns: int) -> list[list[tuple[
 
 
 def sorted_loads(runs: Sequence[Run]) -> Loads:
-    """Return by layer the loads over the uniform share in training and validation, descending.
+    """Return for each layer the loads divided by the uniform share, in training and validation, descending.
 
     Each log interval is sorted before the mean is taken: a learned router favours one expert after another, and a mean
     by expert would hide it.

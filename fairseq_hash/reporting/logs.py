@@ -1,4 +1,4 @@
-"""What fairseq wrote, line by line: a training log over all its sessions, and evaluation outputs."""
+"""Reads fairseq's logs line by line: a training log over all its sessions, and outputs of evaluations."""
 
 import ast
 import json
@@ -12,22 +12,22 @@ from typing import Any
 
 from fairseq_hash.core.errors import UserError
 
-# fairseq's own commands write the first form, Hydra's the second. The last header counts: what stands before it was cut
-# off when an earlier session was killed.
+# fairseq's own commands write the first form, Hydra's the second. The last header in a line counts: text before it was
+# cut off when an earlier session was killed.
 LINE = re.compile(
     r".*(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?: \| [A-Z]+ \| ([\w.]+) \| |,\d+\]\[([\w.]+)\]\[[A-Z]+\] - )(.*)",
 )
 # An oracle's result says that it is one (`fairseq_patches/eval_lm.py`).
 RESULT = r"Loss \(base 2\): (\S+), Perplexity(?: of an oracle, which sees the next token)?: (\S+)"
 MODEL_RECORD = "model_record | "
-# What leaves a part of a text out says so: fairseq in an evaluation, `fairseq_patches.lengths` in a training.
+# Lines about omitted samples: of fairseq in an evaluation, of `fairseq_patches.lengths` in a training.
 SKIPPED = r"([\d,]+) samples have invalid sizes and will be skipped"
 LEFT_OUT = r"[\d,]+ of [\d,]+ samples of (\S+), with .* and left out$"
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a log: when, by which logger (fairseq names `train_inner` and `valid` so, too), and what."""
+    """One line of a log: time, logger (`train_inner` and `valid` are loggers, too), and text."""
 
     time: datetime
     source: str
@@ -36,19 +36,20 @@ class Line:
 
 @dataclass
 class TrainingLog:
-    """A training over all its sessions; what a resumed session did again replaces what was there.
+    """A training over all its sessions. What a resumed session did again replaces the earlier entries.
 
     Attributes:
         configs: the configuration of every session, flat (`optimization.max_update`), in the order they ran.
-        model: the model's record (fairseq_hash.model), None where the log has none.
-        intervals: statistics of every log interval by its last update, numbers as int or float; those of every epoch
-            where the training was shorter than a log interval.
+        model: the model's record (fairseq_hash.model), None if the log has none.
+        intervals: statistics of every log interval by its last update, numbers as int or float; those of every epoch if
+            the training was shorter than a log interval.
         validations: statistics of every validation by its update, without their prefix `valid_`.
-        wall_seconds: time over all sessions: of a resumed one from its checkpoint on, without what was done again.
+        wall_seconds: time over all sessions. A resumed session counts from its checkpoint on, so repeated work counts
+            once.
         finished: when the training was done, None while it is not.
-        stopped_by: the signal that ended the last session (`SIGTERM`), None where none did.
-        dictionary_types: the number of the dictionary's symbols, fairseq's own included; None where the log has none.
-        left_out_of: the texts (`train`, `valid`) of which samples were left out because they were too long.
+        stopped_by: the signal that ended the last session (`SIGTERM`), None if none did.
+        dictionary_types: the number of the dictionary's symbols, fairseq's own included; None if the log has none.
+        left_out_of: the texts (`train`, `valid`) from which samples were left out because they were too long.
     """
 
     configs: list[dict[str, Any]] = field(default_factory=list)
@@ -71,11 +72,11 @@ class TrainingLog:
 
     @property
     def updates(self) -> int:
-        """The last update that the log tells of."""
+        """The last update in the log."""
         return max([0, *self.intervals, *self.validations])
 
     def resume(self, update: int, time: datetime) -> None:
-        """Forget what came after a checkpoint's update, and count time from there: fairseq's clock then stays at 0."""
+        """Forget what came after a checkpoint's update, and count time from there: fairseq's clock starts at 0 then."""
         self.rewind(update)
         walls = [values["wall"] for values in self.intervals.values() if "wall" in values]
         self._resumed = time, max(walls, default=0.0)
@@ -88,7 +89,7 @@ class TrainingLog:
         return before + (time - start).total_seconds()
 
     def stop(self, signal: str, time: datetime) -> None:
-        """A signal ended the session: its time counts up to then, also where that is before its first logged line."""
+        """A signal ended the session. Its time counts up to then, even if that is before its first logged line."""
         start, before = self._resumed or (self._started, 0.0)
         self.stopped_by, self.wall_seconds = signal, before + (time - start).total_seconds()
 
@@ -103,8 +104,8 @@ class TrainingLog:
 class Evaluation:
     """One output of fairseq-eval-lm.
 
-    `perplexity` is None where it was stopped before its end, by an `error` where its log ends with one; `skipped` are
-    samples that it left out.
+    `perplexity` is None if it was stopped before its end; `error` is the error with which its log ends, if any;
+    `skipped` is the number of samples that it left out.
     """
 
     config: dict[str, Any]
@@ -120,9 +121,9 @@ class Evaluation:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Return the lines of a log file that a logger wrote, without one at its end that was cut off.
+    """Return the lines of a log file that a logger wrote, without a last line that was cut off.
 
-    Raises `UserError` where the file cannot be read.
+    Raises `UserError` if the file cannot be read.
     """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -132,7 +133,7 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def parse_line(text: str) -> "Line | None":
-    """Return what a logger wrote, None for any other text; what stands before it, such as a rank, is left out."""
+    """Return a logger's line, None for any other text. Text before it, such as a rank, is left out."""
     found = LINE.match(text)
     if not found:
         return None
@@ -156,7 +157,7 @@ def statistics(line: Line) -> dict[str, Any]:
 
 
 def read_training(lines: Iterable[Line]) -> "TrainingLog | None":
-    """Return the training that lines tell of, in their order; None where they tell of none."""
+    """Return the training in some lines, in order; None if there is none."""
     log = TrainingLog()
     evaluating = False  # an evaluation records its model, too
     for line in lines:
@@ -191,7 +192,7 @@ def read_training(lines: Iterable[Line]) -> "TrainingLog | None":
 
 
 def _model_record(line: Line) -> "dict[str, Any] | None":
-    """Return the model's record, None where a line holds none or only the start of one."""
+    """Return the model's record, None if a line holds none or only the start of one."""
     if line.source != "fairseq_hash.model" or not line.message.startswith(MODEL_RECORD):
         return None
     try:
@@ -215,7 +216,7 @@ def _add_statistics(log: TrainingLog, line: Line) -> None:
 
 
 def read_evaluations(lines: Iterable[Line]) -> list[Evaluation]:
-    """Return the evaluations that the lines of one file tell of, in their order."""
+    """Return the evaluations in the lines of one file, in order."""
     found: list[Evaluation] = []
     for line in lines:
         if line.source == "fairseq_cli.eval_lm" and line.message.startswith("{"):
@@ -236,7 +237,7 @@ def read_evaluations(lines: Iterable[Line]) -> list[Evaluation]:
 def parse_config(text: str) -> dict[str, Any]:
     """Return the configuration that fairseq logs first, flat: `{"optimization.max_update": 300, ...}`.
 
-    fairseq prints it as Python would, except that choices stand without quotes. Raises `UserError` for other text.
+    fairseq prints it like Python, except that choices have no quotes. Raises `UserError` for other text.
     """
     try:
         return dict(_flatten("", _literal(ast.parse(text, mode="eval").body)))

@@ -9,9 +9,9 @@ ROUTER_NAMES = {"none": "Dense", "hash": "Hash", "switch": "Switch", "base": "BA
 
 
 def group_by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Return the runs of each model: those that differ in their seed only, under a name that tells models apart.
+    """Return the runs of each model (runs that differ only in their seed), under a name that tells models apart.
 
-    A name is that of the experiment, else the router's; where models share it, the options that differ are added.
+    The name is that of the experiment, or else the router's. If models share a name, the options that differ are added.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -22,13 +22,13 @@ def group_by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def told_apart(names: Sequence[str], options: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the names, those that occur more than once with the options in which their bearers differ."""
+    """Return the names. Names that occur more than once get the options in which their models differ."""
     told = []
     for name, own in zip(names, options, strict=True):
         rivals = [others for other, others in zip(names, options, strict=True) if other == name]
         keys = sorted({*own}.union(*rivals))
         differing = [key for key in keys if any(rival.get(key) != own.get(key) for rival in rivals)]
-        # fairseq repeats some options in other nodes: a learning rate is the optimizer's and the schedule's, too.
+        # fairseq repeats some options in other nodes: the optimizer and the schedule also have the learning rate.
         values = dict.fromkeys(f"{key.rpartition('.')[2]}={own.get(key)}" for key in differing)
         told.append(" ".join([name, *values]))
     return told

@@ -1,4 +1,4 @@
-"""What the seeds say of chance."""
+"""Which differences between models may be chance, judged by the spread over seeds."""
 
 import itertools
 import math
@@ -8,11 +8,11 @@ import pandas as pd
 
 
 def words_on_noise(models: pd.DataFrame) -> str:
-    """Return what the seeds say of chance: the pairs of models whose difference lies within two standard errors."""
+    """Return a text that names the pairs of models whose difference is within two standard errors."""
     columns = [name for name in ("test_perplexity", "valid_perplexity") if name in models]
     if not columns:
         return "These runs were not evaluated."
-    # Of all models where there is such a subset.
+    # A subset that all models have, if there is one.
     column = next((name for name in columns if models[name].notna().all()), columns[0])
     subset = column.removesuffix("_perplexity")
     rows = models[models[column].notna()].to_dict("records")

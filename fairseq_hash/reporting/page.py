@@ -14,17 +14,17 @@ from matplotlib.colors import to_hex
 
 from fairseq_hash.reporting.plots import COLOURS, DARK, DPI, LIGHT, Theme, lightened
 
-# No request leaves the page, whatever a name in it may say.
+# The page makes no request, whatever a name in it contains.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 HERE = Path(__file__).parent
-LONG = 40  # a name in letters, for which a column is kept wide
-# What a cell's number is worth in the unit that a column may mix with others.
+LONG = 40  # width of a name in letters, for which a column is kept wide
+# Factors of the units that a column may mix.
 UNITS = {"s": 1, "min": 60, "h": 3600, "M": 1e6, "B": 1e9, "MB": 1e6, "GB": 1e9, "ms": 1e-3, "%": 0.01, "": 1}
 CELL = re.compile(r"(-?[\d,]+(?:\.\d+)?(?:e[+-]?\d+)?)\s?(%|[A-Za-z]*)(?: [±(].*)?")
 
 
 def render(title: str, subtitle: str, parts: Sequence[str], reload_seconds: "float | None" = None) -> str:
-    """Return the whole page: a heading and the parts, which are HTML. A page that is kept current reloads itself."""
+    """Return the whole page: a heading and the parts, which are HTML. A watched page reloads itself."""
     head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
     head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
     style = _colours() + _read("vendor/uPlot.min.css") + _read("assets/page.css")
@@ -46,7 +46,7 @@ def _read(name: str) -> str:
 
 
 def _colours() -> str:
-    """Return the themes of the figures as the variables that style and scripts use."""
+    """Return the themes of the figures as variables for style and scripts."""
     light, dark = (
         "; ".join(f"--{name}: {colour}" for name, colour in colours_on_page(theme).items()) for theme in (LIGHT, DARK)
     )
@@ -54,7 +54,7 @@ def _colours() -> str:
 
 
 def colours_on_page(theme: Theme) -> dict[str, str]:
-    """Return the colours of a page by the name of their variable."""
+    """Return the colours of a page by variable name."""
     lines = {f"c{place}": to_hex(lightened(colour, theme)) for place, colour in enumerate(COLOURS)}
     band, control = ("#f4f6f8", "#7b8591") if theme is LIGHT else ("#1d2126", "#7d8794")
     own = {"paper": theme.paper, "ink": theme.ink, "soft": theme.neutral, "neutral": theme.neutral, "line": theme.faint}
@@ -62,7 +62,7 @@ def colours_on_page(theme: Theme) -> dict[str, str]:
 
 
 def section(heading: str, *parts: str) -> str:
-    """Return a heading and what stands under it."""
+    """Return a heading and the content under it."""
     return f"<h2>{escape(heading)}</h2>\n" + "\n".join(parts)
 
 
@@ -76,8 +76,8 @@ def table(content: pd.DataFrame, words: bool = False, label: str = "Table") -> s
 
     Args:
         content: cells of text.
-        words: whether every column is set to the left.
-        label: what a screen reader calls the box.
+        words: whether all columns are left-aligned.
+        label: the name of the box for screen readers.
     """
     head = "".join(f'<th scope="col">{escape(str(name))}</th>' for name in content.columns)
     columns = [[sort_value(str(cell)) for cell in content.iloc[:, column]] for column in range(content.shape[1])]
@@ -96,9 +96,9 @@ def table(content: pd.DataFrame, words: bool = False, label: str = "Table") -> s
 
 
 def sort_value(text: str) -> "float | str | None":
-    """Return what a cell is sorted by: its number in the smallest unit, "" where there is none to sort, None for words.
+    """Return a cell's sort key: its number in the smallest unit, "" if there is none, None for words.
 
-    `98 s` stands before `12.5 min`; a spread or quartiles behind a number are no part of it.
+    `98 s` stands before `12.5 min`; a spread or quartiles after a number do not count.
     """
     if text.strip() in ("", "–", "nan", "inf"):
         return ""
@@ -117,7 +117,9 @@ def figure(alternative: str, caption: str, light: bytes, dark: bytes) -> str:
 
 
 def _width(png: bytes) -> int:
-    """Return the width to show a PNG at, so that letters have the size they were drawn in (96 pixels an inch)."""
+    """Return the width at which to show a PNG, so that letters keep the size in which they were drawn (96 pixels per
+    inch).
+    """
     return round(int.from_bytes(png[16:20], "big") * 96 / DPI)
 
 

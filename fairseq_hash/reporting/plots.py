@@ -1,4 +1,4 @@
-"""How figures look, each drawn for a light and for a dark page."""
+"""The look of figures; each is drawn for a light and for a dark page."""
 
 import io
 import itertools
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from fairseq_hash.reporting.runs import Run
 
 # The order of Okabe and Ito's colours, each dark enough to be read as text on white (WCAG: 4.5 to 1); dashes or markers
-# differ as well, because no nine such colours are told apart by everybody.
+# differ as well, because nobody can tell nine such colours apart reliably.
 COLOURS = ("#0072B2", "#C24E00", "#007F5C", "#B5478B", "#8A6200", "#6B5BD2", "#882255", "#6B7000", "#332288")
 MARKERS = "osD^vPX"
 DPI = 144
@@ -22,7 +22,7 @@ DPI = 144
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of paper and ink; the dense model is drawn in a neutral colour."""
+    """Colours of paper and ink, and the neutral colour of the dense model."""
 
     paper: str
     ink: str
@@ -67,7 +67,7 @@ def colours_of(models: dict[str, list[Run]], theme: Theme) -> dict[str, Any]:
 
 
 def styles_of(models: dict[str, list[Run]]) -> dict[str, tuple["int | None", int]]:
-    """Return each model's colour and dashes on a page: its place in the palette (None: neutral), and its number."""
+    """Return each model's colour and dashes on a page: its index into the palette (None: neutral), and its number."""
     numbers = {True: itertools.count(), False: itertools.count()}
     styles = {}
     for model, runs in models.items():
@@ -77,7 +77,7 @@ def styles_of(models: dict[str, list[Run]]) -> dict[str, tuple["int | None", int
 
 
 def lightened(colour: str, theme: Theme) -> tuple[float, ...]:
-    """Return a colour of the palette as it is seen on a page."""
+    """Return a colour of the palette as it appears on a page."""
     rgb = np.array(matplotlib.colors.to_rgb(colour))
     return tuple(rgb + (1 - rgb) * theme.lighten)
 
@@ -88,7 +88,7 @@ def is_dense(runs: list[Run]) -> bool:
 
 
 def png(figure: Figure) -> bytes:
-    """Return a figure as a PNG, cut to what is drawn."""
+    """Return a figure as a PNG, cropped to its content."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.12)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Published figures that a run's experiment names: never measured here, so always apart and with their mark."""
+"""Published figures that a run's experiment names. They were not measured here, so they stand apart with their mark."""
 
 import math
 import re
@@ -15,7 +15,7 @@ from fairseq_hash.reporting.runs import Run
 PUBLISHED = "experiment.published."
 BY_UPDATE = "valid_by_update"
 FIGURE = re.compile(r"(\d+(?:\.\d+)?) ([A-Z])")
-# Other marks, such as M for memory and C for arithmetic, are no figures to stand beside a result.
+# Figures with other marks, such as M for memory and C for arithmetic, are not compared with results.
 MARKS = {
     "A": "the authors' own figure, table or README",
     "S": "secondary notes, which agree with the authors' own wherever both have a figure",
@@ -33,9 +33,9 @@ class PublishedFigure:
 
 
 def figures_of(runs: Sequence[Run]) -> dict[str, PublishedFigure]:
-    """Return the published perplexity of each subset that the runs of a model name (the first run that names any).
+    """Return the published perplexity of each subset, from the first run of a model that names any.
 
-    Raises `UserError` for an entry that is no figure with its mark.
+    Raises `UserError` for an entry that is not a figure with its mark.
     """
     return {name: figure for name, figure in _named(runs).items() if "." not in name}
 
@@ -62,7 +62,7 @@ def _figure(folder: Path, key: str, text: str) -> "PublishedFigure | None":
 
 
 def is_comparable(run: Run) -> bool:
-    """Return whether the run's dictionary is as large as that of the published figures: else the axes differ."""
+    """Return whether the run's dictionary is as large as that of the published figures; if not, they do not compare."""
     vocabulary, types = run.training.config.get("experiment.vocabulary"), run.training.dictionary_types
     if not isinstance(vocabulary, int) or types is None:
         return False
@@ -70,7 +70,7 @@ def is_comparable(run: Run) -> bool:
 
 
 def with_published(table: pd.DataFrame, models: dict[str, list[Run]]) -> pd.DataFrame:
-    """Return the table of models with `published_SUBSET` and `published_SUBSET_mark`, where any model has one."""
+    """Return the table of models with `published_SUBSET` and `published_SUBSET_mark`, if any model has one."""
     found = {model: figures_of(runs) for model, runs in models.items()}
     table = table.copy()
     for subset in dict.fromkeys(subset for figures in found.values() for subset in figures):
@@ -81,7 +81,7 @@ def with_published(table: pd.DataFrame, models: dict[str, list[Run]]) -> pd.Data
 
 
 def legend(models: dict[str, list[Run]]) -> str:
-    """Return what the marks mean and how far the figures compare, "" where no model has one."""
+    """Return what the marks mean and how far the figures compare, "" if no model has one."""
     named = {model: runs for model, runs in models.items() if figures_of(runs) or curve_of(runs)}
     if not named:
         return ""

@@ -32,7 +32,7 @@ DRAWN = {
 def write_report(folders: Sequence[Path], out: Path, title: str, note: "Path | None" = None) -> list[Path]:
     """Compare runs and write what `write_comparison` writes; return the paths.
 
-    Raises `UserError` with one line for bad input, and where no run can be compared, before anything is written.
+    Raises `UserError` with one line for bad input, or if no run can be compared, before anything is written.
     """
     return write_comparison(compare(folders, title, read_note(note)), out)
 
@@ -51,7 +51,7 @@ def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
 
 
 def read_note(note: "Path | None") -> str:
-    """Return the text of a file, empty for None; raises `UserError` where it cannot be read."""
+    """Return the text of a file, empty for None; raises `UserError` if it cannot be read."""
     if note is None:
         return ""
     try:
@@ -61,7 +61,7 @@ def read_note(note: "Path | None") -> str:
 
 
 def write_files(out: Path, files: dict[str, bytes]) -> list[Path]:
-    """Write files by name into a folder, each whole or not at all; raises `UserError` where that fails."""
+    """Write files by name into a folder, each whole or not at all; raises `UserError` if that fails."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
@@ -85,7 +85,7 @@ def _json(comparison: Comparison) -> bytes:
 
 
 def _raw(run: Run) -> dict[str, Any]:
-    """Return all that the logs say; published figures stand among the models only, with those that may be printed."""
+    """Return everything in the logs. Published figures are among the models only, if they may be printed."""
     return {
         "record": run.record,
         "model": run.training.model,
@@ -97,7 +97,7 @@ def _raw(run: Run) -> dict[str, Any]:
 
 
 def _finite(content: Any) -> Any:
-    """Return content with text for NaN and infinities, which JSON does not know."""
+    """Return content with NaN and infinities as text, because JSON does not have them."""
     if isinstance(content, dict):
         return {key: _finite(value) for key, value in content.items()}
     if isinstance(content, list):

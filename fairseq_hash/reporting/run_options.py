@@ -1,8 +1,8 @@
-"""What of a run's configuration makes it another model: its options without seed, places, machines and names."""
+"""The part of a run's configuration that defines its model: its options without seed, paths, machines and names."""
 
 from typing import Any
 
-# What may differ between two runs of one model: the seed, places, what a run tells of itself, and what it keeps.
+# Options that may differ between two runs of one model: the seed, paths, logging, and which files are kept.
 VOLATILE = {
     *("seed", "data", "save_dir", "restore_file", "user_dir", "plasma_path", "max_update", "max_epoch"),
     *("log_file", "log_format", "log_interval", "no_progress_bar", "log_expert_loads"),
@@ -13,24 +13,24 @@ VOLATILE = {
     *("no_save", "no_epoch_checkpoints", "no_last_checkpoints", "no_save_optimizer_state"),
     *("keep_interval_updates", "keep_interval_updates_pattern", "keep_last_epochs", "keep_best_checkpoints"),
     "write_checkpoints_asynchronously",
-    *("expert_parallel_size", "expert_dispatch"),  # who holds the experts and how rows get there changes no result
+    *("expert_parallel_size", "expert_dispatch"),  # the ranks of the experts and the dispatcher change no result
     "recompute_hidden",  # the same numbers in less memory
     "base_shuffle",  # of fairseq's own BASE layer, which the model refuses; flags and Hydra have other defaults
 }
-# Nodes that are no options of a training: what the experiment is called and how Hydra logs; fairseq's scores of
-# translations, which only flags fill in.
+# Nodes that are no options of a training: the experiment's name, Hydra's logging, and fairseq's scores of translations,
+# which only flags fill in.
 ASIDE = {"experiment", "job_logging_cfg", "scoring"}
-# Hydra has the model's own name, flags have an architecture's; the sizes that it stands for are options themselves.
+# Hydra gives the model's name, flags the architecture's. The sizes of an architecture are options themselves.
 MODEL_NAME = "model._name"
-# How ranks add up their gradients changes no result, unless each goes its own way for some updates.
+# How ranks add up their gradients changes no result, unless they synchronise only every few updates.
 BACKEND, OWN_WAY = "ddp_backend", "slowmo"
 STOPS = ("optimization.max_update", "optimization.max_epoch")
-# What stands for `update_freq` and the number of ranks.
+# Replaces `update_freq` and the number of ranks.
 BATCHES = "update_freq x ranks"
 
 
 def stable(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a flat configuration that runs of one model share, by flags or by Hydra, on any machine.
+    """Return the options of a flat configuration that runs of one model share, with flags or Hydra, on any machine.
 
     `update_freq` becomes the number of batches of an update over all ranks: on other ranks it may be another number and
     still the same training (`--update-freq-ranks`), or the same number and another training.
@@ -49,7 +49,7 @@ def _is_aside(key: str, value: Any) -> bool:
 
 
 def _resolved(config: dict[str, Any], value: Any) -> Any:
-    """Return what Hydra's `${task.tokens_per_sample}` stands for; fairseq logs some of these as they are."""
+    """Return the value of Hydra's `${task.tokens_per_sample}`; fairseq logs some references unresolved."""
     if isinstance(value, str) and value.startswith("${") and value[2:-1] in config:
         return config[value[2:-1]]
     return value

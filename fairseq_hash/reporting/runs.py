@@ -1,4 +1,4 @@
-"""Runs: what the logs in a folder tell of one training and its evaluations."""
+"""Runs: one training and its evaluations, from the logs in a folder."""
 
 import json
 import time
@@ -22,14 +22,14 @@ class Run:
     """One training and its evaluations.
 
     Attributes:
-        folder: as it was given.
+        folder: the folder as it was given.
         training: the training's log.
-        evaluations: the last evaluation of each subset that is a result.
-        faults: why the evaluations of each other subset are no result.
-        record: what the folder's `run.json` says, {} without one; known are `commands` (step to list of words),
-            `data_fingerprint` and `data` (what the corpus is).
+        evaluations: for each subset, the last evaluation that counts.
+        faults: for each other subset, why its evaluations do not count.
+        record: the content of the folder's `run.json`, {} without one; known entries are `commands` (step to list of
+            words), `data_fingerprint` and `data` (what the corpus is).
         grown: when the training's log last grew, in seconds since 1970.
-        error: what the training's log ends with, None where that is no error.
+        error: the error with which the training's log ends, None if there is none.
     """
 
     folder: Path
@@ -47,12 +47,12 @@ class Run:
 
     @property
     def not_done(self) -> "str | None":
-        """Why the training is not done, None where it is."""
+        """Why the training is not done, None if it is."""
         return why_not_done(self.training, self.grown, self.error, time.time())
 
     @property
     def options(self) -> dict[str, Any]:
-        """The configuration without what may differ between two runs of one experiment, except when it stops."""
+        """The configuration without options that may differ between two runs of one experiment, but with its stop."""
         return {**stable(self.training.config), **{key: self.training.config[key] for key in STOPS}}
 
     @property
@@ -62,13 +62,13 @@ class Run:
 
 
 def load_run(folder: Path) -> Run:
-    """Read a run folder: the logs in it, and `run.json` where there is one.
+    """Read a run folder: its logs, and `run.json` if there is one.
 
-    Raises `UserError` with one line where it holds no training log, or cannot be read.
+    Raises `UserError` with one line if it holds no training log or cannot be read.
     """
     paths = log_files(folder)
     files = [read_lines(path) for path in paths]
-    # A preempted run has a file a session, and the same session may be in two files (a redirection and SLURM's own).
+    # A preempted run has one file per session, and a session may be in two files (a redirection and SLURM's own).
     lines: Iterable[Line] = sorted(dict.fromkeys(line for file in files for line in file), key=lambda line: line.time)
     training = read_training(lines)
     if training is None:
@@ -100,13 +100,13 @@ def _read_record(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}); mend it or delete it") from None
+        raise UserError(f"cannot read {path} ({error}); repair it or delete it") from None
 
 
 def load_runs(folders: Sequence[Path]) -> list[Run]:
     """Read the runs in folders and below them.
 
-    Raises `UserError` where there is none, for one given twice, and for runs with more than one dictionary.
+    Raises `UserError` if there is no run, if one is given twice, and for runs with more than one dictionary.
     """
     runs = [load_run(folder) for folder in find_runs(folders)]
     dictionaries = {run.training.model["dictionary_fingerprint"]: run for run in runs if run.training.model}
@@ -114,6 +114,6 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
         (one, run), (other, other_run) = list(dictionaries.items())[:2]
         raise UserError(
             f"{run.folder} and {other_run.folder} have different dictionaries ({one[:12]} and {other[:12]}), so their "
-            "perplexities do not compare; report them apart"
+            "perplexities do not compare; report them separately"
         )
     return runs

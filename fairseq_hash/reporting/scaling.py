@@ -21,12 +21,14 @@ from fairseq_hash.reporting.published import PublishedFigure, figures_of, is_com
 from fairseq_hash.reporting.runs import Run
 
 EXPERTS = "model.num_experts"
-SUBSETS = ("valid", "test")  # the first that the runs were evaluated on
+SUBSETS = ("valid", "test")  # the first of these on which the runs were evaluated
 
 
 @dataclass(frozen=True)
 class Point:
-    """A model's perplexities, one a seed, at its number of experts, and the published one that compares with them."""
+    """A model's perplexities at its number of experts, one per seed, and the published perplexity that compares with
+    them.
+    """
 
     experts: int
     perplexities: list[float]
@@ -38,9 +40,9 @@ class Point:
 
 
 def perplexity_by_experts(models: dict[str, list[Run]], theme: Theme) -> "bytes | None":
-    """Draw a line for the models that differ in their number of experts only, dense models level; return a PNG.
+    """Draw a line for models that differ only in their number of experts, dense models as level lines; return a PNG.
 
-    Returns None where no two models differ in that only, or the runs were not evaluated.
+    Returns None if no two models differ only in that, or if the runs were not evaluated.
     """
     subset, lines = _subset_and_lines(models)
     if not lines:
@@ -75,7 +77,7 @@ def perplexity_by_experts(models: dict[str, list[Run]], theme: Theme) -> "bytes 
 
 
 def scaling_charts(models: dict[str, list[Run]]) -> list[Chart]:
-    """Return the same as one chart of a page, none where there is no line."""
+    """Return the same as one chart for a page; no chart if there is no line."""
     subset, points_by_line = _subset_and_lines(models)
     if not points_by_line:
         return []
@@ -149,7 +151,7 @@ def _point(runs: Sequence[Run], subset: str) -> Point:
 
 
 def _lines(models: dict[str, list[Run]], subset: str) -> dict[str, list[Point]]:
-    """Return the points of sparse models that differ in their number of experts only, by the line's name."""
+    """Return the points of sparse models that differ only in their number of experts, by the line's name."""
     families: dict[str, list[str]] = {}
     for model, runs in models.items():
         if not is_dense(runs):
@@ -163,7 +165,7 @@ def _lines(models: dict[str, list[Run]], subset: str) -> dict[str, list[Point]]:
 
 
 def _title(names: Sequence[str], models: dict[str, list[Run]]) -> str:
-    """Return what the names have in common where only the number of experts differs in them, else the router's name.
+    """Return the common part of the names if only the number of experts differs in them, else the router's name.
 
     `Hash 1x64` and `Hash 1x128` are `Hash 1xE`; `Hash num_experts=64` and `Hash num_experts=128` are `Hash`.
     """

@@ -15,7 +15,7 @@ from fairseq_hash.reporting.comparison_page import sections, subtitle
 from fairseq_hash.reporting.report import write_files
 from fairseq_hash.reporting.runs import Run
 
-# Reading long logs again and again takes at most one part of so many of the time.
+# Reading the logs takes at most 1 / PARTS of the time.
 PARTS = 10
 NOTHING = "–"
 
@@ -25,19 +25,19 @@ def watch(
 ) -> None:
     """Write `index.html` again and again, whole each time, until Ctrl-C.
 
-    Runs whose training is not done are compared as far as they are. Where no run can be reported yet, the page and
-    `tell` say why, once for each reason, and reading goes on: a log that is half written mends itself.
+    Runs whose training is not done are compared as far as they are. If no run can be reported yet, the page and `tell`
+    say why, once for each reason, and reading continues: a half-written log will be completed.
 
     Args:
-        folders: of runs, or with run folders below them.
-        out: where the page is written.
+        folders: run folders, or folders with run folders below them.
+        out: folder for the page.
         title: its heading.
-        note: what the runs can show, in words of the user.
-        seconds: between two pages; more where reading the logs takes long.
+        note: what the runs can show, in the user's words.
+        seconds: time between two pages; longer if reading the logs takes long.
         tell: called with a line for the terminal.
 
     Raises:
-        UserError: for a folder that is none, and where the page cannot be written.
+        UserError: for a path that is not a folder, or if the page cannot be written.
     """
     for folder in folders:
         if not folder.is_dir():
@@ -58,7 +58,7 @@ def watch(
 
 
 def current_page(folders: Sequence[Path], title: str, note: str, seconds: float) -> tuple[str, str]:
-    """Return the page as HTML, and why no run can be reported yet ("" where one can)."""
+    """Return the page as HTML, and why no run can be reported yet ("" if one can)."""
     now = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
     try:
         comparison = compare(folders, title, note, unfinished=True)
@@ -72,7 +72,7 @@ def current_page(folders: Sequence[Path], title: str, note: str, seconds: float)
 
 
 def progress(comparison: Comparison) -> pd.DataFrame:
-    """Return one row for each training that is not done, as text; empty where all are."""
+    """Return one row for each training that is not done, as text; empty if all are."""
     rows = [
         _progress_of(model, run)
         for model, runs in comparison.models.items()

@@ -1,4 +1,4 @@
-"""What is said of judged tables: on the terminal, and as a folder of a page, a figure, CSV and JSON."""
+"""Reports on judged tables: on the terminal, and as a folder with a page, a figure, CSV and JSON."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from fairseq_hash.hashing.balance import complaint
 from fairseq_hash.provenance import provenance
 from fairseq_hash.table_tools.evaluate_balance import JudgedTable
 
-if TYPE_CHECKING:  # what is printed needs none of the packages that draw and write pages
+if TYPE_CHECKING:  # printing needs none of the packages that draw and write pages
     import pandas as pd
 
 MOST_SHOWN = 10  # overloading keys on the terminal; the files have them all
@@ -30,17 +30,17 @@ HEADINGS = {
     "entropy_share": "entropy / log E",
 }
 MEANING = """
-The load of an expert is the number of tokens that it serves; the mean load is tokens x experts a token / experts. With
-the largest load over the mean at 1, all experts do the same work. No table for these keys has a largest load below the
-bound: a proof, not an estimate. A key overloads where its count alone exceeds the mean load: then no table for these
-keys is balanced, and a table of other keys is needed (builder spread).
+The load of an expert is the number of tokens that it serves; the mean load is tokens x experts per token / experts. If
+the largest load / mean is 1, all experts do the same work. No table for these keys has a largest load below the bound:
+a proof, not an estimate. A key overloads if its count alone exceeds the mean load. Then no table for these keys is
+balanced, and a table with other keys is needed (builder spread).
 
 Held-out text was not seen when the table was built, unless the same text is given twice.
 """
 
 
 def show(tables: Sequence[JudgedTable], symbols: list[str]) -> None:
-    """Print one table with all there is to say of it, several ones side by side."""
+    """Print one table with all details, or several tables side by side."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 120
@@ -84,7 +84,7 @@ def _show_one(console: Console, table: JudgedTable, symbols: list[str]) -> None:
 
 
 def describe(table: JudgedTable) -> dict[str, str]:
-    """Return what a table is, by headings."""
+    """Return a table's properties, by headings."""
     record, expert_HK = table.table.record, table.table.expert_HK
     keys_E = np.bincount(expert_HK.ravel(), minlength=record.num_experts)
     columns = "hash functions" if record.is_multi_hash else "experts a token"
@@ -129,7 +129,7 @@ def _show_several(console: Console, tables: Sequence[JudgedTable]) -> None:
 
 
 def frame(tables: Sequence[JudgedTable]) -> "pd.DataFrame":
-    """Return one row for each table and what it was judged on."""
+    """Return one row for each table and each set of counts on which it was judged."""
     import pandas as pd
 
     rows = []

@@ -1,4 +1,4 @@
-"""What `fairseq-hash tables build` is given, and what goes with what."""
+"""The options of `fairseq-hash tables build`, and which of them go together."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,18 +11,18 @@ from fairseq_hash.hashing import Feature
 from fairseq_hash.hashing.features import OF_BUCKETS, OF_TOKENS
 
 BUILDERS = ("balanced", "scattered", "random", "modulo", "round-robin", "clusters", "dispersed", "spread")
-BASES = ("balanced", "scattered")  # of spread: the table of single tokens
+BASES = ("balanced", "scattered")  # builders of the table of single tokens, for spread
 OF_COUNTS = (*BASES, "dispersed", "spread")
 OF_EMBEDDINGS = ("clusters", "dispersed")
 DRAWN = ("scattered", "random")
 DIFFERING = ("balanced", *DRAWN)
-WITH_RESTARTS = (*DIFFERING, "spread")  # for spread, those of the table of single tokens
+WITH_RESTARTS = (*DIFFERING, "spread")  # for spread, restarts of the table of single tokens
 BUCKETS = 262144
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `tables build` is given; the names are those of its options."""
+    """The options of `tables build`, with the same names."""
 
     dictionary: Path
     num_experts: int
@@ -45,7 +45,7 @@ class Options:
 
     @property
     def table_builder(self) -> str:
-        """What deals the experts out; of a spread table that of its single tokens."""
+        """The builder that assigns the experts; for spread, the builder of the table of single tokens."""
         return self.base or BASES[0] if self.builder == "spread" else self.builder
 
     @property
@@ -55,12 +55,12 @@ class Options:
 
     @property
     def is_multi_hash(self) -> bool:
-        """Whether they are hash functions."""
+        """Whether the columns are hash functions (MultiHash)."""
         return self.multi_hash > 1
 
 
 def check(options: Options) -> None:
-    """Raise `UserError` where options do not go together, before anything is read."""
+    """Raise `UserError` if options do not go together, before anything is read."""
     builder, feature = options.builder, options.feature
     least = {
         "num_experts": 1,
@@ -78,33 +78,32 @@ def check(options: Options) -> None:
     with own_names():
         Feature(feature, options.length)
     refusals = {
-        f"--experts-per-token {options.experts_per_token} exceeds --num-experts {options.num_experts}; a token has "
-        "distinct experts: give fewer a token, or more experts": options.experts_per_token > options.num_experts,
+        f"--experts-per-token {options.experts_per_token} exceeds --num-experts {options.num_experts}; the experts of "
+        "a token are distinct: give fewer per token, or more experts": options.experts_per_token > options.num_experts,
         "--multi-hash and --experts-per-token exclude each other; leave one out": (
             options.is_multi_hash and options.experts_per_token > 1
         ),
-        f"--multi-hash {options.multi_hash} needs tables that differ; use {', '.join(DIFFERING)}, not {builder}": (
-            options.is_multi_hash and builder not in DIFFERING
-        ),
+        f"--multi-hash {options.multi_hash} needs a builder that can make different tables; use "
+        f"{', '.join(DIFFERING)}, not {builder}": (options.is_multi_hash and builder not in DIFFERING),
         f"--restarts {options.restarts}: the builder {builder} makes one table only; leave it out": (
             options.restarts > 1 and builder not in WITH_RESTARTS
         ),
-        "--counts and --text both say how often tokens occur; leave one out": options.counts and options.text,
+        "--counts and --text both give the counts of tokens; leave one out": options.counts and options.text,
         f"--feature {feature} needs --words, the dict.txt of a larger dictionary": (
             feature == "word" and options.words is None
         ),
         f"--words goes with --feature word; leave it out for {feature}": options.words and feature != "word",
-        f"--keys goes with features of buckets and positions; the rows for {feature} are given": (
+        f"--keys goes with features of buckets and positions; the number of rows for {feature} is fixed": (
             options.keys is not None and feature not in (*OF_BUCKETS, "position")
         ),
-        "--feature position needs --keys, or --tokens-per-sample for as many": (
+        "--feature position needs --keys, or --tokens-per-sample, which gives as many rows": (
             feature == "position" and not options.keys and not options.tokens_per_sample
         ),
-        "--feature position needs --tokens-per-sample to be counted in a text: where samples begin": (
+        "--feature position needs --tokens-per-sample to be counted in a text, because it says where samples begin": (
             feature == "position" and options.text and not options.tokens_per_sample
         ),
-        "--feature predicted cannot be counted in a text, as only a model predicts; leave --text out: the counts of "
-        "tokens stand for those of predictions": feature == "predicted" and options.text,
+        "--feature predicted cannot be counted in a text, because only a model predicts; leave --text out: the "
+        "counts of tokens stand in for those of predictions": feature == "predicted" and options.text,
         f"--builder {builder} needs --text for --feature {feature}: the dictionary counts tokens only": (
             builder in OF_COUNTS and feature not in OF_TOKENS and not options.text
         ),
@@ -137,7 +136,7 @@ def check(options: Options) -> None:
 
 @contextmanager
 def own_names() -> Iterator[None]:
-    """Name options in errors as they are called here: --hash-feature of a model is --feature."""
+    """Name options in errors as they are called here: a model's --hash-feature is --feature here."""
     try:
         yield
     except UserError as error:

@@ -1,4 +1,4 @@
-"""A table from what the command line names: dictionary, counts or text, embeddings. Shape suffixes: see `losses`."""
+"""A table built as the command line says, from dictionary, counts, text or embeddings. Shape suffixes: `moe.losses`."""
 
 import hashlib
 from collections.abc import Callable
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Built:
-    """A table, how often each of its rows occurs (int64 `[H]`; None where nothing says that), and what says that."""
+    """A table, the counts of its rows (int64 `[H]`; None if they are not known), and the source of these counts."""
 
     table: HashTable
     count_H: Optional[np.ndarray]
@@ -57,8 +57,8 @@ def build(options: Options, say: Callable[[str], object] = print) -> Built:
     """Build a table.
 
     Args:
-        options: what is given.
-        say: gets lines on what else there is to know.
+        options: the options of `tables build`.
+        say: gets further lines for the user.
 
     Raises:
         UserError: for bad input, in one line.
@@ -88,8 +88,8 @@ def build(options: Options, say: Callable[[str], object] = print) -> Built:
         )
     if options.builder in OF_COUNTS and text is None and (count := equal_count(count_H)):
         raise UserError(
-            f"{source} counts every symbol {count:,} times, as no text does, and --builder {options.builder} balances "
-            "by counts; count the training text (--text DATA), or use --builder random"
+            f"{source} counts every symbol {count:,} times, which no text does, and --builder {options.builder} "
+            "balances by counts; count the training text (--text DATA), or use --builder random"
         )
     expert_HK, settings = _experts(options, num_keys, count_H, embedding_VD)
     if text is not None and options.tokens_per_sample:
@@ -97,7 +97,7 @@ def build(options: Options, say: Callable[[str], object] = print) -> Built:
     uses_counts = options.builder in OF_COUNTS or options.restarts > 1
     is_drawn = options.table_builder in (*DRAWN, *OF_EMBEDDINGS) or options.is_multi_hash or options.restarts > 1
     record = TableRecord(
-        options.table_builder,  # of a spread table it becomes the base
+        options.table_builder,  # for a spread table this becomes the base
         options.num_experts,
         dictionary_fingerprint(symbols),
         seed=options.seed if is_drawn else None,
@@ -119,14 +119,13 @@ def build(options: Options, say: Callable[[str], object] = print) -> Built:
 
 
 def _embeddings(options: Options, symbols: list[str], say: Callable[[str], object]) -> "Tensor":
-    from fairseq_hash.table_tools.embeddings import read_embeddings  # here, as other tables are built without torch
+    from fairseq_hash.table_tools.embeddings import (
+        read_embeddings,
+    )  # here, because other tables are built without torch
 
     embedding_VD, is_known = read_embeddings(options.embeddings, symbols)
     if not is_known:
-        say(
-            f"note: {options.embeddings} does not say of which dictionary it is; only the number of its symbols was "
-            "checked"
-        )
+        say(f"note: {options.embeddings} does not name its dictionary; only the number of its symbols was checked")
     return embedding_VD
 
 
@@ -140,7 +139,7 @@ def _counts(
     text: "Text | None",
     say: Callable[[str], object],
 ) -> tuple["np.ndarray | None", str]:
-    """Return how often each key occurs, int64 `[H]`, None where nothing says that; and where that is from."""
+    """Return the counts of the keys, int64 `[H]`, or None if they are not known; and their source."""
     if text is not None:
         count_H = count_keys(feature, num_keys, index, text, options.tokens_per_sample)
         text.say_unknown(say)
@@ -153,7 +152,7 @@ def _counts(
 def _experts(
     options: Options, num_keys: int, count_H: "np.ndarray | None", embedding_VD: "Tensor | None"
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Return experts, int64 `[H, K]`, and the settings to record; of a spread table those of its single tokens."""
+    """Return experts, int64 `[H, K]`, and the settings to record; for a spread table those of its single tokens."""
     E, builder = options.num_experts, options.table_builder
 
     def draw(columns: int, number: int) -> np.ndarray:
@@ -164,7 +163,7 @@ def _experts(
         return balanced_experts(count_H, E, columns, None if number == 0 else options.seed + number)
 
     def draw_table(restart: int) -> np.ndarray:
-        # The first one is the table that a model builds for itself by these options.
+        # The first table is the one that a model builds by itself with these options.
         if not options.is_multi_hash:
             return draw(options.columns, restart)
         return np.concatenate(

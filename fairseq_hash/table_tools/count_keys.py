@@ -1,4 +1,4 @@
-"""Counts of keys in a text: how often each row of a table is looked up. Shape suffixes: see `losses`."""
+"""Counts of keys in a text: how often each row of a table is looked up. Shape suffixes: see `moe.losses`."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -17,14 +17,15 @@ def count_keys(
     """Return how often each of H keys occurs in a text, int64 `[H]`, with a bar on a terminal.
 
     Args:
-        feature: what makes a key of a token.
+        feature: the feature that gives the key of a token.
         num_keys: H.
-        index: what else the table brings to find rows.
+        index: the table's further arrays for finding rows.
         text: the text.
-        tokens_per_sample: cut the text into samples of that many tokens, each without what is before it; 0: do not.
+        tokens_per_sample: cut the text into samples of that many tokens, which do not see what is before them; 0: do
+            not cut.
 
     Raises:
-        UserError: where the text is damaged, empty, or of another dictionary.
+        UserError: if the text is damaged, empty, or of another dictionary.
     """
     import torch
 
@@ -43,12 +44,12 @@ def count_table(table: HashTable, text: Text, tokens_per_sample: int = 0) -> np.
 
 
 def samples(blocks: Iterable[np.ndarray], tokens_per_sample: int) -> Iterator[tuple[np.ndarray, slice]]:
-    """Yield int64 `[B, L]` pieces of a text, and which of their L places to count.
+    """Yield int64 `[B, L]` pieces of a text, and which of their L positions to count.
 
-    Samples are cut as fairseq cuts them with --sample-break-mode none. Without samples, a piece has the tokens before
-    and after it as well, as many as a feature looks at, so that it has the keys that it has in the whole text.
+    Samples are cut as fairseq cuts them with --sample-break-mode none. Without samples, a piece also has as many tokens
+    before and after it as a feature looks at, so that its keys are those in the whole text.
     """
-    rest_S, first = np.empty(0, dtype=np.int64), 0  # what is not counted yet is from `first` on
+    rest_S, first = np.empty(0, dtype=np.int64), 0  # the tokens from `first` on are not counted yet
     for block_S in blocks:
         rest_S = np.concatenate([rest_S, block_S])
         if tokens_per_sample:
@@ -88,7 +89,7 @@ class reading:  # noqa: N801 (used as a function is)
 
 
 def count_pairs(text: Text, heavy_V: np.ndarray, tokens_per_sample: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Count a text's pairs of a heavy token and the token before it, as `hashing.spread.count_pairs`, block by block.
+    """Count the pairs of a heavy token and the token before it, like `hashing.spread.count_pairs`, but block by block.
 
     Returns:
         The pairs, token x V + previous token, ascending, and how often each occurs; both int64 `[P]`.

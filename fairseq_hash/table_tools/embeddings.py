@@ -1,4 +1,4 @@
-"""Embeddings of a trained checkpoint: what clusters of tokens are made of. Shape suffixes: see `losses`."""
+"""Embeddings of a trained checkpoint, for clusters of tokens. Shape suffixes: see `moe.losses`."""
 
 from pathlib import Path
 
@@ -13,17 +13,17 @@ NAME = "decoder.embed_tokens.weight"
 
 
 def read_embeddings(path: Path, symbols: list[str]) -> tuple[Tensor, bool]:
-    """Return a checkpoint's input embeddings, and whether they are known to be of this dictionary.
+    """Return a checkpoint's input embeddings, and whether they are known to belong to this dictionary.
 
     Args:
         path: main file of a dense or sparse model, or a checkpoint of fairseq's transformer_lm.
         symbols: the dictionary's symbols, V of them.
 
     Returns:
-        float32 `[V, D]`; whether the checkpoint says of which dictionary it is (files of fairseq itself do not).
+        float32 `[V, D]`; whether the checkpoint names its dictionary (fairseq's own files do not).
 
     Raises:
-        UserError: where the file is missing, damaged, without embeddings, or of another dictionary.
+        UserError: if the file is missing, damaged, without embeddings, or of another dictionary.
     """
     state = read_main(path)
     embedding_VD = state["model"].get(NAME)
@@ -31,8 +31,8 @@ def read_embeddings(path: Path, symbols: list[str]) -> tuple[Tensor, bool]:
         raise UserError(f"{path} has no {NAME}; give a checkpoint of a language model without adaptive inputs")
     if len(embedding_VD) != len(symbols):
         raise UserError(
-            f"{path} has embeddings of {len(embedding_VD)} symbols, the dictionary has {len(symbols)}; "
-            "give a checkpoint that was trained with this dictionary"
+            f"{path} has embeddings of {len(embedding_VD)} symbols, but the dictionary has {len(symbols)};  give a "
+            "checkpoint that was trained with this dictionary"
         )
     if not embedding_VD.isfinite().all():
         raise UserError(f"{path} has embeddings that are not finite; give another checkpoint")
@@ -46,7 +46,7 @@ def read_embeddings(path: Path, symbols: list[str]) -> tuple[Tensor, bool]:
 
 
 def _fingerprint(state: dict, path: Path) -> "str | None":
-    """Return the dictionary's fingerprint by the manifest, or else by a hash table's buffer."""
+    """Return the dictionary's fingerprint from the manifest, or else from a hash table's buffer."""
     manifest = Manifest.of(state, path)
     if manifest is not None:
         return manifest.dictionary_fingerprint

@@ -29,8 +29,8 @@ class Judged:
     """The balance of a table on counts of its keys.
 
     Attributes:
-        what: `building counts`, `other counts` than those, `counts` where the builder used none, or `held-out text`.
-        source: file that the counts are from.
+        what: `building counts`, `other counts`, `counts` if the builder used none, or `held-out text`.
+        source: the file of the counts.
         count_H: int64, how often each key occurs.
         balance: the loads.
     """
@@ -65,7 +65,7 @@ class Judged:
 
 @dataclass(frozen=True, eq=False)
 class JudgedTable:
-    """A table of a file, and what it was judged on."""
+    """A table from a file, and its balance on each set of counts."""
 
     name: str
     table: HashTable
@@ -73,13 +73,13 @@ class JudgedTable:
 
     @property
     def sets_of_experts(self) -> int:
-        """How many different sets of experts the rows have; of MultiHash, combinations of its hash functions."""
+        """The number of different sets of experts among the rows; for MultiHash, of combinations."""
         expert_HK = self.table.expert_HK
         expert_HK = expert_HK if self.table.record.is_multi_hash else np.sort(expert_HK, axis=1)
         return len(np.unique(expert_HK, axis=0))
 
     def overloading(self, judged: Judged, symbols: list[str]) -> list[dict[str, Any]]:
-        """Return the keys that overload an expert whatever the table, by descending count: key, count, shares."""
+        """Return the keys that overload an expert in any table, by descending count."""
         balance, tokens = judged.balance, int(judged.count_H.sum())
         return [
             {
@@ -105,21 +105,21 @@ class JudgedTable:
 
 
 def key_name(table: HashTable, row: int, symbols: list[str]) -> str:
-    """Return how a row's key is called: symbols where it is of tokens, else a number."""
+    """Return the name of a row's key: symbols if the key consists of tokens, else a number."""
     feature, vocabulary = table.record.feature, len(symbols)
     if "pair" in table.index and row >= vocabulary:
         token, previous = divmod(int(table.index["pair"][row - vocabulary]), vocabulary)
         return f"{'(begin)' if previous == PADDING else symbols[previous]} {symbols[token]}"
     if feature in OF_TOKENS or (feature == "word" and row < vocabulary):
         return symbols[row]
-    if feature == "word":  # of words, a table has hashes only; those of one piece are known by it
+    if feature == "word":  # a table has only the hashes of words; a word of one piece is named by that piece
         same_V = (table.index["piece_hash"] == table.index["word_hash"][row - vocabulary]) & table.index["begins"]
         return f"word {symbols[int(same_V.argmax())]}" if same_V.any() else f"word {row - vocabulary}"
     return f"{feature} {row}"
 
 
 def open_table(path: Path, symbols: list[str], dictionary: Path) -> HashTable:
-    """Read a table; raise `UserError` where it is none, or of another dictionary."""
+    """Read a table; raise `UserError` if it is not a table, or belongs to another dictionary."""
     table = read_table(path)
     if table.record.dictionary_fingerprint != dictionary_fingerprint(symbols):
         raise UserError(f"{path} was built for another dictionary than {dictionary}; give the one it was built for")
@@ -127,14 +127,14 @@ def open_table(path: Path, symbols: list[str], dictionary: Path) -> HashTable:
 
 
 def read_table(path: Path) -> HashTable:
-    """Read a table; raise `UserError` where it is none."""
+    """Read a table; raise `UserError` if it is not a table."""
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a table file that fairseq-hash tables build wrote")
     return load_table(path)
 
 
 class Judge:
-    """Judges tables of one dictionary, each on the same counts and text, which are read when they are needed first."""
+    """Judges tables of one dictionary on the same counts and text, which are read when first needed."""
 
     def __init__(
         self,
@@ -151,7 +151,7 @@ class Judge:
         self.texts_said: set[Text] = set()
 
     def check(self, name: str, table: HashTable) -> None:
-        """Raise `UserError` where a table cannot be judged on what there is, before a text is read."""
+        """Raise `UserError` if a table cannot be judged on the given counts and texts, before a text is read."""
         feature = table.record.feature
         has_text = self.text is not None or self.held_out is not None
         if feature == "predicted" and has_text:
@@ -170,7 +170,7 @@ class Judge:
         judged = []
         if self.text is not None:
             count_H = self._count(table, self.text)
-            # The record of a spread table has the counts of tokens: its pairs follow from them.
+            # The record of a spread table has the counts of tokens, from which its pairs follow.
             seen = self._count_tokens(self.text) if "pair" in table.index else count_H
             judged.append(self._judged(table, which_counts(table, seen), str(self.text.path), count_H))
         elif not table.index and table.record.feature in OF_TOKENS:
@@ -195,7 +195,7 @@ class Judge:
         return self.token_counts[text]
 
     def _said(self, text: Text, count_H: np.ndarray) -> np.ndarray:
-        """Say once of each text what was unknown in it."""
+        """Report the unknown tokens of each text once."""
         if text not in self.texts_said:
             self.texts_said.add(text)
             text.say_unknown(self.say)
@@ -203,6 +203,6 @@ class Judge:
 
 
 def which_counts(table: HashTable, count: np.ndarray) -> str:
-    """Return whether these are the counts that a table was built from."""
+    """Say whether a table was built from these counts."""
     built = table.record.counts_fingerprint
     return UNUSED if built is None else BUILDING if built == counts_fingerprint(count) else OTHER

@@ -19,8 +19,8 @@ DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 1.5, 1, 1.5)))
 def loads_of_one(table: JudgedTable, theme: Theme) -> bytes:
     """Draw the experts of one table by descending load, on building counts and on held-out text; return a PNG.
 
-    Bars are the first counts, dots the second ones of the same experts; lines are the mean, and the bound that no table
-    for these keys beats.
+    Bars show the first counts, dots the second counts of the same experts. Lines show the mean, and the bound that no
+    table for these keys beats.
     """
     with styled(theme):
         figure = Figure(figsize=(8.5, 4.2), layout="constrained")

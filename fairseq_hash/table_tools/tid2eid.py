@@ -1,6 +1,6 @@
-"""Tables as other frameworks have them: one tensor `tid2eid`, int64 `[V, K]`, in the order of their vocabulary.
+"""Tables in the form of other frameworks: one tensor `tid2eid`, int64 `[V, K]`, in the order of their vocabulary.
 
-So DeepSeek-V4 names its table of token id to expert ids, and `transformers` and Megatron-LM after it.
+DeepSeek-V4 gives this name to its table of expert ids by token id; `transformers` and Megatron-LM use it, too.
 """
 
 import json
@@ -22,7 +22,7 @@ NAME = "tid2eid"
 
 
 def check_exportable(table: HashTable, name: object) -> None:
-    """Raise `UserError` where a table is more than experts of token ids."""
+    """Raise `UserError` unless a table maps token ids to experts and has nothing else."""
     record = table.record
     if record.feature != "token":
         raise UserError(f"{name} is a table of {table.feature}; only tables of token ids can be exported")
@@ -35,17 +35,17 @@ def check_exportable(table: HashTable, name: object) -> None:
 def reorder(
     expert_VK: np.ndarray, symbols: Sequence[str], wanted: Sequence[str], num_experts: int, seed: int
 ) -> tuple[np.ndarray, int]:
-    """Return the rows of other symbols, and how many of these the table does not have.
+    """Return the rows for other symbols, and the number of these symbols that the table lacks.
 
     Args:
         expert_VK: int64, the table in the order of `symbols`.
         symbols: its symbols.
-        wanted: the symbols whose rows are returned, in their order; those that it lacks get random experts.
+        wanted: the symbols whose rows are returned, in this order. Symbols that the table lacks get random experts.
         num_experts: E.
         seed: of the random experts.
 
     Raises:
-        UserError: where no symbol is in both.
+        UserError: if no symbol is in both.
     """
     index = indices(list(symbols))
     row_W = np.array([index.get(symbol, -1) for symbol in wanted])
@@ -61,7 +61,7 @@ def reorder(
 
 
 def write_tensor(expert_VK: np.ndarray, record: TableRecord, out: Path) -> None:
-    """Write the tensor `tid2eid`: NumPy's format where the name ends in .npy, else safetensors."""
+    """Write the tensor `tid2eid`, in NumPy's format if the name ends in .npy, else as safetensors."""
     if out.suffix == ".npy":
 
         def write(path: Path) -> None:
@@ -84,7 +84,7 @@ def read_tensor(path: Path, name: "str | None") -> tuple[np.ndarray, str]:
         name: of the tensor; None for the only one whose name ends in `tid2eid`.
 
     Raises:
-        UserError: where the file is missing, damaged, or has no such tensor, several, or one of another kind.
+        UserError: if the file is missing or damaged, or has no such tensor, several, or one of another kind.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a file of safetensors, or .npy")
@@ -118,7 +118,7 @@ def _as_table(array: np.ndarray, what: str) -> np.ndarray:
     if array.dtype not in (np.int32, np.int64):
         raise UserError(f"{what} is of type {array.dtype}; a table is of int64 or int32")
     if array.ndim != 2 or not array.size:
-        raise UserError(f"{what} has shape {list(array.shape)}; a table has [vocabulary, experts a token]")
+        raise UserError(f"{what} has shape {list(array.shape)}; a table has [vocabulary, experts per token]")
     return array.astype(np.int64)
 
 
@@ -130,15 +130,15 @@ def import_table(
     vocabulary: "Sequence[str] | None" = None,
     seed: int = 42,
 ) -> tuple[HashTable, int]:
-    """Return a table of another framework as ours, and how many symbols it did not have.
+    """Turn a table of another framework into ours. Return it, and the number of symbols that it lacked.
 
     Args:
         expert_WK: int64, its experts.
         name: of the tensor, for the record.
         symbols: our dictionary's symbols.
         num_experts: E.
-        vocabulary: the symbols of its rows; None where they are ours.
-        seed: of the random experts of symbols that it does not have.
+        vocabulary: the symbols of its rows; None if they are those of our dictionary.
+        seed: of the random experts of symbols that it lacks.
 
     Raises:
         UserError: for another number of rows, an id out of range, or an expert twice in a row.
@@ -147,11 +147,12 @@ def import_table(
     if len(expert_WK) != rows:
         hint = "" if vocabulary is not None else ", or the table's own --vocabulary"
         raise UserError(
-            f"{name} has {len(expert_WK)} rows, the {whose} {rows} symbols; give the one of this table{hint}"
+            f"{name} has {len(expert_WK)} rows, but the {whose} has {rows} symbols; give the {whose} of this "
+            f"table{hint}"
         )
     check_table_size(len(symbols), expert_WK.shape[1], num_experts)
     record = TableRecord("imported", num_experts, dictionary_fingerprint(symbols), settings={"tensor": name})
-    table, missing = HashTable(expert_WK, record), 0  # checked as it stands in the file: errors name its rows
+    table, missing = HashTable(expert_WK, record), 0  # checked before reordering, so that errors name the file's rows
     if vocabulary is not None:
         expert_VK, missing = reorder(expert_WK, vocabulary, symbols, num_experts, seed)
         table = HashTable(expert_VK, record)

@@ -1,6 +1,6 @@
-"""Text as token ids, block by block: a binarized data set of fairseq's, or a file of symbols.
+"""Text as token ids, block by block, from a binarized data set of fairseq or a file of symbols.
 
-Shape suffixes: see `losses`; S is a stretch of tokens.
+Shape suffixes: see `moe.losses`; S is a stretch of tokens.
 """
 
 import struct
@@ -13,7 +13,7 @@ from fairseq_hash.core.errors import UserError
 from fairseq_hash.hashing import dictionary_fingerprint
 from fairseq_hash.hashing.dictionary import END, UNKNOWN, indices, read_dictionary
 
-BLOCK = 1 << 20  # tokens of a binarized text, or characters of a file, that are held at once
+BLOCK = 1 << 20  # tokens of a binarized text, or characters of a file, in memory at once
 
 # The index file of fairseq/data/indexed_dataset.py: magic, version (8 bytes), dtype code (1), length (8); then the
 # number of tokens of every line (int32) and the byte where it starts (int64).
@@ -23,13 +23,13 @@ DTYPES = {4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4"}  # by dtype code
 
 
 class Text:
-    """A text in the ids of a dictionary. Can be read more than once.
+    """A text as ids of a dictionary. It can be read more than once.
 
     Attributes:
-        path: what was given.
+        path: the path that was given.
         bytes: size, for progress.
-        tokens: how many tokens the last reading has found, `</s>` of every line among them.
-        unknown: how many of them are symbols that the dictionary does not have.
+        tokens: number of tokens found by the last reading, including the `</s>` of every line.
+        unknown: number of these tokens that the dictionary lacks.
     """
 
     path: Path
@@ -38,10 +38,10 @@ class Text:
     unknown = 0
 
     def blocks(self, advance: Callable[[int], object] = lambda size: None) -> Iterator[np.ndarray]:
-        """Yield the ids in order, int64 `[S]`, and call `advance` with the bytes that each took.
+        """Yield the ids in order, int64 `[S]`, and call `advance` with the bytes of each block.
 
         Raises:
-            UserError: where the text is damaged, empty, or of another dictionary.
+            UserError: if the text is damaged, empty, or of another dictionary.
         """
         self.tokens = self.unknown = 0
         for id_S, size in self._blocks():
@@ -52,11 +52,11 @@ class Text:
             raise UserError(f"{self.path} has no tokens; give a text to count")
 
     def say_unknown(self, say: Callable[[str], object]) -> None:
-        """Say how many tokens the dictionary does not have, where the last reading found some."""
+        """Say how many tokens the dictionary lacks, if the last reading found some."""
         if self.unknown:
             say(
-                f"note: {self.unknown:,} of {self.tokens:,} tokens of {self.path} are symbols that the dictionary does "
-                "not have; they are counted as <unk>"
+                f"note: {self.unknown:,} of {self.tokens:,} tokens of {self.path} are symbols that the dictionary "
+                "lacks; they are counted as <unk>"
             )
 
     def _blocks(self) -> Iterator[tuple[np.ndarray, int]]:
@@ -64,13 +64,13 @@ class Text:
 
 
 class BinarizedText(Text):
-    """What fairseq-preprocess wrote to `PREFIX.bin` and `PREFIX.idx`."""
+    """A text that fairseq-preprocess wrote to `PREFIX.bin` and `PREFIX.idx`."""
 
     def __init__(self, prefix: Path, symbols: list[str]) -> None:
         self.path, self.vocabulary = prefix, len(symbols)
         beside = prefix.parent / "dict.txt"
         if beside.is_file() and dictionary_fingerprint(read_dictionary(beside)[0]) != dictionary_fingerprint(symbols):
-            raise UserError(f"{prefix} is of another dictionary, {beside}; give that one, or other text")
+            raise UserError(f"{prefix} belongs to another dictionary, {beside}; give that dictionary, or another text")
         self.bin = with_suffix(prefix, ".bin")
         index = with_suffix(prefix, ".idx")
         try:
@@ -78,13 +78,15 @@ class BinarizedText(Text):
                 header = file.read(HEADER.size)
                 magic, version, code, lines = HEADER.unpack(header) if len(header) == HEADER.size else (b"", 0, 0, 0)
                 if magic != MAGIC or version != 1 or code not in DTYPES:
-                    raise UserError(f"{index} is no index that fairseq-preprocess wrote (--dataset-impl mmap)")
+                    raise UserError(f"{index} is not an index that fairseq-preprocess wrote (--dataset-impl mmap)")
                 size_L = np.fromfile(file, dtype="<i4", count=lines)
             self.dtype, self.bytes = np.dtype(DTYPES[code]), self.bin.stat().st_size
         except OSError as error:
             raise UserError(f"cannot read {error.filename} ({error.strerror})") from None
         if len(size_L) != lines or int(size_L.sum(dtype=np.int64)) * self.dtype.itemsize != self.bytes:
-            raise UserError(f"{self.bin} is damaged: its size is not what {index.name} says; binarize the text again")
+            raise UserError(
+                f"{self.bin} is damaged: its size differs from that in {index.name}; binarize the text again"
+            )
 
     def _blocks(self) -> Iterator[tuple[np.ndarray, int]]:
         with self.bin.open("rb") as file:
@@ -92,14 +94,14 @@ class BinarizedText(Text):
                 low, high = int(id_S.min()), int(id_S.max())
                 if low < 0 or high >= self.vocabulary:
                     raise UserError(
-                        f"{self.bin} has the token id {low if low < 0 else high}, the dictionary has ids 0 to "
-                        f"{self.vocabulary - 1}; give the dictionary that the text was binarized with"
+                        f"{self.bin} has the token id {low if low < 0 else high}, but the dictionary has ids 0 to "
+                        f"{self.vocabulary - 1}; give the dictionary with which the text was binarized"
                     )
                 yield id_S.astype(np.int64), id_S.nbytes
 
 
 class SymbolText(Text):
-    """A file of symbols with white space between them, one sentence a line, as fairseq-preprocess takes it."""
+    """A file of symbols with white space between them, one sentence per line, as fairseq-preprocess takes it."""
 
     def __init__(self, path: Path, symbols: list[str]) -> None:
         self.path, self.index, self.bytes = path, indices(symbols), path.stat().st_size
@@ -128,7 +130,7 @@ def open_text(path: Path, subset: str, symbols: list[str]) -> Text:
     """Open a text: a data folder with its `subset`, a binarized one without its suffix, or a file of symbols.
 
     Raises:
-        UserError: where there is none, or the binarized one is damaged or of another dictionary.
+        UserError: if there is no text, or a binarized one is damaged or belongs to another dictionary.
     """
     prefix = path / subset if path.is_dir() else path
     if path.suffix in (".bin", ".idx") and with_suffix(path.with_suffix(""), ".idx").is_file():
@@ -145,5 +147,5 @@ def open_text(path: Path, subset: str, symbols: list[str]) -> Text:
 
 
 def with_suffix(prefix: Path, suffix: str) -> Path:
-    """Return the path with a suffix more: names of subsets may have dots."""
+    """Return the path with one more suffix: names of subsets may have dots."""
     return prefix.with_name(prefix.name + suffix)

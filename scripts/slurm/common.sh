@@ -1,5 +1,5 @@
-# What the SLURM scripts share. A script sources it as its first step, after it has found the checkout:
-# it leaves CHECKOUT as the current folder, and `python` and `fairseq-hash` of its environment on PATH.
+# Shared by the SLURM scripts. A script sources this file first, after it has found the checkout. Afterwards
+# CHECKOUT is the current folder, and `python` and `fairseq-hash` of its environment are on PATH.
 
 say() { echo "$(basename "$SCRIPT"): $*"; }
 fail() { say "$*" >&2; exit 2; }
@@ -12,7 +12,7 @@ fi
 command -v python >/dev/null || fail "no .venv in $CHECKOUT and no python on PATH; run bash scripts/test.sh there once"
 export PYTHONPATH=$CHECKOUT${PYTHONPATH:+:$PYTHONPATH} # without .venv the plugin is not installed
 
-# The log of a batch job is a file: nothing may wait in a buffer when the job is killed.
+# The log of a batch job is a file, and a buffered line would be lost when the job is killed.
 export PYTHONUNBUFFERED=1
 
 # finish PID: wait for a child, and return its status. A trapped signal interrupts `wait`, not the child.

@@ -3,9 +3,9 @@
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# Train on the nodes of the allocation, one task a GPU; go on where the last start of this run was stopped (docs/slurm.md):
+# Train on the nodes of the allocation, one task per GPU; continue the last start of this run (docs/slurm.md):
 #     sbatch --nodes 4 --gpus-per-node 8 scripts/slurm/train.sh --config-name reddit/hash_1x64 [hydra overrides]
-# Without GPUs one task for each that is asked for, on the CPU:
+# Without GPUs, run one CPU task for each task asked for:
 #     sbatch --nodes 2 --ntasks-per-node 1 --cpus-per-task 8 scripts/slurm/train.sh --config-name laptop/hash
 set -euo pipefail
 SCRIPT=scripts/slurm/train.sh
@@ -18,7 +18,7 @@ fi
 
 readonly STOPPED=75 # fairseq_hash.training.stop_signals.EXIT_STATUS: saved, the same command goes on
 
-# The signals come to this shell; the tasks get them through their srun.
+# This shell gets the signals, and passes them to the tasks through their srun.
 stop='' step='' interrupted=''
 note() {
     interrupted=yes
@@ -29,22 +29,22 @@ note() {
 trap 'note USR1' USR1
 trap 'note TERM' TERM
 
-# Whether SLURM wants the nodes back, and the job is to go on later; a user who cancels it wants neither.
+# Whether the job should continue later: SLURM wants its nodes back, but no user has cancelled it.
 is_to_go_on() {
-    # Preempted, with a GraceTime: the tasks get SIGTERM, this shell gets nothing.
+    # At preemption with a GraceTime the tasks get SIGTERM, and this shell gets nothing.
     [[ $stop == USR1 ]] || scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'
 }
 
 requeue() {
     say "back into the queue: $1"
     trap '' USR1
-    trap - TERM # with which SLURM ends this shell
+    trap - TERM # SLURM ends this shell with it
     scontrol requeue "$SLURM_JOB_ID" || fail "SLURM does not requeue job $SLURM_JOB_ID; submit it again, it goes on where it was"
     sleep 60
     exit "$STOPPED"
 }
 
-# Tasks and what they compute on.
+# The number of tasks, on GPUs or CPUs.
 arguments=("$@")
 [[ " $*" == *" --config-dir"* || " $*" == *" -cd"* ]] || arguments=(--config-dir configs "$@")
 gpus=${SLURM_GPUS_ON_NODE:-0}
@@ -52,7 +52,7 @@ if ((gpus > 0)); then
     tasks=$((gpus * SLURM_JOB_NUM_NODES))
     layout=(--ntasks "$tasks" --ntasks-per-node "$gpus" --gpu-bind none)
 else
-    # By node where that was asked for: SLURM_NTASKS stays as it was when a waiting job gets another number of nodes.
+    # Count per node if that was asked for: SLURM_NTASKS does not change when a waiting job gets another number of nodes.
     each=${SLURM_NTASKS_PER_NODE:-}
     tasks=$((each ? each * SLURM_JOB_NUM_NODES : ${SLURM_NTASKS:-$SLURM_JOB_NUM_NODES}))
     layout=(--ntasks "$tasks" ${each:+--ntasks-per-node "$each"})
@@ -61,7 +61,7 @@ fi
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || layout+=(--cpus-per-task "$SLURM_CPUS_PER_TASK")
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
-# Pre-flight: what would fail on all nodes fails here, in one line.
+# Check first: what would fail on all nodes fails here, in one line.
 fairseq-hash plan "${arguments[@]}" --ranks "$tasks" --check &
 finish $! || exit 1
 folder=$(fairseq-hash plan "${arguments[@]}" --ranks "$tasks" --run-dir)
@@ -73,7 +73,7 @@ if [[ -n $stop ]]; then
     exit "$STOPPED"
 fi
 
-# Rendezvous: env://, which fairseq prefers where it finds these variables.
+# Rendezvous by env://, which fairseq prefers if it finds these variables.
 read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) WORLD_SIZE=$tasks
 say "$tasks tasks on $SLURM_JOB_NODELIST; run folder $folder; start $((${SLURM_RESTART_COUNT:-0} + 1)) of job $SLURM_JOB_ID"
@@ -92,7 +92,7 @@ case $status in
     if is_to_go_on; then requeue "it goes on from there"; fi
     ;;
 *)
-    # Above 128 a signal ended a task: it came before training had begun, or it was SLURM's last one.
+    # Above 128, a signal ended a task: before training had begun, or because it was SLURM's last signal.
     if ((status > 128)) && is_to_go_on; then requeue "a signal ended a task before it could save (status $status)"; fi
     say "failed with status $status; see $this-*.out" >&2
     ;;

@@ -235,12 +235,15 @@ def test_unknown_words_are_named(data, caplog):
         (lambda model: model.routes([4, 64]), "not all integers from 0 to 63"),
         (lambda model: model.routes([-1]), "not all integers from 0 to 63"),
         (lambda model: model.routes(torch.tensor([1.5])), "not all integers"),
-        (lambda model: model.logits("word1 " * 16), "has 16 tokens, the model reads 15 at once; give less"),
+        (
+            lambda model: model.logits("word1 " * 16),
+            "has 16 tokens, but the model reads 15 at once; give a shorter text",
+        ),
         (lambda model: model.next_token_probabilities("word1", top=0), "top 0 is out of range; give 1 to 64"),
         (lambda model: model.next_token_probabilities("word1", top=65), "top 65 is out of range"),
         (lambda model: model.sample("word1\nword2"), "several lines, .* give one line"),
-        (lambda model: model.sample("word1 " * 15), "behind 15 of the text there is room for 0 more, not 1"),
-        (lambda model: model.sample("word1", length=15), "behind 1 of the text there is room for 14 more, not 15"),
+        (lambda model: model.sample("word1 " * 15), "after 15 of the text there is room for 0 more, not 1"),
+        (lambda model: model.sample("word1", length=15), "after 1 of the text there is room for 14 more, not 15"),
         (lambda model: model.sample("word1", length=0), "--length 0 is out of range; give 1 or more"),
         (lambda model: model.sample("word1", number=0), "--number 0 is out of range; give 1 or more"),
         (lambda model: model.sample("word1", number=64), "--number 64 is out of range; give at most 63"),
@@ -300,7 +303,7 @@ def test_what_is_no_language_model_is_refused(data, tmp_path):
         "text.pt": ("no checkpoint", "is damaged or no checkpoint"),
         "code.pt": ({**state, "extra_state": Code()}, "would run code from the file"),
         "nothing.pt": ({"model": {}, "cfg": None}, "does not say how its model was made"),
-        "bare.pt": ({"model": {}, "cfg": state["cfg"]}, "is no checkpoint of fairseq-train: it lacks 'best_loss'"),
+        "bare.pt": ({"model": {}, "cfg": state["cfg"]}, "is not a checkpoint of fairseq-train: it lacks 'best_loss'"),
         "other.pt": ({"model": {}, "cfg": {"task": {"_name": "translation"}}}, "trained for the task translation"),
         "sizes.pt": (
             {**state, "model": {**state["model"], "decoder.embed_tokens.weight": torch.ones(3, 3)}},
@@ -320,7 +323,7 @@ def test_what_is_no_language_model_is_refused(data, tmp_path):
         ({"device": "tpu"}, "device tpu is unknown; give cpu, cuda or cuda:N"),
         ({"device": "cuda:99"}, "device cuda:99 is not there"),
         ({"sentencepiece": tmp_path / "none.model"}, "none.model does not exist"),
-        ({"sentencepiece": tmp_path / "text.pt"}, "is no SentencePiece model"),
+        ({"sentencepiece": tmp_path / "text.pt"}, "is not a SentencePiece model"),
     ):
         with pytest.raises(UserError, match=message):
             fairseq_hash.load(path, **options)

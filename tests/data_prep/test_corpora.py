@@ -226,7 +226,7 @@ def test_disk_that_is_full(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(WIKI["train"]) - 1, hard))
     try:
-        fails(corpus, folder, f"{folder}: File too large; mend that and run again", local=archive)
+        fails(corpus, folder, f"{folder}: File too large; fix that and run again", local=archive)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 

@@ -99,7 +99,7 @@ def test_disk_that_is_full(server, tmp_path, limit):
 
 def test_folder_that_cannot_be_made(server, tmp_path):
     (tmp_path / "folder").write_text("a file")
-    with pytest.raises(UserError, match=r"folder.*: (Not a directory|File exists); mend that and run again"):
+    with pytest.raises(UserError, match=r"folder.*: (Not a directory|File exists); fix that and run again"):
         download(server.file(), tmp_path / "folder" / "file.bin", ignore)
 
 

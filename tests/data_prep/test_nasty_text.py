@@ -194,9 +194,9 @@ def binarized(folder):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"lines": 3, "tokens": 3}, "has 2 lines where 3 were written"),
-        ({"tokens": 5}, "has 6 tokens with the ends of lines where 7 were written"),
-        ({"unknown": 0}, "has 1 unknown tokens where 0 were written"),
+        ({"lines": 3, "tokens": 3}, "has 2 lines, but 3 were written"),
+        ({"tokens": 5}, "has 6 tokens with the ends of lines, but 7 were written"),
+        ({"unknown": 0}, "has 1 unknown tokens, but 0 were written"),
     ],
 )
 def test_other_tokens_than_were_written_are_refused(tmp_path, changed, said):
@@ -210,7 +210,7 @@ def test_other_tokens_than_were_written_are_refused(tmp_path, changed, said):
 def test_other_counts_than_the_dictionarys_are_refused(tmp_path):
     data, dictionary, totals = binarized(tmp_path / "data")
     dictionary.write_text("a 2\nmadeupword0000 1\nmadeupword0001 0\nmadeupword0002 0\n")
-    with pytest.raises(UserError, match="train has 3 times 'a' where 2 were written"):
+    with pytest.raises(UserError, match="train has 3 times 'a', but 2 were written"):
         check_counts(data, dictionary, totals, counted=True)
     check_counts(data, dictionary, totals, counted=False)  # of another text, as with --like
 
@@ -218,10 +218,10 @@ def test_other_counts_than_the_dictionarys_are_refused(tmp_path):
 def test_a_torn_file_is_refused(tmp_path):
     data, dictionary, totals = binarized(tmp_path / "data")
     data.with_suffix(".bin").write_bytes(data.with_suffix(".bin").read_bytes()[:-2])
-    with pytest.raises(UserError, match="has 5 tokens in its .bin where 6 were written"):
+    with pytest.raises(UserError, match="has 5 tokens in its .bin, but 6 were written"):
         check_counts(data, dictionary, totals, counted=True)
     data.with_suffix(".bin").write_bytes(b"\xff\xff" * 6)
-    with pytest.raises(UserError, match="has a token that is no symbol"):
+    with pytest.raises(UserError, match="has a token that is not a symbol"):
         check_counts(data, dictionary, totals, counted=True)
 
 

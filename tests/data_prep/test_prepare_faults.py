@@ -48,7 +48,7 @@ def test_ctrl_c_ends_everything_and_the_next_call_goes_on(tmp_path):
             time.sleep(0.005)
         os.killpg(child.pid, signal.SIGINT)
         _, error = child.communicate(timeout=100)
-        assert error == "data_prep: interrupted; the same command goes on from the last step done\n"
+        assert error == "data_prep: interrupted; the same command continues from the last finished step\n"
         assert child.returncode == 130 and not out.exists()
         for _ in range(400):
             if not processes_of(child.pid):
@@ -79,9 +79,9 @@ def test_a_link_to_an_empty_folder_gets_the_data(tmp_path):
     [
         (".", "--out . is where you are, and cannot be replaced; give a folder in it: --out data"),
         ("../empty", "--out ../empty is where you are, and cannot be replaced"),
-        ("dangling", "--out dangling is a link to what does not exist"),
-        ("loop", "--out loop is a link to what does not exist"),
-        ("a file", "--out a file is a file; give a folder that is not there yet"),
+        ("dangling", "--out dangling is a link to a folder that does not exist"),
+        ("loop", "--out loop is a link to a folder that does not exist"),
+        ("a file", "--out a file is a file; give a folder that does not exist yet"),
         ("/proc/sys", "/proc/sys holds something else"),
     ],
 )

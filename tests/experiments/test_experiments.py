@@ -29,7 +29,7 @@ pytestmark = needs_current_hydra
         ("common.sed=3", "there is no option common.sed; near: seed"),
         ("+common.sed=3", "there is no option common.sed; near: seed"),
         ("+optimizer.adam_beta=3", "there is no option optimizer.adam_beta; near: adam_betas"),
-        ("+colour=3", "colour is no group of options; known are"),
+        ("+colour=3", "colour is not a group of options; the groups are"),
         ("router=hush", "Could not find 'router/hush', Available options in 'router': base, dense, hash"),
         ("optimization.max_update=many", "Value 'many' of type 'str' could not be converted to Integer"),
         ("model.num_experts=many", "Value 'many' of type 'str' could not be converted to Integer"),
@@ -140,7 +140,7 @@ def test_a_plan_of_another_criterion_and_of_none(tmp_path, capsys):
     assert re.search(r"Batch +12,288 tokens", capsys.readouterr().out)
     training.write_text(training.read_text() + "criterion:\n")
     assert main(plan) == 1
-    assert "laptop/dense: criterion says nothing; give one (criterion: {_name: ...})" in capsys.readouterr().err
+    assert "laptop/dense: criterion is empty; give one (criterion: {_name: ...})" in capsys.readouterr().err
     assert main([*plan, "optimizer=null"]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
 

@@ -206,7 +206,7 @@ def test_all_training_tokens_unless_told(data, tmp_path):
 def test_bad_input_gets_one_line(data, tmp_path, monkeypatch):
     for tokens in (0, -3):
         assert refused("ngrams", data, "--tokens", tokens) == (
-            f"fairseq-hash: --tokens is {tokens}; give how many tokens of train to count, 1 or more"
+            f"fairseq-hash: --tokens is {tokens}; give the number of tokens of train to count, 1 or more"
         )
     assert "invalid int value: 'many'" in refused("ngrams", data, "--tokens", "many", status=2)
     assert refused("ngrams", tmp_path / "none") == (

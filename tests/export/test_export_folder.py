@@ -224,7 +224,7 @@ def test_refusals(saved, data, tmp_path):
     (tmp_path / "there" / "dict.txt").write_text("a 5\n")
     assert "is not the dictionary that" in line("--data", tmp_path / "there")
     file = tmp_path / "there" / "dict.txt"
-    assert f"--sentencepiece {file} is no SentencePiece model; give" in line("--sentencepiece", file)
+    assert f"--sentencepiece {file} is not a SentencePiece model; give" in line("--sentencepiece", file)
     assert "--sentencepiece nowhere does not exist; give" in line("--sentencepiece", "nowhere")
     status, _, err = call("export", checkpoint, "--to", "onnx", out)
     assert status == 2 and "invalid choice: 'onnx'" in err
@@ -242,7 +242,7 @@ def test_other_checkpoints(saved, tmp_path):
     assert "has the experts of one rank only, as --ddp" in refused("export", small, "--to", "hf", tmp_path / "out")
     torch.save({**state, "model": {**model, "encoder.version": torch.zeros(1)}}, other)
     said = refused("export", other, "--to", "hf", tmp_path / "out")
-    assert f"{other} is no language model of this package or of fairseq's transformer_lm" in said
+    assert f"{other} is not a language model of this package or of fairseq's transformer_lm" in said
     assert not list(tmp_path.iterdir())
 
 

@@ -233,7 +233,7 @@ def test_wrong_input_is_refused_in_one_line():
         best_of(0, lambda number: None, [2], 2)
     for columns in (0, 5):
         for build in (modulo_experts, round_robin_experts, random_experts):
-            with pytest.raises(UserError, match=f"{columns} distinct experts a token of 4 experts; give 1 to 4"):
+            with pytest.raises(UserError, match=f"{columns} distinct experts per token of 4 experts; give 1 to 4"):
                 build(10, 4, columns)
         with pytest.raises(UserError, match=f"{columns} distinct experts"):
             balanced_experts([2] * 10, 4, columns)

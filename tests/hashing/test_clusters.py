@@ -133,7 +133,7 @@ def test_wrong_input_is_refused_in_one_line():
         check_embedding(embedding_HD, 19)
     with pytest.raises(UserError, match=r"shape \(20,\), the dictionary 20 symbols"):
         check_embedding(embedding_HD[:, 0], 20)
-    with pytest.raises(UserError, match="4 distinct experts a token of 3 experts"):
+    with pytest.raises(UserError, match="4 distinct experts per token of 3 experts"):
         clustered_experts(embedding_HD, 3, 4)
     for value in (float("nan"), float("inf")):
         wrong = embedding_HD.clone()

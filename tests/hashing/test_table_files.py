@@ -129,10 +129,10 @@ def test_wrong_entries_are_refused():
     for wrong, message in (
         (table.expert_HK + 1, "names expert 4, but there are experts 0 to 3"),
         (table.expert_HK - 1, "names expert -1"),
-        (table.expert_HK.astype(np.float32), "int64 of shape"),
-        (torch.from_numpy(table.expert_HK), "a hash table of torch.int64 .* give a NumPy array of int64 of shape"),
-        (table.expert_HK.flatten(), "int64 of shape"),
-        (table.expert_HK[:0], "int64 of shape"),
+        (table.expert_HK.astype(np.float32), "int64 NumPy array of shape"),
+        (torch.from_numpy(table.expert_HK), "a hash table of torch.int64 .* give an int64 NumPy array of shape"),
+        (table.expert_HK.flatten(), "int64 NumPy array of shape"),
+        (table.expert_HK[:0], "int64 NumPy array of shape"),
         (np.array([[0, 1], [2, 2]]), r"an expert twice for one token \(row 1: \[2, 2\]\)"),
     ):
         with pytest.raises(UserError, match=message):
@@ -150,5 +150,5 @@ def test_a_builder_that_cannot_is_refused():
         build(feature=Feature("word"))
     with pytest.raises(UserError, match="balanced has no counts for --hash-feature bigram"):
         build("balanced", feature=Feature("bigram"), num_keys=9)
-    with pytest.raises(UserError, match="--multi-hash 2 needs tables that differ"):
+    with pytest.raises(UserError, match="--multi-hash 2 needs a builder that can make different tables"):
         build("modulo", columns=2, is_multi_hash=True)

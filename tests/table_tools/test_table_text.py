@@ -95,7 +95,7 @@ def test_unknown_symbols_of_a_text(dictionary, tmp_path):  # noqa: F811
     text = tmp_path / "text"
     text.write_text("the of what\n\nthe  why the <unk>\n")
     out = done("build", dictionary, "--num-experts", 2, "--text", text, "--out", tmp_path / "t")
-    assert f"note: 2 of 10 tokens of {text} are symbols that the dictionary does not have; they are counted" in out
+    assert f"note: 2 of 10 tokens of {text} are symbols that the dictionary lacks; they are counted" in out
     done("show", tmp_path / "t", dictionary, "--text", text, "--out", tmp_path / "out")
     table = load_table(tmp_path / "t")
     counts = [0, 0, 3, 3, 3, 1, 0, 0, 0]

@@ -118,8 +118,8 @@ def bad_rows(kind):
         ("below", "the hash table names expert -1, but there are experts 0 to 6"),
         ("rows", "tid2eid has 24 rows, the dictionary 25 symbols"),
         ("floats", "is of type F32; a table is of int64 or int32"),
-        ("flat", "has shape [25]; a table has [vocabulary, experts a token]"),
-        ("empty", "has shape [0, 3]; a table has [vocabulary, experts a token]"),
+        ("flat", "has shape [25]; a table has [vocabulary, experts per token]"),
+        ("empty", "has shape [0, 3]; a table has [vocabulary, experts per token]"),
     ],
 )
 def test_tensors_that_are_no_table(built, tmp_path, kind, message):

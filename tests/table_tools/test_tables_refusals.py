@@ -19,9 +19,9 @@ OPTIONS = [
     (["--experts-per-token", 3], "--experts-per-token 3 exceeds --num-experts 2"),
     (["--experts-per-token", 2, "--multi-hash", 2], "--multi-hash and --experts-per-token exclude each other"),
     (["--base", "scattered"], "--base goes with --builder spread; leave it out for balanced"),
-    (["--multi-hash", 2, "--builder", "modulo"], "--multi-hash 2 needs tables that differ"),
+    (["--multi-hash", 2, "--builder", "modulo"], "--multi-hash 2 needs a builder that can make different tables"),
     (["--restarts", 3, "--builder", "round-robin"], "--restarts 3: the builder round-robin makes one table only"),
-    (["--counts", "a", "--text", "b"], "--counts and --text both say how often tokens occur"),
+    (["--counts", "a", "--text", "b"], "--counts and --text both give the counts of tokens"),
     (["--feature", "word"], "--feature word needs --words"),
     (["--words", "a"], "--words goes with --feature word"),
     (["--keys", 5], "--keys goes with features of buckets and positions"),
@@ -156,7 +156,7 @@ def test_embeddings_that_are_none(data, tmp_path):
     torch.save({"model": {"decoder.other": torch.zeros(3)}}, path)
     assert "has no decoder.embed_tokens.weight; give a checkpoint of a language model" in message()
     embeddings(path, symbols[1:])
-    assert f"has embeddings of {len(symbols) - 1} symbols, the dictionary has {len(symbols)}" in message()
+    assert f"has embeddings of {len(symbols) - 1} symbols, but the dictionary has {len(symbols)}" in message()
     torch.save({"model": {"decoder.embed_tokens.weight": torch.full((len(symbols), 2), torch.nan)}}, path)
     assert "has embeddings that are not finite" in message()
     assert not (tmp_path / "t").exists()

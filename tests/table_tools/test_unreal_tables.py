@@ -50,7 +50,7 @@ def test_which_counts_are_of_no_text():
 
 def test_equal_counts_balance_nothing(data, equal, tmp_path, capsys):
     """In training, in tables build and in plan: one line with the remedy, which works."""
-    line = "counts every symbol 999 times, as no text does, and --{} balance"
+    line = "counts every symbol 999 times, which no text does, and --{} balance"
     for builder in ("balanced", "scattered"):
         with pytest.raises(SystemExit, match=f"the dictionary {line.format(f'hash-table {builder}')}"):
             build(equal, *HASH, "--hash-table", builder)
@@ -103,7 +103,7 @@ def test_what_is_wrong_with_loads():
         idle, far = loads.count(0), max(loads) / np.mean(loads)
         assert (f"{idle} of {experts} experts get no token" in (text or "")) == (idle > 0)
         if far > 2.2 or far < 1.8:  # 200 keys can be balanced to well below that
-            assert (f"the largest load is {far:.2f} times the mean, where a table could have" in (text or "")) == (
+            assert (f"the largest load is {far:.2f} times the mean, and a table could have" in (text or "")) == (
                 far > 2.2
             )
         assert (text is None) == (idle == 0 and far <= 2.2) or 1.8 <= far <= 2.2
@@ -116,7 +116,7 @@ def test_a_table_that_sends_all_to_one_expert_is_named(data, tmp_path, capsys, c
     np.save(tmp_path / "one.npy", np.zeros((len(symbols), 1), dtype=np.int64))
     given = ["tables", "import", tmp_path / "one.npy", data / "dict.txt", "--num-experts", "4"]
     assert main([*map(str, given), "--out", str(tmp_path / "one.table")]) == 0
-    line = "3 of 4 experts get no token; the largest load is 4.00 times the mean, where a table could have 1.0"
+    line = "3 of 4 experts get no token; the largest load is 4.00 times the mean, and a table could have 1.0"
     assert f"note: one.table, on dictionary dict.txt: {line}" in capsys.readouterr().out
     assert main(["tables", "show", str(tmp_path / "one.table"), str(data / "dict.txt"), "--text", str(data)]) == 0
     assert f"note: one.table, on {data}" in capsys.readouterr().out

@@ -17,6 +17,7 @@ import numpy as np
 from fairseq.data import Dictionary
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.files import atomic_write
 
 SPLITS = ("train", "valid", "test")
 BLOCK = 1 << 20
@@ -86,13 +87,11 @@ def join(parts: Sequence[Path], target: Path) -> None:
     if len({code for code, _ in heads}) > 1:
         raise UserError(f"the parts of {target} have tokens of different types; delete its folder and start again")
     code = heads[0][0]
-    partial = target.with_suffix(".tmp")
-    with partial.open("wb") as out:
+    with atomic_write(target.with_suffix(".bin")) as partial, partial.open("wb") as out:
         for part in parts:
             with part.with_suffix(".bin").open("rb") as file:
                 shutil.copyfileobj(file, out, BLOCK)
-    os.replace(partial, target.with_suffix(".bin"))
-    with partial.open("wb") as out:
+    with atomic_write(target.with_suffix(".idx")) as partial, partial.open("wb") as out:
         out.write(HEADER.pack(MAGIC, 1, code, sum(length for _, length in heads)))
         for part, (_, length) in zip(parts, heads, strict=True):
             out.write(_sizes(part, length).tobytes())
@@ -103,7 +102,6 @@ def join(parts: Sequence[Path], target: Path) -> None:
             bounds = start + bounds * np.dtype(TOKEN_TYPES[code]).itemsize
             out.write(bounds[:-1].tobytes())
             start = bounds[-1]
-    os.replace(partial, target.with_suffix(".idx"))
 
 
 def count_symbols(data: Path, symbols: int) -> tuple[int, int, np.ndarray]:

@@ -2,7 +2,6 @@
 
 import io
 import lzma
-import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.files import atomic_write, remove_partials
 
 from .download import OnProgress, RemoteFile, download, exclusive, mismatch
 
@@ -160,17 +160,16 @@ def _unpacked(corpus: Corpus, folder: Path, split: str) -> Path:
 @contextmanager
 def _whole_files(folder: Path) -> Iterator[dict[str, BinaryIO]]:
     """Open a file for each split. All get their final names at the end, or none if something fails."""
-    partials = {split: folder / f"{split}.txt.partial" for split in SPLITS}
     lock = folder / "unpack.lock"
     with exclusive(lock):
         try:
-            with ExitStack() as stack:
-                yield {split: stack.enter_context(open(path, "wb")) for split, path in partials.items()}
-            for split, path in partials.items():
-                os.replace(path, folder / f"{split}.txt")
+            remove_partials(folder)
+            with ExitStack() as names:
+                partials = {split: names.enter_context(atomic_write(folder / f"{split}.txt")) for split in SPLITS}
+                with ExitStack() as files:
+                    yield {split: files.enter_context(open(path, "wb")) for split, path in partials.items()}
         finally:
-            for path in (*partials.values(), lock):
-                path.unlink(missing_ok=True)
+            lock.unlink(missing_ok=True)
 
 
 def _unpack(

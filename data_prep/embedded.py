@@ -9,7 +9,6 @@ minimum, so the docstrings of the modules that are part of every CPython interpr
 import ast
 import hashlib
 import importlib
-import os
 import re
 import sys
 import sysconfig
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.files import atomic_write
 
 MINIMUM_WORDS = 400_000
 SPLITS = ("train", "valid", "test")
@@ -118,12 +118,8 @@ def write_embedded_corpus(folder: Path, on_progress: Callable[[int, int], None] 
         )
     folder.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
-        partial = folder / f".{split}.txt.{os.getpid()}"
-        try:
+        with atomic_write(folder / f"{split}.txt") as partial:
             partial.write_text("\n".join([*lines[split], ""]), encoding="utf-8", newline="\n")
-            os.replace(partial, folder / f"{split}.txt")
-        finally:
-            partial.unlink(missing_ok=True)
     return {split: folder / f"{split}.txt" for split in SPLITS}
 
 

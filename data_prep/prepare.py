@@ -18,6 +18,7 @@ from typing import Any
 from fairseq.data import Dictionary
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.files import atomic_write, remove_partials
 from fairseq_hash.core.progress import Display
 from fairseq_hash.hashing import dictionary_fingerprint
 from fairseq_hash.provenance import provenance, sha256_of_file
@@ -53,6 +54,7 @@ def prepare(source: Source, out: Path, options: Options, display_for: Callable[[
     work.mkdir(parents=True, exist_ok=True)
     lock = work.with_name(f"{work.name}.lock")
     with exclusive(lock):
+        remove_partials(work)
         steps = Preparation(source, work, options, identity)
         with display_for(TEXT_WORK + MODEL_WORK + PIECES_WORK + BINARIZE_WORK) as display:
             steps.run(display)
@@ -257,6 +259,5 @@ class Preparation:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from demo_process import run_logged
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.files import atomic_write
 from fairseq_hash.core.progress import Display
 from fairseq_hash.provenance import sha256_of_file
 
@@ -86,6 +86,5 @@ def shown(path: Path) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a file whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")

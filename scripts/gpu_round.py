@@ -27,6 +27,7 @@ import torch
 from gpu_prepare import EXPERIMENT_UPDATES
 
 from fairseq_hash.cli import Parser
+from fairseq_hash.core.files import atomic_write
 from fairseq_hash.provenance import provenance, usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -249,13 +250,11 @@ def figures_of(stage: Stage, out: Path) -> list[Path]:
 
 def keep_logs(out: Path, scratch: Path) -> None:
     """Write all logs so far, the whole file or the one before."""
-    partial = out / "logs.tar.gz.partial"
-    with tarfile.open(partial, "w:gz") as archive:
+    with atomic_write(out / "logs.tar.gz") as partial, tarfile.open(partial, "w:gz") as archive:
         for path in sorted(scratch.rglob("*")):
             is_log = path.suffix in (".log", ".txt", ".md", ".json", ".yaml", ".gz")
             if is_log and path.is_file() and path.stat().st_size < 8_000_000:
                 archive.add(path, path.relative_to(scratch))
-    partial.replace(out / "logs.tar.gz")
 
 
 def write_summary(out: Path, lines: Sequence[str]) -> None:

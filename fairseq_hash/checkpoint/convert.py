@@ -16,7 +16,7 @@ from torch import Tensor
 from fairseq_hash.checkpoint.directory import SHARDS, lock, shard_name
 from fairseq_hash.checkpoint.expert_state import EXPERT, take_moments
 from fairseq_hash.checkpoint.loading import loading_weights_only, read_checkpoint
-from fairseq_hash.checkpoint.mainfile import cannot_write, read_main, sync_folder, write_main
+from fairseq_hash.checkpoint.mainfile import cannot_write, read_main, write_main
 from fairseq_hash.checkpoint.manifest import KEY, Manifest
 from fairseq_hash.checkpoint.sharded_tensor import SavedExperts, take
 from fairseq_hash.checkpoint.shards import write_shard
@@ -256,28 +256,24 @@ def _write_sharded(state: dict[str, Any], manifest: Manifest, ranges: Sequence[r
     if manifest.numbers:
         shapes = {name: value.shape for name, value in weights.items()}
         state[OPTIMIZER], parts["optimizer"] = take_moments(state[OPTIMIZER], manifest.numbers, shapes)
-    shards, files = [], []
+    about = {"save": save, "update": manifest.update}
+    shards = []
     folder = out.parent / SHARDS
-    is_new = not folder.exists()
     try:
         folder.mkdir(exist_ok=True)
         for part, tensors in parts.items():
             for experts in ranges if tensors else ():
-                files.append(shard_name(manifest.update, save, part, experts))
+                file = shard_name(manifest.update, save, part, experts)
                 rows = {name: take(value, experts) for name, value in tensors.items()}
-                about = {"save": save, "update": manifest.update}
-                shards.append(write_shard(out.parent, files[-1], part, experts, rows, about))
-        sync_folder(folder)  # the shards' names are on disc before that of the file that needs them
+                shards.append(write_shard(out.parent, file, part, experts, rows, about))
         state[KEY] = replace(manifest, save=save, shards=tuple(shards)).to_plain()
         write_main(state, out)
     except BaseException as error:
-        # An interrupt may come when the main file has its name already.
-        if not _names_save(out, save):
-            for file in files:
-                (out.parent / file).unlink(missing_ok=True)
-            if is_new:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
+        if not _names_save(out, save):  # an interrupt may come when the main file has its name already
+            for path in folder.glob(f"*.{save}.*"):
+                path.unlink()
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
         if isinstance(error, OSError):
             raise UserError(cannot_write(out, error)) from error
         raise

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import functools
 import logging
 import os
 import re
@@ -20,12 +21,10 @@ logger = logging.getLogger(__name__)
 SHARDS = "experts"  # the folder of the shards, beside the main files
 LOCK = "training.lock"
 SHARD_NAME = re.compile(r"update-\d+\.[0-9a-f]{8}\.(weights|optimizer)\.\d+-\d+\.safetensors")
-PARTIAL_NAME = re.compile(rf"\.({SHARD_NAME.pattern}|checkpoint.*\.pt|crash\.pt)\.partial")
-
-MOST_MANIFESTS = 1000  # that are remembered
+# As `atomic_write` names them, and as earlier versions did: without eight digits.
+PARTIAL_NAME = re.compile(rf"\.({SHARD_NAME.pattern}|checkpoint.*\.pt|crash\.pt)(\.[0-9a-f]{{8}})?\.partial")
 
 _locks: dict[Path, IO[str]] = {}
-_manifests: dict[tuple[int, int, int], "Manifest | None"] = {}
 
 
 def shard_name(update: int, save: str, part: str, experts: range) -> str:
@@ -98,8 +97,9 @@ def _unreferenced(folder: Path) -> list[Path]:
     for path in folder.glob("*.pt"):
         if not path.is_file():  # a link to nothing refers to nothing
             continue
+        facts = path.stat()
         try:
-            manifest = _manifest(path)
+            manifest = _manifest(path, facts.st_ino, facts.st_mtime_ns, facts.st_size)
         except UserError as error:
             logger.warning("%s; what it refers to is not known, and no shard is removed", error)
             return []
@@ -108,15 +108,10 @@ def _unreferenced(folder: Path) -> list[Path]:
     return [path for path in shards.iterdir() if SHARD_NAME.fullmatch(path.name) and path.name not in referenced]
 
 
-def _manifest(path: Path) -> "Manifest | None":
-    """Return what a main file says; read once for all its names."""
-    facts = path.stat()
-    key = (facts.st_ino, facts.st_mtime_ns, facts.st_size)
-    if key not in _manifests:
-        if len(_manifests) > MOST_MANIFESTS:
-            _manifests.clear()
-        _manifests[key] = Manifest.of(read_main(path, is_checked=False), path)
-    return _manifests[key]
+@functools.lru_cache(1000)
+def _manifest(path: Path, *facts: int) -> "Manifest | None":
+    """Return what a main file says; read once for the same `facts` of the file, however many saves come after it."""
+    return Manifest.of(read_main(path, is_checked=False), path)
 
 
 def check_start(folder: Path, path: Path, is_chosen: bool) -> None:

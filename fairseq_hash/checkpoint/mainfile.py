@@ -14,15 +14,11 @@ from typing import Any
 import torch
 
 from fairseq_hash.core.errors import UserError
-
-
-def partial_of(path: Path) -> Path:
-    """Return the name that a file has until it is whole."""
-    return path.with_name(f".{path.name}.partial")
+from fairseq_hash.core.files import atomic_write
 
 
 def write_main(state: Mapping[str, Any], path: "str | os.PathLike[str]") -> None:
-    """Write a checkpoint's main file, and rename it into place when all of it is on disc.
+    """Write a checkpoint's main file: on disc and whole under its name, or not at all.
 
     Args:
         state: what to write; of the options in `cfg`, namespaces become dictionaries, as fairseq's older optimizers
@@ -32,21 +28,13 @@ def write_main(state: Mapping[str, Any], path: "str | os.PathLike[str]") -> None
     Raises:
         UserError: where it cannot be written; what had this name before is still there, and nothing else is.
     """
-    path = Path(path)
-    partial = partial_of(path)
     if state.get("cfg") is not None:
         state = {**state, "cfg": _plain(state["cfg"])}
     try:
-        with open(partial, "wb") as file:
+        with atomic_write(path, is_durable=True) as partial, open(partial, "wb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch says with a RuntimeError that its file is not whole
         raise UserError(cannot_write(path, error)) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _plain(options: Any) -> Any:
@@ -63,17 +51,6 @@ def cannot_write(path: "str | os.PathLike[str]", error: Exception) -> str:
     return f"{path} cannot be written ({what}); earlier checkpoints are whole, make room and resume from them"
 
 
-def sync_folder(folder: Path) -> None:
-    """Have a folder's new name on disc, where the file system can do that."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
-
-
 def duplicate(source: "str | os.PathLike[str]", target: "str | os.PathLike[str]") -> None:
     """Give a main file another name as well: a link, which takes no room, or a copy where there are no links.
 
@@ -82,19 +59,14 @@ def duplicate(source: "str | os.PathLike[str]", target: "str | os.PathLike[str]"
     Raises:
         UserError: where the copy cannot be written.
     """
-    partial = partial_of(Path(target))
-    partial.unlink(missing_ok=True)
     try:
-        try:
-            os.link(source, partial)
-        except OSError:
-            shutil.copyfile(source, partial)
-        os.replace(partial, target)
-        sync_folder(Path(target).parent)  # before the shards of the file that it replaces go
+        with atomic_write(target, is_durable=True) as partial:
+            try:
+                os.link(source, partial)
+            except OSError:
+                shutil.copyfile(source, partial)
     except OSError as error:
         raise UserError(cannot_write(target, error)) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def is_url(path: "str | os.PathLike[str]") -> bool:

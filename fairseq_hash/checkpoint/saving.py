@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fairseq_hash.checkpoint.directory import SHARDS, collect, shard_name
 from fairseq_hash.checkpoint.expert_state import expert_numbers, expert_parameters, take_moments
-from fairseq_hash.checkpoint.mainfile import cannot_write, sync_folder
+from fairseq_hash.checkpoint.mainfile import cannot_write
 from fairseq_hash.checkpoint.manifest import KEY, Manifest
 from fairseq_hash.checkpoint.shards import Shard, write_shard
 from fairseq_hash.core.errors import UserError
@@ -120,7 +120,6 @@ class Saver:
         shards = [Shard(**shard) for shards in gather([asdict(shard) for shard in own]) for shard in shards]
         together(lambda: check_visible(Path(folder), [] if self.parallel.rank else shards))
         if self.parallel.rank == 0:
-            sync_folder(Path(folder) / SHARDS)
             self.manifest = self._manifest(save, update, numbers, shards)
 
     def _manifest(

@@ -1,6 +1,6 @@
 """A tensor of all experts that lies in shards: who needs some experts reads these rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,29 +20,28 @@ class SavedExperts:
     def __init__(self, name: str, files: Sequence[ShardFile]) -> None:
         """Take the shards that hold it, in the order of their experts."""
         self.name, self.files = name, files
-        self.dtype, (_, *rest) = files[0].shapes[name]
-        self.shape = torch.Size([sum(file.shard.experts for file in files), *rest])
+        first = files[0].tensors[name]
+        self.dtype = first.dtype
+        self.shape = torch.Size([sum(file.shard.experts for file in files), *first.shape[1:]])
         self._file_of = [file for file in files for _ in file.shard.expert_ids]
 
     def __len__(self) -> int:
         return self.shape[0]
 
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield every row, in its file's memory. Raises `UserError` for the first that fails its checksum."""
+        for expert, file in enumerate(self._file_of):
+            yield file.row(self.name, expert)
+
     def read_into(self, experts: range, out: Tensor) -> None:
         """Read the rows of some experts into `out` `[e, ...]`, on any device and of any type.
-
-        A row goes straight into the memory of `out` where that has its type and is on the CPU.
 
         Raises:
             UserError: where a row fails its checksum.
         """
-        is_direct = out.dtype == self.dtype and out.device.type == "cpu" and out.is_contiguous()
 
         def read_one(expert: int) -> None:
-            place = expert - experts.start
-            row = out[place] if is_direct else torch.empty(self.shape[1:], dtype=self.dtype)
-            self._file_of[expert].read_row(self.name, expert, row)
-            if not is_direct:
-                out[place].copy_(row)
+            out[expert - experts.start].copy_(self._file_of[expert].row(self.name, expert))
 
         # Checksums take most of the time, and Python lets other threads run meanwhile.
         with ThreadPoolExecutor(READERS) as readers:
@@ -60,14 +59,13 @@ class SavedExperts:
 
     def mapped(self) -> Tensor:
         """Return all rows; where they lie in one shard, in the file's memory, otherwise as a copy."""
-        parts = [file.mapped(self.name) for file in self.files]
+        parts = [file.tensors[self.name] for file in self.files]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def verify(self) -> None:
         """Check every row. Raises `UserError` for the first that fails its checksum."""
-        row = torch.empty(self.shape[1:], dtype=self.dtype)
-        for expert, file in enumerate(self._file_of):
-            file.read_row(self.name, expert, row)
+        for _ in self:
+            pass
 
 
 def open_shards(folder: Path, manifest: Manifest, part: str) -> list[ShardFile]:
@@ -85,7 +83,7 @@ def open_shards(folder: Path, manifest: Manifest, part: str) -> list[ShardFile]:
 
 def saved_tensors(files: Sequence[ShardFile]) -> dict[str, SavedExperts]:
     """Return what some shards hold, by name."""
-    return {name: SavedExperts(name, files) for name in files[0].shapes} if files else {}
+    return {name: SavedExperts(name, files) for name in files[0].tensors} if files else {}
 
 
 def take(value: "Tensor | SavedExperts", experts: range) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.files import check_out
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -68,17 +69,6 @@ def _add_out(parser: argparse.ArgumentParser, help_text: str) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace FILE, not its shards")
 
 
-def _check_out(arguments: argparse.Namespace) -> None:
-    """Raise `UserError` unless `--out` can be written, before work begins."""
-    out = arguments.out
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: the folder {out.parent} does not exist; make it first")
-    if out.is_dir():
-        raise UserError(f"--out {out} is a folder; give a file")
-    if out.exists() and not arguments.overwrite:
-        raise UserError(f"--out {out} exists; give another file, or add --overwrite to replace it")
-
-
 def _check_main_name(out: Path) -> None:
     """Raise `UserError` for a name that trainings ignore when they remove unused shards."""
     if out.suffix != ".pt":
@@ -89,7 +79,7 @@ def run_merge(arguments: argparse.Namespace) -> None:
     """Merge, and say what was written."""
     from fairseq_hash.checkpoint.convert import merge
 
-    _check_out(arguments)
+    check_out(arguments.out, arguments.overwrite)
     merge(arguments.checkpoint, arguments.out, not arguments.no_optimizer, is_average=arguments.ema)
     print(f"wrote {arguments.out}")
 
@@ -98,7 +88,7 @@ def run_split(arguments: argparse.Namespace) -> None:
     """Split, and say what was written."""
     from fairseq_hash.checkpoint.convert import split
 
-    _check_out(arguments)
+    check_out(arguments.out, arguments.overwrite)
     _check_main_name(arguments.out)
     split(arguments.checkpoint, arguments.out, arguments.shards)
     print(f"wrote {arguments.out}")
@@ -108,7 +98,7 @@ def run_average(arguments: argparse.Namespace) -> None:
     """Average, and say what was written."""
     from fairseq_hash.checkpoint.convert import average
 
-    _check_out(arguments)
+    check_out(arguments.out, arguments.overwrite)
     _check_main_name(arguments.out)
     if len(arguments.checkpoints) < 2:
         raise UserError(f"{arguments.checkpoints[0]} alone has no average; give two or more checkpoints")
@@ -124,7 +114,7 @@ def run_table(arguments: argparse.Namespace) -> None:
     from fairseq_hash.checkpoint.manifest import Manifest
     from fairseq_hash.hashing import save_table
 
-    _check_out(arguments)
+    check_out(arguments.out, arguments.overwrite)
     path, number = arguments.checkpoint, arguments.number
     state = read_main(path)
     manifest, options = Manifest.of(state, path), model_options(state)

@@ -38,7 +38,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(arguments: argparse.Namespace) -> None:
     """Read the text, load the model, and write the routes."""
-    from fairseq_hash.core.files import check_out, write_whole
+    from fairseq_hash.core.files import check_out, output_file
 
     out = arguments.out
     if out is not None:
@@ -56,11 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
         _to_standard_output(lambda file: write_tables(tables, file, "\t"))
         return
 
-    def write(partial: Path) -> None:
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            write_tables(tables, file, SEPARATORS[out.suffix])
-
-    write_whole(out, write)
+    with output_file(out) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        write_tables(tables, file, SEPARATORS[out.suffix])
     print(f"wrote {out}")
 
 

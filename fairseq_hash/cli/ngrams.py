@@ -96,7 +96,7 @@ def write_json(path: Path, data: Path, symbols: list[str], lines: "list[Line]") 
     """
     from dataclasses import asdict
 
-    from fairseq_hash.core.files import write_whole
+    from fairseq_hash.core.files import output_file
     from fairseq_hash.hashing import dictionary_fingerprint
     from fairseq_hash.provenance import provenance
 
@@ -108,4 +108,5 @@ def write_json(path: Path, data: Path, symbols: list[str], lines: "list[Line]") 
         "lines": [asdict(line) for line in lines],
         "provenance": provenance(),
     }
-    write_whole(path, lambda partial: partial.write_text(json.dumps(record, indent=1) + "\n"))
+    with output_file(path) as partial:
+        partial.write_text(json.dumps(record, indent=1) + "\n")

@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from fairseq_hash.api.routed_text import by_layer, page, print_text
     from fairseq_hash.api.sampling import Sampling
-    from fairseq_hash.core.files import write_whole
+    from fairseq_hash.core.files import output_file
 
     names = ("length", "number", "temperature", "top_k", "top_p", "beam", "seed")
     sampling = Sampling(**{name: getattr(arguments, name) for name in names})
@@ -114,7 +114,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.html is not None:
         title = f"Experts of {arguments.checkpoint.name}"
         html = page(title, f"{arguments.checkpoint}, seed {arguments.seed}", pages)
-        write_whole(arguments.html, lambda partial: partial.write_text(html, encoding="utf-8"))
+        with output_file(arguments.html) as partial:
+            partial.write_text(html, encoding="utf-8")
         console.print(Text(f"wrote {arguments.html}"))
 
 

@@ -1,12 +1,18 @@
 """Output files: checked before work begins, and whole under their names or not there at all."""
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from fairseq_hash.core.errors import UserError
+
+PARTIAL = ".partial"  # the end of a name until the file is whole
 
 
 def check_out(out: Path, overwrite: bool) -> None:
@@ -27,28 +33,75 @@ def check_folder(out: Path) -> None:
         raise UserError(f"--out {out} is a file; give a folder")
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` write to another name, and give the file its own when all of it is there.
+@contextmanager
+def atomic_write(path: "str | os.PathLike[str]", is_durable: bool = False) -> Iterator[Path]:
+    """Yield another name to write a file or a folder to; it gets its own name when all of it is there.
+
+    Whatever fails, what had the name before is still there, and nothing else is. A process that is killed leaves
+    `.NAME.xxxxxxxx.partial`.
+
+    Args:
+        path: the name that it gets.
+        is_durable: for a file: have it on disc before it has its name, and then the name, too.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    try:
+        yield partial
+        if is_durable:
+            _sync(partial)
+        os.replace(partial, path)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+    if is_durable:
+        with contextlib.suppress(OSError):  # not every file system can do that with a folder
+            _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what killed writers have left in a folder and below it; only while nobody writes there."""
+    for path in list(folder.rglob(f".*{PARTIAL}")):
+        path.unlink()
+
+
+@contextmanager
+def output_file(path: Path) -> Iterator[Path]:
+    """Do what `atomic_write` does for a file that the user has named.
 
     Raises:
         UserError: where it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write(partial)
-        os.replace(partial, path)
+        with atomic_write(path) as partial:
+            yield partial
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {path} ({error}); give a file that you can write") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_folder(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
-    """Write files to a folder, which is made where it is missing; return their paths."""
+    """Write files, each whole or not at all, to a folder that is made where it is missing; return their paths.
+
+    Raises:
+        UserError: where that fails.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            with atomic_write(folder / name) as partial:
+                partial.write_bytes(content)
     except OSError as error:
-        raise UserError(f"cannot write to --out {folder}: {error.strerror}; give another folder") from None
-    for name, content in contents.items():
-        write_whole(folder / name, lambda path, content=content: path.write_bytes(content))
+        raise UserError(
+            f"cannot write to --out {folder}: {error.strerror}; give a folder that you can write to"
+        ) from None
     return [folder / name for name in contents]

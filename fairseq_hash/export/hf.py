@@ -8,6 +8,7 @@ from pathlib import Path
 from fairseq_hash.checkpoint.inspection import facts
 from fairseq_hash.checkpoint.loading import loading_weights_only, read_checkpoint
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.files import atomic_write
 from fairseq_hash.export.card import model_card
 from fairseq_hash.export.config import MODELING, TOKENIZATION, Model, model_of
 from fairseq_hash.export.tensors import write_weights
@@ -39,19 +40,16 @@ def export(
     model = model_of(checkpoint, state)
     rows = model.config["vocab_size"]
     tokens = find_tokens(checkpoint, state, known["dictionary_fingerprint"], rows, data, pieces)
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        partial.mkdir()
-        _write(partial, model, tokens)
-        (partial / "README.md").write_text(model_card(out.name, model, tokens, known), encoding="utf-8")
-        write_weights(model.tensors, partial, shard_size)
-        os.replace(partial, out)
+        with atomic_write(out) as partial:
+            partial.mkdir()
+            _write(partial, model, tokens)
+            (partial / "README.md").write_text(model_card(out.name, model, tokens, known), encoding="utf-8")
+            write_weights(model.tensors, partial, shard_size)
     except OSError as error:
         raise UserError(
             f"{out} cannot be written ({error.strerror or error}); make room, or give another folder"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _check_out(out: Path) -> None:

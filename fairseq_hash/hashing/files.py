@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.files import output_file
 from fairseq_hash.hashing.table import HashTable, TableRecord
 
 FILE_FORMAT = "fairseq_hash table 1"
@@ -22,17 +23,10 @@ def save_table(table: HashTable, path: "str | os.PathLike[str]") -> None:
     Raises:
         UserError: if the file cannot be written.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     metadata = {"format": FILE_FORMAT, "record": json.dumps(asdict(table.record))}
-    try:
-        arrays = {EXPERT: table.expert_HK, **table.index}
+    arrays = {EXPERT: table.expert_HK, **table.index}
+    with output_file(Path(path)) as partial:
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial, metadata)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {path} ({error}); give a file that you can write") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_table(path: "str | os.PathLike[str]") -> HashTable:

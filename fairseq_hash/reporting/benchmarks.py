@@ -6,12 +6,13 @@ from typing import Any
 
 import pandas as pd
 
+from fairseq_hash.core.files import write_folder
 from fairseq_hash.reporting import comparison_table, page
 from fairseq_hash.reporting.benchmarks_charts import bars_of_split, charts_by_experts, charts_by_tokens
 from fairseq_hash.reporting.benchmarks_files import PARTS, Benchmark, Row, load_benchmarks
 from fairseq_hash.reporting.benchmarks_plots import split_of_time, time_by_experts, time_by_tokens
 from fairseq_hash.reporting.plots import DARK, LIGHT
-from fairseq_hash.reporting.report import read_note, write_files
+from fairseq_hash.reporting.report import read_note
 
 COLUMNS = """
 Every file comes from one run of one program, whose own text defines its candidates, its peak memory and its parts.
@@ -70,7 +71,7 @@ def write_benchmarks(files: Sequence[Path], out: Path, title: str, note: "Path |
     written["results.csv"] = _flat(benchmarks).to_csv(index=False).encode()
     written["results.md"] = _markdown(benchmarks, title, words).encode()
     written["index.html"] = _page(benchmarks, title, words, figures).encode()
-    return write_files(out, written)
+    return write_folder(out, written)
 
 
 def times(benchmark: Benchmark) -> pd.DataFrame:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.files import write_folder
 from fairseq_hash.provenance import provenance
 from fairseq_hash.reporting import comparison_table
 from fairseq_hash.reporting.comparison import COLUMNS, Comparison, compare
@@ -47,7 +47,7 @@ def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
     files["runs.csv"] = comparison.of_runs.to_csv(index=False).encode()
     files["results.md"] = _markdown(comparison).encode()
     files["index.html"] = comparison_page(comparison, figures).encode()
-    return write_files(out, files)
+    return write_folder(out, files)
 
 
 def read_note(note: "Path | None") -> str:
@@ -58,19 +58,6 @@ def read_note(note: "Path | None") -> str:
         return note.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read --note {note} ({error}); give a text file in UTF-8") from None
-
-
-def write_files(out: Path, files: dict[str, bytes]) -> list[Path]:
-    """Write files by name into a folder, each whole or not at all; raises `UserError` if that fails."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            temporary = out / f"{name}.tmp"
-            temporary.write_bytes(content)
-            os.replace(temporary, out / name)
-    except OSError as error:
-        raise UserError(f"cannot write to --out {out}: {error.strerror}; give a folder that you can write to") from None
-    return [out / name for name in files]
 
 
 def _json(comparison: Comparison) -> bytes:

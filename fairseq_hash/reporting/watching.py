@@ -9,10 +9,10 @@ from typing import Any
 import pandas as pd
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.files import write_folder
 from fairseq_hash.reporting import comparison_table, page
 from fairseq_hash.reporting.comparison import Comparison, compare
 from fairseq_hash.reporting.comparison_page import sections, subtitle
-from fairseq_hash.reporting.report import write_files
 from fairseq_hash.reporting.runs import Run
 
 # Reading the logs takes at most 1 / PARTS of the time.
@@ -47,7 +47,7 @@ def watch(
         while True:
             start = time.monotonic()
             html, fault = current_page(folders, title, note, seconds)
-            (path,) = write_files(out, {"index.html": html.encode()})
+            (path,) = write_folder(out, {"index.html": html.encode()})
             line = f"waiting: {fault}" if fault else f"{path} is kept current every {seconds:g} s; Ctrl-C ends it"
             if line != told:
                 tell(line)

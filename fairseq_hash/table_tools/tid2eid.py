@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.core.files import write_whole
+from fairseq_hash.core.files import output_file
 from fairseq_hash.hashing import HashTable, TableRecord, dictionary_fingerprint, random_experts
 from fairseq_hash.hashing.dictionary import indices
 from fairseq_hash.hashing.table import check_table_size
@@ -62,18 +62,13 @@ def reorder(
 
 def write_tensor(expert_VK: np.ndarray, record: TableRecord, out: Path) -> None:
     """Write the tensor `tid2eid`, in NumPy's format if the name ends in .npy, else as safetensors."""
-    if out.suffix == ".npy":
-
-        def write(path: Path) -> None:
-            with path.open("wb") as file:  # np.save adds a suffix to a name
+    with output_file(out) as partial:
+        if out.suffix == ".npy":
+            with partial.open("wb") as file:  # np.save adds a suffix to a name
                 np.save(file, expert_VK)
-    else:
-        metadata = {"num_experts": str(record.num_experts), "fairseq_hash_record": json.dumps(asdict(record))}
-
-        def write(path: Path) -> None:
-            save_file({NAME: np.ascontiguousarray(expert_VK)}, path, metadata)
-
-    write_whole(out, write)
+        else:
+            metadata = {"num_experts": str(record.num_experts), "fairseq_hash_record": json.dumps(asdict(record))}
+            save_file({NAME: np.ascontiguousarray(expert_VK)}, partial, metadata)
 
 
 def read_tensor(path: Path, name: "str | None") -> tuple[np.ndarray, str]:

@@ -204,7 +204,7 @@ def test_earlier_text_is_replaced_only_by_whole_text(tmp_path):
     fetch(corpus, folder, archive)
     fails(wikitext(archive, zipped({**WIKI, "test": b""})), folder, "no text", local=archive)
     assert {split: (folder / f"{split}.txt").read_bytes() for split in SPLITS} == WIKI
-    (folder / "train.txt.partial").write_bytes(b"left by a killed process")
+    (folder / ".train.txt.0123abcd.partial").write_bytes(b"left by a killed process")
     changed = {split: text + b"changed\n" for split, text in WIKI.items()}
     assert fetch(wikitext(archive, zipped(changed)), folder, archive) == changed
     assert len(os.listdir(folder)) == 3

@@ -110,7 +110,7 @@ def test_a_killed_preparation_goes_on(tmp_path):
         child.wait()
         assert not out.exists() and step in preparation.read_json(work / "state.json")
     # Stopped while the parts were joined: a torn file under the name of the whole.
-    (work / "train.tmp").write_bytes(b"torn")
+    (work / ".train.bin.0123abcd.partial").write_bytes(b"torn")
     model_made = (work / "sentencepiece.model").stat().st_mtime_ns
     assert main(arguments(files, out, "--vocab-size", "300")) == 0
     assert (out / "sentencepiece.model").stat().st_mtime_ns == model_made

@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from called import call, refused
+from checkpoint_ranks import PeakMemory
 from made_exports import NEAR, PADDING, POSITIONS, export, feature, hash_layers, load, save, sentences
 from safetensors import safe_open
 
@@ -303,25 +302,12 @@ def test_a_damaged_expert(saved, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-MEASURE = """
-import resource, sys
-from pathlib import Path
-from fairseq_hash.export.hf import export
-megabyte = 1 << (10 if sys.platform == "linux" else 20)  # of ru_maxrss
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-export(Path(sys.argv[1]), Path(sys.argv[2]))
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / megabyte)
-"""
-
-
 def test_memory_is_that_of_one_expert(data, tmp_path):
     """134 MB of experts, 2 MB the largest tensor of one: the process grows by less than a fifth of them all."""
     wide = ("--decoder-embed-dim", "64", "--decoder-input-dim", "64", "--decoder-output-dim", "64")
     one_layer = ("--router", "hash", "--sparse-layers", "1", "--num-experts", "32", "--decoder-ffn-embed-dim", "8192")
     checkpoint, _, _ = save(data, tmp_path / "run", *wide, *one_layer)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", MEASURE, checkpoint, tmp_path / "out"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    with PeakMemory() as memory:
+        export(checkpoint, tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").stat().st_size > 134e6
-    assert float(done.stdout.splitlines()[-1]) < 25, done.stdout
+    assert memory.grown < 25e6

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from fairseq_hash.checkpoint.directory import SHARDS, lock, shard_name
-from fairseq_hash.checkpoint.expert_state import EXPERT, take_moments
+from fairseq_hash.checkpoint.expert_state import take_moments
 from fairseq_hash.checkpoint.loading import loading_weights_only, read_checkpoint
 from fairseq_hash.checkpoint.mainfile import cannot_write, read_main, write_main
-from fairseq_hash.checkpoint.manifest import KEY, Manifest
+from fairseq_hash.checkpoint.manifest import KEY, Manifest, expert_tensors
 from fairseq_hash.checkpoint.sharded_tensor import SavedExperts, take
 from fairseq_hash.checkpoint.shards import write_shard
 from fairseq_hash.core.errors import UserError
@@ -107,7 +107,7 @@ def split(source: Path, out: Path, num_shards: int) -> None:
             or a file cannot be written.
     """
     state, manifest = read(source)
-    if not any(EXPERT in name for name in state["model"]):
+    if not expert_tensors(state["model"], manifest):
         raise UserError(f"{source} is a dense model, which has no experts to split; give a sparse one")
     if manifest is None:
         raise UserError(
@@ -140,7 +140,8 @@ def average(sources: Sequence[Path], out: Path) -> None:
     is_sharded = manifest is not None and bool(manifest.shards)
     if is_sharded:
         keep_trainings_out(out)
-    state["model"] = _mean_of_models([one["model"] for one, _ in read_ones], sources)
+    experts = expert_tensors(state["model"], manifest)
+    state["model"] = _mean_of_models([one["model"] for one, _ in read_ones], sources, experts)
     if manifest is not None:
         made = {**manifest.provenance, "date": now(), "average_of": [str(source) for source in sources]}
         manifest = replace(manifest, provenance=made)
@@ -167,7 +168,9 @@ def _check_same_model(path: Path, manifest: "Manifest | None", last: Path, expec
             )
 
 
-def _mean_of_models(models: Sequence[Mapping[str, Any]], sources: Sequence[Path]) -> dict[str, Tensor]:
+def _mean_of_models(
+    models: Sequence[Mapping[str, Any]], sources: Sequence[Path], experts: set[str]
+) -> dict[str, Tensor]:
     last = models[-1]
     for source, model in zip(sources, models, strict=True):
         for name in model.keys() ^ last.keys():
@@ -180,7 +183,7 @@ def _mean_of_models(models: Sequence[Mapping[str, Any]], sources: Sequence[Path]
         _check_same_kind(name, values, sources)
         memory = tuple((value.data_ptr(), value.shape) if isinstance(value, Tensor) else name for value in values)
         if memory not in tied:
-            tied[memory] = _mean(name, values)
+            tied[memory] = _mean(values, by_expert=name in experts)
         means[name] = tied[memory]
     return means
 
@@ -200,12 +203,12 @@ def _check_same_kind(name: str, values: "Sequence[Tensor | SavedExperts]", sourc
             )
 
 
-def _mean(name: str, values: "Sequence[Tensor | SavedExperts]") -> Tensor:
+def _mean(values: "Sequence[Tensor | SavedExperts]", by_expert: bool) -> Tensor:
     """Return the mean in the type of the last value, each sum in float64; experts one after the other."""
     last = values[-1]
     if not last.dtype.is_floating_point:
         return last
-    if EXPERT not in name:
+    if not by_expert:
         return _mean_of_tensors(values).to(last.dtype)
     mean = torch.empty(last.shape, dtype=last.dtype)
     for expert in range(len(last)):
@@ -251,7 +254,8 @@ def _write_sharded(state: dict[str, Any], manifest: Manifest, ranges: Sequence[r
         UserError: where a file cannot be written, or what is still to be read is damaged; no shard is left then.
     """
     save = uuid.uuid4().hex[:8]
-    weights = {name: state["model"].pop(name) for name in list(state["model"]) if EXPERT in name}
+    names = expert_tensors(state["model"], manifest)
+    weights = {name: state["model"].pop(name) for name in list(state["model"]) if name in names}
     parts: dict[str, dict[str, Any]] = {"weights": weights, "optimizer": {}}
     if manifest.numbers:
         shapes = {name: value.shape for name, value in weights.items()}
@@ -266,7 +270,7 @@ def _write_sharded(state: dict[str, Any], manifest: Manifest, ranges: Sequence[r
                 file = shard_name(manifest.update, save, part, experts)
                 rows = {name: take(value, experts) for name, value in tensors.items()}
                 shards.append(write_shard(out.parent, file, part, experts, rows, about))
-        state[KEY] = replace(manifest, save=save, shards=tuple(shards)).to_plain()
+        state[KEY] = replace(manifest, save=save, experts=tuple(weights), shards=tuple(shards)).to_plain()
         write_main(state, out)
     except BaseException as error:
         if not _names_save(out, save):  # an interrupt may come when the main file has its name already

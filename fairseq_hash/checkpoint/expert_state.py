@@ -12,8 +12,6 @@ from fairseq_hash.moe.layer import SparseLayer
 if TYPE_CHECKING:  # checkpoints are read, merged and shown without fairseq
     from fairseq.optim import FairseqOptimizer
 
-EXPERT = ".experts."  # in the name of every tensor that has a row for each expert
-
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters `[e, ...]` of this rank's experts, by their names in the model's state."""

@@ -6,9 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fairseq_hash.checkpoint.expert_state import EXPERT
 from fairseq_hash.checkpoint.hash_tables import tables_of
-from fairseq_hash.checkpoint.manifest import KEY, Manifest
+from fairseq_hash.checkpoint.manifest import KEY, Manifest, expert_tensors
 from fairseq_hash.hashing import fingerprint_of_tables
 
 
@@ -22,7 +21,8 @@ def facts(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     model, manifest = state["model"], state["model"].manifest
     options = model_options(state)
     history = (state.get("optimizer_history") or [{}])[-1]
-    experts = {name: value for name, value in model.items() if EXPERT in name}
+    names = expert_tensors(model, manifest)
+    experts = {name: value for name, value in model.items() if name in names}
     inwards = {name: value for name, value in experts.items() if name.endswith(("fc1_weight", "gate_up_weight"))}
     first_name, first = next(iter(inwards.items()), ("", None))
     kind = "sharded" if manifest is not None and manifest.shards else "plain" if experts else "dense"
@@ -30,7 +30,8 @@ def facts(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
         kind = "experts of one rank"  # fully sharded data parallel
     shards = manifest.shards if manifest is not None else ()
     in_shards = {part: sum(shard.bytes for shard in shards if shard.part == part) for part in ("weights", "optimizer")}
-    sizes = {"dense": _count(model, of_experts=False), "experts": _count(model, of_experts=True)}
+    others = {name: value for name, value in model.items() if name not in names}
+    sizes = {"dense": _count(others), "experts": _count(experts)}
     return {
         "file": str(path),
         "kind": kind,
@@ -90,12 +91,11 @@ def _sparse_layers(model: Iterable[str]) -> list[int]:
     return [place if place in with_attention else place - 1 - before for before, place in enumerate(places)]
 
 
-def _count(model: Mapping[str, Any], of_experts: bool) -> int:
-    """Return the number of parameters, of the experts or of all else; tied ones count once."""
+def _count(tensors: Mapping[str, Any]) -> int:
+    """Return the number of parameters; tied ones count once."""
     sizes = {}
-    for name, value in model.items():
-        is_parameter = value.dtype.is_floating_point and not name.endswith((".version", "._float_tensor"))
-        if is_parameter and (EXPERT in name) == of_experts:
+    for name, value in tensors.items():
+        if value.dtype.is_floating_point and not name.endswith((".version", "._float_tensor")):
             memory = (value.data_ptr(), value.shape) if hasattr(value, "data_ptr") else name
             sizes[memory] = value.shape.numel()
     return sum(sizes.values())

@@ -24,6 +24,7 @@ class Manifest:
         dictionary_fingerprint: SHA-256 of the dictionary's symbols.
         table_fingerprint: SHA-256 of the hash table; None without one.
         numbers: the number by which the optimizer's state knows each expert parameter, by name; empty without one.
+        experts: the names, in the model's state, of the tensors that have a row for each expert.
         shards: where the experts are; none where the main file has them itself.
         provenance: versions, commit, hardware and date.
     """
@@ -35,12 +36,14 @@ class Manifest:
     dictionary_fingerprint: str
     table_fingerprint: "str | None"
     numbers: dict[str, int] = field(default_factory=dict)
+    experts: tuple[str, ...] = ()
     shards: tuple[Shard, ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def to_plain(self) -> dict[str, Any]:
         """Return it as plain dictionaries and lists."""
-        return {"format": FORMAT, **asdict(self), "shards": [asdict(shard) for shard in self.shards]}
+        lists = {"experts": list(self.experts), "shards": [asdict(shard) for shard in self.shards]}
+        return {"format": FORMAT, **asdict(self), **lists}
 
     @classmethod
     def of(cls, state: Mapping[str, Any], path: object) -> "Manifest | None":
@@ -56,7 +59,9 @@ class Manifest:
             raise UserError(f"{path} has format {plain.get('format')}; this version of fairseq_hash reads {FORMAT}")
         values = {key: value for key, value in plain.items() if key != "format"}
         try:
-            manifest = cls(**{**values, "shards": tuple(Shard(**shard) for shard in values["shards"])})
+            lists = {"experts": tuple(values.get("experts", ()))}
+            lists["shards"] = tuple(Shard(**shard) for shard in values["shards"])
+            manifest = cls(**{**values, **lists})
         except (KeyError, TypeError) as error:
             raise UserError(f"{path} has a damaged manifest ({error}); use another checkpoint") from None
         for record in (manifest, *manifest.shards):
@@ -96,6 +101,14 @@ class Manifest:
             )
 
 
+def expert_tensors(model: Mapping[str, Any], manifest: "Manifest | None") -> set[str]:
+    """Return the names of the tensors in a model's state that have a row for each expert."""
+    if manifest is not None and manifest.experts:
+        return set(manifest.experts)
+    # Files from before manifests listed them, and those of no training of ours: every sparse layer names its own so.
+    return {name for name in model if ".experts." in name}
+
+
 # What the fields of a manifest and of its shards are, as a file may say anything.
 KINDS: "dict[type, dict[str, tuple[type, ...]]]" = {
     Manifest: {
@@ -106,6 +119,7 @@ KINDS: "dict[type, dict[str, tuple[type, ...]]]" = {
         "dictionary_fingerprint": (str,),
         "table_fingerprint": (str, type(None)),
         "numbers": (Mapping,),
+        "experts": (tuple,),
         "provenance": (Mapping,),
     },
     Shard: {

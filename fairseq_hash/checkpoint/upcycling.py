@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fairseq_hash.checkpoint.loading import one_line, read_checkpoint
+from fairseq_hash.checkpoint.manifest import expert_tensors
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.moe.experts import ExpertStack
 from fairseq_hash.moe.layer import SparseLayer
@@ -26,7 +27,7 @@ def start_from_dense(model: nn.Module, path: str) -> None:
         UserError: where the file cannot be used, is of a sparse model, or does not fit the model's sizes.
     """
     saved = read_checkpoint(path)["model"]
-    if any(".experts." in name for name in saved):
+    if expert_tensors(saved, saved.manifest):
         raise UserError(f"--from-dense {path} is a sparse model already; use --finetune-from-model")
     state = expand_dense(saved, model)
     # The model's own `load_state_dict` waits for the other ranks; this one does not.

@@ -2,9 +2,10 @@
 
 import time
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as EtaColumn
 
 # Elsewhere than on a terminal: a line a fifth of a step, and one after so many seconds.
@@ -30,7 +31,7 @@ class Display:
         )
         self.total, self.done = total, 0.0
         self.overall: TaskID = self.bars.add_task("In all", total=total, detail="")
-        self.current: TaskID | None = None
+        self.current: Any = None  # the step's TaskID, while there is one
         self.start = time.monotonic()
 
     def __enter__(self) -> "Display":

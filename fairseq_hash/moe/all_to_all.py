@@ -6,11 +6,11 @@ Shape suffixes: see `losses`; here also P ranks of a group and e experts of each
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from fairseq_hash.moe.dispatch_plan import PlanUnderWay
 from fairseq_hash.moe.kernels.group_sizes import GroupSizes
@@ -63,12 +63,12 @@ class _Transfer(torch.autograd.Function):
     """Rows one way; their gradients the other."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, rows_RD: Tensor, exchange: Exchange, there: bool) -> Tensor:
+    def forward(ctx: Any, rows_RD: Tensor, exchange: Exchange, there: bool) -> Tensor:
         ctx.exchange, ctx.there = exchange, there
         return exchange._send(rows_RD) if there else exchange._return(rows_RD)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_RD: Tensor) -> "tuple[Tensor, None, None]":
+    def backward(ctx: Any, grad_RD: Tensor) -> "tuple[Tensor, None, None]":
         return (ctx.exchange._return if ctx.there else ctx.exchange._send)(grad_RD), None, None
 
 

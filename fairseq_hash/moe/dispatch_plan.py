@@ -128,13 +128,12 @@ class PlanUnderWay:
             rank_R = torch.arange(len(expert_C), device=expert_C.device) - start_E[expert_C[self.choice_R]]
             self.choice_R = self.choice_R[rank_R < capacity]
             rows_E = rows_E.clamp(max=capacity)
-        self.split = None if exchange_sizes is None else exchange_sizes(rows_E)
-        self.sizes = GroupSizes(rows_E) if exchange_sizes is None else None
+        self.sizes: GroupSizes | SplitSizes = GroupSizes(rows_E) if exchange_sizes is None else exchange_sizes(rows_E)
 
     @cached_property
     def plan(self) -> DispatchPlan:
         """The finished plan."""
-        exchange, sizes = (None, self.sizes) if self.split is None else self.split.wait()
+        exchange, sizes = (None, self.sizes) if isinstance(self.sizes, GroupSizes) else self.sizes.wait()
         return DispatchPlan(self.choice_R, sizes, self.tokens_per_expert_E, self.shape_TK, exchange)
 
 

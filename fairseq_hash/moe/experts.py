@@ -5,11 +5,12 @@ They know neither tokens nor ranks. Shape suffixes: see `losses`.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.moe.kernels.feed_forward import HiddenLayer, Weights, feed_forward
@@ -89,7 +90,7 @@ class ExpertFeedForward(nn.Module):
         With N segments, `sizes[e * N + n]` rows for segment n of the e-th expert.
         """
         shape_GFD = (len(self.fc1_weight) * self.segments, -1, rows_RD.shape[1])
-        fc2_bias = self.fc2_bias
+        fc2_bias: Tensor = self.fc2_bias
         if self.segments > 1:
             # Each of a token's N rows brings its share of the bias, so that their sum holds one bias: the mean of N.
             # Expanded, not repeated: that gradient is a sum of a fixed order on a GPU, too.
@@ -163,14 +164,14 @@ class _RowOfExpert(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, vector_ED: Tensor, expert_R: Tensor) -> Tensor:
+    def forward(ctx: Any, vector_ED: Tensor, expert_R: Tensor) -> Tensor:
         ctx.save_for_backward(expert_R)
         ctx.experts = len(vector_ED)
         return vector_ED.index_select(0, expert_R)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_RD: Tensor) -> "tuple[Tensor, None]":
+    def backward(ctx: Any, grad_RD: Tensor) -> "tuple[Tensor, None]":
         (expert_R,) = ctx.saved_tensors
         exact = torch.promote_types(grad_RD.dtype, torch.float32)
         of_expert_ER = torch.arange(ctx.experts, device=expert_R.device).unsqueeze(1) == expert_R
@@ -204,8 +205,9 @@ class ExpertStack(nn.Module):
             )
             for sublayer in range(num_sublayers)
         )
-        for sublayer in self.feed_forward:
-            nn.init.zeros_(sublayer.fc2_weight)
+        for name, parameter in self.feed_forward.named_parameters():
+            if name.endswith("fc2_weight"):
+                nn.init.zeros_(parameter)
 
     def forward(self, rows_RD: Tensor, sizes: "GroupSizes | Sequence[int]") -> Tensor:
         """Apply each expert's stack to its share of `rows_RD`: `sizes[e]` rows for the e-th expert."""

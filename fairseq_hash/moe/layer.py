@@ -1,5 +1,7 @@
 """The sparse layer: router, token dispatcher, experts. Shape suffixes: see `losses`."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from fairseq_hash.moe.assignment import Assignment
@@ -23,7 +25,7 @@ class SparseLayer(nn.Module):
 
     def __init__(
         self,
-        router: "nn.Module | None",
+        router: Any,
         experts: nn.Module,
         dispatcher: TokenDispatcher,
         capacity_factor: float = 0.0,
@@ -38,7 +40,7 @@ class SparseLayer(nn.Module):
         """Make the layer.
 
         Args:
-            router: a `Router`; None in a hash layer.
+            router: a `Router`, or None in a hash layer.
             experts: this rank's.
             dispatcher: what brings tokens to the experts.
             capacity_factor: of the training batch; a hash route has its own.
@@ -51,7 +53,7 @@ class SparseLayer(nn.Module):
         """
         super().__init__()
         # Checkpoints know the learned weights of a hash layer by the name `router`.
-        self.router = router if hash_weights is None else hash_weights
+        self.router: Any = router if hash_weights is None else hash_weights
         self.experts = experts
         self.shared = shared
         self.parallel = dispatcher.parallel
@@ -59,7 +61,7 @@ class SparseLayer(nn.Module):
         self.hash_route = hash_route
         self.segments = segments
         self.top_k = top_k if router is None else router.top_k
-        self.statistics = NoStatistics if router is None else router.statistics
+        self.statistics: type = NoStatistics if router is None else router.statistics
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
         held = experts.shell if isinstance(experts, MappedExperts) else experts

@@ -4,11 +4,10 @@ They know neither routers nor what an expert is. Shape suffixes: see `losses`.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from fairseq_hash.moe.assignment import Assignment
 from fairseq_hash.moe.dispatch_plan import DispatchPlan, PlanUnderWay
@@ -90,12 +89,12 @@ class _ToRows(torch.autograd.Function):
     """Tokens to rows. Autograd's gradient of `index_select` would add up row by row what lies in one place each."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
         ctx.plan = plan
         return plan.to_rows(x_TD)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_RD: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
         return ctx.plan.to_tokens(grad_RD), None
 
 
@@ -103,10 +102,10 @@ class _ToTokens(torch.autograd.Function):
     """Rows to tokens, the opposite way."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, rows_RD: Tensor, plan: DispatchPlan) -> Tensor:
+    def forward(ctx: Any, rows_RD: Tensor, plan: DispatchPlan) -> Tensor:
         ctx.plan = plan
         return plan.to_tokens(rows_RD)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_TD: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
         return ctx.plan.to_rows(grad_TD), None

@@ -1,7 +1,7 @@
 """What ranks tell each other before work starts: that they do the same thing, or which of them cannot."""
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
 
@@ -26,18 +26,23 @@ def together(work: Callable[[], Result]) -> Result:
         UserError: on every rank, where it failed on some: the first such rank, and why.
         Exception: where it failed on every rank: the rank's own error.
     """
-    result, error = None, None
     try:
         result = work()
-    except Exception as caught:
-        error = caught
-    outcomes = gather(None if error is None else _cause(error))
-    failed = [rank for rank, outcome in enumerate(outcomes) if outcome is not None]
-    if not failed:
-        return result
-    if len(failed) == len(outcomes):
-        raise error
-    raise UserError(f"rank {failed[0]}: {outcomes[failed[0]]}") from error
+    except Exception as error:
+        outcomes = gather(_cause(error))
+        if None not in outcomes:
+            raise
+        _raise_for_first(outcomes, error)
+    outcomes = gather(None)
+    if any(outcome is not None for outcome in outcomes):
+        _raise_for_first(outcomes)
+    return result
+
+
+def _raise_for_first(outcomes: Sequence["str | None"], error: "Exception | None" = None) -> NoReturn:
+    """Raise the error of the first rank that has one."""
+    rank, cause = next((rank, cause) for rank, cause in enumerate(outcomes) if cause is not None)
+    raise UserError(f"rank {rank}: {cause}") from error
 
 
 def _cause(error: Exception) -> str:

@@ -186,7 +186,7 @@ def mark_experts(experts: nn.Module) -> None:
     fairseq leaves parameters that have it (whatever its value) out of legacy_ddp's reduction and of its gradient norm.
     """
     for parameter in experts.parameters():
-        parameter.expert = True
+        parameter.expert = True  # type: ignore[attr-defined]
 
 
 def expert_names(model: nn.Module) -> list[str]:

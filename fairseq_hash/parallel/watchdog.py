@@ -54,7 +54,7 @@ class Watchdog:
 
     def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
         """Begin to speak; every rank has done so before one calls `start`."""
-        self.store = store.clone()  # the thread's own: the original can be blocked by who waits for a key
+        self.store: Any = store.clone()  # type: ignore[attr-defined]  # the thread's own: the original can be blocked by who waits for a key
         self.rank = rank
         self.ranks = range(world_size)
         self.keeper = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"

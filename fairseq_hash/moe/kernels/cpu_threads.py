@@ -54,8 +54,8 @@ def for_each_group(job: Callable[[int, int, int], None], sizes: Sequence[int], w
     # With few groups, or one that is most of the work, cores would stand idle: there, all of them serve each in turn.
     is_even = largest * threads <= 1.25 * end
     if threads == 1 or not is_even or end * work_per_row < LEAST_WORK or not _in_use.acquire(blocking=False):
-        for group in groups:
-            job(*group)
+        for place, start, stop in groups:
+            job(place, start, stop)
         return
     try:
         _on_threads(job, sorted(groups, key=lambda group: group[1] - group[2]), threads)

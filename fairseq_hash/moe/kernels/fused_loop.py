@@ -9,11 +9,12 @@ twice as much where the function is gated).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from fairseq_hash.moe.kernels.cpu_threads import for_each_group
 from fairseq_hash.moe.kernels.huge_pages import empty_again
@@ -54,11 +55,11 @@ class HiddenLayer:
         if self.is_relu:  # `forward_` has written what it returned
             scale = 1 / (1 - self.dropout)
 
-            def backward(grad_MF: Tensor) -> Tensor:
+            def backward_of_relu(grad_MF: Tensor) -> Tensor:
                 torch.ops.aten.threshold_backward.grad_input(grad_MF, kept_MH, 0, grad_input=grad_MF)
                 return grad_MF.mul_(scale) if self.dropout else grad_MF
 
-            return kept_MH, backward
+            return kept_MH, backward_of_relu
         with torch.enable_grad():
             before_MH = kept_MH.detach().requires_grad_()
             hidden_MF = self.function(before_MH)
@@ -156,7 +157,7 @@ class FusedFeedForward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         rows_RD: Tensor,
         fc1_GHD: Tensor,
         bias1_GH: "Tensor | None",
@@ -174,7 +175,7 @@ class FusedFeedForward(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_RD: Tensor) -> "tuple[Tensor | None, ...]":
+    def backward(ctx: Any, grad_RD: Tensor) -> "tuple[Tensor | None, ...]":
         """Return the gradients of rows, weights and biases, each where it is asked for."""
         rows_RD, fc1_GHD, bias1_GH, fc2_EDF, kept_RH, mask_RF = ctx.saved_tensors
         weights = Weights(fc1_GHD, bias1_GH, fc2_EDF, None)

@@ -16,11 +16,13 @@ class GroupSizes:
     """
 
     def __init__(self, size_G: "Tensor | Sequence[int]") -> None:
-        self._size_G = size_G if isinstance(size_G, Tensor) else None
+        self._size_G: Tensor | None = None
         self._copied: torch.cuda.Event | None = None
-        if self._size_G is None:
+        if not isinstance(size_G, Tensor):
             self.host = tuple(size_G)
-        elif self._size_G.is_cuda and not torch.cuda.is_current_stream_capturing():
+            return
+        self._size_G = size_G
+        if size_G.is_cuda and not torch.cuda.is_current_stream_capturing():
             self._host_G = torch.empty(size_G.shape, dtype=size_G.dtype, pin_memory=True)
             self._host_G.copy_(size_G, non_blocking=True)
             self._copied = torch.cuda.Event()
@@ -34,6 +36,7 @@ class GroupSizes:
     @cached_property
     def host(self) -> tuple[int, ...]:
         """The sizes as numbers."""
+        assert self._size_G is not None, "numbers that were given are in `host` already"
         if self._size_G.is_cuda:
             if self._copied is None:
                 raise RuntimeError("a CUDA graph cannot hold what needs the groups' sizes on the host: use bfloat16")

@@ -7,11 +7,12 @@ the better loop. Shape suffixes: see `losses`; here G groups, rows of width I be
 
 import functools
 import logging
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from fairseq_hash.moe.kernels.group_sizes import GroupSizes
 
@@ -29,7 +30,7 @@ class _GroupBias(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, rows_RO: Tensor, bias_GO: "Tensor | None", sizes: GroupSizes) -> Tensor:
+    def forward(ctx: Any, rows_RO: Tensor, bias_GO: "Tensor | None", sizes: GroupSizes) -> Tensor:
         ctx.sizes = sizes
         ctx.mark_dirty(rows_RO)
         if bias_GO is None:
@@ -39,7 +40,7 @@ class _GroupBias(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_RO: Tensor) -> "tuple[Tensor, Tensor | None, None]":
+    def backward(ctx: Any, grad_RO: Tensor) -> "tuple[Tensor, Tensor | None, None]":
         grad_RO, grad_bias = grad_RO.contiguous(), None
         if ctx.needs_input_grad[1]:
             # Sums as a product with ones: added up in fp32 and in a fixed order, as index_add is not. As many rows of

@@ -7,6 +7,7 @@ a sparse layer makes. Linux gives huge pages to who asks (`transparent_hugepage/
 elsewhere nothing changes but the time.
 """
 
+import contextlib
 import math
 import mmap
 import os
@@ -93,8 +94,7 @@ def _keep(memory: mmap.mmap) -> None:
 
 def _map(length: int) -> mmap.mmap:
     memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
-        memory.madvise(ADVICE)
-    except OSError:  # a system without huge pages: these are small then
-        pass
+    if ADVICE is not None:
+        with contextlib.suppress(OSError):  # a system without huge pages: these are small then
+            memory.madvise(ADVICE)
     return memory

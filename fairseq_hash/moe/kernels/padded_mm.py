@@ -6,10 +6,11 @@ goes by products of their own: there 1.3 times the rows, and 25 such groups. Sha
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from fairseq_hash.moe.kernels.group_sizes import GroupSizes
 
@@ -81,16 +82,14 @@ def batch_rows(sizes: tuple[int, ...]) -> int:
 
 class _PaddedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, rows_RI: Tensor, weight_GOI: Tensor, bias_GO: "Tensor | None", layout: Layout
-    ) -> Tensor:
+    def forward(ctx: Any, rows_RI: Tensor, weight_GOI: Tensor, bias_GO: "Tensor | None", layout: Layout) -> Tensor:
         ctx.save_for_backward(rows_RI, weight_GOI)
         ctx.layout = layout
         return layout.multiply(layout.pad(rows_RI, len(weight_GOI)), rows_RI, weight_GOI.transpose(1, 2), bias_GO)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_RO: Tensor) -> "tuple[Tensor | None, ...]":
+    def backward(ctx: Any, grad_RO: Tensor) -> "tuple[Tensor | None, ...]":
         rows_RI, weight_GOI = ctx.saved_tensors
         of_rows, of_weight, of_bias = ctx.needs_input_grad[:3]
         grad_GCO = ctx.layout.pad(grad_RO, len(weight_GOI))

@@ -30,7 +30,7 @@ class Display:
             disable=not self.console.is_terminal,
         )
         self.total, self.done = total, 0.0
-        self.overall: TaskID = self.bars.add_task("In all", total=total, detail="")
+        self.overall = self.bars.add_task("In all", total=total, detail="")
         self.current: Any = None  # the step's TaskID, while there is one
         self.start = time.monotonic()
 

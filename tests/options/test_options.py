@@ -14,7 +14,7 @@ HASH = ("--router", "hash", "--sparse-layers", "1", "--num-experts", "4")
 SWITCH = ("--router", "switch", *HASH[2:])
 
 BAD = [
-    (("--router", "hsah"), "--router hsah is unknown; use one of none, hash, switch, base"),
+    (("--router", "hsah"), "--router hsah is unknown; use one of none, hash, base, switch"),
     ((*HASH, "--num-experts", "0"), "--num-experts 0 is out of range; give a number of 1 or more"),
     ((*HASH, "--num-experts", "-3"), "--num-experts -3 is out of range"),
     ((*HASH, "--sparse-layers", "2"), "--sparse-layers 2: layer 2 does not exist; the decoder has layers 0 to 1"),

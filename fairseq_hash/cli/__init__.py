@@ -22,6 +22,7 @@ VERBS = {
     "sample": "let a model go on from a text, and show which expert served each token",
     "experts": "which experts serve the tokens of a text, as a table",
     "report": "compare runs: tables, learning curves, perplexity by experts, expert loads, and a page with all of it",
+    "patches": "list what the plugin changes in fairseq, and whether this fairseq is the known one",
     "user-dir": "print the package's folder, for fairseq's --user-dir",
 }
 

@@ -1,4 +1,4 @@
-"""Options of the criterion `hash_moe`."""
+"""Options of the criterion `hash_moe`, and what the trainer knows of a criterion like it."""
 
 from dataclasses import dataclass, field
 
@@ -33,3 +33,13 @@ class HashMoECriterionConfig(CrossEntropyCriterionConfig):
             "so that an update has as many tokens on any number of ranks; 0: F on any number"
         },
     )
+
+
+class SparseCriterion:
+    """A criterion that adds the routers' auxiliary losses and calls an oracle's perplexity one, such as `hash_moe`.
+
+    Attributes:
+        update_freq_ranks: the number of ranks that `--update-freq` is meant for; 0: any.
+    """
+
+    update_freq_ranks: int = 0

@@ -36,7 +36,9 @@ class HashMoECriterionConfig(CrossEntropyCriterionConfig):
 
 
 class SparseCriterion:
-    """A criterion that adds the routers' auxiliary losses and calls an oracle's perplexity one, such as `hash_moe`.
+    """A criterion that knows sparse layers, as `hash_moe` does.
+
+    It adds the routers' auxiliary losses, counts the tokens of each expert, and calls an oracle's perplexity one.
 
     Attributes:
         update_freq_ranks: the number of ranks that `--update-freq` is meant for; 0: any.

@@ -64,10 +64,10 @@ from fairseq.logging import metrics
 from fairseq.trainer import Trainer
 from rich.console import Console
 
-from fairseq_hash import fairseq_patches
 from fairseq_hash.checkpoint.expert_state import is_per_element
 from fairseq_hash.cli import Parser
 from fairseq_hash.core.progress import Display
+from fairseq_hash.fairseq_patches.data_parallel import let_gloo_finish
 from fairseq_hash.parallel.groups import expert_names
 from fairseq_hash.provenance import provenance
 
@@ -287,7 +287,7 @@ def be_rank(rank: int, arguments: argparse.Namespace, folder: Path) -> None:
     if rank == 0:
         (folder / "results.json").write_text(json.dumps(results))
     dist.barrier()
-    fairseq_patches.let_gloo_finish()
+    let_gloo_finish()
     dist.destroy_process_group()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fairseq_hash.experiments.memory import KEPT
 from fairseq_hash.experiments.sizes import BACKWARD
-from fairseq_hash.lm.model import count_parameters
+from fairseq_hash.moe.parameter_counts import count_parameters
 
 ADAM = 8  # bytes of Adam's two moments per parameter, in fp32
 ROUTERS = {

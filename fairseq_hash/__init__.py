@@ -19,26 +19,23 @@ def register() -> None:
     A second call does nothing.
 
     Raises:
-        ModuleNotFoundError: where fairseq is not installed.
-        SystemExit: with one line, for a fairseq that the plugin was not written against.
+        ModuleNotFoundError: if fairseq is not installed.
+        SystemExit: with one line, for a fairseq that the plugin was not written against, or that lacks a function.
     """
-    import logging
     import warnings
+
+    from fairseq_hash.core.quiet import only_warnings
 
     # What fairseq and fairscale say when they are first imported (deprecated calls, a missing speech library) would
     # stand above the output of every command of ours.
-    disabled = logging.root.manager.disable
-    logging.disable(logging.INFO)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            for name in ("lm.criterion", "lm.model", "training.fused_adam", "fairseq_patches"):
-                import_module(f"fairseq_hash.{name}")
-    finally:
-        logging.disable(disabled)
-    patches = sys.modules["fairseq_hash.fairseq_patches"]
-    patches.require_supported_fairseq()
-    patches.ignore_warnings()
+    with only_warnings("fairseq", "fairscale"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        import_module("fairseq_hash.fairseq_patches.upstream").require_supported_fairseq()
+        for name in ("lm.criterion", "lm.model", "training.fused_adam"):
+            import_module(f"fairseq_hash.{name}")
+        registry = import_module("fairseq_hash.fairseq_patches.registry")
+        registry.overrides()
+    registry.apply()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,7 @@
 """Load a checkpoint for inspection: dictionary, tokenizer, and the model with all its experts."""
 
-import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from fairseq_hash.api.language_model import LanguageModel
 from fairseq_hash.api.tokenizer import tokenizer_for
 from fairseq_hash.checkpoint.loading import loading_weights_only, one_line, read_checkpoint
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.quiet import only_warnings
 
 DICTIONARY = "dict.txt"
 PathLike = str | os.PathLike[str]
@@ -56,7 +55,8 @@ def load(
             f"sentencepiece {sentencepiece} does not exist; give the model with which the data was prepared"
         )
     try:
-        with _quiet(), loading_weights_only():
+        # Whoever looks at a model has asked something else than what fairseq and the model tell of themselves.
+        with only_warnings("fairseq", "fairseq_hash"), loading_weights_only():
             task_options = task_of(read_checkpoint(path, is_checked=False), path)
             folder = dictionary_folder(path, task_options.get("data"), data)
             state = checkpoint_utils.load_checkpoint_to_cpu(str(path))
@@ -74,17 +74,6 @@ def load(
     given = Path(sentencepiece) if sentencepiece is not None else None
     tokenizer = tokenizer_for(folder, given, task.source_dictionary)
     return LanguageModel(model.to(device).eval().requires_grad_(False), task, configuration, tokenizer)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress the messages of fairseq and the model, which nobody who inspects a model has asked for."""
-    before = logging.root.manager.disable
-    logging.disable(max(before, logging.INFO))
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def check_device(device: "str | torch.device") -> torch.device:

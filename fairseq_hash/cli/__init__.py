@@ -23,6 +23,7 @@ VERBS = {
     "experts": "show which experts serve the tokens of a text, as a table",
     "report": "compare runs: tables, learning curves, perplexity by number of experts, expert loads, and a page with "
     "all of them",
+    "patches": "list what the plugin changes in fairseq, and whether this fairseq is the known one",
     "user-dir": "print the package's folder, for fairseq's --user-dir",
 }
 

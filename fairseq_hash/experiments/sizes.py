@@ -18,8 +18,9 @@ from torch import nn
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.experiments.compose import Experiment
 from fairseq_hash.hashing.build import BUILDERS
-from fairseq_hash.lm.model import HashTransformerLanguageModel, count_parameters, count_trained
+from fairseq_hash.lm.model import HashTransformerLanguageModel
 from fairseq_hash.moe.layer import SparseLayer
+from fairseq_hash.moe.parameter_counts import count_experts, count_parameters, count_trained, count_trained_experts
 
 BACKWARD = 2  # a backward pass has two products for each product of the forward pass
 
@@ -74,9 +75,9 @@ def sizes(experiment: Experiment, ranks: int = 1) -> Sizes:
     return Sizes(
         total,
         active,
-        sum(layer.parallel.num_experts * layer.expert_size for layer in layers),
+        count_experts(layers),
         count_trained(model),
-        sum(p.numel() for layer in layers for p in layer.experts.parameters() if p.requires_grad),
+        count_trained_experts(layers),
         sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
         2 * _multiplications(model),
         attention,

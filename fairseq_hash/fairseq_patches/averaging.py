@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fairseq import checkpoint_utils
 from fairseq.models.ema import EMA
 from fairseq.trainer import Trainer
 from torch import nn
@@ -14,12 +13,13 @@ from torch import nn
 from fairseq_hash.checkpoint.convert import take_running_average
 from fairseq_hash.checkpoint.mainfile import read_main
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.fairseq_patches.registry import one_line_errors, override
+from fairseq_hash.fairseq_patches.registry import override
+from fairseq_hash.parallel.collectives import one_line_errors
 
 logger = logging.getLogger(__name__)
 
 
-@override(Trainer, "__init__")
+@override("fairseq.trainer.Trainer", "__init__")
 @one_line_errors
 def _check_average(original: Callable[..., None], trainer: Trainer, cfg: Any, *args: Any, **kwargs: Any) -> None:
     """Refuse an average of weights that no rank has whole.
@@ -32,7 +32,7 @@ def _check_average(original: Callable[..., None], trainer: Trainer, cfg: Any, *a
     original(trainer, cfg, *args, **kwargs)
 
 
-@override(EMA, "_step_internal")
+@override("fairseq.models.ema.ema.EMA", "_step_internal")
 @torch.no_grad()
 def _average_weights(
     original: Callable[..., None], ema: EMA, new_model: nn.Module, updates: "int | None" = None
@@ -75,7 +75,7 @@ def go_on_averaging(trainer: Trainer, extra_state: Mapping[str, Any]) -> None:
         trainer.ema.build_fp32_params(extra_state.get("ema_fp32_params"))
 
 
-@override(checkpoint_utils, "load_ema_from_checkpoint")
+@override("fairseq.checkpoint_utils", "load_ema_from_checkpoint")
 @one_line_errors
 def _read_average(original: Callable[..., Any], fpath: str) -> dict[str, Any]:
     """Read a checkpoint whose weights are the running average.

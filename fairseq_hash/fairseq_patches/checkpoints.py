@@ -9,38 +9,30 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fairseq import checkpoint_utils, options
+from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
 
 from fairseq_hash.checkpoint.loading import loading_weights_only, read_checkpoint
 from fairseq_hash.checkpoint.mainfile import duplicate, not_here, write_main
-from fairseq_hash.checkpoint.trainer_checkpoints import TrainingCheckpoints
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.fairseq_patches.averaging import go_on_averaging
-from fairseq_hash.fairseq_patches.registry import one_line_errors, override, replaced
-from fairseq_hash.parallel.collectives import gather, together
+from fairseq_hash.fairseq_patches.registry import override, replaced, replacement
+from fairseq_hash.parallel.collectives import gather, one_line_errors, together
 
 
-def _checkpoints(trainer: Trainer) -> TrainingCheckpoints:
-    """Return what this trainer's checkpoints need, made with the first call."""
-    if not hasattr(trainer, "hash_checkpoints"):
-        trainer.hash_checkpoints = TrainingCheckpoints(trainer)
-    return trainer.hash_checkpoints
-
-
-@override(checkpoint_utils, "load_checkpoint")
+@override("fairseq.checkpoint_utils", "load_checkpoint")
 @one_line_errors
 def _start_knowingly(original: Callable[..., Any], cfg: Any, trainer: Trainer, **kwargs: Any) -> Any:
     """Keep other trainings out of the folder, clean it, and refuse to start anew where there are checkpoints.
 
     Upstream: where the file to go on from does not exist, training starts from scratch, whatever else is there.
     """
-    _checkpoints(trainer).begin(cfg)
+    trainer.hash_state.checkpoints.begin(cfg)
     return original(cfg, trainer, **kwargs)
 
 
-@override(Trainer, "load_checkpoint")
+@override("fairseq.trainer.Trainer", "load_checkpoint")
 @one_line_errors
 def _load_on_every_rank(
     original: Callable[..., Any], trainer: Trainer, filename: str, reset_optimizer: bool = False, *args: Any, **kw: Any
@@ -50,9 +42,9 @@ def _load_on_every_rank(
     Upstream: rank 0 reads all and sends all to all. The place in the epoch is counted for one number of ranks, and
     another number stops with "dataloader mismatch" or skips text.
     """
-    _checkpoints(trainer).check_own_file(filename)
+    trainer.hash_state.checkpoints.check_own_file(filename)
     if not reset_optimizer:
-        _checkpoints(trainer).check_freeze(filename)
+        trainer.hash_state.checkpoints.check_freeze(filename)
     averages = trainer.cfg.ema.store_ema
     with (
         replaced(trainer.cfg.checkpoint, "load_checkpoint_on_all_dp_ranks", True),
@@ -65,7 +57,7 @@ def _load_on_every_rank(
             raise UserError(f"{filename}: {error}") from error
     if averages and extra_state is not None:
         go_on_averaging(trainer, extra_state)
-    return _checkpoints(trainer).loaded(filename, extra_state)
+    return trainer.hash_state.checkpoints.loaded(filename, extra_state)
 
 
 class _TorchThatHasLoaded:
@@ -78,7 +70,7 @@ class _TorchThatHasLoaded:
         return getattr(torch, name)
 
 
-@override(checkpoint_utils, "load_checkpoint_to_cpu")
+@override("fairseq.checkpoint_utils", "load_checkpoint_to_cpu")
 @one_line_errors
 def _read_without_running_code(
     original: Callable[..., Any], path: str, arg_overrides: Any = None, load_on_all_ranks: bool = False
@@ -95,7 +87,7 @@ def _read_without_running_code(
         return original(path, arg_overrides, load_on_all_ranks)
 
 
-@override(checkpoint_utils, "load_model_ensemble_and_task")
+@override("fairseq.checkpoint_utils", "load_model_ensemble_and_task")
 @one_line_errors
 def _load_weights_only(original: Callable[..., Any], filenames: list[str], *args: Any, **kwargs: Any) -> Any:
     """Load models for evaluation and generation without the optimizer's state; name a file that does not exist.
@@ -112,7 +104,7 @@ def _load_weights_only(original: Callable[..., Any], filenames: list[str], *args
             raise UserError(f"--path {not_here(missing)}") from error
 
 
-@override(options, "parse_args_and_arch")
+@override("fairseq.options", "parse_args_and_arch")
 @one_line_errors
 def _require_path(
     original: Callable[..., Any],
@@ -131,18 +123,18 @@ def _require_path(
     return parsed
 
 
-@override(Trainer, "_build_optimizer")
+@override("fairseq.trainer.Trainer", "_build_optimizer")
 @one_line_errors
 def _load_own_optimizer_state(original: Callable[..., None], trainer: Trainer) -> None:
     """Give the optimizer the state of this rank's experts when it loads a checkpoint."""
     original(trainer)
-    if trainer.shared is not None:
-        trainer.shared.check_optimizer(trainer._optimizer)
+    if trainer.hash_state.shared is not None:
+        trainer.hash_state.shared.check_optimizer(trainer._optimizer)
     if not trainer.is_fsdp:  # which saves what each rank holds
-        trainer._optimizer.load_state_dict = _checkpoints(trainer).loading_own_state(trainer._optimizer)
+        trainer._optimizer.load_state_dict = trainer.hash_state.checkpoints.loading_own_state(trainer._optimizer)
 
 
-@override(checkpoint_utils, "save_checkpoint")
+@override("fairseq.checkpoint_utils", "save_checkpoint")
 @one_line_errors
 def _save_together(
     original: Callable[..., None], cfg: Any, trainer: Trainer, epoch_itr: Any, val_loss: "float | None"
@@ -151,25 +143,27 @@ def _save_together(
 
     Upstream: only rank 0 writes, and the others go on.
     """
-    _checkpoints(trainer).save(functools.partial(original, cfg, trainer, epoch_itr, val_loss), Path(cfg.save_dir))
+    trainer.hash_state.checkpoints.save(
+        functools.partial(original, cfg, trainer, epoch_itr, val_loss), Path(cfg.save_dir)
+    )
 
 
-@override(Trainer, "save_checkpoint")
+@override("fairseq.trainer.Trainer", "save_checkpoint")
 def _write_experts_first(
     original: Callable[..., None], trainer: Trainer, filename: str, extra_state: dict[str, Any]
 ) -> None:
     """Write the experts to shards before the main file, and note the number of ranks with the place in the epoch."""
-    if _checkpoints(trainer).before_main(Path(filename), extra_state):
+    if trainer.hash_state.checkpoints.before_main(Path(filename), extra_state):
         original(trainer, filename, extra_state)
 
 
-@override(Trainer, "state_dict")
+@override("fairseq.trainer.Trainer", "state_dict")
 def _put_manifest(original: Callable[..., dict[str, Any]], trainer: Trainer) -> dict[str, Any]:
     """Leave the experts, which are in shards, out of the main file."""
-    return _checkpoints(trainer).main_state(original(trainer))
+    return trainer.hash_state.checkpoints.main_state(original(trainer))
 
 
-@override(checkpoint_utils, "torch_persistent_save")
+@override("fairseq.checkpoint_utils", "torch_persistent_save")
 def _write_whole(original: Callable[..., None], state: Any, filename: str, async_write: bool = False) -> None:
     """Write a file that is whole and on disc before it has its name.
 
@@ -197,11 +191,17 @@ def _has_last(state: Any, path: Path) -> bool:
     return is_whole is not None and path.parent == Path(saving["save_dir"])
 
 
-class _WholeCopies(PathManager):
-    """fairseq's `PathManager` for `checkpoint_utils`, whose copies of a checkpoint are whole at any time.
+@replacement("fairseq.checkpoint_utils", "PathManager")
+def _copy_whole(original: type[PathManager]) -> type[PathManager]:
+    """Let the copies of a checkpoint be whole at any time.
 
     Upstream: `checkpoint_last.pt` and others are written over in place, so that a kill leaves half of one.
     """
+    return _WholeCopies
+
+
+class _WholeCopies(PathManager):
+    """fairseq's `PathManager`, for `checkpoint_utils` alone."""
 
     @staticmethod
     def copy(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
@@ -210,6 +210,3 @@ class _WholeCopies(PathManager):
             return PathManager.copy(src_path, dst_path, overwrite=overwrite)
         duplicate(src_path, dst_path)
         return True
-
-
-checkpoint_utils.PathManager = _WholeCopies

@@ -6,17 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fairseq import utils
-from fairseq.dataclass import utils as dataclass_utils
-from fairseq.tasks.language_modeling import LanguageModelingTask
 from omegaconf.errors import ConfigKeyError, ValidationError
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.fairseq_patches.registry import one_line_errors, override
+from fairseq_hash.fairseq_patches.registry import apply, override
 from fairseq_hash.hashing.dictionary import read_dictionary
+from fairseq_hash.parallel.collectives import one_line_errors
 
 
-@override(dataclass_utils, "merge_with_parent")
+@override("fairseq.dataclass.utils", "merge_with_parent")
 @one_line_errors
 def _name_unknown_options(original: Callable[..., Any], known: Any, given: Any, *args: Any, **kwargs: Any) -> Any:
     """Say in one line which option of a Hydra configuration does not exist, or has a value of another type.
@@ -36,7 +34,7 @@ def _name_unknown_options(original: Callable[..., Any], known: Any, given: Any, 
         raise UserError(f"{given._get_full_key(error.key)}={given.get(error.key)}: {line}") from error
 
 
-@override(utils, "import_user_module")
+@override("fairseq.utils", "import_user_module")
 @one_line_errors
 def _know_this_package(original: Callable[..., None], args: Any) -> None:
     """Take `--user-dir fairseq_hash` for this package, which has been imported, wherever the command runs.
@@ -44,6 +42,7 @@ def _know_this_package(original: Callable[..., None], args: Any) -> None:
     Upstream: names are compared as text, so that a link to the folder, or the name alone in another folder, is a
     traceback.
     """
+    apply()  # the commands call this first, when their own module is imported
     given, own = getattr(args, "user_dir", None), Path(__file__).parent.parent
     if given is None or Path(given).name != own.name:
         return original(args)
@@ -54,7 +53,7 @@ def _know_this_package(original: Callable[..., None], args: Any) -> None:
     return None
 
 
-@override(LanguageModelingTask, "setup_dictionary")
+@override("fairseq.tasks.language_modeling.LanguageModelingTask", "setup_dictionary")
 @one_line_errors
 def _name_missing_data(original: Callable[..., Any], cfg: Any, **kwargs: Any) -> Any:
     """Say in one line that a folder holds no binarized data, or a dictionary that cannot be read.
@@ -75,7 +74,7 @@ def _name_missing_data(original: Callable[..., Any], cfg: Any, **kwargs: Any) ->
         raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
 
-@override(LanguageModelingTask, "load_dataset")
+@override("fairseq.tasks.language_modeling.LanguageModelingTask", "load_dataset")
 @one_line_errors
 def _name_missing_subset(original: Callable[..., Any], task: Any, split: str, *args: Any, **kwargs: Any) -> Any:
     """Say in one line that a folder lacks a subset; upstream it is a traceback."""

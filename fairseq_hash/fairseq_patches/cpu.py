@@ -6,17 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fairseq.distributed import utils as distributed_utils
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.fairseq_patches.registry import one_line_errors, override
+from fairseq_hash.fairseq_patches.registry import override
+from fairseq_hash.parallel.collectives import one_line_errors
 
 logger = logging.getLogger(__name__)
 
 LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")  # what torchrun sets, and fairseq looks for
 
 
-@override(distributed_utils, "call_main")
+@override("fairseq.distributed.utils", "call_main")
 def _let_cpus_meet(original: Callable[..., None], cfg: Any, main: Callable[..., None], **kwargs: Any) -> None:
     """Let processes on CPUs talk over gloo.
 
@@ -54,7 +54,7 @@ def meet_over_gloo(cfg: Any, is_asked_for: bool) -> None:
             logger.info("%s: the processes run on CPUs, and talk over gloo in place of nccl", why)
 
 
-@override(distributed_utils, "_infer_slurm_init")
+@override("fairseq.distributed.utils", "_infer_slurm_init")
 @one_line_errors
 def _count_tasks(original: Callable[..., None], cfg: Any, *args: Any) -> None:
     """Say in one line that the tasks of a SLURM job are not the processes that the options mean.

@@ -7,17 +7,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fairseq import utils
 from fairseq.distributed import LegacyDistributedDataParallel
-from fairseq.distributed import utils as distributed_utils
-from fairseq.models import distributed_fairseq_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fairseq_hash.fairseq_patches.registry import override
+from fairseq_hash.fairseq_patches.registry import override, replacement
 
 
-@atexit.register
+@override("fairseq.distributed.utils", "distributed_init")
+def _finish_later(original: Callable[..., int], cfg: Any) -> int:
+    """Let Python end only when gloo has finished, as `let_gloo_finish` says."""
+    rank = original(cfg)
+    atexit.unregister(let_gloo_finish)  # of a training before this one
+    atexit.register(let_gloo_finish)
+    return rank
+
+
 def let_gloo_finish() -> None:
     """Wait a moment before Python ends, where ranks talk over gloo.
 
@@ -29,7 +34,7 @@ def let_gloo_finish() -> None:
         time.sleep(0.2)
 
 
-@override(distributed_utils, "_broadcast_object_slow")
+@override("fairseq.distributed.utils", "_broadcast_object_slow")
 def _broadcast_any_object(
     original: Callable[..., Any], value: Any, src_rank: int, group: Any, dist_device: torch.device
 ) -> Any:
@@ -44,7 +49,7 @@ def _broadcast_any_object(
     return values[0]
 
 
-@override(utils, "clip_grad_norm_")
+@override("fairseq.utils", "clip_grad_norm_")
 def _clip_experts_alone(
     original: Callable[..., Tensor], params: "Tensor | Iterable[nn.Parameter]", *args: Any, **kwargs: Any
 ) -> Tensor:
@@ -60,7 +65,7 @@ def _clip_experts_alone(
     return original(params, *args, **kwargs)
 
 
-@override(LegacyDistributedDataParallel, "all_reduce_grads")
+@override("fairseq.distributed.LegacyDistributedDataParallel", "all_reduce_grads")
 def _reduce_experts_under_legacy_ddp(original: Callable[..., None], wrapper: LegacyDistributedDataParallel) -> None:
     """Reduce the experts' gradients after the dense ones.
 
@@ -83,18 +88,21 @@ class _NothingToReduce(nn.Module):
         return self.module(*args, **kwargs)
 
 
-def _data_parallel_on_any_device(module: nn.Module, device_ids: Any, output_device: Any, **kwargs: Any) -> nn.Module:
-    """Make torch's DistributedDataParallel work on a CPU, and where nothing but shared experts is trained.
+@replacement("fairseq.models.distributed_fairseq_model", "DistributedDataParallel")
+def _on_any_device(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Make torch's DistributedDataParallel work on a CPU, and if nothing but shared experts is trained.
 
     Upstream: fairseq/models/distributed_fairseq_model.py always passes device ids, which torch refuses for a model on
     the CPU; torch also refuses a model without a parameter to reduce.
     """
+    return data_parallel
+
+
+def data_parallel(module: nn.Module, device_ids: Any, output_device: Any, **kwargs: Any) -> nn.Module:
+    """Return the module as torch wraps it, on its own device; in a plain wrapper if there is nothing to reduce."""
     ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", ())
     if not any(p.requires_grad for name, p in module.named_parameters() if name not in ignored):
         return _NothingToReduce(module)
     if next(module.parameters()).device.type == "cpu":
         device_ids = output_device = None
     return DistributedDataParallel(module, device_ids, output_device, **kwargs)
-
-
-distributed_fairseq_model.DistributedDataParallel = _data_parallel_on_any_device

@@ -3,12 +3,10 @@
 import argparse
 import functools
 import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fairseq import options
 from fairseq.data import MonolingualDataset
 from fairseq.sequence_scorer import SequenceScorer
 from fairseq.tasks.language_modeling import LanguageModelingTask
@@ -17,8 +15,10 @@ from torch import nn
 from fairseq_hash.checkpoint.mainfile import read_main
 from fairseq_hash.checkpoint.model_state import state_of
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.fairseq_patches.command_log import CommandLog
 from fairseq_hash.fairseq_patches.lengths import check_lengths
-from fairseq_hash.fairseq_patches.registry import one_line_errors, override, replaced
+from fairseq_hash.fairseq_patches.registry import override, replaced, replacement
+from fairseq_hash.parallel.collectives import one_line_errors
 
 ORACLE = "Perplexity of an oracle, which sees the next token:"
 # How a training cut its text into samples, which its model knows and no other cut does it justice.
@@ -27,25 +27,26 @@ AS_TRAINED = ("tokens_per_sample", "sample_break_mode", "add_bos_token")
 logger = logging.getLogger(__name__)
 
 
-class _NameOracle(logging.Filter):
-    """Let `fairseq-eval-lm` say of the next result that it is an oracle's.
+@replacement("fairseq_cli.eval_lm", "logger")
+def _name_oracle(original: logging.Logger) -> CommandLog:
+    """Let `fairseq-eval-lm` say of a result that it is an oracle's.
 
     Upstream: `main` in fairseq_cli/eval_lm.py logs "Perplexity: ..." for any model, and asks no model or criterion.
     """
-
-    def __init__(self, of: logging.Logger) -> None:
-        super().__init__()
-        self.of = of
-        of.addFilter(self)
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if isinstance(record.msg, str) and "Perplexity:" in record.msg:
-            record.msg = record.msg.replace("Perplexity:", ORACLE)
-            self.of.removeFilter(self)
-        return True
+    return CommandLog(original, _name_result)
 
 
-@override(options, "parse_args_and_arch")
+def _name_result(said: Any) -> Any:
+    return said.replace("Perplexity:", ORACLE) if isinstance(said, str) and _Result.is_oracles else said
+
+
+class _Result:
+    """The latest evaluation of this process, which `main` logs next."""
+
+    is_oracles = False
+
+
+@override("fairseq.options", "parse_args_and_arch")
 @one_line_errors
 def _cut_as_trained(
     original: Callable[..., Any],
@@ -94,7 +95,7 @@ def _options_of_training(path: "str | None") -> dict[str, Any]:
     return dict((saved.get("cfg") or {}).get("task") or {})
 
 
-@override(LanguageModelingTask, "eval_lm_dataloader")
+@override("fairseq.tasks.language_modeling.LanguageModelingTask", "eval_lm_dataloader")
 @one_line_errors
 def _evaluate_all_of_it(
     original: Callable[..., Any], task: LanguageModelingTask, dataset: MonolingualDataset, *args: Any, **kwargs: Any
@@ -110,14 +111,10 @@ def _evaluate_all_of_it(
             "that of one part; evaluate in one process, without --num-shards"
         )
     check_lengths(task, dataset, None, kwargs.get("max_positions"), False, kwargs.get("context_window", 0))
-    for name in ("__main__", "fairseq_cli.eval_lm"):  # the first one under `python -m`
-        evaluate = getattr(sys.modules.get(name), "eval_lm", None)
-        if evaluate is not None and not hasattr(evaluate, "scores_all"):
-            override(sys.modules[name], "eval_lm")(_score_every_token)
-            sys.modules[name].eval_lm.scores_all = True  # the next evaluation of this process finds it done
     return original(task, dataset, *args, **kwargs)
 
 
+@override("fairseq_cli.eval_lm", "eval_lm")
 @one_line_errors
 def _score_every_token(original: Callable[..., Any], models: "list[nn.Module]", *args: Any, **kwargs: Any) -> Any:
     """Refuse a perplexity where a token has no finite score, and name that of an oracle.
@@ -126,8 +123,7 @@ def _score_every_token(original: Callable[..., Any], models: "list[nn.Module]", 
     """
     with replaced(SequenceScorer, "generate", functools.partialmethod(_finite_scores, SequenceScorer.generate)):
         result = original(models, *args, **kwargs)
-    if any(state_of(model).is_oracle for model in models):
-        _NameOracle(logging.getLogger("fairseq_cli.eval_lm"))
+    _Result.is_oracles = any(state_of(model).is_oracle for model in models)
     return result
 
 

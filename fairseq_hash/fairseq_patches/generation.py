@@ -3,13 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-from fairseq.tasks.language_modeling import LanguageModelingTask
-
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.fairseq_patches.registry import one_line_errors, override
+from fairseq_hash.fairseq_patches.registry import override
+from fairseq_hash.parallel.collectives import one_line_errors
 
 
-@override(LanguageModelingTask, "filter_indices_by_size")
+@override("fairseq.tasks.language_modeling.LanguageModelingTask", "filter_indices_by_size")
 @one_line_errors
 def _name_too_long_texts(
     original: Callable[..., Any],

@@ -9,12 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from fairseq import utils
 from fairseq.optim import FairseqOptimizer
-from fairseq.optim.fp16_optimizer import _FP16OptimizerMixin
 from torch import Tensor, nn
 
-from fairseq_hash.fairseq_patches.registry import override
+from fairseq_hash.fairseq_patches.registry import override, replacement
 
 
 def _alike(tensors: Iterable[Tensor]) -> "list[tuple[list[int], list[Tensor]]]":
@@ -32,7 +30,14 @@ def _multiply(tensors: Iterable[Tensor], factor: "Tensor | float") -> None:
         torch._foreach_mul_(alike, factor.to(alike[0].device) if torch.is_tensor(factor) else factor)
 
 
-@override(_FP16OptimizerMixin, "zero_grad")
+@override("fairseq.optim.fp16_optimizer._FP16OptimizerMixin", "__init__")
+def _begin_with_new_gradients(original: Callable[..., None], optimizer: Any, *args: Any, **kwargs: Any) -> None:
+    """Say that no fp32 gradients are left over from an update before, which `zero_grad` and the next copy change."""
+    optimizer.fp32_grads_are_old = False
+    original(optimizer, *args, **kwargs)
+
+
+@override("fairseq.optim.fp16_optimizer._FP16OptimizerMixin", "zero_grad")
 def _leave_zeros_to_the_next_copy(original: Callable[..., None], optimizer: Any) -> None:
     """Do not fill fp32 gradients with zeros that `_sync_fp16_grads_to_fp32` overwrites unread.
 
@@ -50,7 +55,7 @@ def _leave_zeros_to_the_next_copy(original: Callable[..., None], optimizer: Any)
     optimizer.fp32_grads_are_old = True
 
 
-@override(_FP16OptimizerMixin, "_sync_fp16_grads_to_fp32")
+@override("fairseq.optim.fp16_optimizer._FP16OptimizerMixin", "_sync_fp16_grads_to_fp32")
 @torch.no_grad()
 def _copy_gradients(original: Callable[..., None], optimizer: Any) -> None:
     """Copy all gradients to fp32 at once; make zeros of those that `zero_grad` left and nothing replaces.
@@ -60,7 +65,7 @@ def _copy_gradients(original: Callable[..., None], optimizer: Any) -> None:
     if optimizer.has_flat_params:
         original(optimizer)
         return
-    old = getattr(optimizer, "fp32_grads_are_old", False)
+    old = optimizer.fp32_grads_are_old
     if not (optimizer._needs_sync or old):
         return
     copies, gradients, zeros = [], [], []
@@ -82,7 +87,7 @@ def _copy_gradients(original: Callable[..., None], optimizer: Any) -> None:
     optimizer._needs_sync = optimizer.fp32_grads_are_old = False
 
 
-@override(_FP16OptimizerMixin, "_sync_fp32_params_to_fp16")
+@override("fairseq.optim.fp16_optimizer._FP16OptimizerMixin", "_sync_fp32_params_to_fp16")
 @torch.no_grad()
 def _copy_parameters(original: Callable[..., None], optimizer: Any) -> None:
     """Round all parameters at once.
@@ -98,7 +103,7 @@ def _copy_parameters(original: Callable[..., None], optimizer: Any) -> None:
         torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
 
-@override(_FP16OptimizerMixin, "step")
+@override("fairseq.optim.fp16_optimizer._FP16OptimizerMixin", "step")
 def _spend_the_factor(original: Callable[..., None], optimizer: Any, *args: Any, **kwargs: Any) -> None:
     """Let the next update begin with the factor 1.
 
@@ -110,7 +115,7 @@ def _spend_the_factor(original: Callable[..., None], optimizer: Any, *args: Any,
     optimizer._multiply_factor = 1.0
 
 
-@override(FairseqOptimizer, "multiply_grads")
+@override("fairseq.optim.fairseq_optimizer.FairseqOptimizer", "multiply_grads")
 @torch.no_grad()
 def _multiply_gradients(original: Callable[..., None], optimizer: FairseqOptimizer, factor: "Tensor | float") -> None:
     """Multiply all gradients at once.
@@ -120,7 +125,7 @@ def _multiply_gradients(original: Callable[..., None], optimizer: FairseqOptimiz
     _multiply((parameter.grad for parameter in optimizer.params if parameter.grad is not None), factor)
 
 
-@override(utils, "multi_tensor_total_norm")
+@override("fairseq.utils", "multi_tensor_total_norm")
 def _norm_of_all(original: Callable[..., Tensor], grads: Sequence[Tensor], chunk_size: int = 0) -> Tensor:
     """Take the norms of all gradients at once; return the norm of these.
 
@@ -133,10 +138,13 @@ def _norm_of_all(original: Callable[..., Tensor], grads: Sequence[Tensor], chunk
     return torch.norm(torch.stack([norms[place].to(grads[0].device) for place in range(len(grads))]))
 
 
-utils.multi_tensor_l2norm_available = True
+@replacement("fairseq.utils", "multi_tensor_l2norm_available")
+def _use_it(original: bool) -> bool:
+    """Let `clip_grad_norm_` call `multi_tensor_total_norm` without apex, too."""
+    return True
 
 
-@override(utils, "clip_grad_norm_")
+@override("fairseq.utils", "clip_grad_norm_")
 @torch.no_grad()
 def _scale_all(
     original: Callable[..., Tensor],

@@ -6,22 +6,9 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-import fairseq
-from fairseq import models
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY, MODEL_REGISTRY, transformer_lm
 
 from fairseq_hash.fairseq_patches.registry import override
-
-SUPPORTED_FAIRSEQ = "0.12.2"
-
-
-def require_supported_fairseq() -> None:
-    """Raise `SystemExit` with one line unless this fairseq is the one the plugin was written against."""
-    if fairseq.__version__.split("+")[0] != SUPPORTED_FAIRSEQ:
-        raise SystemExit(
-            f"fairseq_hash: fairseq {fairseq.__version__} is not supported; install fairseq {SUPPORTED_FAIRSEQ} "
-            "(scripts/build_fairseq.py builds it for current Python)"
-        )
 
 
 class ForEvaluation:
@@ -38,7 +25,7 @@ class ForEvaluation:
         return getattr(self.task, name)
 
 
-@override(models, "build_model")
+@override("fairseq.models", "build_model")
 def _say_what_for(original: Callable[..., Any], cfg: Any, task: Any, from_checkpoint: bool = False) -> Any:
     """Tell our model whether it is to be evaluated.
 

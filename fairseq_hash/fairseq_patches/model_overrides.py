@@ -5,18 +5,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
-from fairseq import checkpoint_utils, hub_utils
 from fairseq.dataclass.configs import FairseqConfig
 from omegaconf import DictConfig, open_dict
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.fairseq_patches.registry import one_line_errors, override
+from fairseq_hash.fairseq_patches.registry import override
 from fairseq_hash.options.sparse_options import SparseOptions
+from fairseq_hash.parallel.collectives import one_line_errors
 
 _from_hub = False
 
 
-@override(hub_utils, "from_pretrained")
+@override("fairseq.hub_utils", "from_pretrained")
 def _hub_has_options_of_its_own(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Let fairseq's hub give what it likes: its keys are those of tokenizers, too, which no model has."""
     global _from_hub
@@ -27,7 +27,7 @@ def _hub_has_options_of_its_own(original: Callable[..., Any], *args: Any, **kwar
         _from_hub = before
 
 
-@override(checkpoint_utils, "overwrite_args_by_name")
+@override("fairseq.checkpoint_utils", "overwrite_args_by_name")
 @one_line_errors
 def _name_unknown_overrides(original: Callable[..., None], config: DictConfig, overrides: Mapping[str, Any]) -> None:
     """Refuse an override that is no option of the checkpoint; one of ours that is newer than the checkpoint acts.

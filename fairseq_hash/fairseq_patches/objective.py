@@ -10,14 +10,15 @@ from torch import nn
 
 from fairseq_hash.checkpoint.model_state import state_of
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.fairseq_patches.registry import one_line_errors, override
+from fairseq_hash.fairseq_patches.registry import override
 from fairseq_hash.options import option_use
 from fairseq_hash.options.sparse_options import SparseOptions
+from fairseq_hash.parallel.collectives import one_line_errors
 
 logger = logging.getLogger("fairseq_hash.model")
 
 
-@override(Trainer, "__init__")
+@override("fairseq.trainer.Trainer", "__init__")
 @one_line_errors
 def _check_criterion(
     original: Callable[..., None],

@@ -8,10 +8,11 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq_hash.checkpoint.mainfile import is_url, not_here
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.places import require_file, require_folder
-from fairseq_hash.fairseq_patches.registry import one_line_errors, override, training_loops
-from fairseq_hash.parallel.collectives import together
+from fairseq_hash.fairseq_patches.registry import override
+from fairseq_hash.parallel.collectives import one_line_errors, together
 
 
+@override("fairseq_cli.train", "add_defaults")
 @one_line_errors
 def _check_places(original: Callable[..., None], cfg: Any) -> None:
     """Check what the training reads and writes before anything is built.
@@ -50,7 +51,3 @@ def check_places(cfg: Any, is_first: bool) -> None:
             require_folder("--tensorboard-logdir", cfg.common.tensorboard_logdir)
     if cfg.common.log_file:
         require_file("--log-file", cfg.common.log_file)
-
-
-for _loop in training_loops():
-    override(_loop, "add_defaults")(_check_places)

@@ -1,38 +1,135 @@
-"""The tools of this folder: replace functions of fairseq, and turn our errors into one line."""
+"""The overrides of fairseq's functions: recorded by decorators, applied together, each once."""
 
 import functools
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pkgutil import resolve_name
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
-import torch.distributed as dist
+from fairseq_hash.fairseq_patches import ORDER
+from fairseq_hash.fairseq_patches.upstream import changed_line, is_known, missing_line
 
-from fairseq_hash.core.errors import UserError
+logger = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
+Function = Callable[..., Any]
 
 
-def override(owner: Any, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Replace a method or function by the decorated one, which gets the original before all other arguments."""
-    original = getattr(owner, name)
+@dataclass(frozen=True)
+class Override:
+    """What takes the place of a function, or of another value, of fairseq.
 
-    def replace(function: Callable[..., Any]) -> Callable[..., Any]:
+    Attributes:
+        owner: dotted path of the module or class that has it.
+        name: its name there.
+        function: what takes its place, with the original before all other arguments; or what makes the new value.
+        reason: why, in one line: the first of the docstring.
+        makes_value: whether `function` is called once, with the original alone, and returns what takes its place.
+    """
+
+    owner: str
+    name: str
+    function: Function
+    reason: str
+    makes_value: bool
+
+    @property
+    def target(self) -> str:
+        """The dotted path of what is replaced."""
+        return f"{self.owner}.{self.name}"
+
+    @property
+    def module(self) -> str:
+        """The name of the module of this folder that records the override."""
+        return self.function.__module__.rpartition(".")[2]
+
+    def owners(self) -> list[Any]:
+        """Return the owner; a command of fairseq's as often as it is imported, which may be never."""
+        return imported(self.owner) if self.owner.startswith("fairseq_cli.") else [resolve_name(self.owner)]
+
+    def replacement(self, original: Any) -> Any:
+        """Return what takes the original's place."""
+        if self.makes_value:
+            return self.function(original)
+
         @functools.wraps(original)
         def method(*args: Any, **kwargs: Any) -> Any:
-            return function(original, *args, **kwargs)
+            return self.function(original, *args, **kwargs)
 
-        setattr(owner, name, method)
+        return method
+
+
+_recorded: list[Override] = []
+_originals: dict[tuple[Any, Override], Any] = {}  # of what has been replaced
+
+
+def override(owner: str, name: str) -> Callable[[Function], Function]:
+    """Record that the decorated function takes a function's place; it gets the original before all other arguments.
+
+    Args:
+        owner: dotted path of the module or class. A command (`fairseq_cli.train`) is not imported for it.
+        name: the function's name there.
+    """
+    return _recording(owner, name, makes_value=False)
+
+
+def replacement(owner: str, name: str) -> Callable[[Function], Function]:
+    """Record that what the decorated function makes of a value takes its place; otherwise as `override`."""
+    return _recording(owner, name, makes_value=True)
+
+
+def _recording(owner: str, name: str, makes_value: bool) -> Callable[[Function], Function]:
+    def record(function: Function) -> Function:
+        reason = function.__doc__.strip().splitlines()[0]
+        _recorded.append(Override(owner, name, function, reason, makes_value))
         return function
 
-    return replace
+    return record
 
 
-def training_loops() -> list[ModuleType]:
-    """Return fairseq_cli/train.py as it is imported: under `python -m` it is `__main__`, and a second time itself."""
-    modules = [sys.modules[name] for name in ("__main__", "fairseq_cli.train") if name in sys.modules]
-    return [module for module in modules if hasattr(module, "validate_and_save")]
+def overrides() -> list[Override]:
+    """Return all overrides in the order in which they are applied, of one module as they stand in its file."""
+    for module in ORDER:
+        import_module(f"{__package__}.{module}")
+    return sorted(_recorded, key=lambda entry: ORDER.index(entry.module))
+
+
+def apply() -> None:
+    """Apply every override whose owner is there and has not got it yet; a second call changes nothing.
+
+    One warning names the functions of fairseq whose source is not the known one.
+
+    Raises:
+        SystemExit: with one line and before anything is changed, if fairseq lacks a function.
+    """
+    new = [(owner, entry) for entry in overrides() for owner in entry.owners() if (owner, entry) not in _originals]
+    missing = [entry.target for owner, entry in new if not hasattr(owner, entry.name)]
+    if missing:
+        raise SystemExit(missing_line(missing))
+    changed = [entry.target for owner, entry in new if is_known(entry.target, getattr(owner, entry.name)) is False]
+    if changed:
+        logger.warning(changed_line(changed))
+    for owner, entry in new:
+        original = _originals[owner, entry] = getattr(owner, entry.name)
+        setattr(owner, entry.name, entry.replacement(original))
+
+
+def is_source_known(entry: Override) -> "bool | None":
+    """Return whether the source of a target is the known one, applied or not; None if it is not fairseq's."""
+    owner = resolve_name(entry.owner)
+    return is_known(entry.target, _originals.get((owner, entry), getattr(owner, entry.name)))
+
+
+def imported(command: str) -> list[ModuleType]:
+    """Return a module of fairseq's commands as often as it is imported: under `python -m` it is `__main__`, too."""
+    main, itself = sys.modules["__main__"], sys.modules.get(command)
+    is_main = getattr(main, "__file__", None) == find_spec(command).origin
+    return [module for module in (main if is_main else None, itself) if module is not None]
 
 
 @contextmanager
@@ -44,27 +141,3 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
-
-
-def one_line_errors(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Turn a `UserError` at a place that fairseq calls into an exit with its one line.
-
-    Upstream: fairseq's commands show every exception as a traceback, `Trainer.load_checkpoint` replaces the message of
-    any `Exception`, and Hydra prints its own summary of it. `SystemExit` passes through all three. Where there are
-    several ranks, all of them raise the error: rank 0 prints it.
-    """
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Result:
-        try:
-            return function(*args, **kwargs)
-        except UserError as error:
-            line = f"fairseq_hash: {error}"
-            if not dist.is_initialized():
-                raise SystemExit(line) from error
-            if dist.get_rank() == 0:
-                print(line, file=sys.stderr, flush=True)
-            dist.barrier()  # launchers stop all ranks when one ends: not before the line is out
-            raise SystemExit(1) from error
-
-    return call

@@ -12,31 +12,24 @@ import torch.distributed as dist
 from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
-from torch.utils.data._utils import worker
 
-from fairseq_hash.fairseq_patches.registry import override, training_loops
-from fairseq_hash.training.stop_signals import end_by_parent_only, show_interrupt_in_one_line, stop_signals
+from fairseq_hash.fairseq_patches.registry import override, replacement
+from fairseq_hash.training.stop_signals import end_by_parent_only, interrupt_in_one_line, stop_signals
 
 logger = logging.getLogger(__name__)
 
 
-@override(Trainer, "__init__")
+@override("fairseq.trainer.Trainer", "__init__")
 def _listen(original: Callable[..., None], trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-    """Listen for signals from here on, in the training loop that makes this trainer.
+    """Listen for signals from here on.
 
-    Upstream: signals end the process wherever it is. The loop's module may be imported after the plugin: here it is
-    there.
+    Upstream: signals end the process wherever it is.
     """
     original(trainer, *args, **kwargs)
-    trainer.saved_update = None
     stop_signals()
-    for loop in training_loops():
-        if not hasattr(loop.validate_and_save, "stops"):
-            override(loop, "train")(_finish_update)
-            override(loop, "validate_and_save")(_stop_after_update)
-            loop.validate_and_save.stops = True  # the next training of this process finds it done
 
 
+@override("fairseq_cli.train", "train")
 def _finish_update(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Let a Ctrl-C wait for the end of an update.
 
@@ -46,6 +39,7 @@ def _finish_update(original: Callable[..., Any], *args: Any, **kwargs: Any) -> A
         return original(*args, **kwargs)
 
 
+@override("fairseq_cli.train", "validate_and_save")
 def _stop_after_update(
     original: Callable[..., Any], cfg: Any, trainer: Trainer, task: Any, epoch_itr: Any, *args: Any, **kwargs: Any
 ) -> Any:
@@ -60,7 +54,7 @@ def _stop_after_update(
     number = stop_signals().agreed(trainer.device)
     if number is None:
         return valid_losses, is_over
-    if trainer.saved_update != trainer.get_num_updates():
+    if trainer.hash_state.saved_update != trainer.get_num_updates():
         checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
     if cfg.checkpoint.write_checkpoints_asynchronously:
         PathManager.async_close()
@@ -82,17 +76,17 @@ def _what_was_saved(cfg: Any, trainer: Trainer) -> str:
     return f"saved {path}, from which the same command goes on"
 
 
-@override(checkpoint_utils, "save_checkpoint")
+@override("fairseq.checkpoint_utils", "save_checkpoint")
 def _remember_update(original: Callable[..., None], cfg: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
     """Note what has been saved.
 
     Upstream: the training loop does not tell whether it has saved after an update.
     """
     original(cfg, trainer, *args, **kwargs)
-    trainer.saved_update = trainer.get_num_updates()
+    trainer.hash_state.saved_update = trainer.get_num_updates()
 
 
-@override(worker, "_worker_loop")
+@override("torch.utils.data._utils.worker", "_worker_loop")
 def _keep_working(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """Let data loader workers live until the process that started them ends them.
 
@@ -113,5 +107,10 @@ def _is_command() -> bool:
     return name.startswith(("fairseq-", "fairseq_cli."))
 
 
-if _is_command():
-    show_interrupt_in_one_line()
+@replacement("sys", "excepthook")
+def _show_interrupt_in_one_line(original: Callable[..., None]) -> Callable[..., None]:
+    """Let a Ctrl-C end one of fairseq's commands with one line.
+
+    Upstream: a traceback. Programs have handlers of their own, or none.
+    """
+    return interrupt_in_one_line(original) if _is_command() else original

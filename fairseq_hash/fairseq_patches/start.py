@@ -7,26 +7,31 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fairseq.dataclass import utils as dataclass_utils
+from fairseq.distributed import FullyShardedDataParallel
 from omegaconf import DictConfig
 from torch import nn
 
-from fairseq_hash.fairseq_patches.registry import override
+from fairseq_hash.fairseq_patches.command_log import CommandLog
+from fairseq_hash.fairseq_patches.registry import override, replacement
+from fairseq_hash.moe.parameter_counts import count_experts, count_trained_experts, layers_and_dense, whole_size
 
 
-def ignore_warnings() -> None:
+@replacement("warnings", "filters")
+def _ignore_warnings(original: list[Any]) -> list[Any]:
     """Leave out the warnings that fairseq 0.12.2 earns from newer versions of torch, by their text or their place.
 
     Upstream: fairseq pins its batches in memory with and without a GPU; its tasks call `torch.cuda.amp.autocast`; its
-    attention hands a boolean and a float mask to torch. All three do what they did.
+    attention hands a boolean and a float mask to torch. All three do what they did. The filters stay as long as
+    fairseq's code does, which is to the end of the process.
     """
     ignore = warnings.filterwarnings
     ignore("ignore", "'pin_memory' argument is set as true but no accelerator is found", UserWarning)
     ignore("ignore", "Support for mismatched key_padding_mask and attn_mask is deprecated", UserWarning)
     ignore("ignore", category=FutureWarning, module=r"(fairseq|fairseq_cli|fairscale)\.")
+    return warnings.filters
 
 
-@override(dataclass_utils, "initialize")
+@override("fairseq.dataclass.utils", "initialize")
 def _initialize_quietly(original: Callable[..., Any], config_path: str) -> Any:
     """Leave out Hydra's advice to the authors of fairseq.
 
@@ -38,7 +43,7 @@ def _initialize_quietly(original: Callable[..., Any], config_path: str) -> Any:
         return original(config_path=config_path, caller_stack_depth=3)  # Hydra takes the path from its caller's folder
 
 
-@override(dataclass_utils, "compose")
+@override("fairseq.dataclass.utils", "compose")
 def _compose_quietly(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Leave out Hydra's advice, as `_initialize_quietly` does."""
     with warnings.catch_warnings():
@@ -46,49 +51,44 @@ def _compose_quietly(original: Callable[..., Any], *args: Any, **kwargs: Any) ->
         return original(*args, **kwargs)
 
 
-class _Corrected(logging.Filter):
-    """Correct what `main` in fairseq_cli/train.py says of the model and the machine before it trains.
+@replacement("fairseq_cli.train", "logger")
+def _correct(original: logging.Logger) -> CommandLog:
+    """Correct what a training says of the model and the machine before it trains.
 
-    Upstream: a parameter counts as an expert's where ranks hold different experts, so that a model whose experts are on
-    one rank is said to have none, and else those of other ranks are left out. A CPU counts as a GPU. The model and the
-    configuration are known here because `main` logs both first.
+    Upstream: a parameter counts as an expert's if ranks hold different experts, so that a model whose experts are on
+    one rank is said to have none, and else those of other ranks are left out. A CPU counts as a GPU.
     """
+    return CommandLog(original, Corrections())
 
-    model: Callable[[], "nn.Module | None"] = staticmethod(lambda: None)
-    is_on_cpu = False
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        said = record.msg
+class Corrections:
+    """What to say in place of a message of `main` in fairseq_cli/train.py, which logs configuration and model first."""
+
+    def __init__(self) -> None:
+        self.model: Callable[[], nn.Module | None] = lambda: None
+        self.is_on_cpu = False
+
+    def __call__(self, said: Any) -> Any:
+        """Return what to say; None: nothing."""
         if isinstance(said, nn.Module):
             self.model = weakref.ref(said)
         elif isinstance(said, DictConfig):
             self.is_on_cpu = said.common.cpu or not torch.cuda.is_available()
         elif isinstance(said, str) and said.startswith(("num. shared model params", "num. expert model params")):
-            return self._correct_count(record, "expert" in said)
+            return self._counted(said, "expert" in said)
         elif isinstance(said, str) and self.is_on_cpu:
-            record.msg = said.replace("devices (GPUs/TPUs)", "CPU processes")
-        return True
+            return said.replace("devices (GPUs/TPUs)", "CPU processes")
+        return said
 
-    def _correct_count(self, record: logging.LogRecord, of_experts: bool) -> bool:
-        """Put in the numbers of all ranks; return whether there is anything to say."""
-        from fairseq_hash.lm.model import HashTransformerLanguageModel, layers_and_dense, whole_size
-
+    def _counted(self, said: str, of_experts: bool) -> "str | None":
+        """Return the numbers of all ranks; None if there are no experts to speak of."""
         model = self.model()
-        if not isinstance(model, HashTransformerLanguageModel):  # such as one that fairscale has sharded
-            return not of_experts or "params: 0 " not in record.msg
-        layers, dense = layers_and_dense(model)
+        layers, dense = layers_and_dense(model) if model is not None else ([], [])
+        if not layers or isinstance(model, FullyShardedDataParallel):
+            return None if of_experts and "params: 0 " in said else said
         if of_experts:
-            sizes = [(layer.parallel.num_experts * layer.expert_size, _is_trained(layer.experts)) for layer in layers]
+            name, total, trained = "expert", count_experts(layers), count_trained_experts(layers)
         else:
-            sizes = [(whole_size(parameter), parameter.requires_grad) for parameter in dense]
-        total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
-        name = "expert" if of_experts else "shared"
-        record.msg = f"num. {name} model params: {total:,} (num. trained: {trained:,})"
-        return not of_experts or total > 0
-
-
-def _is_trained(experts: nn.Module) -> bool:
-    return all(parameter.requires_grad for parameter in experts.parameters())
-
-
-logging.getLogger("fairseq_cli.train").addFilter(_Corrected())
+            name, total = "shared", sum(map(whole_size, dense))
+            trained = sum(whole_size(parameter) for parameter in dense if parameter.requires_grad)
+        return f"num. {name} model params: {total:,} (num. trained: {trained:,})"

@@ -7,10 +7,10 @@ from fairseq import checkpoint_utils
 from fairseq.logging import progress_bar
 from fairseq.trainer import Trainer
 
-from fairseq_hash.fairseq_patches.registry import override, training_loops
+from fairseq_hash.fairseq_patches.registry import imported, override
 
 
-@override(Trainer, "__init__")
+@override("fairseq.trainer.Trainer", "__init__")
 def _start_afresh(original: Callable[..., None], trainer: Trainer, *args: Any, **kwargs: Any) -> None:
     """Forget the training before.
 
@@ -19,7 +19,7 @@ def _start_afresh(original: Callable[..., None], trainer: Trainer, *args: Any, *
     folder.
     """
     original(trainer, *args, **kwargs)
-    kept = [checkpoint_utils.save_checkpoint, *(loop.should_stop_early for loop in training_loops())]
+    kept = [checkpoint_utils.save_checkpoint, *(loop.should_stop_early for loop in imported("fairseq_cli.train"))]
     for function in kept:
         for name in ("best", "num_runs"):
             getattr(function, "__dict__", {}).pop(name, None)

@@ -5,12 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fairseq.logging import progress_bar
 from torch import Tensor
 from torch.utils import tensorboard
 from torch.utils.tensorboard.summary import Summary, histogram, scalar
 
-from fairseq_hash.fairseq_patches.registry import override
+from fairseq_hash.fairseq_patches.registry import override, replacement
 from fairseq_hash.moe.routers import router_names, statistics_of
 from fairseq_hash.moe.routing_stats import meanings
 
@@ -85,13 +84,17 @@ class DescribingWriter(tensorboard.SummaryWriter):
         self._get_file_writer().add_summary(summary, step)
 
 
-# Upstream: `TensorboardProgressBarWrapper._writer` makes this module's SummaryWriter, whose numbers have names alone.
-# Where tensorboard is missing it is tensorboardX's or None, and stays.
-if progress_bar.SummaryWriter is tensorboard.SummaryWriter:
-    progress_bar.SummaryWriter = DescribingWriter
+@replacement("fairseq.logging.progress_bar", "SummaryWriter")
+def _describe(original: Any) -> Any:
+    """Say what each number means.
+
+    Upstream: `TensorboardProgressBarWrapper._writer` makes this writer, whose numbers have names alone. If tensorboard
+    is missing it is tensorboardX's or None, and stays.
+    """
+    return DescribingWriter if original is tensorboard.SummaryWriter else original
 
 
-@override(progress_bar.TensorboardProgressBarWrapper, "_log_to_tensorboard")
+@override("fairseq.logging.progress_bar.TensorboardProgressBarWrapper", "_log_to_tensorboard")
 def _log_loads(
     original: Callable[..., None], bar: Any, stats: dict[str, Any], tag: "str | None" = None, step: "int | None" = None
 ) -> None:

@@ -1,5 +1,6 @@
 """The trainer's updates."""
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable
@@ -8,14 +9,18 @@ from typing import Any
 from fairseq.trainer import Trainer
 from torch import Tensor, nn
 
-from fairseq_hash.fairseq_patches.registry import one_line_errors, override
+from fairseq_hash.checkpoint.trainer_checkpoints import TrainingCheckpoints
+from fairseq_hash.fairseq_patches.registry import override
+from fairseq_hash.options.criterion_options import SparseCriterion
+from fairseq_hash.parallel.collectives import one_line_errors
 from fairseq_hash.training.router_updates import update_routers
 from fairseq_hash.training.shared_experts import SharedTraining, scaled_update_freq
+from fairseq_hash.training.trainer_state import TrainerState
 
 logger = logging.getLogger(__name__)
 
 
-@override(Trainer, "__init__")
+@override("fairseq.trainer.Trainer", "__init__")
 @one_line_errors
 def _train_with_shared_experts(
     original: Callable[..., None],
@@ -33,13 +38,14 @@ def _train_with_shared_experts(
     rank alone. Ranks that share experts wait for each other in every layer: what one of them does, and the others do
     not, stops them all for good. The task's steps are what the trainer calls inside of that.
     """
-    trainer.real_batches = []
-    trainer.shared = SharedTraining.of(cfg, model)
-    if trainer.shared is not None:
-        task.train_step = trainer.shared.watch_step(task.train_step)
-        task.valid_step = trainer.shared.watch_step(task.valid_step)
-    _keep_batch_size(cfg, getattr(criterion, "update_freq_ranks", 0))  # no criterion of fairseq's has it
+    shared = SharedTraining.of(cfg, model)
+    if shared is not None:
+        task.train_step = shared.watch_step(task.train_step)
+        task.valid_step = shared.watch_step(task.valid_step)
+    if isinstance(criterion, SparseCriterion):
+        _keep_batch_size(cfg, criterion.update_freq_ranks)
     original(trainer, cfg, task, model, criterion, *args, **kwargs)
+    trainer.hash_state = TrainerState(shared, TrainingCheckpoints(trainer))
 
 
 def _keep_batch_size(cfg: Any, meant_for: int) -> None:
@@ -55,20 +61,19 @@ def _keep_batch_size(cfg: Any, meant_for: int) -> None:
         cfg.optimization.update_freq = scaled
 
 
-@override(Trainer, "train_step")
+@override("fairseq.trainer.Trainer", "train_step")
 def _end_together(original: Callable[..., Any], trainer: Trainer, samples: Any, *args: Any, **kwargs: Any) -> Any:
     """End the job on an error of the reduction or the optimizer; say which rank has a loss that is not finite."""
-    trainer.real_batches = [sample is not None and len(sample) > 0 for sample in samples]
+    state = trainer.hash_state
+    state.real_batches = [sample is not None and len(sample) > 0 for sample in samples]
     try:
-        if trainer.shared is None:
-            return original(trainer, samples, *args, **kwargs)
-        with trainer.shared.an_update():
+        with contextlib.nullcontext() if state.shared is None else state.shared.an_update():
             return original(trainer, samples, *args, **kwargs)
     finally:
-        trainer.real_batches = []
+        state.real_batches = []
 
 
-@override(Trainer, "_aggregate_logging_outputs")
+@override("fairseq.trainer.Trainer", "_aggregate_logging_outputs")
 def _leave_out_dummy_batches_only(
     original: Callable[..., Any], trainer: Trainer, logs: Any, size: Any, *others: Any, ignore: bool = False
 ) -> Any:
@@ -78,13 +83,13 @@ def _leave_out_dummy_batches_only(
     and the number of tokens of this rank's other batches in the same update, though not their gradients. The gradients
     of all are then divided by too few tokens.
     """
-    real = [log for log, is_real in zip(logs, trainer.real_batches, strict=False) if is_real]
+    real = [log for log, is_real in zip(logs, trainer.hash_state.real_batches, strict=False) if is_real]
     if ignore and real:
         return original(trainer, real, size + sum(log["sample_size"] for log in real), *others)
     return original(trainer, logs, size, *others, ignore=ignore)
 
 
-@override(Trainer, "_reduce_and_log_stats")
+@override("fairseq.trainer.Trainer", "_reduce_and_log_stats")
 def _tell_routers(
     original: Callable[..., Any], trainer: Trainer, logging_outputs: Any, sample_size: Any, grad_norm: Any = None
 ) -> Any:
@@ -98,13 +103,14 @@ def _tell_routers(
     return original(trainer, logging_outputs, sample_size, grad_norm)
 
 
-@override(Trainer, "clip_grad_norm")
+@override("fairseq.trainer.Trainer", "clip_grad_norm")
 def _clip_with_experts(original: Callable[..., Tensor], trainer: Trainer, clip_norm: float) -> Tensor:
     """Clip by the norm of the dense gradients and those of all experts.
 
     Upstream: `utils.clip_grad_norm_` leaves experts out of the norm, and scales them by it.
     """
-    if trainer.shared is None:
+    shared = trainer.hash_state.shared
+    if shared is None:
         return original(trainer, clip_norm)
-    norm = functools.partial(trainer.shared.norm, trainer.optimizer.optimizer, trainer.is_fsdp)
+    norm = functools.partial(shared.norm, trainer.optimizer.optimizer, trainer.is_fsdp)
     return trainer.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=norm)

@@ -13,18 +13,18 @@ from fairseq.models import BaseFairseqModel, FairseqDecoder
 from fairseq.tasks import FairseqTask
 from torch import Tensor, nn
 
-from fairseq_hash import fairseq_patches
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.validators import check_at_least
 from fairseq_hash.lm.token_loss import adaptive_cross_entropy, token_cross_entropy
 from fairseq_hash.moe.routers import statistics_of
 from fairseq_hash.moe.routing_stats import RoutingReport, log_key, loss_weights, names_of, of_log_key
-from fairseq_hash.options.criterion_options import HashMoECriterionConfig
+from fairseq_hash.options.criterion_options import HashMoECriterionConfig, SparseCriterion
+from fairseq_hash.parallel.collectives import one_line_errors
 from fairseq_hash.provenance import peak_gigabytes
 
 
 @register_criterion("hash_moe", dataclass=HashMoECriterionConfig)
-class HashMoECriterion(CrossEntropyCriterion):
+class HashMoECriterion(SparseCriterion, CrossEntropyCriterion):
     """Cross-entropy plus the auxiliary losses of every sparse layer.
 
     Both are sums over tokens, divided by the same number in the end: their ratio does not change with gradient
@@ -32,7 +32,7 @@ class HashMoECriterion(CrossEntropyCriterion):
     batch, as published.) Validation adds no auxiliary loss, so `best` is chosen by cross-entropy.
     """
 
-    @fairseq_patches.one_line_errors
+    @one_line_errors
     def __init__(
         self,
         task: FairseqTask,
@@ -49,7 +49,7 @@ class HashMoECriterion(CrossEntropyCriterion):
                 raise UserError(f"{option} {weight} is out of range; give a number of 0 or more")
         self.loss_weights = {"load_balance_weight": load_balance_weight, "z_loss_weight": z_loss_weight}
         self.log_expert_loads = log_expert_loads
-        self.update_freq_ranks = update_freq_ranks  # read by the trainer (`fairseq_patches.trainer`)
+        self.update_freq_ranks = update_freq_ranks
 
     def forward(
         self, model: nn.Module, sample: dict[str, Any], reduce: bool = True

@@ -18,11 +18,16 @@ from fairseq.models.transformer_lm import (
 from fairseq.tasks import FairseqTask
 from torch import nn
 
-from fairseq_hash import fairseq_patches
 from fairseq_hash.checkpoint.loading import SavedState, one_line
 from fairseq_hash.checkpoint.manifest import Manifest
 from fairseq_hash.checkpoint.model_state import ModelState
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.fairseq_patches.model_building import (
+    ForEvaluation,
+    allow_bf16_without_tpu,
+    language_model_decoder,
+    set_architecture,
+)
 from fairseq_hash.hashing import dictionary_fingerprint
 from fairseq_hash.lm.decoder import HashTransformerDecoder
 from fairseq_hash.lm.freezing import freeze
@@ -30,9 +35,10 @@ from fairseq_hash.lm.memory_check import check_fits_here
 from fairseq_hash.lm.predictor import load_predictor
 from fairseq_hash.moe.dispatchers import check_dispatcher, make_dispatcher
 from fairseq_hash.moe.layer import SparseLayer
+from fairseq_hash.moe.parameter_counts import count_parameters, count_trained
 from fairseq_hash.options import option_use
 from fairseq_hash.options.sparse_options import SparseOptions
-from fairseq_hash.parallel.collectives import check_same, together
+from fairseq_hash.parallel.collectives import check_same, one_line_errors, together
 from fairseq_hash.parallel.groups import ExpertParallel, expert_names, expert_parallel, reduce_expert_gradients
 from fairseq_hash.parallel.watchdog import watchdog_of
 from fairseq_hash.provenance import provenance
@@ -63,14 +69,14 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
         return {}
 
     @classmethod
-    @fairseq_patches.one_line_errors
+    @one_line_errors
     def build_model(cls, args: "Mapping[str, Any] | Namespace", task: FairseqTask) -> "HashTransformerLanguageModel":
         """Build the model and log its record, one line of JSON.
 
         Raises:
             SystemExit: with one line, where an option is out of range or does not fit another.
         """
-        is_evaluation = isinstance(task, fairseq_patches.ForEvaluation)
+        is_evaluation = isinstance(task, ForEvaluation)
         options = SparseOptions.from_config(args)
         together(functools.partial(check_options, args, options, is_evaluation))
         check_same(asdict(options))
@@ -88,7 +94,7 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
                 watchdog_of(parallel.rank, parallel.world_size)
             dispatcher = make_dispatcher(parallel, options.expert_dispatch)
             decoder = functools.partial(HashTransformerDecoder, dispatcher=dispatcher, is_evaluation=is_evaluation)
-            with fairseq_patches.language_model_decoder(decoder):
+            with language_model_decoder(decoder):
                 model = together(functools.partial(super().build_model, args, task))
             if options.hash_predictor:
                 load = functools.partial(load_predictor, options.hash_predictor, task)
@@ -128,7 +134,7 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
         if getattr(self.decoder, "adaptive_softmax", None) is not None:
             state_dict.pop("decoder.output_projection.weight", None)
 
-    @fairseq_patches.one_line_errors
+    @one_line_errors
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint's weights, each rank its own experts.
 
@@ -200,37 +206,6 @@ def check_options(args: Any, options: SparseOptions, is_evaluation: bool) -> Non
         raise UserError("--scale-fc does not apply to experts; leave it out or use --sparse-placement insert")
 
 
-def whole_size(parameter: nn.Parameter) -> int:
-    """Return the number of elements of a parameter, of which fairscale may have left this rank a shard."""
-    return parameter._orig_size.numel() if hasattr(parameter, "_orig_size") else parameter.numel()
-
-
-def layers_and_dense(model: nn.Module) -> tuple[list[SparseLayer], list[nn.Parameter]]:
-    """Return the sparse layers of a model, and its parameters that are not of the experts they choose among."""
-    layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
-    experts = {id(parameter) for layer in layers for parameter in layer.experts.parameters()}
-    return layers, [parameter for parameter in model.parameters() if id(parameter) not in experts]
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return all parameters of a model, those on other ranks included, and those that one token uses.
-
-    A token uses K experts of each sparse layer, and the shared one.
-    """
-    layers, others = layers_and_dense(model)
-    dense = sum(map(whole_size, others))
-    total = dense + sum(layer.parallel.num_experts * layer.expert_size for layer in layers)
-    return total, dense + sum(layer.top_k * layer.expert_size for layer in layers)
-
-
-def count_trained(model: nn.Module) -> int:
-    """Return the parameters of a model that are not frozen, those on other ranks included."""
-    layers, others = layers_and_dense(model)
-    trained = [layer for layer in layers if all(p.requires_grad for p in layer.experts.parameters())]
-    dense = sum(whole_size(parameter) for parameter in others if parameter.requires_grad)
-    return dense + sum(layer.parallel.num_experts * layer.expert_size for layer in trained)
-
-
 def model_record(model: nn.Module, args: Any, options: SparseOptions, task: FairseqTask) -> dict[str, Any]:
     """Return what a report needs to know of a model: options, sizes, fingerprints and provenance, ready for JSON."""
     total, active = count_parameters(model)
@@ -259,10 +234,10 @@ def _architecture(args: Namespace, **sizes: Any) -> None:
         if not hasattr(args, name):
             setattr(args, name, value)
     base_lm_architecture(args)
-    fairseq_patches.allow_bf16_without_tpu(args)
+    allow_bf16_without_tpu(args)
 
 
-fairseq_patches.set_architecture("hash_transformer_lm", fairseq_patches.allow_bf16_without_tpu)
+set_architecture("hash_transformer_lm", allow_bf16_without_tpu)
 
 
 @register_model_architecture("hash_transformer_lm", "hash_transformer_lm_tiny")

@@ -1,4 +1,4 @@
-"""Options of the criterion `hash_moe`."""
+"""Options of the criterion `hash_moe`, and what the trainer knows of a criterion like it."""
 
 from dataclasses import dataclass, field
 
@@ -34,3 +34,15 @@ class HashMoECriterionConfig(CrossEntropyCriterionConfig):
             "any number"
         },
     )
+
+
+class SparseCriterion:
+    """A criterion that knows sparse layers, as `hash_moe` does.
+
+    It adds the routers' auxiliary losses, counts the tokens of each expert, and calls an oracle's perplexity one.
+
+    Attributes:
+        update_freq_ranks: the number of ranks that `--update-freq` is meant for; 0: any.
+    """
+
+    update_freq_ranks: int = 0

@@ -14,6 +14,7 @@ from fairseq_hash.hashing.build import BUILDERS, DRAWN
 from fairseq_hash.hashing.features import OF_BUCKETS
 from fairseq_hash.moe.routers import router_class, router_names, statistics_of
 from fairseq_hash.moe.routing_stats import loss_weights
+from fairseq_hash.options.criterion_options import HashMoECriterionConfig, SparseCriterion
 from fairseq_hash.options.sparse_options import SparseOptions
 
 
@@ -141,10 +142,8 @@ def check_criterion(kind: type, config: Mapping[str, Any], options: SparseOption
     Raises:
         UserError: if an option cannot act, or a router needs another criterion.
     """
-    from fairseq_hash.lm.criterion import HashMoECriterion, HashMoECriterionConfig
-
     name = config["_name"]
-    if not issubclass(kind, HashMoECriterion):
+    if not issubclass(kind, SparseCriterion):
         if any(map(loss_weights, _statistics(options))):
             raise UserError(
                 f"--criterion {name} leaves out the load-balancing loss of --router {options.router}; use --criterion "

@@ -1,5 +1,7 @@
-"""What ranks tell each other before work starts: that they do the same thing, or which of them cannot."""
+"""What ranks tell each other: that they do the same thing, or which of them cannot; and how all end with one line."""
 
+import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -65,3 +67,27 @@ def check_same(record: dict[str, Any]) -> None:
                     f"rank {rank} has {key} {other.get(key)}, rank 0 has {value}; start every rank with the same "
                     "options, data and table"
                 )
+
+
+def one_line_errors(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Turn a `UserError` at a place that fairseq calls into an exit with its one line.
+
+    Upstream: fairseq's commands show every exception as a traceback, `Trainer.load_checkpoint` replaces the message of
+    any `Exception`, and Hydra prints its own summary of it. `SystemExit` passes through all three. Where there are
+    several ranks, all of them raise the error: rank 0 prints it.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Result:
+        try:
+            return function(*args, **kwargs)
+        except UserError as error:
+            line = f"fairseq_hash: {error}"
+            if not dist.is_initialized():
+                raise SystemExit(line) from error
+            if dist.get_rank() == 0:
+                print(line, file=sys.stderr, flush=True)
+            dist.barrier()  # launchers stop all ranks when one ends: not before the line is out
+            raise SystemExit(1) from error
+
+    return call

@@ -16,8 +16,8 @@ import torch
 from fairseq.optim import FairseqOptimizer, adam, register_optimizer
 from torch import Tensor, nn
 
-from fairseq_hash import fairseq_patches
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.parallel.collectives import one_line_errors
 
 # How many elements the kernel gets at a time. It bounds the memory of fp32 copies: 64 MiB for each of two tensors.
 ELEMENTS = 2**24
@@ -156,7 +156,7 @@ class FairseqAdam(adam.FairseqAdam):
     It has the name of fairseq's class because a checkpoint has that name, and the trainer resumes with no other.
     """
 
-    @fairseq_patches.one_line_errors
+    @one_line_errors
     def __init__(self, cfg: adam.FairseqAdamConfig, params: Sequence[nn.Parameter]) -> None:
         FairseqOptimizer.__init__(self, cfg)  # fairseq's Adam would look for apex
         for option in ("use_old_adam", "fp16_adam_stats", "tpu"):

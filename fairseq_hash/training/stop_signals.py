@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import NoReturn
 
@@ -121,12 +121,8 @@ def stop_signals() -> StopSignals:
     return StopSignals()
 
 
-def show_interrupt_in_one_line() -> None:
-    """Let a Ctrl-C end this process with one line in place of a traceback, wherever it is.
-
-    For commands: programs have handlers of their own, or none.
-    """
-    previous = sys.excepthook
+def interrupt_in_one_line(previous: Callable[..., None]) -> Callable[..., None]:
+    """Return a `sys.excepthook` that shows a Ctrl-C in one line, and all else as the `previous` one does."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: "TracebackType | None") -> None:
         if not issubclass(kind, KeyboardInterrupt):
@@ -134,7 +130,7 @@ def show_interrupt_in_one_line() -> None:
         elif error.args != (SAID,) and is_first_rank():
             print("fairseq_hash: interrupted", file=sys.stderr, flush=True)
 
-    sys.excepthook = hook
+    return hook
 
 
 def end_by_parent_only() -> None:

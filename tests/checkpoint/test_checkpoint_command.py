@@ -28,7 +28,7 @@ from fairseq_hash.checkpoint.directory import SHARDS
 from fairseq_hash.cli.tables import read_dictionary
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.hashing import TableShape, build_table, load_table, table_fingerprint
-from fairseq_hash.lm.model import count_parameters
+from fairseq_hash.moe.parameter_counts import count_parameters
 from fairseq_hash.provenance import __version__
 
 

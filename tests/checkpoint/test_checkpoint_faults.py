@@ -22,7 +22,6 @@ from fairseq_cli import train as fairseq_train
 from plugin import USER_DIR, train, train_arguments
 from saved_checkpoints import referenced, wait_for
 
-from fairseq_hash import fairseq_patches
 from fairseq_hash.checkpoint import directory
 from fairseq_hash.cli import main as fairseq_hash_command
 from fairseq_hash.cli.tables import read_dictionary
@@ -215,7 +214,7 @@ def test_a_first_save_begins_with_the_name_to_go_on_from(data, tmp_path, monkeyp
     def end(*paths):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fairseq_patches.checkpoints, "duplicate", end)
+    monkeypatch.setattr("fairseq_hash.fairseq_patches.checkpoints.duplicate", end)
     with contextlib.suppress(KeyboardInterrupt):
         checkpoint_utils.save_checkpoint(trainer.cfg.checkpoint, trainer, epoch_itr, None)
     [path] = (tmp_path / "saved").glob("*.pt")

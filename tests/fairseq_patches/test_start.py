@@ -1,7 +1,6 @@
 """What fairseq's commands say with the plugin: no warnings of their own making, no wrong numbers."""
 
 import json
-import logging
 import re
 import subprocess
 import sys
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import plugin
 import pytest
+
+from fairseq_hash.fairseq_patches.start import Corrections
 
 RECIPE = Path(__file__).resolve().parents[2] / "scripts" / "build_fairseq.py"
 SPARSE = ("--router", "hash", "--num-experts", "4", "--sparse-layers", "1")
@@ -60,20 +61,12 @@ def test_frozen_parameters_and_experts_of_other_ranks(data, monkeypatch):
     # This rank has the first two.
     for parameter in layer.experts.parameters():
         parameter.data = parameter.data[:2]
-    (corrected,) = (
-        known for known in logging.getLogger("fairseq_cli.train").filters if "Corrected" in str(type(known))
-    )
-    said = []
-    for message in (
-        model,
-        "num. shared model params: 1 (num. trained: 1)",
-        "num. expert model params: 0 (num. trained: 0)",
-    ):
-        record = logging.LogRecord("fairseq_cli.train", logging.INFO, "", 0, message, (), None)
-        if corrected.filter(record):
-            said.append(record.getMessage())
+    corrections = Corrections()
+    assert corrections(model) is model
+    shared = corrections("num. shared model params: 1 (num. trained: 1)")
+    experts = corrections("num. expert model params: 0 (num. trained: 0)")
     dense = total - EXPERTS
-    assert counts("\n".join(said)) == {"shared": (dense, dense), "expert": (EXPERTS, 0)}
+    assert counts(f"{shared}\n{experts}") == {"shared": (dense, dense), "expert": (EXPERTS, 0)}
 
 
 @pytest.mark.skipif(metadata.version("fairseq") not in REBUILT, reason="the release warns when it is imported")

@@ -11,7 +11,7 @@ import layer_ranks
 import ranks
 import torch
 
-from fairseq_hash import fairseq_patches
+from fairseq_hash.fairseq_patches.data_parallel import let_gloo_finish
 
 CHECKS = {
     "layer": lambda: layer_ranks.layers(6),
@@ -31,7 +31,7 @@ def main(device, world_size, rank, meeting, check):
     torch.distributed.init_process_group("gloo", init_method=meeting, world_size=int(world_size), rank=int(rank))
     CHECKS[check]()
     torch.distributed.barrier()
-    fairseq_patches.let_gloo_finish()
+    let_gloo_finish()
     torch.distributed.destroy_process_group()
     print("done", flush=True)
 

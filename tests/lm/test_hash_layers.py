@@ -8,8 +8,8 @@ from hash_variants import HASH, K3, VARIANTS, words_of
 from plugin import build, evaluate, records, train
 
 from fairseq_hash import hashing
-from fairseq_hash.lm.model import count_parameters
 from fairseq_hash.moe.layer import SparseLayer
+from fairseq_hash.moe.parameter_counts import count_parameters
 from fairseq_hash.moe.routers import statistics_of
 from fairseq_hash.moe.routing_stats import RoutingReport
 

@@ -225,7 +225,7 @@ def test_a_table_file_serves_as_the_table(data, tmp_path):
 @pytest.mark.parametrize("router", ROUTERS)
 def test_parameters_counted(data, router):
     """Total and active, by arithmetic: an expert has D x F + F + F x D + D parameters."""
-    from fairseq_hash.lm.model import count_parameters
+    from fairseq_hash.moe.parameter_counts import count_parameters
 
     dense = sum(p.numel() for p in build(data)[2].parameters())
     _, _, model, _ = build(data, "--router", router, *SPARSE)

@@ -118,13 +118,13 @@ def test_a_checkpoint_refuses_another_dictionary(data, tmp_path):
 def test_an_unsupported_fairseq_is_refused(monkeypatch):
     import fairseq
 
-    from fairseq_hash import fairseq_patches
+    from fairseq_hash.fairseq_patches import upstream
 
     monkeypatch.setattr(fairseq, "__version__", "0.12.2+anything")
-    fairseq_patches.require_supported_fairseq()
+    upstream.require_supported_fairseq()
     monkeypatch.setattr(fairseq, "__version__", "0.10.2")
     with pytest.raises(SystemExit, match="fairseq 0.10.2 is not supported; install fairseq 0.12.2"):
-        fairseq_patches.require_supported_fairseq()
+        upstream.require_supported_fairseq()
 
 
 def test_base_scores_that_are_not_finite_end_the_run(data):

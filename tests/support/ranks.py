@@ -8,7 +8,7 @@ from pathlib import Path
 import forked
 import torch
 
-from fairseq_hash import fairseq_patches
+from fairseq_hash.fairseq_patches.data_parallel import let_gloo_finish
 
 
 def start(world_size, work, arguments, folder):
@@ -61,5 +61,5 @@ def main(world_size, work, folder, rank):
     result = getattr(importlib.import_module(module), name)(*arguments)
     torch.save(result, folder / f"{rank}.pt")
     torch.distributed.barrier()
-    fairseq_patches.let_gloo_finish()
+    let_gloo_finish()
     torch.distributed.destroy_process_group()

@@ -177,9 +177,8 @@ def test_other_handlers_of_ctrl_c_stay(handlers, handler):
 )
 def test_what_an_interrupted_command_says(monkeypatch, capsys, error, rank, shown):
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: print("as before:", error, file=sys.stderr))
-    stop_signals.show_interrupt_in_one_line()
-    sys.excepthook(type(error), error, None)
+    hook = stop_signals.interrupt_in_one_line(lambda kind, error, trace: print("as before:", error, file=sys.stderr))
+    hook(type(error), error, None)
     assert capsys.readouterr().err == shown
 
 

@@ -11,7 +11,6 @@ from fairseq.data import Dictionary
 from fairseq.data.indexed_dataset import MMapIndexedDataset, MMapIndexedDatasetBuilder, best_fitting_int_dtype
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.core.files import atomic_write
 
 BLOCK = 1 << 20
 

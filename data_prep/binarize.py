@@ -16,7 +16,7 @@ BLOCK = 1 << 20
 
 
 class CompactBuilder(MMapIndexedDatasetBuilder):
-    """fairseq's builder with 28 bytes of memory a line at most; its own takes 80, which is too much for large text."""
+    """fairseq's builder, with at most 28 bytes of memory per line instead of 80, which is too much for large text."""
 
     def __init__(self, file: str, dtype: type[np.integer]) -> None:
         super().__init__(file, dtype)
@@ -78,7 +78,7 @@ def count_symbols(data: Path, symbols: int) -> tuple[int, int, np.ndarray]:
         `DATA.bin`, int64 `[V]`.
 
     Raises:
-        UserError: if a token is no symbol.
+        UserError: if a token is not a symbol.
     """
     index = MMapIndexedDataset.Index(f"{data}.idx")
     count_V = np.zeros(symbols, dtype=np.int64)

@@ -97,8 +97,8 @@ def tokens_of(lines: list[str]) -> list[list[str]]:
 def count(lines: list[str]) -> tuple[dict[str, int], Counter[str]]:
     """Return what lines add up to, and how often each token occurs in them.
 
-    The former are `lines`, `tokens`, `words`, `characters`, and `reserved`: how many tokens are `<unk>` because
-    fairseq's dictionary has their words for itself. Ends of lines are no tokens here.
+    The former are `lines`, `tokens` (without line ends), `words`, `characters`, and `reserved`: the number of tokens
+    that are `<unk>` because fairseq's dictionary reserves their words.
     """
     words = [line.split() for line in lines]
     counts = Counter(chain.from_iterable(tokens_of(lines)))
@@ -163,7 +163,7 @@ def submit(pool: ProcessPoolExecutor, function: Callable[..., Result], *argument
 
 
 def _start_worker(model: "str | None", indices: "dict[str, int] | None") -> None:
-    # A worker whose parent was killed would wait for work for ever.
+    # A worker whose parent was killed would wait for work forever.
     threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
     load(model, indices)
 
@@ -176,7 +176,7 @@ def _end_with(parent: BaseProcess) -> None:
 def in_order(
     function: Callable[[list[str]], Result], lines: Iterable[str], pool: ProcessPoolExecutor
 ) -> Iterator[Result]:
-    """Yield `function` of each batch of lines, in the lines' order. Only a few batches wait at a time."""
+    """Yield `function` of each batch of lines, in the order of the lines. Only a few batches are in memory."""
     waiting: deque[Future[Result]] = deque()
     for batch in batches(lines):
         waiting.append(submit(pool, function, batch))

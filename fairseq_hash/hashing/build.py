@@ -122,7 +122,7 @@ def record_of(
     counts: "Sequence[int] | None" = None,
     settings: "dict[str, Any] | None" = None,
 ) -> TableRecord:
-    """Return the record of a table that was built by `seed` and `counts`, None where it was built without."""
+    """Return the record of a table. `seed` and `counts` are None if the table was built without them."""
     return TableRecord(
         kind,
         shape.num_experts,

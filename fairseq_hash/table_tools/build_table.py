@@ -81,9 +81,8 @@ def build(options: Options, say: Callable[[str], object] = print) -> Built:
         settings["counts"] = source
     is_drawn = REGISTRY[options.table_builder].is_drawn or options.is_multi_hash or options.restarts > 1
     seed, seen_H = options.seed if is_drawn else None, count_H if uses_counts else None
-    record = record_of(
-        options.table_builder, symbols, shape, seed, seen_H, settings
-    )  # for a spread table this becomes the base
+    # The record of a spread table names this builder as its base.
+    record = record_of(options.table_builder, symbols, shape, seed, seen_H, settings)
     table = HashTable(expert_HK, record, index)
     if options.builder == "spread":
         pairs = count_pairs(

@@ -218,7 +218,7 @@ class Preparation:
         return make_dictionary(counts, of_model, most, self.options.least_count)
 
     def _binarize(self, display: Display) -> str:
-        """Cut the text into tokens again, now that each token has an id: faster than reading a copy of the text in tokens."""
+        """Cut the text into tokens again, now that each token has an id: this saves a copy of the text in tokens."""
         indices = Dictionary.load(str(self.work / DICTIONARY)).indices
         with self._workers(indices) as pool:
             for split, batches in self._by_split(pieces.ids_of, pool, display):

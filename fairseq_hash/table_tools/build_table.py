@@ -95,9 +95,8 @@ def build(options: Options, say: Callable[[str], object] = print) -> Built:
 
 
 def _embeddings(options: Options, symbols: list[str], say: Callable[[str], object]) -> "Tensor":
-    from fairseq_hash.table_tools.embeddings import (
-        read_embeddings,
-    )  # here, because other tables are built without torch
+    # Here, because other tables are built without torch.
+    from fairseq_hash.table_tools.embeddings import read_embeddings
 
     embedding_VD, is_known = read_embeddings(options.embeddings, symbols)
     if not is_known:

@@ -60,7 +60,7 @@ ENTRY = re.compile(r"[\w*.]+(?:\([^()]*\))?(?: +--?|:) +\S")
 
 # Lines that are not prose. A call or signature alone on its line is left out before the indented text under it, if any.
 SIGNATURE = re.compile(r"[\w.]+\((?:[^()]|\([^()]*\))*\)(?: ?->[^.]+)?[:,;]?(?: *#.*)?$")
-PROMPT = re.compile(r">>>|\.\.\. |[$%] |\(Pdb\)")
+PROMPT = re.compile(r">>>|\.\.\.(?: |$)|[$%] |\(Pdb\)")
 CODE = re.compile(
     r"@\w[\w.]*(?:\(.*)?$|(?:async )?(?:def|class) \w+ ?[(:]"
     r"|import [\w.]+(?:, [\w.]+)*(?: as \w+)?$|from [\w.]+ import "

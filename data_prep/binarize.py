@@ -1,32 +1,39 @@
-"""From lines of tokens to fairseq's training data: the dictionary, and `fairseq-preprocess` chunk by chunk.
+"""fairseq's dictionary of a text, and the binarized data that `fairseq-preprocess` would make of the same tokens."""
 
-`fairseq-preprocess` keeps about 80 bytes per line in memory, which is too much for large corpora. So it is called on
-chunks, and the results are joined to exactly the files that one call on the whole text would have written.
-"""
-
-import os
-import shutil
-import struct
-import subprocess
-import sys
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import torch
 from fairseq.data import Dictionary
+from fairseq.data.indexed_dataset import MMapIndexedDataset, MMapIndexedDatasetBuilder, best_fitting_int_dtype
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.core.files import atomic_write
 
-SPLITS = ("train", "valid", "test")
 BLOCK = 1 << 20
 
-# The index file of fairseq/data/indexed_dataset.py: magic, version (8 bytes), dtype code (1), length (8); then the
-# number of tokens of every line (int32) and the byte where it starts (int64).
-HEADER = struct.Struct("<9sQBQ")
-MAGIC = b"MMIDIDX\x00\x00"
-TOKEN_TYPES = {8: "<u2", 9: "<u4", 5: "<i8"}  # by dtype code: up to 65,499 symbols, more, and many more
+
+class CompactBuilder(MMapIndexedDatasetBuilder):
+    """fairseq's builder, with at most 28 bytes of memory per line instead of 80, which is too much for large text."""
+
+    def __init__(self, file: str, dtype: type[np.integer]) -> None:
+        super().__init__(file, dtype)
+        self._sizes = array("i")
+
+    def finalize(self, index_file: str) -> None:
+        """Write the index, with the places of the lines as an array instead of a list."""
+        self._data_file.close()
+        with MMapIndexedDataset.Index.writer(index_file, self._dtype) as index:
+            index._get_pointers = self._places
+            index.write(self._sizes)
+
+    def _places(self, sizes: array) -> np.ndarray:
+        places = np.zeros(len(sizes) + 1, dtype=np.int64)
+        np.cumsum(sizes, out=places[1:])
+        places *= np.dtype(self._dtype).itemsize
+        return places[:-1]
 
 
 def make_dictionary(counts: Counter[str], pieces: "Iterable[str] | None", most: "int | None", least: int) -> Dictionary:
@@ -48,60 +55,19 @@ def make_dictionary(counts: Counter[str], pieces: "Iterable[str] | None", most: 
     return dictionary
 
 
-def preprocess(
-    chunks: dict[str, Path], dictionary: Path, folder: Path, running: "list[subprocess.Popen[bytes]]"
-) -> None:
-    """Run `fairseq-preprocess` on one file per split. Its files appear in `folder` when all are complete.
+def binarize(batches: Iterable[tuple[np.ndarray, list[int]]], symbols: int, data: Path) -> None:
+    """Write `DATA.bin` and `DATA.idx` (`data` is a path without suffix).
 
-    The process is put on the list `running`, so that another thread can end it.
-
-    Raises:
-        UserError: if it fails, with its last line and the path of its output.
+    Args:
+        batches: lines, a batch at a time: the ids of their tokens, int64 `[tokens]`, and the lengths of the lines.
+        symbols: of the dictionary.
+        data: where the files go.
     """
-    # A folder for this process only: a killed call may have left a child that still writes.
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    prefixes = [word for split, path in chunks.items() for word in (f"--{split}pref", str(path))]
-    command = [sys.executable, "-m", "fairseq_cli.preprocess", "--only-source", *prefixes]
-    command += ["--srcdict", str(dictionary), "--destdir", str(partial)]
-    log = partial / "output.log"
-    with log.open("w") as file:
-        child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-        running.append(child)
-        status = child.wait()
-    if status:
-        last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
-        raise UserError(f"fairseq-preprocess failed ({last}); its output is in {log}")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
-
-
-def join(parts: Sequence[Path], target: Path) -> None:
-    """Join binarized parts (paths without suffix) to `TARGET.bin` and `TARGET.idx`. The index appears last, and whole.
-
-    Raises:
-        UserError: if a part was not written by `fairseq-preprocess`.
-    """
-    heads = [_read_header(part) for part in parts]
-    if len({code for code, _ in heads}) > 1:
-        raise UserError(f"the parts of {target} have tokens of different types; delete its folder and start again")
-    code = heads[0][0]
-    with atomic_write(target.with_suffix(".bin")) as partial, partial.open("wb") as out:
-        for part in parts:
-            with part.with_suffix(".bin").open("rb") as file:
-                shutil.copyfileobj(file, out, BLOCK)
-    with atomic_write(target.with_suffix(".idx")) as partial, partial.open("wb") as out:
-        out.write(HEADER.pack(MAGIC, 1, code, sum(length for _, length in heads)))
-        for part, (_, length) in zip(parts, heads, strict=True):
-            out.write(_sizes(part, length).tobytes())
-        start = 0
-        for part, (_, length) in zip(parts, heads, strict=True):
-            bounds = np.zeros(length + 1, dtype="<i8")
-            np.cumsum(_sizes(part, length), out=bounds[1:])
-            bounds = start + bounds * np.dtype(TOKEN_TYPES[code]).itemsize
-            out.write(bounds[:-1].tobytes())
-            start = bounds[-1]
+    builder = CompactBuilder(f"{data}.bin", best_fitting_int_dtype(symbols))
+    for ids, lengths in batches:
+        for line in torch.from_numpy(ids).split(lengths):
+            builder.add_item(line)
+    builder.finalize(f"{data}.idx")
 
 
 def count_symbols(data: Path, symbols: int) -> tuple[int, int, np.ndarray]:
@@ -112,26 +78,14 @@ def count_symbols(data: Path, symbols: int) -> tuple[int, int, np.ndarray]:
         `DATA.bin`, int64 `[V]`.
 
     Raises:
-        UserError: if the index was not written by fairseq, or a token is not a symbol.
+        UserError: if a token is not a symbol.
     """
-    code, lines = _read_header(data)
+    index = MMapIndexedDataset.Index(f"{data}.idx")
     count_V = np.zeros(symbols, dtype=np.int64)
-    with data.with_suffix(".bin").open("rb") as file:
-        while len(block := np.fromfile(file, dtype=TOKEN_TYPES[code], count=BLOCK)):
+    with open(f"{data}.bin", "rb") as file:
+        while len(block := np.fromfile(file, dtype=index.dtype, count=BLOCK)):
             found = np.bincount(block, minlength=symbols)
             if len(found) > symbols:
                 raise UserError(f"{data}.bin has a token that is not a symbol; delete its folder and start again")
             count_V += found
-    return lines, int(_sizes(data, lines).sum(dtype=np.int64)), count_V
-
-
-def _read_header(part: Path) -> tuple[int, int]:
-    with part.with_suffix(".idx").open("rb") as file:
-        magic, version, code, length = HEADER.unpack(file.read(HEADER.size))
-    if magic != MAGIC or version != 1 or code not in TOKEN_TYPES:
-        raise UserError(f"{part}.idx is not an index of fairseq's; delete its folder and start again")
-    return code, length
-
-
-def _sizes(part: Path, length: int) -> np.ndarray:
-    return np.fromfile(part.with_suffix(".idx"), dtype="<i4", count=length, offset=HEADER.size)
+    return len(index), int(index.sizes.sum(dtype=np.int64)), count_V

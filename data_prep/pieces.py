@@ -12,12 +12,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import chain
 from multiprocessing import get_context, parent_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import sentencepiece
 
 Result = TypeVar("Result")
@@ -30,23 +31,9 @@ UNKNOWN = "<unk>"
 # SentencePiece silently leaves lines with this character out of its training.
 LEFT_OUT = "\u2585"
 
+# What `load` gave this process.
 _processor: "sentencepiece.SentencePieceProcessor | None" = None
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Some lines of tokens, and their counts. `text` has a space between tokens and ends every line.
-
-    `reserved`: number of tokens that are `<unk>` because fairseq's dictionary reserves their words.
-    """
-
-    text: str
-    lines: int
-    tokens: int
-    words: int
-    characters: int
-    reserved: int
-    counts: Counter[str]
+_indices: dict[str, int] = {}
 
 
 def plain(line: str) -> str:
@@ -90,22 +77,46 @@ def model_pieces(model: Path) -> list[str]:
     return [processor.id_to_piece(i) for i in ids if not (processor.is_control(i) or processor.is_unknown(i))]
 
 
-def encode(lines: list[str]) -> Batch:
-    """Return lines as pieces, or as words if this process was given no model.
+def load(model: "str | None", indices: "dict[str, int] | None" = None) -> None:
+    """Give this process the model that it cuts lines with (None: by words), and the ids of a dictionary's symbols."""
+    global _processor, _indices
+    _processor = sentencepiece.SentencePieceProcessor(model_file=model) if model else None
+    _indices = indices or {}
+
+
+def tokens_of(lines: list[str]) -> list[list[str]]:
+    """Return each line as pieces, or as words if this process was given no model.
 
     Words are separated by white space, as in fairseq's own `tokenize_line`. `RESERVED` ones become `<unk>`.
     """
+    if _processor is None:
+        return [[UNKNOWN if word in RESERVED else word for word in line.split()] for line in lines]
+    return _processor.encode(list(map(plain, lines)), out_type=str)
+
+
+def count(lines: list[str]) -> tuple[dict[str, int], Counter[str]]:
+    """Return what lines add up to, and how often each token occurs in them.
+
+    The former are `lines`, `tokens` (without line ends), `words`, `characters`, and `reserved`: the number of tokens
+    that are `<unk>` because fairseq's dictionary reserves their words.
+    """
     words = [line.split() for line in lines]
-    rows = words if _processor is None else _processor.encode([" ".join(row) for row in words], out_type=str)
-    counts = Counter[str]()
-    for row in rows:
-        counts.update(row)
-    if reserved := sum(counts.pop(word, 0) for word in RESERVED):
-        rows = [[UNKNOWN if word in RESERVED else word for word in row] for row in rows]
-        counts[UNKNOWN] += reserved
-    text = "".join(" ".join(row) + "\n" for row in rows)
-    tokens, characters = sum(map(len, rows)), sum(map(len, lines))
-    return Batch(text, len(lines), tokens, sum(map(len, words)), characters, reserved, counts)
+    counts = Counter(chain.from_iterable(tokens_of(lines)))
+    totals = {
+        "lines": len(lines),
+        "tokens": counts.total(),
+        "words": sum(map(len, words)),
+        "characters": sum(map(len, lines)),
+        "reserved": 0 if _processor else sum(row.count(word) for row in words for word in RESERVED),
+    }
+    return totals, counts
+
+
+def ids_of(lines: list[str]) -> tuple[np.ndarray, list[int]]:
+    """Return the ids of all lines' tokens, each line with `</s>` after it, int64 `[tokens]`, and the lines' lengths."""
+    unknown, end = _indices[UNKNOWN], _indices["</s>"]
+    rows = [[*(_indices.get(token, unknown) for token in row), end] for row in tokens_of(lines)]
+    return np.array(list(chain.from_iterable(rows)), dtype=np.int64), list(map(len, rows))
 
 
 def batches(lines: Iterable[str]) -> Iterator[list[str]]:
@@ -123,10 +134,12 @@ def batches(lines: Iterable[str]) -> Iterator[list[str]]:
 
 
 @contextmanager
-def workers(count: int, model: "Path | None") -> "Iterator[ProcessPoolExecutor]":
-    """Start `count` processes that encode with a model, or by words if it is None. An error ends them at once."""
+def workers(
+    number: int, model: "Path | None", indices: "dict[str, int] | None" = None
+) -> "Iterator[ProcessPoolExecutor]":
+    """Start processes that have loaded a model and ids (`load`). An error ends them at once."""
     context = get_context("spawn")  # a forked copy of a process with threads can hang
-    pool = ProcessPoolExecutor(count, context, _start_worker, (model and str(model),))
+    pool = ProcessPoolExecutor(number, context, _start_worker, (model and str(model), indices))
     others = set(multiprocessing.active_children())
     try:
         yield pool
@@ -149,10 +162,10 @@ def submit(pool: ProcessPoolExecutor, function: Callable[..., Result], *argument
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(model: "str | None") -> None:
+def _start_worker(model: "str | None", indices: "dict[str, int] | None") -> None:
     # A worker whose parent was killed would wait for work forever.
     threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
-    _load_model(model)
+    load(model, indices)
 
 
 def _end_with(parent: BaseProcess) -> None:
@@ -160,19 +173,14 @@ def _end_with(parent: BaseProcess) -> None:
     os._exit(1)
 
 
-def _load_model(model: "str | None") -> None:
-    global _processor
-    _processor = sentencepiece.SentencePieceProcessor(model_file=model) if model else None
-
-
-def encode_in_order(lines: Iterable[str], pool: ProcessPoolExecutor, count: int) -> Iterator[Batch]:
-    """Encode lines in a pool of `count` processes. Batches come in the order of the lines, and only a few are in memory
-    at a time.
-    """
-    waiting: deque[Future[Batch]] = deque()
+def in_order(
+    function: Callable[[list[str]], Result], lines: Iterable[str], pool: ProcessPoolExecutor
+) -> Iterator[Result]:
+    """Yield `function` of each batch of lines, in the order of the lines. Only a few batches are in memory."""
+    waiting: deque[Future[Result]] = deque()
     for batch in batches(lines):
-        waiting.append(submit(pool, encode, batch))
-        if len(waiting) > 2 * count:
+        waiting.append(submit(pool, function, batch))
+        if len(waiting) > 2 * pool._max_workers:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()

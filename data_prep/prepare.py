@@ -8,12 +8,13 @@ import json
 import os
 import random
 import shutil
-import subprocess
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fairseq.data import Dictionary
 
@@ -24,13 +25,15 @@ from fairseq_hash.hashing import dictionary_fingerprint
 from fairseq_hash.provenance import provenance, sha256_of_file
 
 from . import pieces
-from .binarize import SPLITS, join, make_dictionary, preprocess
-from .chunks import ChunkWriter
+from .binarize import binarize, make_dictionary
+from .corpora import SPLITS
 from .download import exclusive
 from .options import DICTIONARY, MODEL, PROVENANCE, Options, read_json
 from .sources import TEXT_WORK, Source
 from .text import read_lines
 from .verify import check_counts
+
+Result = TypeVar("Result")
 
 STATE = "state.json"
 SAMPLE_BYTES = 100 << 20  # bytes of text on which the SentencePiece model is trained; its training holds them in memory
@@ -57,7 +60,12 @@ def prepare(source: Source, out: Path, options: Options, display_for: Callable[[
         remove_partials(work)
         steps = Preparation(source, work, options, identity)
         with display_for(TEXT_WORK + MODEL_WORK + PIECES_WORK + BINARIZE_WORK) as display:
-            steps.run(display)
+            try:
+                steps.run(display)
+            except BrokenProcessPool as error:
+                raise UserError(
+                    "a worker process was killed (is memory short?); give fewer --workers, then run again"
+                ) from error
         os.replace(work, place)
         (place / STATE).unlink()
         lock.unlink()
@@ -87,14 +95,15 @@ class Preparation:
             # The state of another preparation, or of one that was stopped during its first step.
             for path in work.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-            self.state = {"identity": identity, "parts": []}
+            self.state = {"identity": identity}
+        self.model = None if options.words else work / MODEL
 
     def run(self, display: Display) -> None:
         """Do the steps that are not done yet."""
         self.files = self.source.fetch(self.work / "text", display)
         self.bytes = {split: sum(path.stat().st_size for path in paths) for split, paths in self.files.items()}
         self._step("model", MODEL_WORK, display, self._make_model)
-        self._step("tokens", PIECES_WORK, display, self._make_tokens)
+        self._step("tokens", PIECES_WORK, display, self._count_tokens)
         self._step("data", BINARIZE_WORK, display, self._binarize)
         self._finish()
 
@@ -125,6 +134,8 @@ class Preparation:
             # In a process of its own, so that its memory is given back.
             with pieces.workers(1, None) as pool:
                 pieces.submit(pool, pieces.train_model, sample, self.work / MODEL, size).result()
+        except BrokenProcessPool:
+            raise
         except (RuntimeError, OSError) as error:
             reason = " ".join(str(error).split()).rpartition("] ")[2] or type(error).__name__
             raise UserError(f"--vocab-size {size} does not fit this text: {reason}") from error
@@ -148,35 +159,41 @@ class Preparation:
                     taken += len(written.encode())
         return taken
 
-    def _make_tokens(self, display: Display) -> str:
-        """Write every split as chunks of tokens, and the dictionary of the training text."""
-        folder = self.work / "tokens"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        model = None if self.options.words else self.work / MODEL
-        count = min(self.options.workers, 1 + sum(self.bytes.values()) // BYTES_A_WORKER)
-        counts, splits = {}, {}
-        with pieces.workers(count, model) as pool:
-            done_before = 0
-            for split in SPLITS:
+    def _workers(self, indices: "dict[str, int] | None" = None) -> AbstractContextManager[ProcessPoolExecutor]:
+        number = min(self.options.workers, 1 + sum(self.bytes.values()) // BYTES_A_WORKER)
+        return pieces.workers(number, self.model, indices)
 
-                def show(done: int, split: str = split, before: int = done_before) -> None:
-                    total = sum(self.bytes.values())
-                    display.advance((before + done) / total, f"{split}: {done / 1e6:,.1f} MB")
+    def _by_split(
+        self, function: Callable[[list[str]], Result], pool: ProcessPoolExecutor, display: Display
+    ) -> "Iterator[tuple[str, Iterator[Result]]]":
+        """Yield every split, and what `function` makes of each batch of its lines."""
+        total, before = sum(self.bytes.values()), 0
+        for split in SPLITS:
 
-                batches = pieces.encode_in_order(read_lines(self.files[split], show), pool, count)
-                with ChunkWriter(folder, split) as writer:
-                    for batch in batches:
-                        writer.add(batch)
-                counts[split], splits[split] = writer.counts, writer.totals()
-                if writer.reserved:
+            def show(done: int, split: str = split, before: int = before) -> None:
+                display.advance((before + done) / total, f"{split}: {done / 1e6:,.1f} MB")
+
+            yield split, pieces.in_order(function, read_lines(self.files[split], show), pool)
+            before += self.bytes[split]
+
+    def _count_tokens(self, display: Display) -> str:
+        """Count the tokens of every split, and write the dictionary of the training text."""
+        splits: dict[str, dict[str, int]] = {}
+        counts: dict[str, Counter[str]] = {}
+        with self._workers() as pool:
+            for split, batches in self._by_split(pieces.count, pool, display):
+                totals, counts[split] = Counter[str](), Counter()
+                for of_batch, tokens in batches:
+                    totals.update(of_batch)
+                    counts[split].update(tokens)
+                if totals["reserved"]:
                     display.say(
-                        f"{split}: {writer.reserved:,} words are <unk>: fairseq's dictionary keeps "
+                        f"{split}: {totals['reserved']:,} words are <unk>: fairseq's dictionary keeps "
                         f"{', '.join(pieces.RESERVED)} for itself"
                     )
-                self._check_expected(split, writer.lines + writer.tokens)
-                done_before += self.bytes[split]
-        dictionary = self._make_dictionary(counts["train"], model)
+                self._check_expected(split, totals["lines"] + totals["tokens"])
+                splits[split] = dict(totals)
+        dictionary = self._make_dictionary(counts["train"])
         dictionary.save(str(self.work / DICTIONARY))
         for split in SPLITS:
             unknown = sum(count for token, count in counts[split].items() if token not in dictionary.indices)
@@ -193,55 +210,22 @@ class Preparation:
                 "give the corpus as it was published"
             )
 
-    def _make_dictionary(self, counts: Counter[str], model: "Path | None") -> Dictionary:
+    def _make_dictionary(self, counts: Counter[str]) -> Dictionary:
         if self.options.like:
             return Dictionary.load(str(self.options.like / DICTIONARY))
-        of_model = pieces.model_pieces(model) if model else None
-        most = self.options.vocabulary if model is None else None
+        of_model = pieces.model_pieces(self.model) if self.model else None
+        most = None if self.model else self.options.vocabulary
         return make_dictionary(counts, of_model, most, self.options.least_count)
 
     def _binarize(self, display: Display) -> str:
-        splits: dict[str, dict[str, Any]] = self.state["splits"]
-        parts = max(len(totals["chunks"]) for totals in splits.values())
-        missing = [part for part in range(parts) if part not in self.state["parts"]]
-        display.advance(1 - len(missing) / parts, f"part {parts - len(missing) + 1} of {parts}")
-        # One process per part: with several workers, fairseq-preprocess would wait for them before it does its own
-        # share.
-        with ThreadPoolExecutor(min(self.options.workers, parts)) as pool:
-            running: list[subprocess.Popen[bytes]] = []
-            calls = {pool.submit(self._binarize_part, part, splits, running): part for part in missing}
-            try:
-                for call in as_completed(calls):
-                    call.result()
-                    self.state["parts"].append(calls[call])
-                    self._save_state()
-                    done = len(self.state["parts"])
-                    display.advance(done / parts, f"part {done} of {parts}")
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for child in running:
-                    child.kill()
-                raise
-        for split, totals in splits.items():
-            if not (self.work / f"{split}.idx").exists():
-                join([self._part(part) / split for part in range(len(totals["chunks"]))], self.work / split)
-            counted = split == "train" and not self.options.like
-            check_counts(self.work / split, self.work / DICTIONARY, totals, counted)
-        shutil.rmtree(self.work / "parts", ignore_errors=True)
-        return f"{parts} {'part' if parts == 1 else 'parts'}"
-
-    def _part(self, part: int) -> Path:
-        return self.work / "parts" / f"{part:03d}"
-
-    def _binarize_part(
-        self, part: int, splits: dict[str, dict[str, Any]], running: "list[subprocess.Popen[bytes]]"
-    ) -> None:
-        chunks = {
-            split: self.work / "tokens" / totals["chunks"][part]
-            for split, totals in splits.items()
-            if part < len(totals["chunks"])
-        }
-        preprocess(chunks, self.work / DICTIONARY, self._part(part), running)
+        """Cut the text into tokens again, now that each token has an id: this saves a copy of the text in tokens."""
+        indices = Dictionary.load(str(self.work / DICTIONARY)).indices
+        with self._workers(indices) as pool:
+            for split, batches in self._by_split(pieces.ids_of, pool, display):
+                binarize(batches, len(indices), self.work / split)
+                counted = split == "train" and not self.options.like
+                check_counts(self.work / split, self.work / DICTIONARY, self.state["splits"][split], counted)
+        return f"{sum((self.work / f'{split}.bin').stat().st_size for split in SPLITS) / 1e6:,.1f} MB"
 
     def _finish(self) -> None:
         made = sorted(path for path in self.work.iterdir() if path.is_file() and path.name not in (STATE, PROVENANCE))
@@ -253,7 +237,7 @@ class Preparation:
                 for split, paths in self.files.items()
             },
             **{key: self.state[key] for key in ("splits", "symbols", "dictionary_fingerprint", "model")},
-            "sha256": {path.name: sha256_of_file(path) for path in made if path.suffix != ".log"},
+            "sha256": {path.name: sha256_of_file(path) for path in made},
         }
         _write_json(self.work / PROVENANCE, record)
 

@@ -39,6 +39,6 @@ def check_counts(data: Path, dictionary: Path, totals: dict[str, Any], counted: 
     for what, (found, written) in compared.items():
         if found != written:
             raise UserError(
-                f"{data.name} has {found:,} {what}, but {written:,} were written: fairseq-preprocess split the text "
-                f"differently; delete {data.parent} and run again, and report it if this happens again"
+                f"{data.name} has {found:,} {what}, but {written:,} were written: did the text change meanwhile? "
+                f"Delete {data.parent} and run again, and report it if this happens again"
             )

@@ -65,7 +65,6 @@ def binarize(text: "Path | None", pieces: int) -> None:
         source = ["text", *(word for subset in SUBSETS for word in (f"--{subset}", text / f"{subset}.txt"))]
     shutil.rmtree(made, ignore_errors=True)
     run([sys.executable, "-m", "data_prep", *source, "--vocab-size", pieces, "--out", made])
-    shutil.rmtree(made / "tokens", ignore_errors=True)  # the text in pieces: nothing trains on it
     made.rename(folder)
 
 

@@ -16,7 +16,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "report",
         description="Compare runs by their own logs. Runs that differ only in their seed are averaged. Runs that are "
         "incomplete, or that were evaluated differently from the others, are left out; stderr and the "
-        "page give the reason. With --benchmarks: show the results of benchmarks.",
+        "page give the reason. With --benchmarks: show the results of benchmarks as tables and figures.",
     )
     parser.add_argument(
         "runs",
@@ -35,8 +35,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="files that benchmarks/layer.py, train.py and communication.py wrote with --json, instead of runs",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to; created if missing")
-    parser.add_argument("--title", help=f"heading of the page (default: {TITLE}; of benchmarks: {BENCHMARKS_TITLE})")
-    parser.add_argument("--note", type=Path, metavar="FILE", help="text for the page: what these runs can show")
+    parser.add_argument("--title", help=f"heading of the report (default: {TITLE}; of benchmarks: {BENCHMARKS_TITLE})")
+    parser.add_argument("--note", type=Path, metavar="FILE", help="text for the report: what these runs can show")
     parser.add_argument(
         "--watch",
         nargs="?",

@@ -5,10 +5,8 @@ from pathlib import Path
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.hashing.dictionary import read_dictionary
-
-# The names of `table_tools.build_options` and `hashing.features`, repeated so that the command's help needs no torch.
-BUILDERS = ("balanced", "scattered", "random", "modulo", "round-robin", "clusters", "dispersed", "spread")
-FEATURES = ("token", "previous", "bigram", "ngram", "history", "position", "future", "predicted", "word")
+from fairseq_hash.hashing.features import FEATURES
+from fairseq_hash.hashing.registry import BASES, REGISTRY
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -62,7 +60,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def _add_build(build: argparse.ArgumentParser) -> None:
     add = build.add_argument
     add("dictionary", type=Path, metavar="DICT", help="dict.txt of the data, with token counts")
-    add("--builder", choices=BUILDERS, default="balanced", help="builder of the table (default: balanced)")
+    add("--builder", choices=REGISTRY, default="balanced", help="builder of the table (default: balanced)")
     add("--num-experts", type=int, required=True, metavar="E", help="number of experts, 1 or more")
     add("--experts-per-token", type=int, default=1, metavar="K", help="distinct experts per token (default: 1)")
     add(
@@ -83,11 +81,7 @@ def _add_build(build: argparse.ArgumentParser) -> None:
     add("--subset", default="train", help="subset of --text, if it is a data folder (default: train)")
     _add_samples(build)
     add("--embeddings", type=Path, metavar="CKPT", help="for clusters and dispersed: a trained checkpoint")
-    add(
-        "--base",
-        choices=("balanced", "scattered"),
-        help="for spread: builder of the table of single tokens (default: balanced)",
-    )
+    add("--base", choices=BASES, help="for spread: builder of the table of single tokens (default: balanced)")
     add("--clusters", type=int, metavar="C", help="for dispersed: number of clusters (default: as many as experts)")
     _add_out(build, "table file to write (safetensors)")
     build.set_defaults(run=run_build)

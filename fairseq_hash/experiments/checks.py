@@ -9,8 +9,8 @@ from omegaconf import DictConfig
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.experiments.compose import Experiment
 from fairseq_hash.experiments.memory import place_of
-from fairseq_hash.hashing.build import BUILDERS
 from fairseq_hash.hashing.dictionary import read_dictionary
+from fairseq_hash.hashing.registry import BUILDERS
 from fairseq_hash.lm.table_buffers import build_tables
 from fairseq_hash.moe.dispatchers import DISPATCHERS
 from fairseq_hash.options import option_use

@@ -17,7 +17,7 @@ from torch import nn
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.experiments.compose import Experiment
-from fairseq_hash.hashing.build import BUILDERS
+from fairseq_hash.hashing.registry import BUILDERS
 from fairseq_hash.lm.model import HashTransformerLanguageModel
 from fairseq_hash.moe.layer import SparseLayer
 from fairseq_hash.moe.parameter_counts import count_experts, count_parameters, count_trained, count_trained_experts

@@ -5,7 +5,7 @@ torch).
 """
 
 from fairseq_hash.hashing.balance import Balance, judge, lower_bound
-from fairseq_hash.hashing.build import BUILDERS, TableShape, build_table, check_shape, placeholder_table
+from fairseq_hash.hashing.build import TableShape, build_table, check_shape, placeholder_table
 from fairseq_hash.hashing.builders import (
     balanced_experts,
     best_of,
@@ -17,6 +17,7 @@ from fairseq_hash.hashing.builders import (
 from fairseq_hash.hashing.clusters import check_embedding, cluster_keys, clustered_experts, dispersed_experts
 from fairseq_hash.hashing.features import FEATURES, Feature
 from fairseq_hash.hashing.files import load_table, save_table
+from fairseq_hash.hashing.registry import BUILDERS
 from fairseq_hash.hashing.spread import count_pairs, heavy_tokens, spread_counts, spread_table
 from fairseq_hash.hashing.table import (
     HashTable,

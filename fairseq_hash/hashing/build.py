@@ -1,21 +1,16 @@
 """The table that a model's options name: built from the dictionary, or read from a file."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.hashing.builders import (
-    balanced_experts,
-    equal_count,
-    modulo_experts,
-    random_experts,
-    round_robin_experts,
-    scattered_experts,
-)
+from fairseq_hash.hashing.builders import equal_count
 from fairseq_hash.hashing.features import OF_TOKENS, Feature
 from fairseq_hash.hashing.files import load_table
+from fairseq_hash.hashing.registry import BUILDERS, DRAWN, OF_COUNTS, REGISTRY, VARYING, Keys
 from fairseq_hash.hashing.table import (
     HashTable,
     TableRecord,
@@ -24,10 +19,6 @@ from fairseq_hash.hashing.table import (
     counts_fingerprint,
     dictionary_fingerprint,
 )
-
-BUILDERS = ("balanced", "scattered", "random", "modulo", "round-robin")
-OF_COUNTS = ("balanced", "scattered")
-DRAWN = ("scattered", "random")
 
 
 @dataclass(frozen=True)
@@ -79,7 +70,7 @@ def build_table(
             f"--hash-table {kind} has no counts for --hash-feature {shape.feature.name}: the dictionary counts "
             "tokens; use random, or build a table from text with fairseq-hash tables build"
         )
-    if shape.is_multi_hash and shape.columns > 1 and kind not in ("balanced", *DRAWN):
+    if shape.is_multi_hash and shape.columns > 1 and kind not in VARYING:
         raise UserError(
             f"--multi-hash {shape.columns} needs a builder that can make different tables; use balanced, "
             f"{' or '.join(DRAWN)}, not {kind}"
@@ -93,32 +84,56 @@ def build_table(
             f"--num-experts {shape.num_experts} --out FILE, and --hash-table FILE), or use --hash-table random"
         )
 
-    def build(columns: int, number: int) -> np.ndarray:
-        if kind == "balanced":
-            plain = is_first and number == 0
-            return balanced_experts(counts, shape.num_experts, columns, None if plain else seed + number)
-        if kind == "scattered":
-            return scattered_experts(counts, shape.num_experts, columns, seed + number)
-        if kind == "random":
-            return random_experts(num_keys, shape.num_experts, columns, seed + number)
-        build_fixed = modulo_experts if kind == "modulo" else round_robin_experts
-        return build_fixed(num_keys, shape.num_experts, columns)
+    expert_HK = deal_out(kind, Keys(num_keys, np.asarray(counts)), shape, seed, is_first=is_first)
+    builder = REGISTRY[kind]
+    uses_seed = builder.is_drawn or (builder.varies and (shape.is_multi_hash or not is_first))
+    seen = counts if kind in OF_COUNTS else None
+    return HashTable(expert_HK, record_of(kind, symbols, shape, seed if uses_seed else None, seen))
 
-    if shape.is_multi_hash:
-        expert_HK = np.concatenate([build(1, number) for number in range(shape.columns)], axis=1)
-    else:
-        expert_HK = build(shape.columns, 0)
-    record = TableRecord(
+
+def deal_out(kind: str, keys: Keys, shape: TableShape, seed: int, number: int = 0, is_first: bool = True) -> np.ndarray:
+    """Return the experts that a builder gives to keys, int64 `[H, K]`.
+
+    Args:
+        kind: one of `REGISTRY`.
+        keys: what the table is for.
+        shape: E, K, and whether the columns are hash functions: then each is built for itself.
+        seed: of what is random.
+        number: which one of several tables by this seed. Table 0 is made without a seed if the builder allows it.
+        is_first: as in `build_table`.
+    """
+    builder = REGISTRY[kind]
+
+    def build(columns: int, number: int) -> np.ndarray:
+        is_plain = not builder.is_drawn and is_first and number == 0
+        return builder.build(keys, shape.num_experts, columns, None if is_plain else seed + number)
+
+    if not shape.is_multi_hash:
+        return build(shape.columns, number)
+    first = number * shape.columns
+    return np.concatenate([build(1, first + column) for column in range(shape.columns)], axis=1)
+
+
+def record_of(
+    kind: str,
+    symbols: Sequence[str],
+    shape: TableShape,
+    seed: "int | None" = None,
+    counts: "Sequence[int] | None" = None,
+    settings: "dict[str, Any] | None" = None,
+) -> TableRecord:
+    """Return the record of a table. `seed` and `counts` are None if the table was built without them."""
+    return TableRecord(
         kind,
         shape.num_experts,
         dictionary_fingerprint(symbols),
-        seed=seed if kind in DRAWN or (kind == "balanced" and (shape.is_multi_hash or not is_first)) else None,
-        counts_fingerprint=counts_fingerprint(counts) if kind in OF_COUNTS else None,
+        seed=seed,
+        counts_fingerprint=None if counts is None else counts_fingerprint(counts),
         feature=shape.feature.name,
         length=shape.feature.length,
         is_multi_hash=shape.is_multi_hash,
+        settings=settings or {},
     )
-    return HashTable(expert_HK, record)
 
 
 def check_shape(table: HashTable, shape: TableShape, symbols: Sequence[str], name: str) -> None:
@@ -151,8 +166,4 @@ def placeholder_table(symbols: Sequence[str], shape: TableShape) -> HashTable:
     """Return a table that sends every token to the first experts, for a model that takes its own from a checkpoint."""
     expert_K = np.zeros(shape.columns, dtype=np.int64) if shape.is_multi_hash else np.arange(shape.columns)
     expert_HK = np.tile(expert_K, (len(symbols), 1))
-    record = TableRecord("placeholder", shape.num_experts, dictionary_fingerprint(symbols))
-    return HashTable(
-        expert_HK,
-        replace(record, feature=shape.feature.name, length=shape.feature.length, is_multi_hash=shape.is_multi_hash),
-    )
+    return HashTable(expert_HK, record_of("placeholder", symbols, shape))

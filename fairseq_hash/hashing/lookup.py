@@ -5,6 +5,7 @@ Shape suffixes: see `moe.losses`; V is the number of the dictionary's symbols, P
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,6 +40,11 @@ def rows(
     for distance in range(oldest, newest - 1, -1):
         state_BL = mix_tensor(state_BL ^ shifted(token_BL, distance, padding))
     return remainder(state_BL, num_keys)
+
+
+def tensors(index: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """Return the arrays of a table's index as `rows` takes them, on a CPU."""
+    return {name: torch.from_numpy(array) for name, array in index.items()}
 
 
 def shifted(token_BL: Tensor, distance: int, padding: int) -> Tensor:

@@ -91,10 +91,9 @@ def spread_counts(
 def _rows_of_pairs(index: Mapping[str, np.ndarray], token_P: np.ndarray, previous_P: np.ndarray) -> np.ndarray:
     import torch
 
-    from fairseq_hash.hashing.lookup import spread_rows  # the function by which the model looks rows up
+    from fairseq_hash.hashing.lookup import spread_rows, tensors  # the functions by which the model looks rows up
 
-    tensors = {name: torch.from_numpy(array) for name, array in index.items()}
-    return spread_rows(tensors, torch.from_numpy(token_P), torch.from_numpy(previous_P)).numpy()
+    return spread_rows(tensors(index), torch.from_numpy(token_P), torch.from_numpy(previous_P)).numpy()
 
 
 def spread_table(

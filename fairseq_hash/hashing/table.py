@@ -3,16 +3,13 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.memory import check_fits
 from fairseq_hash.hashing.features import OF_TOKENS, Feature
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 ENTRY = 3 * 8  # bytes per entry while a table is built: the entry, the number it is drawn from, and a copy
 
@@ -68,13 +65,6 @@ class HashTable:
     def fingerprint(self) -> str:
         """SHA-256 of feature, entries and index: see `table_fingerprint`."""
         return table_fingerprint(self.expert_HK, self.index, self.feature)
-
-    def rows(self, token_BL: "Tensor", padding: int, predicted_BL: "Tensor | None" = None) -> "Tensor":
-        """Return the row of each token, on a CPU: see `Feature.rows`."""
-        import torch
-
-        index = {name: torch.from_numpy(array) for name, array in self.index.items()}
-        return self.feature.rows(token_BL, padding, len(self.expert_HK), index, predicted_BL)
 
 
 def dictionary_fingerprint(symbols: Sequence[str]) -> str:

@@ -8,8 +8,8 @@ import torch
 from fairseq.models.transformer import TransformerConfig
 
 from fairseq_hash.core.memory import check_fits
-from fairseq_hash.hashing.build import BUILDERS
 from fairseq_hash.hashing.features import OF_TOKENS
+from fairseq_hash.hashing.registry import BUILDERS
 from fairseq_hash.hashing.table import check_table_size
 from fairseq_hash.lm.sparse_layers import build_experts
 from fairseq_hash.options.sparse_options import SparseOptions

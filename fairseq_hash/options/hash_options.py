@@ -7,8 +7,8 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.validators import check_at_least, check_one_of
 from fairseq_hash.hashing import BUILDERS, FEATURES, Feature, TableShape
-from fairseq_hash.hashing.build import DRAWN
 from fairseq_hash.hashing.features import OF_BUCKETS
+from fairseq_hash.hashing.registry import DRAWN
 from fairseq_hash.moe.hash_weights import SCORES
 
 WEIGHTS = ("uniform", "learned")

@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.hashing.build import BUILDERS, DRAWN
 from fairseq_hash.hashing.features import OF_BUCKETS
+from fairseq_hash.hashing.registry import BUILDERS, DRAWN
 from fairseq_hash.moe.routers import router_class, router_names, statistics_of
 from fairseq_hash.moe.routing_stats import loss_weights
 from fairseq_hash.options.criterion_options import HashMoECriterionConfig, SparseCriterion

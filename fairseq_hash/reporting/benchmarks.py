@@ -1,4 +1,4 @@
-"""The report on benchmarks: tables, figures and a page from the JSON files of the programs in benchmarks/."""
+"""The report on benchmarks: tables and figures from the JSON files of the programs in benchmarks/."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,11 +7,10 @@ from typing import Any
 import pandas as pd
 
 from fairseq_hash.core.files import write_folder
-from fairseq_hash.reporting import comparison_table, page
-from fairseq_hash.reporting.benchmarks_charts import bars_of_split, charts_by_experts, charts_by_tokens
+from fairseq_hash.reporting import comparison_table
 from fairseq_hash.reporting.benchmarks_files import PARTS, Benchmark, Row, load_benchmarks
 from fairseq_hash.reporting.benchmarks_plots import split_of_time, time_by_experts, time_by_tokens
-from fairseq_hash.reporting.plots import DARK, LIGHT
+from fairseq_hash.reporting.comparison_table import NOTHING
 from fairseq_hash.reporting.report import read_note
 
 COLUMNS = """
@@ -21,30 +20,11 @@ model or layer in the same round: the median over the rounds. Tokens are those o
 sentences, each of which gets one more token per step. The parts of a call were measured one by one, so their sum is not
 exactly the call; shares are shares of the sum.
 """
-PROVENANCE = {
-    **{"fairseq_hash": "fairseq_hash", "commit": "Commit", "python": "Python", "torch": "torch", "fairseq": "fairseq"},
-    **{"processor": "Processor", "cores": "Usable cores", "gpus": "GPUs", "platform": "Platform", "date": "Date (UTC)"},
-}
-# The figures by file, in the order of the page: as a picture, and as HTML.
+PROVENANCE = {**comparison_table.MACHINE, "date": "Date (UTC)"}
 FIGURES = {
-    "time_by_experts.png": (
-        time_by_experts,
-        charts_by_experts,
-        "Time by the number of experts",
-        "Time divided by that of dense: medians of the ratios within a round; below 1 is faster than dense.",
-    ),
-    "time_by_tokens.png": (
-        time_by_tokens,
-        charts_by_tokens,
-        "Time by the number of tokens",
-        "Time divided by that of dense, as above.",
-    ),
-    "split_of_time.png": (
-        split_of_time,
-        bars_of_split,
-        "Where the time goes",
-        "The parts of a call, each as a share of their sum; the milliseconds stand in the tables.",
-    ),
+    "time_by_experts.png": time_by_experts,
+    "time_by_tokens.png": time_by_tokens,
+    "split_of_time.png": split_of_time,
 }
 # Further values of some rows: heading, form and unit.
 FURTHER = {
@@ -56,21 +36,18 @@ FURTHER = {
     "utilisation": ("Of a large product's", "{:.0%}", 1),
     "over_base": ("Updates/s over BASE's", "{:.2f}", 1),
 }
-NOTHING = "–"
 
 
 def write_benchmarks(files: Sequence[Path], out: Path, title: str, note: "Path | None" = None) -> list[Path]:
-    """Write results.csv, results.md, the figures and index.html; return their paths.
+    """Write results.csv, results.md and the figures; return their paths.
 
     Raises `UserError` with one line for a file that no benchmark wrote, before anything is written.
     """
     benchmarks, words = load_benchmarks(files), read_note(note)
-    drawn = {name: [draw(benchmarks, theme) for theme in (LIGHT, DARK)] for name, (draw, *_) in FIGURES.items()}
-    figures = {name: pictures for name, pictures in drawn.items() if pictures[0] is not None}
-    written: dict[str, bytes] = {name: light for name, (light, _) in figures.items()}
+    drawn = {name: draw(benchmarks) for name, draw in FIGURES.items()}
+    written: dict[str, bytes] = {name: picture for name, picture in drawn.items() if picture is not None}
     written["results.csv"] = _flat(benchmarks).to_csv(index=False).encode()
     written["results.md"] = _markdown(benchmarks, title, words).encode()
-    written["index.html"] = _page(benchmarks, title, words, figures).encode()
     return write_folder(out, written)
 
 
@@ -151,24 +128,3 @@ def _markdown(benchmarks: Sequence[Benchmark], title: str, note: str) -> str:
         parts += ["## What this shows and what not", note.strip()]
     parts += ["## Where this comes from", comparison_table.markdown(_provenance(benchmarks), words=True)]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _page(benchmarks: Sequence[Benchmark], title: str, note: str, figures: dict[str, list[bytes]]) -> str:
-    parts = []
-    for name, (_, charts, heading, caption) in FIGURES.items():
-        if name in figures:
-            shown = page.paragraphs(caption), charts(benchmarks), page.figure(caption, caption, *figures[name])
-            parts.append(page.section(heading, *shown))
-    for benchmark in benchmarks:
-        shown = [page.paragraphs(_settings(benchmark)), page.table(times(benchmark), label=benchmark.name)]
-        shown += [page.paragraphs(text) for text in benchmark.left_out]
-        if len(parted := split(benchmark)):
-            shown.append(page.table(parted, label=f"{benchmark.name}: where the time goes"))
-        parts.append(page.section(benchmark.name, *shown))
-    if note.strip():
-        parts.append(page.section("What this shows and what not", page.paragraphs(note)))
-    parts.append(page.section("How the columns are measured", page.paragraphs(COLUMNS)))
-    parts.append(
-        page.section("Where this comes from", page.table(_provenance(benchmarks), words=True, label="Provenance"))
-    )
-    return page.render(title, f"{len(benchmarks)} file{'s' if len(benchmarks) > 1 else ''}", parts)

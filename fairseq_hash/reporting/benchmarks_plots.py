@@ -4,16 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from fairseq_hash.reporting import plots
 from fairseq_hash.reporting.benchmarks_files import PARTS, Benchmark, Row
 from fairseq_hash.reporting.labels import Label, label_ends
-from fairseq_hash.reporting.plots import COLOURS, MARKERS, Theme, lightened, styled
+from fairseq_hash.reporting.plots import COLOURS, LIGHT, MARKERS, axis_of_counts, some, styled
 
 DENSE = "dense"
 # A longer figure would be unreadable.
@@ -58,41 +57,41 @@ def panels_by_tokens(benchmarks: Sequence[Benchmark]) -> list[Panel]:
     return panels
 
 
-def time_by_experts(benchmarks: Sequence[Benchmark], theme: Theme) -> "bytes | None":
+def time_by_experts(benchmarks: Sequence[Benchmark]) -> "bytes | None":
     """Draw time / dense by the number of experts, a panel for each number of tokens; return a PNG."""
     panels = panels_by_experts(benchmarks)
-    return _time(benchmarks, panels, lambda row: row.experts, "Experts in a layer", theme)
+    return _time(benchmarks, panels, lambda row: row.experts, "Experts in a layer")
 
 
-def time_by_tokens(benchmarks: Sequence[Benchmark], theme: Theme) -> "bytes | None":
+def time_by_tokens(benchmarks: Sequence[Benchmark]) -> "bytes | None":
     """Draw time / dense by the number of tokens, a panel for each number of experts; return a PNG.
 
     Returns None if no file has several numbers of tokens.
     """
     panels = panels_by_tokens(benchmarks)
-    return _time(benchmarks, panels, lambda row: row.tokens, "Tokens of a call", theme)
+    return _time(benchmarks, panels, lambda row: row.tokens, "Tokens of a call")
 
 
-def split_of_time(benchmarks: Sequence[Benchmark], theme: Theme) -> "bytes | None":
+def split_of_time(benchmarks: Sequence[Benchmark]) -> "bytes | None":
     """Draw the parts of each call that was split as stacked bars, shares of their sum; return a PNG.
 
     A part below zero is not drawn (the rest of a call, if its parts took longer when measured alone). Returns None if
     no call was split.
     """
-    bars = bars_of(benchmarks)
+    bars = [(benchmark, row) for benchmark in benchmarks for row in benchmark.rows if row.parts]
     if not bars:
         return None
     count, bars = len(bars), some(bars, MOST_BARS)
     further = dict.fromkeys(part for _, row in bars for part in row.parts if part not in PARTS)
-    with styled(theme):
+    with styled(LIGHT):
         figure = Figure(figsize=(9, 1.5 + 0.34 * len(bars)), layout="constrained")
         axes = figure.subplots()
         axes.grid(False)
         ends = np.zeros(len(bars))
+        drawn = [sum(max(value, 0) for value in row.parts.values()) for _, row in bars]
         for index, part in enumerate((*PARTS, *further)):
-            shares = np.array([100 * max(row.parts.get(part, 0), 0) / drawn_sum(row) for _, row in bars])
-            known = lightened(COLOURS[index % len(COLOURS)], theme)
-            colour = known if part in PARTS else matplotlib.colors.to_rgb(theme.neutral)
+            shares = 100 * np.array([max(row.parts.get(part, 0), 0) for _, row in bars]) / drawn
+            colour = COLOURS[index % len(COLOURS)] if part in PARTS else LIGHT.neutral
             if shares.any():
                 axes.barh(range(len(bars)), shares, left=ends, color=colour, label=part, height=0.78)
             ends += shares
@@ -109,21 +108,16 @@ def split_of_time(benchmarks: Sequence[Benchmark], theme: Theme) -> "bytes | Non
         return plots.png(figure)
 
 
-def bars_of(benchmarks: Sequence[Benchmark]) -> list[tuple[Benchmark, Row]]:
-    """Return the calls that were split, each with its file."""
-    return [(benchmark, row) for benchmark in benchmarks for row in benchmark.rows if row.parts]
-
-
 def _time(
-    benchmarks: Sequence[Benchmark], panels: list[Panel], size: Callable[[Row], int], label: str, theme: Theme
+    benchmarks: Sequence[Benchmark], panels: list[Panel], size: Callable[[Row], int], label: str
 ) -> "bytes | None":
     if not panels:
         return None
     count, panels = len(panels), some(panels, MOST_PANELS)
-    styles = _styles(benchmarks, theme)
+    styles = _styles(benchmarks)
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
-    with styled(theme):
+    with styled(LIGHT):
         figure = Figure(figsize=(6.4 * columns, 0.4 + 4.3 * rows), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False).flatten()
         for axes, panel in zip(grid, panels, strict=False):
@@ -140,15 +134,11 @@ def _time(
 
 
 def _draw(
-    axes: Axes, lines: dict[str, list[Row]], size: Callable[[Row], int], styles: dict[str, tuple[Any, str]]
+    axes: Axes, lines: dict[str, list[Row]], size: Callable[[Row], int], styles: dict[str, tuple[str, str]]
 ) -> None:
     sizes = sorted({size(row) for rows in lines.values() for row in rows})
     ratios = [row.ratio for rows in lines.values() for row in rows]
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(sizes[0] / 1.25, sizes[-1] * 1.25)
-    axes.xaxis.set_major_locator(FixedLocator(sizes))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.xaxis.set_minor_locator(NullLocator())
+    axis_of_counts(axes, sizes)
     axes.set_yscale("log")
     axes.set_ylim(0.9 * min(ratios), 1.1 * max(ratios))
     ticks = next(ticks for most, ticks in TICKS.items() if max(ratios) < most)
@@ -164,13 +154,13 @@ def _draw(
     label_ends(axes, labels)
 
 
-def _styles(benchmarks: Sequence[Benchmark], theme: Theme) -> dict[str, tuple[Any, str]]:
+def _styles(benchmarks: Sequence[Benchmark]) -> dict[str, tuple[str, str]]:
     """Return colour and marker of each candidate, the same in every panel; dense is drawn in a neutral colour."""
     names = dict.fromkeys(row.plain_candidate for benchmark in benchmarks for row in benchmark.rows)
     names.pop(DENSE, None)
-    styles: dict[str, tuple[Any, str]] = {DENSE: (matplotlib.colors.to_rgb(theme.neutral), MARKERS[0])}
+    styles = {DENSE: (LIGHT.neutral, MARKERS[0])}
     for index, name in enumerate(names):
-        styles[name] = lightened(COLOURS[index % len(COLOURS)], theme), MARKERS[(index + 1) % len(MARKERS)]
+        styles[name] = COLOURS[index % len(COLOURS)], MARKERS[(index + 1) % len(MARKERS)]
     return styles
 
 
@@ -188,15 +178,3 @@ def _tokens(tokens: int, variant: str) -> str:
 
 def _title(benchmark: Benchmark, size: str, variant: str) -> str:
     return ", ".join([f"{benchmark.name}: {size}", *([variant] if variant else [])])
-
-
-def drawn_sum(row: Row) -> float:
-    """Return the seconds of the parts that can be drawn."""
-    return sum(max(value, 0) for value in row.parts.values())
-
-
-def some(items: list[Any], count: int) -> list[Any]:
-    """Return `most` of the items, evenly from the first to the last."""
-    if len(items) <= count:
-        return items
-    return [items[round(place)] for place in np.linspace(0, len(items) - 1, count)]

@@ -7,32 +7,34 @@ import pandas as pd
 from fairseq_hash.reporting import comparison_table, page
 from fairseq_hash.reporting.charts import figures_of
 from fairseq_hash.reporting.comparison import COLUMNS, Comparison
-from fairseq_hash.reporting.curves import learning_charts
-from fairseq_hash.reporting.loads import load_charts, sorted_loads
+from fairseq_hash.reporting.curves import learning_charts, learning_curves
+from fairseq_hash.reporting.loads import expert_loads, load_charts, sorted_loads
 from fairseq_hash.reporting.runs import Run
-from fairseq_hash.reporting.scaling import scaling_charts
+from fairseq_hash.reporting.scaling import perplexity_by_experts, scaling_charts
 
-# Entries of a model's record about the machine and the libraries, by their heading on the page.
+# Entries of a model's record about where it comes from, by their heading on the page.
 PROVENANCE = {
-    **{"fairseq_hash": "fairseq_hash", "commit": "Commit", "python": "Python", "torch": "torch", "fairseq": "fairseq"},
-    **{"processor": "Processor", "cores": "Usable cores", "gpus": "GPUs", "platform": "Platform"},
+    **comparison_table.MACHINE,
     **{"dictionary_fingerprint": "Dictionary fingerprint", "table_fingerprint": "Hash table fingerprint"},
 }
-# The figures by file, in the order of the page: heading, caption, and the same figure as charts.
+# The figures by file, in the order of the page: heading, caption, the figure, and the same figure as charts.
 FIGURES = {
     "learning_curves.png": (
         "Learning curves",
         "Perplexity of the cross-entropy, by seed: strong lines are of validations, faint ones of the training.",
+        learning_curves,
         learning_charts,
     ),
     "perplexity_by_experts.png": (
         "Perplexity by the number of experts",
         "Models that differ in their number of experts only, beside dense ones.",
+        perplexity_by_experts,
         scaling_charts,
     ),
     "expert_loads.png": (
         "Load of the experts",
         "Each expert's share of the tokens over the uniform share, sorted. Hollow: validation at the end.",
+        expert_loads,
         load_charts,
     ),
 }
@@ -64,7 +66,7 @@ def sections(comparison: Comparison, figures: dict[str, list[bytes]], learning: 
         parts.append(page.section("Left out", page.table(comparison.left_out, words=True, label="Runs left out")))
     if comparison.note.strip():
         parts.append(page.section("What this shows and what not", page.paragraphs(comparison.note)))
-    for name, (heading, caption, charts) in FIGURES.items():
+    for name, (heading, caption, _, charts) in FIGURES.items():
         drawn = charts(learning if charts is learning_charts else comparison.models)
         if drawn:
             pictures = page.figure(caption, caption, *figures[name]) if name in figures else ""

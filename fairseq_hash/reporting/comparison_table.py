@@ -13,8 +13,14 @@ from fairseq_hash.reporting.runs import Run
 # Start-up, first allocations and empty caches are not the model's speed or balance.
 SETTLING_SHARE = 0.1
 PERPLEXITY = "_perplexity"
+NOTHING = "–"
 # Statistics that the criterion logs for each sparse layer. The other statistics of a layer belong to its router.
 OF_EVERY_LAYER = ("load_max", "load_min", "load_cv", "dropped", "load")
+# Entries of a record about the libraries and the machine, by their heading.
+MACHINE = {
+    **{"fairseq_hash": "fairseq_hash", "commit": "Commit", "python": "Python", "torch": "torch", "fairseq": "fairseq"},
+    **{"processor": "Processor", "cores": "Usable cores", "gpus": "GPUs", "platform": "Platform"},
+}
 
 
 def settled_intervals(run: Run) -> list[dict[str, Any]]:
@@ -137,7 +143,7 @@ def for_readers(models: pd.DataFrame) -> pd.DataFrame:
     """Return the table of models as text with headings and units, for people."""
 
     def column(name: str, form: str) -> list[str]:
-        return ["–" if pd.isna(value) else form.format(value) for value in models[name]]
+        return [NOTHING if pd.isna(value) else form.format(value) for value in models[name]]
 
     shown: dict[str, list[str]] = {"Model": list(models["model"])}
     for name in [name for name in models if name.endswith("_perplexity")]:
@@ -162,7 +168,7 @@ def for_readers(models: pd.DataFrame) -> pd.DataFrame:
     if models["load_max_train"].notna().any():
         shown["Max load, training"] = column("load_max_train", "{:.2f}")
         shown["Max load, validation"] = column("load_max_valid", "{:.2f}")
-        shown["Dropped"] = ["–" if pd.isna(value) else f"{value:.1%}" for value in models["dropped"]]
+        shown["Dropped"] = [NOTHING if pd.isna(value) else f"{value:.1%}" for value in models["dropped"]]
     return pd.DataFrame(shown)
 
 
@@ -179,9 +185,9 @@ def layers_for_readers(models: pd.DataFrame) -> pd.DataFrame:
         for layer in sorted(layers):
             values = [model[f"layer{layer}_{name}"] for name in ("load_max_train", "load_max_valid", "load_cv_train")]
             if not pd.isna(values[0]):
-                loads = ["–" if pd.isna(value) else f"{value:.2f}" for value in values]
+                loads = [NOTHING if pd.isna(value) else f"{value:.2f}" for value in values]
                 means = [model.get(f"layer{layer}_{name}_train", math.nan) for name in own]
-                texts = ["–" if pd.isna(value) else f"{value:.3g}" for value in means]
+                texts = [NOTHING if pd.isna(value) else f"{value:.3g}" for value in means]
                 rows.append([model["model"], str(layer), *loads, f"{model[f'layer{layer}_dropped']:.1%}", *texts])
     headings = ["Model", "Layer", "Max load, training", "Max load, validation"]
     headings += ["Load variation, training", "Dropped", *(name.replace("_", " ").capitalize() for name in own)]

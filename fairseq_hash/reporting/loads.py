@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from fairseq_hash.reporting import plots
 from fairseq_hash.reporting.charts import Chart, Line
 from fairseq_hash.reporting.comparison_table import last_validation, settled_intervals, sparse_layers
-from fairseq_hash.reporting.plots import Theme, colours_of, styled, styles_of
+from fairseq_hash.reporting.plots import Theme, colours_of, some, styled, styles_of
 from fairseq_hash.reporting.runs import Run
 
 # A wider or longer figure would be unreadable.
@@ -32,7 +32,7 @@ def expert_loads(models: dict[str, list[Run]], theme: Theme) -> "bytes | None":
     if not shown:
         return None
     every = sorted({layer for layers in shown.values() for layer in layers})
-    layers = _some(every, max(1, min(MOST_LAYERS, MOST_PANELS // len(shown))))
+    layers = some(every, max(1, min(MOST_LAYERS, MOST_PANELS // len(shown))))
     columns = min(COLUMNS, len(shown))
     rows = [row for layer in layers for row in _rows(layer, shown, columns)]
     with styled(theme):
@@ -60,7 +60,7 @@ def load_charts(models: dict[str, list[Run]]) -> list[Chart]:
     shown = {model: layers for model, runs in models.items() if (layers := sorted_loads(runs))}
     styles = styles_of(models)
     charts = []
-    for layer in _some(sorted({layer for layers in shown.values() for layer in layers}), MOST_CHARTS):
+    for layer in some(sorted({layer for layers in shown.values() for layer in layers}), MOST_CHARTS):
         lines, largest = [], {}
         for model, (train, valid) in ((model, layers[layer]) for model, layers in shown.items() if layer in layers):
             largest[model] = f"largest {train[0]:.2f}"
@@ -73,13 +73,6 @@ def load_charts(models: dict[str, list[Run]]) -> list[Chart]:
         ranges = (0.5, most + 0.5), (0, 1.1 * float(top))
         charts.append(Chart(f"Load of the experts, layer {layer}", *labels, lines, *ranges, values=largest))
     return charts
-
-
-def _some(layers: Sequence[int], count: int) -> list[int]:
-    """Return `most` of the layers, evenly from the first to the last."""
-    if len(layers) <= count:
-        return list(layers)
-    return [layers[round(place)] for place in np.linspace(0, len(layers) - 1, count)]
 
 
 def _rows(layer: int, shown: dict[str, Loads], columns: int) -> list[list[tuple[str, int]]]:

@@ -2,14 +2,16 @@
 
 import io
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from fairseq_hash.reporting.runs import Run
 
@@ -74,6 +76,22 @@ def styles_of(models: dict[str, list[Run]]) -> dict[str, tuple["int | None", int
         number = next(numbers[is_dense(runs)])
         styles[model] = None if is_dense(runs) else number % len(COLOURS), number
     return styles
+
+
+def some(items: Sequence[Any], count: int) -> list[Any]:
+    """Return so many of the items, evenly from the first to the last."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(place)] for place in np.linspace(0, len(items) - 1, count)]
+
+
+def axis_of_counts(axes: Axes, counts: Sequence[int]) -> None:
+    """Make the x axis one of powers of two, from the smallest to the largest of ascending numbers, each marked."""
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(counts[0] / 1.25, counts[-1] * 1.25)
+    axes.xaxis.set_major_locator(FixedLocator(counts))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def lightened(colour: str, theme: Theme) -> tuple[float, ...]:

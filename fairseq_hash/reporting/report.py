@@ -14,19 +14,10 @@ from fairseq_hash.core.files import write_folder
 from fairseq_hash.provenance import provenance
 from fairseq_hash.reporting import comparison_table
 from fairseq_hash.reporting.comparison import COLUMNS, Comparison, compare
-from fairseq_hash.reporting.comparison_page import comparison_page
-from fairseq_hash.reporting.curves import learning_curves
-from fairseq_hash.reporting.loads import expert_loads
+from fairseq_hash.reporting.comparison_page import FIGURES, comparison_page
 from fairseq_hash.reporting.plots import DARK, LIGHT
 from fairseq_hash.reporting.published import PUBLISHED
 from fairseq_hash.reporting.runs import Run
-from fairseq_hash.reporting.scaling import perplexity_by_experts
-
-DRAWN = {
-    "learning_curves.png": learning_curves,
-    "perplexity_by_experts.png": perplexity_by_experts,
-    "expert_loads.png": expert_loads,
-}
 
 
 def write_report(folders: Sequence[Path], out: Path, title: str, note: "Path | None" = None) -> list[Path]:
@@ -39,7 +30,9 @@ def write_report(folders: Sequence[Path], out: Path, title: str, note: "Path | N
 
 def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
     """Write results.json, results.csv, runs.csv, results.md, the figures and index.html; return their paths."""
-    drawn = {name: [draw(comparison.models, theme) for theme in (LIGHT, DARK)] for name, draw in DRAWN.items()}
+    drawn = {
+        name: [draw(comparison.models, theme) for theme in (LIGHT, DARK)] for name, (_, _, draw, _) in FIGURES.items()
+    }
     figures = {name: pictures for name, pictures in drawn.items() if pictures[0] is not None}
     files: dict[str, bytes] = {name: light for name, (light, _) in figures.items()}
     files["results.json"] = _json(comparison)

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from fairseq_hash.reporting import plots
 from fairseq_hash.reporting.charts import Chart, Line
 from fairseq_hash.reporting.comparison_table import measure
 from fairseq_hash.reporting.labels import Label, label_ends
 from fairseq_hash.reporting.naming import router_name, told_apart
-from fairseq_hash.reporting.plots import COLOURS, MARKERS, Theme, is_dense, lightened, styled
+from fairseq_hash.reporting.plots import COLOURS, MARKERS, Theme, axis_of_counts, is_dense, lightened, styled
 from fairseq_hash.reporting.published import PublishedFigure, figures_of, is_comparable
 from fairseq_hash.reporting.runs import Run
 
@@ -57,11 +56,7 @@ def perplexity_by_experts(models: dict[str, list[Run]], theme: Theme) -> "bytes 
             _draw(axes, points, colour, MARKERS[index % len(MARKERS)])
             labels.append(Label(points[-1].experts, points[-1].mean, f"{name} {points[-1].mean:.1f}", colour))
         counts = sorted({point.experts for points in lines.values() for point in points})
-        axes.set_xscale("log", base=2)
-        axes.set_xlim(counts[0] / 1.25, counts[-1] * 1.25)
-        axes.xaxis.set_major_locator(FixedLocator(counts))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        axes.xaxis.set_minor_locator(NullLocator())
+        axis_of_counts(axes, counts)
         for name, point in dense.items():
             axes.axhline(point.mean, color=theme.neutral, linewidth=1.4)
             labels.append(Label(counts[-1] * 1.25, point.mean, f"{name} {point.mean:.1f}", theme.neutral))

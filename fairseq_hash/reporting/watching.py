@@ -13,11 +13,11 @@ from fairseq_hash.core.files import write_folder
 from fairseq_hash.reporting import comparison_table, page
 from fairseq_hash.reporting.comparison import Comparison, compare
 from fairseq_hash.reporting.comparison_page import sections, subtitle
+from fairseq_hash.reporting.comparison_table import NOTHING
 from fairseq_hash.reporting.runs import Run
 
 # Reading the logs takes at most 1 / PARTS of the time.
 PARTS = 10
-NOTHING = "–"
 
 
 def watch(

@@ -146,8 +146,8 @@ def write(tables: Sequence[JudgedTable], symbols: list[str], out: Path) -> list[
     from fairseq_hash.reporting.plots import DARK, LIGHT
     from fairseq_hash.table_tools.figures import loads_of_one, loads_of_several
 
-    draw = (lambda theme: loads_of_one(tables[0], theme)) if len(tables) == 1 else None
-    light, dark = ((draw or (lambda theme: loads_of_several(tables, theme)))(theme) for theme in (LIGHT, DARK))
+    draw, drawn = (loads_of_one, tables[0]) if len(tables) == 1 else (loads_of_several, tables)
+    light, dark = (draw(drawn, theme) for theme in (LIGHT, DARK))
     origin = provenance()
     contents = {
         "balance.csv": frame(tables).to_csv(index=False).encode(),

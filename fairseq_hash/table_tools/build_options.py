@@ -9,14 +9,8 @@ from typing import Optional
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.hashing import Feature
 from fairseq_hash.hashing.features import OF_BUCKETS, OF_TOKENS
+from fairseq_hash.hashing.registry import BASES, OF_COUNTS, OF_EMBEDDINGS, REGISTRY, VARYING
 
-BUILDERS = ("balanced", "scattered", "random", "modulo", "round-robin", "clusters", "dispersed", "spread")
-BASES = ("balanced", "scattered")  # builders of the table of single tokens, for spread
-OF_COUNTS = (*BASES, "dispersed", "spread")
-OF_EMBEDDINGS = ("clusters", "dispersed")
-DRAWN = ("scattered", "random")
-DIFFERING = ("balanced", *DRAWN)
-WITH_RESTARTS = (*DIFFERING, "spread")  # for spread, restarts of the table of single tokens
 BUCKETS = 262144
 
 
@@ -84,9 +78,9 @@ def check(options: Options) -> None:
             options.is_multi_hash and options.experts_per_token > 1
         ),
         f"--multi-hash {options.multi_hash} needs a builder that can make different tables; use "
-        f"{', '.join(DIFFERING)}, not {builder}": (options.is_multi_hash and builder not in DIFFERING),
+        f"{', '.join(VARYING)}, not {builder}": (options.is_multi_hash and builder not in VARYING),
         f"--restarts {options.restarts}: the builder {builder} makes one table only; leave it out": (
-            options.restarts > 1 and builder not in WITH_RESTARTS
+            options.restarts > 1 and not REGISTRY[options.table_builder].varies
         ),
         "--counts and --text both give the counts of tokens; leave one out": options.counts and options.text,
         f"--feature {feature} needs --words, the dict.txt of a larger dictionary": (

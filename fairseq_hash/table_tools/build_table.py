@@ -8,35 +8,16 @@ from typing import TYPE_CHECKING, Any, Optional
 import numpy as np
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.hashing import (
-    Feature,
-    HashTable,
-    TableRecord,
-    balanced_experts,
-    counts_fingerprint,
-    dictionary_fingerprint,
-    modulo_experts,
-    random_experts,
-    round_robin_experts,
-    scattered_experts,
-)
+from fairseq_hash.hashing import Feature, HashTable, TableShape
+from fairseq_hash.hashing.build import deal_out, record_of
 from fairseq_hash.hashing.builders import best_of, equal_count
-from fairseq_hash.hashing.clusters import cluster_keys, clustered_experts, dispersed_experts
 from fairseq_hash.hashing.dictionary import SPECIAL, read_dictionary, token_counts
 from fairseq_hash.hashing.features import OF_TOKENS
+from fairseq_hash.hashing.registry import OF_COUNTS, OF_EMBEDDINGS, REGISTRY, Keys
 from fairseq_hash.hashing.spread import heavy_tokens, spread_table
 from fairseq_hash.hashing.table import check_table_size
 from fairseq_hash.hashing.words import word_index
-from fairseq_hash.table_tools.build_options import (
-    BUCKETS,
-    DRAWN,
-    OF_COUNTS,
-    OF_EMBEDDINGS,
-    WITH_RESTARTS,
-    Options,
-    check,
-    own_names,
-)
+from fairseq_hash.table_tools.build_options import BUCKETS, Options, check, own_names
 from fairseq_hash.table_tools.count_keys import count_keys, count_pairs
 from fairseq_hash.table_tools.token_streams import Text, open_text
 
@@ -91,22 +72,17 @@ def build(options: Options, say: Callable[[str], object] = print) -> Built:
             f"{source} counts every symbol {count:,} times, which no text does, and --builder {options.builder} "
             "balances by counts; count the training text (--text DATA), or use --builder random"
         )
-    expert_HK, settings = _experts(options, num_keys, count_H, embedding_VD)
+    shape = TableShape(options.num_experts, options.columns, options.is_multi_hash, feature)
+    expert_HK, settings = _experts(options, shape, Keys(num_keys, count_H, embedding_VD, options.clusters))
     if text is not None and options.tokens_per_sample:
         settings["tokens_per_sample"] = options.tokens_per_sample
     uses_counts = options.builder in OF_COUNTS or options.restarts > 1
-    is_drawn = options.table_builder in (*DRAWN, *OF_EMBEDDINGS) or options.is_multi_hash or options.restarts > 1
-    record = TableRecord(
-        options.table_builder,  # for a spread table this becomes the base
-        options.num_experts,
-        dictionary_fingerprint(symbols),
-        seed=options.seed if is_drawn else None,
-        counts_fingerprint=counts_fingerprint(count_H) if uses_counts else None,
-        feature=feature.name,
-        length=feature.length,
-        is_multi_hash=options.is_multi_hash,
-        settings=settings | ({"counts": source} if uses_counts else {}),
-    )
+    if uses_counts:
+        settings["counts"] = source
+    is_drawn = REGISTRY[options.table_builder].is_drawn or options.is_multi_hash or options.restarts > 1
+    seed, seen_H = options.seed if is_drawn else None, count_H if uses_counts else None
+    # The record of a spread table names this builder as its base.
+    record = record_of(options.table_builder, symbols, shape, seed, seen_H, settings)
     table = HashTable(expert_HK, record, index)
     if options.builder == "spread":
         pairs = count_pairs(
@@ -119,9 +95,8 @@ def build(options: Options, say: Callable[[str], object] = print) -> Built:
 
 
 def _embeddings(options: Options, symbols: list[str], say: Callable[[str], object]) -> "Tensor":
-    from fairseq_hash.table_tools.embeddings import (
-        read_embeddings,
-    )  # here, because other tables are built without torch
+    # Here, because other tables are built without torch.
+    from fairseq_hash.table_tools.embeddings import read_embeddings
 
     embedding_VD, is_known = read_embeddings(options.embeddings, symbols)
     if not is_known:
@@ -149,41 +124,22 @@ def _counts(
     return token_counts(options.counts, options.dictionary, symbols, listed, say)
 
 
-def _experts(
-    options: Options, num_keys: int, count_H: "np.ndarray | None", embedding_VD: "Tensor | None"
-) -> tuple[np.ndarray, dict[str, Any]]:
+def _experts(options: Options, shape: TableShape, keys: Keys) -> tuple[np.ndarray, dict[str, Any]]:
     """Return experts, int64 `[H, K]`, and the settings to record; for a spread table those of its single tokens."""
-    E, builder = options.num_experts, options.table_builder
 
-    def draw(columns: int, number: int) -> np.ndarray:
-        if builder == "random":
-            return random_experts(num_keys, E, columns, options.seed + number)
-        if builder == "scattered":
-            return scattered_experts(count_H, E, columns, options.seed + number)
-        return balanced_experts(count_H, E, columns, None if number == 0 else options.seed + number)
-
-    def draw_table(restart: int) -> np.ndarray:
+    def draw(restart: int) -> np.ndarray:
         # The first table is the one that a model builds by itself with these options.
-        if not options.is_multi_hash:
-            return draw(options.columns, restart)
-        return np.concatenate(
-            [draw(1, restart * options.columns + column) for column in range(options.columns)], axis=1
-        )
+        return deal_out(options.table_builder, keys, shape, options.seed, restart)
 
-    if builder in WITH_RESTARTS:
-        if options.restarts == 1:
-            return draw_table(0), {}
-        if count_H is None:
+    if options.restarts > 1:
+        if keys.count_H is None:
             raise UserError(f"--restarts {options.restarts}: nothing says which table is best; give a --text")
-        expert_HK, best = best_of(options.restarts, draw_table, count_H, E)
+        expert_HK, best = best_of(options.restarts, draw, keys.count_H, shape.num_experts)
         return expert_HK, {"restarts": options.restarts, "best_restart": best}
-    if builder in OF_EMBEDDINGS:
-        digest = hashlib.sha256(embedding_VD.contiguous().numpy().tobytes()).hexdigest()
+    settings: dict[str, Any] = {}
+    if options.builder in OF_EMBEDDINGS:
+        digest = hashlib.sha256(keys.embedding_HD.contiguous().numpy().tobytes()).hexdigest()
         settings = {"embeddings": options.embeddings.name, "embeddings_fingerprint": digest}
-        if builder == "clusters":
-            return clustered_experts(embedding_VD, E, options.columns, options.seed), settings
-        clusters = options.clusters or min(E, num_keys)
-        cluster_V, _ = cluster_keys(embedding_VD, clusters, options.seed)
-        return dispersed_experts(cluster_V, count_H, E, options.columns), settings | {"clusters": clusters}
-    build_fixed = modulo_experts if builder == "modulo" else round_robin_experts
-    return build_fixed(num_keys, E, options.columns), {}
+    if options.builder == "dispersed":
+        settings["clusters"] = options.clusters or min(shape.num_experts, keys.number)
+    return draw(0), settings

@@ -29,11 +29,13 @@ def count_keys(
     """
     import torch
 
-    tensors = {name: torch.from_numpy(array) for name, array in index.items()}
+    from fairseq_hash.hashing.lookup import tensors
+
+    index_tensors = tensors(index)
     count_H = np.zeros(num_keys, dtype=np.int64)
     with reading(text) as blocks:
         for token_BL, kept in samples(blocks, tokens_per_sample):
-            row_BL = feature.rows(torch.from_numpy(token_BL), PADDING, num_keys, tensors)
+            row_BL = feature.rows(torch.from_numpy(token_BL), PADDING, num_keys, index_tensors)
             count_H += np.bincount(row_BL[:, kept].reshape(-1).numpy(), minlength=num_keys)
     return count_H
 

@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from fairseq_hash.reporting.plots import COLOURS, MARKERS, Theme, png, styled
+from fairseq_hash.reporting.plots import COLOURS, MARKERS, Theme, lightened, png, styled
 from fairseq_hash.table_tools.evaluate_balance import HELD_OUT, Judged, JudgedTable
 
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 1.5, 1, 1.5)))
@@ -92,6 +91,5 @@ def _bound(axes: Axes, judged: Judged, colour: Any) -> Line2D:
     return axes.axhline(bound, color=colour, linewidth=1.2, linestyle=(0, (4, 3)), label=label)
 
 
-def _colour(number: int, theme: Theme) -> Any:
-    rgb = np.array(matplotlib.colors.to_rgb(COLOURS[number % len(COLOURS)]))
-    return tuple(rgb + (1 - rgb) * theme.lighten)
+def _colour(number: int, theme: Theme) -> tuple[float, ...]:
+    return lightened(COLOURS[number % len(COLOURS)], theme)

@@ -1,4 +1,4 @@
-"""Binarized data: chunks joined are the files of one call, dictionaries fairseq's own, tokens survive fairseq."""
+"""Binarized data: the files of one fairseq-preprocess, dictionaries fairseq's own, tokens survive fairseq."""
 
 import os
 import random
@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from plugin import command
 
 from data_prep import pieces
-from data_prep.binarize import join, make_dictionary, preprocess
-from fairseq_hash.core.errors import UserError
+from data_prep.binarize import binarize, make_dictionary
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,38 +35,24 @@ def write_tokens(path, lines, seed, words=50):
 
 
 @pytest.mark.parametrize("vocabulary", [50, 70_000], ids=["uint16", "uint32"])
-def test_joined_chunks_are_the_files_of_one_call(tmp_path, vocabulary):
-    """Three chunks, one of a single blank line, against fairseq-preprocess on all of the text: byte for byte."""
-    texts = [write_tokens(tmp_path / "a.txt", 40, 1), [""], write_tokens(tmp_path / "c.txt", 25, 2)]
-    (tmp_path / "b.txt").write_text("\n")
-    (tmp_path / "whole.txt").write_text("".join(line + "\n" for lines in texts for line in lines))
-    counts = Counter(word for lines in texts for line in lines for word in line.split())
+def test_batches_become_the_files_of_one_fairseq_preprocess(tmp_path, monkeypatch, vocabulary):
+    """Batches of some lines, blank ones among them, against fairseq-preprocess on the text: byte for byte."""
+    lines = [*write_tokens(tmp_path / "text", 40, 1), "", *write_tokens(tmp_path / "text", 25, 2)]
+    (tmp_path / "text").write_text("".join(line + "\n" for line in lines))
+    counts = Counter(word for line in lines for word in line.split())
     counts.update({f"rare{n}": 0 for n in range(vocabulary - 50)})
-    make_dictionary(counts, list(counts), None, 1).save(str(tmp_path / "dict.txt"))
-    for name in ("a", "b", "c", "whole"):
-        chunk = {"train": tmp_path / f"{name}.txt"}
-        preprocess(chunk, tmp_path / "dict.txt", tmp_path / f"bin {name}", [])
-    join([tmp_path / f"bin {name}" / "train" for name in "abc"], tmp_path / "joined")
+    dictionary = make_dictionary(counts, list(counts), None, 1)
+    dictionary.save(str(tmp_path / "dict.txt"))
+    whole = tmp_path / "whole"
+    command("preprocess", "--only-source", "--trainpref", tmp_path / "text", "--destdir", whole, "--srcdict",
+            tmp_path / "dict.txt")  # fmt: skip
+    monkeypatch.setattr(pieces, "BATCH_CHARACTERS", 40)
+    pieces.load(None, dictionary.indices)
+    binarize(map(pieces.ids_of, pieces.batches(lines)), len(dictionary), tmp_path / "train")
     for suffix in (".bin", ".idx"):
-        joined, whole = tmp_path / f"joined{suffix}", tmp_path / "bin whole" / f"train{suffix}"
-        assert joined.read_bytes() == whole.read_bytes()
-    join([tmp_path / "bin whole" / "train"], tmp_path / "alone")
-    assert (tmp_path / "alone.idx").read_bytes() == (tmp_path / "joined.idx").read_bytes()
-    data = indexed_dataset.make_dataset(str(tmp_path / "joined"), "mmap")
+        assert (tmp_path / f"train{suffix}").read_bytes() == (whole / f"train{suffix}").read_bytes()
+    data = indexed_dataset.make_dataset(str(tmp_path / "train"), "mmap")
     assert len(data) == 66 and data.sizes.sum() == sum(counts.values()) + 66
-
-
-def test_parts_of_another_form_are_refused(tmp_path):
-    for name in ("one", "two"):
-        (tmp_path / f"{name}.idx").write_bytes(b"something else entirely, long enough")
-    with pytest.raises(UserError, match="not an index of fairseq's"):
-        join([tmp_path / "one", tmp_path / "two"], tmp_path / "whole")
-
-
-def test_a_failed_call_is_told_in_one_line(tmp_path):
-    with pytest.raises(UserError, match="fairseq-preprocess failed") as error:
-        preprocess({"train": tmp_path / "no.txt"}, tmp_path / "no-dict.txt", tmp_path / "bin", [])
-    assert "\n" not in str(error.value) and "output.log" in str(error.value) and not (tmp_path / "bin").exists()
 
 
 @pytest.mark.parametrize("least, most", [(1, None), (3, None), (1, 20)])
@@ -94,9 +79,9 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     write_tokens(folder / "sample.txt", 400, 4)
     pieces.train_model(folder / "sample.txt", folder / "sentencepiece.model", 300)
-    pieces._load_model(str(folder / "sentencepiece.model"))
+    pieces.load(str(folder / "sentencepiece.model"))
     yield folder / "sentencepiece.model"
-    pieces._load_model(None)
+    pieces.load(None)
 
 
 @given(st.lists(st.text(max_size=30).filter(lambda line: "\n" not in line), min_size=1, max_size=5))
@@ -107,38 +92,33 @@ def test_pieces_survive_fairseq_and_give_the_text_back(model, lines):
     """
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     dictionary = make_dictionary(Counter(), pieces.model_pieces(model), None, 1)
-    batch = pieces.encode(lines)
-    rows = batch.text.split("\n")[:-1]
-    assert len(rows) == batch.lines == len(lines) and batch.tokens == sum(batch.counts.values())
+    totals, counts = pieces.count(lines)
+    rows = pieces.tokens_of(lines)
+    assert len(rows) == totals["lines"] == len(lines) and totals["tokens"] == sum(counts.values())
     for line, row in zip(map(pieces.plain, lines), rows, strict=True):
-        tokens = tokenize_line(row)
-        assert tokens == processor.encode(line, out_type=str)
-        assert dictionary.unk() not in dictionary.encode_line(row, add_if_not_exist=False).tolist()
-        assert processor.decode(tokens) == processor.decode(processor.encode(line))
+        assert tokenize_line(" ".join(row)) == row == processor.encode(line, out_type=str)
+        assert dictionary.unk() not in dictionary.encode_line(" ".join(row), add_if_not_exist=False).tolist()
+        assert processor.decode(row) == processor.decode(processor.encode(line))
 
 
 @given(st.lists(st.text(max_size=30).filter(lambda line: "\n" not in line), min_size=1, max_size=5))
 def test_words_are_those_that_fairseq_sees(lines):
-    pieces._load_model(None)
-    batch = pieces.encode(lines)
-    rows = batch.text.split("\n")[:-1]
-    assert [tokenize_line(row) for row in rows] == [tokenize_line(line) for line in lines]
+    pieces.load(None)
+    assert pieces.tokens_of(lines) == [tokenize_line(line) for line in lines]
+    totals, counts = pieces.count(lines)
     expected = Counter(word for line in lines for word in tokenize_line(line))
-    assert batch.counts == expected and batch.words == batch.tokens == sum(expected.values())
-    assert batch.characters == sum(map(len, lines))
+    assert counts == expected and totals["words"] == totals["tokens"] == sum(expected.values())
+    assert totals["characters"] == sum(map(len, lines))
 
 
 def test_a_pool_keeps_the_order(model, monkeypatch):
     """Two processes and batches of a few lines give what one process gives at once."""
     lines = [f"w{n % 50} w{n % 7}" for n in range(300)]
-    expected = "".join(
-        " ".join(row) + "\n"
-        for row in sentencepiece.SentencePieceProcessor(model_file=str(model)).encode(lines, out_type=str)
-    )
+    expected = sentencepiece.SentencePieceProcessor(model_file=str(model)).encode(lines, out_type=str)
     monkeypatch.setattr(pieces, "BATCH_CHARACTERS", 40)
     with pieces.workers(2, model) as pool:
-        found = list(pieces.encode_in_order(lines, pool, 2))
-    assert len(found) > 40 and "".join(batch.text for batch in found) == expected
+        found = list(pieces.in_order(pieces.tokens_of, lines, pool))
+    assert len(found) > 40 and [row for batch in found for row in batch] == expected
 
 
 def test_workers_leave_ctrl_c_to_their_parent():
@@ -167,7 +147,7 @@ def test_workers_end_with_their_parent(tmp_path):
         "from data_prep import pieces\n"
         "if __name__ == '__main__':\n"
         "    with pieces.workers(2, None) as pool:\n"
-        "        list(pieces.encode_in_order(['a'] * 10, pool, 2))\n"
+        "        list(pieces.in_order(pieces.tokens_of, ['a'] * 10, pool))\n"
         "        print(*(process.pid for process in pool._processes.values()), flush=True)\n"
         "        time.sleep(60)\n"
     )

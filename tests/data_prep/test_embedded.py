@@ -38,7 +38,6 @@ def undocumented(a, /, *, b):
 COMMENTED = """\
 #!/usr/bin/env python3
 # -*- coding: utf-8 -*-
-# vim: set tabstop=4:
 
 # One paragraph over
 # two lines.
@@ -105,11 +104,6 @@ def test_messages_follow_their_exceptions():
     ]
 
 
-@pytest.mark.parametrize("broken", ["def f(:\n", "x = 1\0\n", "if x:\ny\n"])
-def test_a_file_that_is_no_python_gives_its_comments(broken):
-    assert embedded.paragraphs_of_source(f"# This much can be read.\n{broken}") == ["This much can be read."]
-
-
 CLEANING = {
     "white space": ("  Some  text\n\twith\ftabs.  \n\n\n  And more text.", ["Some text with tabs.", "And more text."]),
     "a doctest": ("An example:\n\n>>> f(1)\nshown are these\n\nText goes on.", ["Text goes on."]),
@@ -160,7 +154,6 @@ CLEANING = {
     "a divided word": ("It is a built-\nin name - like\nmost of them.", ["It is a built-in name - like most of them."]),
     "few words": ("Too short\n\nLong enough now\n\n%s = %r (%d)", ["Long enough now"]),
     "symbols": ("the sum <b> [c] (e|f) is\n\nthe x-> h! <b>\n\nA.b and c_d() call %s", ["A.b and c_d() call %s"]),
-    "notes to tools": ("type: ignore this line\n\npylint: disable=all of it\n\nnoqa for this line", []),
     "nothing": ("", []),
 }  # fmt: skip
 
@@ -192,8 +185,8 @@ def test_comments_are_those_of_tokenize(module):
 def test_the_split_is_a_function_of_the_family_name():
     """The names are fixed for good: another split is another corpus."""
     assert [embedded.split_of(name) for name in ("json.decoder", "timeit", "help:with")] == ["valid", "test", "train"]
-    for family in embedded.FAMILIES:
-        assert len({embedded.split_of(name) for name in family.split()}) == 1
+    assert all(embedded.split_of(name) == embedded.split_of(other) for name, other in embedded.SAME_AS.items())
+    assert {embedded.split_of(name) for name in embedded.TRAINED} == {"train"}
     assert embedded.split_of("email.header") == embedded.split_of("xml.dom.minidom") == "train"
     assert embedded.split_of("_json") == embedded.split_of("json")
 

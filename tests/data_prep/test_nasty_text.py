@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from fairseq.binarizer import FileBinarizer, VocabularyDatasetBinarizer
 from fairseq.data import Dictionary, indexed_dataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_prep import pieces, text
-from data_prep.binarize import make_dictionary
-from data_prep.chunks import ChunkWriter
+from data_prep.binarize import binarize, make_dictionary
 from data_prep.cli import main
 from data_prep.verify import check_counts
 from fairseq_hash.api.tokenizer import Pieces, Words
@@ -44,39 +42,34 @@ def model(tmp_path_factory):
 
 
 def written_and_read(lines, model, folder):
-    """Take lines of train and valid the whole way, fairseq's own binarizer in it; return tokens written and read."""
-    pieces._load_model(model and str(model))
-    try:
-        batches = {split: pieces.encode(lines[split]) for split in lines}
-    finally:
-        pieces._load_model(None)
-    totals, counts = {}, {}
-    for split, batch in batches.items():
-        with ChunkWriter(folder, split) as writer:
-            writer.add(batch)
-        totals[split], counts[split] = writer.totals(), writer.counts
+    """Take lines of train and valid the whole way to the files and back; return tokens written and read."""
+    pieces.load(model and str(model))
+    counted = {split: pieces.count(lines[split]) for split in lines}
+    totals, counts = ({split: pair[i] for split, pair in counted.items()} for i in (0, 1))
     dictionary = make_dictionary(counts["train"], model and pieces.model_pieces(model), None, 2 if model is None else 1)
     dictionary.save(str(folder / "dict.txt"))
     loaded = Dictionary.load(str(folder / "dict.txt"))
     assert loaded.symbols == dictionary.symbols and loaded.count[4:] == dictionary.count[4:]
     assert read_dictionary(folder / "dict.txt")[0] == loaded.symbols
+    pieces.load(model and str(model), loaded.indices)
     rows = {}
     for split in lines:
         unknown = sum(count for token, count in counts[split].items() if token not in loaded.indices)
         totals[split]["unknown"] = unknown + counts[split]["<unk>"]
-        binarizer = VocabularyDatasetBinarizer(loaded, append_eos=True)
-        file, prefix = str(folder / f"{split}.000.txt"), str(folder / split)
-        FileBinarizer.multiprocess_dataset(file, "mmap", binarizer, prefix, vocab_size=len(loaded))
+        binarize([pieces.ids_of(lines[split])], len(loaded), folder / split)
         check_counts(folder / split, folder / "dict.txt", totals[split], counted=split == "train")
-        data = indexed_dataset.make_dataset(prefix, "mmap")
+        data = indexed_dataset.make_dataset(str(folder / split), "mmap")
         read = [[loaded[token] for token in data[n].tolist()] for n in range(len(data))]
         assert all(row[-1] == "</s>" and "</s>" not in row[:-1] for row in read)
-        written = [line.split(" ") if line else [] for line in batches[split].text.split("\n")[:-1]]
+        written = pieces.tokens_of(lines[split])
+        for row, n in zip(written, range(len(data)), strict=True):  # as fairseq's own binarizer reads them
+            assert data[n].tolist() == loaded.encode_line(" ".join(row), add_if_not_exist=False).tolist()
         rows[split] = written, [row[:-1] for row in read]
         found = Counter(token for row in rows[split][1] for token in row)
         if split == "train":
             assert all(found[symbol] == loaded.count[i] for i, symbol in enumerate(loaded.symbols) if i > 3)
         assert found["<unk>"] == totals[split]["unknown"] and sum(found.values()) == totals[split]["tokens"]
+    pieces.load(None)
     return rows, loaded
 
 
@@ -147,7 +140,7 @@ def write_files(folder):
 
 @pytest.mark.parametrize("ways", [("--words",), ("--vocab-size", "320")], ids=["words", "pieces"])
 def test_the_command_keeps_every_token(tmp_path, capsys, ways):
-    """The real command, fairseq-preprocess in it: as many tokens in .idx as were written, words as Python splits."""
+    """The real command: as many tokens in .idx as were written, words as Python splits."""
     files = write_files(tmp_path)
     out = tmp_path / "data"
     assert main(["text", *files, "--out", str(out), "--workers", "1", *ways]) == 0
@@ -179,15 +172,12 @@ def test_only_newlines_end_lines(tmp_path):
 
 
 def binarized(folder):
-    """Two lines as fairseq binarizes them, with what was written; `b` is unknown."""
+    """Two lines, binarized, with what was written; `b` is unknown."""
     folder.mkdir()
-    (folder / "train.000.txt").write_text("a b a\na\n")
     dictionary = make_dictionary(Counter({"a": 3}), None, None, 1)
     dictionary.save(str(folder / "dict.txt"))
-    binarizer = VocabularyDatasetBinarizer(dictionary, append_eos=True)
-    FileBinarizer.multiprocess_dataset(
-        str(folder / "train.000.txt"), "mmap", binarizer, str(folder / "train"), vocab_size=len(dictionary)
-    )
+    pieces.load(None, dictionary.indices)
+    binarize([pieces.ids_of(["a b a", "a"])], len(dictionary), folder / "train")
     return folder / "train", folder / "dict.txt", {"lines": 2, "tokens": 4, "unknown": 1}
 
 
@@ -231,9 +221,6 @@ def test_a_torn_file_is_refused(tmp_path):
 def test_a_loaded_model_reads_text_as_the_data_was_made(model, lines):
     """`fairseq_hash.load`, `sample` and `experts` cut text as `data_prep` did."""
     for path, tokenizer in ((None, Words()), (model, Pieces(model))):
-        pieces._load_model(path and str(path))
-        try:
-            made = pieces.encode(lines)
-        finally:
-            pieces._load_model(None)
-        assert [" ".join(tokenizer.encode(line)) for line in lines] == made.text.split("\n")[:-1]
+        pieces.load(path and str(path))
+        assert list(map(tokenizer.encode, lines)) == pieces.tokens_of(lines)
+    pieces.load(None)

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from fairseq.data import Dictionary
+from plugin import command
 from prepared import SPLITS, arguments, lines_of, write_text
 
-from data_prep import chunks
 from data_prep import prepare as preparation
 from data_prep.cli import main
 from data_prep.sources import GivenText, PublicText
@@ -77,17 +77,46 @@ def test_words_and_a_second_corpus_like_the_first(tmp_path, capsys):
     assert record["splits"]["train"]["unknown"] == 2
 
 
-def test_chunks_and_workers_change_nothing(tmp_path, monkeypatch):
-    """Many small chunks and batches in two processes, and all in one: the same files, byte for byte."""
+@pytest.mark.parametrize("ways", [("--words",), ("--vocab-size", "300")], ids=["words", "pieces"])
+def test_many_batches_and_workers_make_the_files_of_one_fairseq_preprocess(tmp_path, monkeypatch, ways):
+    """Small batches in two processes, against fairseq-preprocess on the words, or on the model's pieces."""
     files = write_text(tmp_path / "text")
-    assert main([*arguments(files, tmp_path / "one", "--vocab-size", "300"), "--workers", "1"]) == 0
-    monkeypatch.setattr(chunks, "CHUNK_LINES", 120)
     monkeypatch.setattr(preparation, "BYTES_A_WORKER", 1000)
     monkeypatch.setattr(preparation.pieces, "BATCH_CHARACTERS", 500)
-    assert main(arguments(files, tmp_path / "many", "--vocab-size", "300")) == 0
-    assert len(list((tmp_path / "many" / "tokens").glob("train.*.txt"))) == 3
-    one, many = (json.loads((tmp_path / name / "provenance.json").read_text()) for name in ("one", "many"))
-    assert one["sha256"] == many["sha256"]
+    out, whole = tmp_path / "data", tmp_path / "whole"
+    assert main(arguments(files, out, *ways)) == 0
+    prefixes = []
+    for split in SPLITS:
+        tokens = tmp_path / split
+        tokens.write_bytes(files[split][0].read_bytes())
+        if "--words" not in ways:
+            processor = sentencepiece.SentencePieceProcessor(model_file=str(out / "sentencepiece.model"))
+            rows = processor.encode(tokens.read_text().split("\n")[:-1], out_type=str)
+            tokens.write_text("".join(" ".join(row) + "\n" for row in rows))
+        prefixes += [f"--{split}pref", tokens]
+    if "--words" not in ways:
+        prefixes += ["--srcdict", out / "dict.txt"]
+    command("preprocess", "--only-source", *prefixes, "--destdir", whole)
+    for name in ("dict.txt", *(f"{split}.{kind}" for split in SPLITS for kind in ("bin", "idx"))):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("ways", [("--words",), ("--vocab-size", "300")], ids=["counting", "training"])
+def test_a_killed_worker_is_one_line(tmp_path, monkeypatch, capsys, ways):
+    """A worker that the system kills, at work on the tokens or on the model."""
+    files = write_text(tmp_path / "text")
+    submit = preparation.pieces.submit
+
+    def submit_and_kill(pool, function, *arguments):
+        future = submit(pool, function, *arguments)
+        for process in list(pool._processes.values()):
+            process.kill()
+        return future
+
+    monkeypatch.setattr(preparation.pieces, "submit", submit_and_kill)
+    assert main(arguments(files, tmp_path / "data", *ways)) == 1
+    killed = "a worker process was killed (is memory short?); give fewer --workers, then run again"
+    assert capsys.readouterr().err == f"data_prep: {killed}\n" and not (tmp_path / "data").exists()
 
 
 def test_a_killed_preparation_goes_on(tmp_path):
@@ -109,8 +138,8 @@ def test_a_killed_preparation_goes_on(tmp_path):
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
         assert not out.exists() and step in preparation.read_json(work / "state.json")
-    # Stopped while the parts were joined: a torn file under the name of the whole.
-    (work / ".train.bin.0123abcd.partial").write_bytes(b"torn")
+    # Stopped while the data were written.
+    (work / "train.bin").write_bytes(b"torn")
     model_made = (work / "sentencepiece.model").stat().st_mtime_ns
     assert main(arguments(files, out, "--vocab-size", "300")) == 0
     assert (out / "sentencepiece.model").stat().st_mtime_ns == model_made
@@ -121,7 +150,7 @@ def test_a_killed_preparation_goes_on(tmp_path):
 def test_what_an_earlier_call_left_of_something_else_is_not_used(tmp_path):
     files = write_text(tmp_path / "text")
     work = tmp_path / "data.partial"
-    (work / "parts").mkdir(parents=True)
+    (work / "text").mkdir(parents=True)
     (work / "state.json").write_text(json.dumps({"identity": {"corpus": "other"}, "model": "x", "tokens": "x"}))
     (work / "sentencepiece.model").write_text("of something else")
     assert main(arguments(files, tmp_path / "data", "--vocab-size", "300")) == 0

@@ -31,10 +31,10 @@ def processes_of(group):
 
 
 def test_ctrl_c_ends_everything_and_the_next_call_goes_on(tmp_path):
-    """Ctrl-C goes to every process of a terminal: while the model is trained, and while fairseq-preprocess runs."""
+    """Ctrl-C goes to every process of a terminal: while the model is trained, and while data are written."""
     files = write_text(tmp_path / "text", lines=20_000)
     out, work = tmp_path / "data", tmp_path / "data.partial"
-    for stage in ("sample.txt", "parts"):
+    for stage in ("sample.txt", "train.bin"):
         child = subprocess.Popen(
             [sys.executable, "-m", "data_prep", *arguments(files, out, "--vocab-size", "300")],
             cwd=ROOT,

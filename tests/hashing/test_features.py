@@ -6,11 +6,10 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from made_tables import tensors
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.hashing import Feature
-from fairseq_hash.hashing.lookup import mix_tensor
+from fairseq_hash.hashing.lookup import mix_tensor, tensors
 from fairseq_hash.hashing.mixing import mix
 from fairseq_hash.hashing.words import MOST_PIECES, word_index
 

@@ -8,6 +8,7 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from made_tables import rows_of
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.hashing import (
@@ -86,7 +87,7 @@ def test_counts_of_rows_are_those_of_the_lookup(text, other, shape, most_pairs):
     assert len(table.index["pair"]) <= most_pairs and table.index["pair"].dtype == np.int64
     kept = table.index["pair"].tolist()
     for tokens in (text, other):
-        rows = table.rows(torch.tensor([tokens]), PADDING)[0]
+        rows = rows_of(table, torch.tensor([tokens]))[0]
         for token, previous, row in zip(tokens, [PADDING, *tokens], rows.tolist(), strict=False):
             pair = token * 30 + previous
             if not table.index["heavy"][token]:
@@ -156,7 +157,7 @@ def test_a_text_without_heavy_tokens_has_the_table_of_tokens(tmp_path):
     save_table(table, tmp_path / "table.safetensors")
     loaded = load_table(tmp_path / "table.safetensors")
     tokens = torch.tensor([text])
-    assert torch.equal(loaded.rows(tokens, PADDING), tokens)
+    assert torch.equal(rows_of(loaded, tokens), tokens)
 
 
 def test_file_keeps_a_spread_table(tmp_path):

@@ -115,7 +115,7 @@ def test_a_table_that_does_not_fit_is_refused(tmp_path):
         ({"size": 51}, "another dictionary"),
         ({"num_experts": 8}, "built for 4 experts, but --num-experts is 8"),
         ({"columns": 2}, "is for --experts-per-token 1"),
-        ({"feature": Feature("previous")}, "a table of token, the model asks for previous"),
+        ({"feature": Feature("previous")}, "a table of token, but the model asks for previous"),
     ):
         with pytest.raises(UserError, match=message):
             build(path, **wrong)

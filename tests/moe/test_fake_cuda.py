@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from fairseq.models.transformer import TransformerConfig
 from fake_cuda import CONDITION, EVENT, MASK, PLACES, Wait, moved, pretend
-from made_tables import tensors
 from plugin import build
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fairseq_hash.hashing import Feature
+from fairseq_hash.hashing.lookup import tensors
 from fairseq_hash.hashing.words import word_index
 from fairseq_hash.lm.sparse_layers import Place, build_sparse_layer
 from fairseq_hash.moe.assignment import Assignment

@@ -106,7 +106,7 @@ def test_ngram_lines_go_with_the_text_they_are_of(gpu_round, tmp_path, monkeypat
     import gpu_prepare
 
     monkeypatch.setattr(gpu_prepare, "FOLDER", tmp_path)
-    monkeypatch.setattr(gpu_prepare, "run", lambda words: (tmp_path / "making" / "tokens").mkdir(parents=True))
+    monkeypatch.setattr(gpu_prepare, "run", lambda words: (tmp_path / "making").mkdir())
     lines = tmp_path / "ngrams.json"
     lines.touch()
     gpu_prepare.binarize(None, 8000)

@@ -8,6 +8,9 @@ import pytest
 import torch
 from called import call
 
+from fairseq_hash.hashing.dictionary import PADDING
+from fairseq_hash.hashing.lookup import tensors
+
 FILES = ["balance.csv", "balance.json", "loads.png", "index.html"]
 
 
@@ -67,6 +70,6 @@ def embeddings(path, symbols, seed=0, **more):
     return path
 
 
-def tensors(index):
-    """Return the arrays of a table's index as a model has them."""
-    return {name: torch.from_numpy(array) for name, array in index.items()}
+def rows_of(table, token_BL):
+    """The row of each token in a table, without a model."""
+    return table.feature.rows(token_BL, PADDING, len(table.expert_HK), tensors(table.index))

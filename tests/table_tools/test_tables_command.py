@@ -16,22 +16,20 @@ import torch
 from called import call, shown, write_dictionary
 from hypothesis import given
 from hypothesis import strategies as st
-from made_tables import FILES, assert_figures, done, embeddings, judged, naive_loads, stream_of
+from made_tables import FILES, assert_figures, done, embeddings, judged, naive_loads, rows_of, stream_of
 
 from fairseq_hash.checkpoint.manifest import KEY, Manifest
-from fairseq_hash.cli import tables as command
 from fairseq_hash.hashing import (
     BUILDERS,
-    FEATURES,
     Feature,
     TableShape,
     build_table,
     dictionary_fingerprint,
     load_table,
 )
-from fairseq_hash.hashing.dictionary import PADDING, read_dictionary
+from fairseq_hash.hashing.dictionary import read_dictionary
 from fairseq_hash.reporting.plots import DARK
-from fairseq_hash.table_tools import build_options, figures
+from fairseq_hash.table_tools import figures
 from fairseq_hash.table_tools.evaluate_balance import Judge
 from fairseq_hash.table_tools.figures import loads_of_one, loads_of_several
 from fairseq_hash.table_tools.token_streams import open_text
@@ -140,7 +138,7 @@ def test_every_builder_on_held_out_text(data, tmp_path, columns):
         built_on = "building counts" if builder in ("balanced", "scattered", "dispersed", "spread") else "counts"
         for what, stream in ((built_on, train), ("held-out text", valid)):
             if builder == "spread":
-                rows = table.rows(torch.tensor([stream]), PADDING)[0].tolist()
+                rows = rows_of(table, torch.tensor([stream]))[0].tolist()
                 heavy = {token for token, count in Counter(train).items() if count > columns * len(train) / 24}
                 assert heavy == set(np.flatnonzero(table.index["heavy"]).tolist()) != set()
                 assert all((row != token) <= (token in heavy) for row, token in zip(rows, stream, strict=True))
@@ -150,12 +148,6 @@ def test_every_builder_on_held_out_text(data, tmp_path, columns):
             assert_figures(on[what], naive_loads(table.expert_HK.tolist(), counts, 24), counts)
     again = done("compare", *files, "--dictionary", data / "dict.txt", *text, "--held-out", data)
     assert again == out[: out.index("wrote")]
-
-
-def test_the_command_knows_every_builder_and_feature():
-    """It names them itself, so that its help needs no torch."""
-    assert command.BUILDERS == build_options.BUILDERS and set(BUILDERS) < set(build_options.BUILDERS)
-    assert command.FEATURES == FEATURES
 
 
 def test_a_spread_table_can_start_from_a_scattered_one(data, tmp_path):

@@ -3,13 +3,12 @@
 An override of a function that has changed may be wrong, and nothing else would say so. After looking at each function
 that is named, make the table anew, and put what this prints in its place:
 
-    python -m fairseq_hash.fairseq_patches.upstream
+    python -m fairseq_hash.fairseq_patches.print_sources
 """
 
 import hashlib
 import inspect
 from collections.abc import Iterable
-from pkgutil import resolve_name
 from typing import Any
 
 import fairseq
@@ -115,19 +114,3 @@ def changed_line(targets: Iterable[str]) -> str:
         f"fairseq {fairseq.__version__} has another {', '.join(dict.fromkeys(targets))} than the one that the plugin "
         f"replaces, so that results may be wrong; {INSTALL}"
     )
-
-
-def main() -> None:
-    """Print the table of the installed fairseq."""
-    from fairseq_hash.fairseq_patches.registry import overrides
-
-    print("SOURCES: dict[str, str] = {")
-    for target, owner, name in sorted({(entry.target, entry.owner, entry.name) for entry in overrides()}):
-        original = getattr(resolve_name(owner), name)
-        if is_fairseqs(original):
-            print(f'    "{target}": "{source_hash(original)}",')
-    print("}")
-
-
-if __name__ == "__main__":
-    main()

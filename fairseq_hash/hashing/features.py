@@ -8,14 +8,9 @@ prefix has the same rows as in the whole sequence, and generation step by step e
 Shape suffixes: see `moe.losses`; H is the number of keys, the rows of a table.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from fairseq_hash.core.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 FEATURES = ("token", "previous", "bigram", "ngram", "history", "position", "future", "predicted", "word")
 
@@ -66,24 +61,3 @@ class Feature:
 
     def __str__(self) -> str:
         return f"{self.name} {self.length}" if self.length else self.name
-
-    def rows(
-        self,
-        token_BL: "Tensor",
-        padding: int,
-        num_keys: int,
-        index: "Mapping[str, Tensor]",
-        predicted_BL: "Tensor | None" = None,
-    ) -> "Tensor":
-        """Return the row of each token (int64 `[B, L]`); at padding, any row.
-
-        Args:
-            token_BL: int64 token ids.
-            padding: the id of padding.
-            num_keys: H, rows of the table.
-            index: the table's further arrays for finding rows, as tensors: those of `words` or of `spread`, else empty.
-            predicted_BL: for `predicted`, the ids of the predicted next tokens.
-        """
-        from fairseq_hash.hashing.lookup import rows  # here, because a table is built and judged without torch
-
-        return rows(self, token_BL, padding, num_keys, index, predicted_BL)

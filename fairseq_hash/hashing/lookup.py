@@ -14,7 +14,7 @@ from fairseq_hash.hashing.mixing import FIRST, GOLDEN, SECOND
 from fairseq_hash.hashing.words import MOST_PIECES
 
 
-def rows(
+def lookup_rows(
     feature: Feature,
     token_BL: Tensor,
     padding: int,
@@ -22,7 +22,16 @@ def rows(
     index: Mapping[str, Tensor],
     predicted_BL: "Tensor | None" = None,
 ) -> Tensor:
-    """Return the row of each token: see `Feature.rows`."""
+    """Return the row of each token (int64 `[B, L]`); at padding, any row.
+
+    Args:
+        feature: what the key of a token is.
+        token_BL: int64 token ids.
+        padding: the id of padding.
+        num_keys: H, rows of the table.
+        index: the table's further arrays for finding rows, as tensors: those of `words` or of `spread`, else empty.
+        predicted_BL: for `predicted`, the ids of the predicted next tokens.
+    """
     if feature.name == "token":
         return spread_rows(index, token_BL, shifted(token_BL, 1, padding)) if "pair" in index else token_BL
     if feature.name == "previous":

@@ -21,6 +21,7 @@ from fairseq_hash.hashing import (
 )
 from fairseq_hash.hashing.balance import complaint, judge
 from fairseq_hash.hashing.features import OF_TOKENS
+from fairseq_hash.hashing.lookup import lookup_rows
 from fairseq_hash.options.hash_options import HashOptions
 
 logger = logging.getLogger("fairseq_hash.model")
@@ -55,7 +56,7 @@ class TableBuffers(nn.Module):
 
     def rows(self, token_BL: Tensor, padding: int, predicted_BL: "Tensor | None") -> Tensor:
         """Return the row of each token, `[B, L]`."""
-        return self.feature.rows(token_BL, padding, len(self.expert), self.index, predicted_BL)
+        return lookup_rows(self.feature, token_BL, padding, len(self.expert), self.index, predicted_BL)
 
     def forward(self, row_T: Tensor) -> Tensor:
         """Return the experts `[T, K]` in rows of the table."""

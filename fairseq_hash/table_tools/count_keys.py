@@ -29,13 +29,13 @@ def count_keys(
     """
     import torch
 
-    from fairseq_hash.hashing.lookup import tensors
+    from fairseq_hash.hashing.lookup import lookup_rows, tensors
 
     index_tensors = tensors(index)
     count_H = np.zeros(num_keys, dtype=np.int64)
     with reading(text) as blocks:
         for token_BL, kept in samples(blocks, tokens_per_sample):
-            row_BL = feature.rows(torch.from_numpy(token_BL), PADDING, num_keys, index_tensors)
+            row_BL = lookup_rows(feature, torch.from_numpy(token_BL), PADDING, num_keys, index_tensors)
             count_H += np.bincount(row_BL[:, kept].reshape(-1).numpy(), minlength=num_keys)
     return count_H
 

@@ -6,7 +6,7 @@ import reference
 import torch
 
 from fairseq_hash.hashing import Feature, HashTable, TableShape, build_table
-from fairseq_hash.hashing.lookup import mix_tensor
+from fairseq_hash.hashing.lookup import lookup_rows, mix_tensor
 from fairseq_hash.hashing.words import polynomial_hash, word_index
 from fairseq_hash.lm.table_buffers import TableBuffers
 
@@ -43,7 +43,7 @@ def tokens_with_padding():
 
 def rows_on(device, name, token_BL):
     index = {key: torch.from_numpy(value).to(device) for key, value in index_of(name).items()}
-    row_BL = FEATURES[name].rows(token_BL.to(device), PAD, KEYS, index)
+    row_BL = lookup_rows(FEATURES[name], token_BL.to(device), PAD, KEYS, index)
     assert row_BL.device.type == device.type and row_BL.dtype == torch.int64
     return row_BL.cpu()
 

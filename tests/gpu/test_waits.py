@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fairseq_hash.hashing.lookup import lookup_rows
 from gpu import waits
 from gpu.layers import PAD, Batch, Case, backward, context_on, draw, report_gradient, route_on
 from gpu.test_features import FEATURES, KEYS, index_of, tokens_with_padding
@@ -86,10 +87,10 @@ def test_features(name, cuda):
     """Rows of a table, and the experts in them."""
     token_BL = tokens_with_padding().to(cuda)
     index = {key: value.to(cuda) for key, value in index_of(name).items()}
-    FEATURES[name].rows(token_BL, PAD, KEYS, index)
+    lookup_rows(FEATURES[name], token_BL, PAD, KEYS, index)
     torch.cuda.synchronize()
     with waits.none_allowed():
-        FEATURES[name].rows(token_BL, PAD, KEYS, index)
+        lookup_rows(FEATURES[name], token_BL, PAD, KEYS, index)
 
 
 def test_a_wait_is_noticed(cuda):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.hashing import Feature
-from fairseq_hash.hashing.lookup import mix_tensor, tensors
+from fairseq_hash.hashing.lookup import lookup_rows, mix_tensor, tensors
 from fairseq_hash.hashing.mixing import mix
 from fairseq_hash.hashing.words import MOST_PIECES, word_index
 
@@ -27,7 +27,7 @@ def index_of(feature):
 
 
 def rows(feature, token_BL):
-    return feature.rows(token_BL, PAD, KEYS, index_of(feature))
+    return lookup_rows(feature, token_BL, PAD, KEYS, index_of(feature))
 
 
 sequences = st.lists(st.integers(2, len(SYMBOLS) - 1), min_size=1, max_size=12)
@@ -79,7 +79,7 @@ def test_rows_of_a_batch_are_those_of_its_sequences():
 
 def test_predicted_rows_are_the_predictions():
     predicted_BL = torch.tensor([[3, 4, 5]])
-    assert Feature("predicted").rows(torch.tensor([[4, 5, 6]]), PAD, 9, {}, predicted_BL) is predicted_BL
+    assert lookup_rows(Feature("predicted"), torch.tensor([[4, 5, 6]]), PAD, 9, {}, predicted_BL) is predicted_BL
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=20))
@@ -93,7 +93,7 @@ def test_buckets_are_uniform():
     """Chi-squared of all pairs of 250 tokens over 64 rows: mean 63, standard deviation 11.2; five of them are 119."""
     token = torch.arange(2, 252)
     pairs = torch.cartesian_prod(token, token)
-    row = Feature("bigram").rows(pairs, PAD, 64, {})[:, 1]
+    row = lookup_rows(Feature("bigram"), pairs, PAD, 64, {})[:, 1]
     counts = torch.bincount(row, minlength=64).double()
     assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 119
 
@@ -108,7 +108,7 @@ def test_words_of_subword_nmt():
         ([5, 6, 7], [row["do"], row["done"], row["do"]]),
         ([7, 6, 2, 6], [row["do"], 6, 2, 6]),
     ):
-        assert Feature("word").rows(torch.tensor([sequence]), PAD, 0, index)[0].tolist() == expected
+        assert lookup_rows(Feature("word"), torch.tensor([sequence]), PAD, 0, index)[0].tolist() == expected
 
 
 def sorted_by_hash(words):
@@ -121,7 +121,7 @@ def test_a_word_of_too_many_pieces_has_the_rows_of_its_pieces():
     symbols = ["<s>", "<pad>", "</s>", "<unk>", "▁a", "a"]
     words = ["▁" + "a" * length for length in range(1, MOST_PIECES + 4)]
     index = tensors(word_index(symbols, words))
-    row_L = Feature("word").rows(torch.tensor([[4] + [5] * (MOST_PIECES + 2)]), PAD, 0, index)[0]
+    row_L = lookup_rows(Feature("word"), torch.tensor([[4] + [5] * (MOST_PIECES + 2)]), PAD, 0, index)[0]
     assert (row_L[:MOST_PIECES] >= len(symbols)).all() and row_L[:MOST_PIECES].unique().numel() == MOST_PIECES
     assert row_L[MOST_PIECES:].tolist() == [5] * 3
 

@@ -19,7 +19,7 @@ from plugin import build
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fairseq_hash.hashing import Feature
-from fairseq_hash.hashing.lookup import tensors
+from fairseq_hash.hashing.lookup import lookup_rows, tensors
 from fairseq_hash.hashing.words import word_index
 from fairseq_hash.lm.sparse_layers import Place, build_sparse_layer
 from fairseq_hash.moe.assignment import Assignment
@@ -199,7 +199,7 @@ def test_features(name, device):
     with pretend(device):
         index = {key: torch.empty(value.shape, dtype=value.dtype, device=device) for key, value in index.items()}
         token_BL = torch.zeros(BATCH, LENGTH, dtype=torch.int64, device=device)
-        row_BL = Feature(name, {"ngram": 3, "history": 2}.get(name, 0)).rows(token_BL, PAD, 97, index)
+        row_BL = lookup_rows(Feature(name, {"ngram": 3, "history": 2}.get(name, 0)), token_BL, PAD, 97, index)
         assert (row_BL.shape, row_BL.device.type) == (token_BL.shape, device)
 
 

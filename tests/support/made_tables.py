@@ -9,7 +9,7 @@ import torch
 from called import call
 
 from fairseq_hash.hashing.dictionary import PADDING
-from fairseq_hash.hashing.lookup import tensors
+from fairseq_hash.hashing.lookup import lookup_rows, tensors
 
 FILES = ["balance.csv", "balance.json", "loads.png", "index.html"]
 
@@ -72,4 +72,4 @@ def embeddings(path, symbols, seed=0, **more):
 
 def rows_of(table, token_BL):
     """The row of each token in a table, without a model."""
-    return table.feature.rows(token_BL, PADDING, len(table.expert_HK), tensors(table.index))
+    return lookup_rows(table.feature, token_BL, PADDING, len(table.expert_HK), tensors(table.index))

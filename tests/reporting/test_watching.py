@@ -125,8 +125,8 @@ def test_wrong_calls_are_one_line(log, tmp_path, capsys):
     for arguments, status, message in (
         ((tmp_path / "none", "--out", out, "--watch"), 1, r"none is not a folder; give the folders .* or will"),
         ((tmp_path / "runs", "--out", tmp_path / "file", "--watch"), 1, r"cannot write to --out .*file"),
-        ((tmp_path / "runs", "--out", out, "--watch", "0.5"), 2, r"--watch 0\.5 .* 1 or more seconds"),
-        ((tmp_path / "runs", "--out", out, "--watch", "x"), 2, r"--watch x .* 1 or more seconds"),
+        ((tmp_path / "runs", "--out", out, "--watch", "0.5"), 2, r"--watch 0\.5 is not .* give 1 or more"),
+        ((tmp_path / "runs", "--out", out, "--watch", "x"), 2, r"--watch x is not .* give 1 or more"),
         (("--benchmarks", "a.json", "--out", out, "--watch"), 2, r"--watch does not go with --benchmarks"),
         ((tmp_path / "runs", "--out", out, "--watch", "--note", "none.txt"), 1, r"cannot read --note none\.txt"),
     ):

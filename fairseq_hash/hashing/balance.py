@@ -7,12 +7,12 @@ Shape suffixes: see `moe.losses`; H is the number of keys, a table's rows.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.hashing.mixing import Integers
 
 FAR = 2
 
@@ -85,7 +85,7 @@ def complaint(balance: Balance) -> "str | None":
     return "; ".join(parts) or None
 
 
-def judge(expert_HK: np.ndarray, counts: Sequence[int], num_experts: int, is_multi_hash: bool = False) -> Balance:
+def judge(expert_HK: np.ndarray, counts: Integers, num_experts: int, is_multi_hash: bool = False) -> Balance:
     """Return the balance of a table.
 
     A MultiHash table with H keys and K hash functions has the loads of a table with one column that lists each key K
@@ -117,7 +117,7 @@ def judge(expert_HK: np.ndarray, counts: Sequence[int], num_experts: int, is_mul
     return Balance(load_E, bound, above, count_H[above])
 
 
-def expert_loads(expert_HK: np.ndarray, counts: Sequence[int], num_experts: int) -> np.ndarray:
+def expert_loads(expert_HK: np.ndarray, counts: Integers, num_experts: int) -> np.ndarray:
     """Return the load of each expert, int64 `[E]`: the counts of the keys that it serves. Exact up to 2^53 tokens."""
     load_E = np.zeros(num_experts)
     for expert_H in expert_HK.T:
@@ -125,7 +125,7 @@ def expert_loads(expert_HK: np.ndarray, counts: Sequence[int], num_experts: int)
     return load_E.astype(np.int64)
 
 
-def lower_bound(counts: Sequence[int], num_experts: int, columns: int = 1) -> int:
+def lower_bound(counts: Integers, num_experts: int, columns: int = 1) -> int:
     """Return a lower bound of the largest load: in every table some expert has at least this load.
 
     Proof. Let a table name K distinct experts in each of its rows, K <= E, and let c_1 >= c_2 >= ... be the counts.
@@ -153,7 +153,7 @@ def lower_bound(counts: Sequence[int], num_experts: int, columns: int = 1) -> in
     return max(mean, int((total[last] - total[last - shared - 1]).max(initial=0)))
 
 
-def filling_bound(counts: Sequence[int], load_E: np.ndarray, columns: int = 1) -> int:
+def filling_bound(counts: Integers, load_E: np.ndarray, columns: int = 1) -> int:
     """Return a lower bound of the largest load when keys are added to experts that already have loads.
 
     Proof. Take the first j keys by descending count c_1 >= c_2 >= ... Whichever K distinct experts each key gets,

@@ -10,6 +10,7 @@ from fairseq_hash.core.errors import UserError
 from fairseq_hash.hashing.builders import equal_count
 from fairseq_hash.hashing.features import OF_TOKENS, Feature
 from fairseq_hash.hashing.files import load_table
+from fairseq_hash.hashing.mixing import Integers
 from fairseq_hash.hashing.registry import BUILDERS, DRAWN, OF_COUNTS, REGISTRY, VARYING, Keys
 from fairseq_hash.hashing.table import (
     HashTable,
@@ -41,7 +42,7 @@ class TableShape:
 
 
 def build_table(
-    kind: str, symbols: Sequence[str], counts: Sequence[int], shape: TableShape, seed: int, is_first: bool = True
+    kind: str, symbols: Sequence[str], counts: Integers, shape: TableShape, seed: int, is_first: bool = True
 ) -> HashTable:
     """Build or load the table that `--hash-table` names: one of `BUILDERS`, or else the path of a table file.
 
@@ -119,7 +120,7 @@ def record_of(
     symbols: Sequence[str],
     shape: TableShape,
     seed: "int | None" = None,
-    counts: "Sequence[int] | None" = None,
+    counts: "Integers | None" = None,
     settings: "dict[str, Any] | None" = None,
 ) -> TableRecord:
     """Return the record of a table. `seed` and `counts` are None if the table was built without them."""

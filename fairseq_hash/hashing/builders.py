@@ -4,13 +4,13 @@ Shape suffixes: see `moe.losses`; H is the number of keys, a table's rows.
 """
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.hashing.balance import expert_loads
-from fairseq_hash.hashing.mixing import draws
+from fairseq_hash.hashing.mixing import Integers, draws
 
 SPECIAL_SYMBOLS = 4  # in every fairseq dictionary
 FEWEST_SYMBOLS = 16
@@ -44,9 +44,7 @@ def random_experts(num_keys: int, num_experts: int, columns: int = 1, seed: int 
     return expert_HK
 
 
-def balanced_experts(
-    counts: Sequence[int], num_experts: int, columns: int = 1, seed: "int | None" = None
-) -> np.ndarray:
+def balanced_experts(counts: Integers, num_experts: int, columns: int = 1, seed: "int | None" = None) -> np.ndarray:
     """Give each key, by descending count, to the K experts with the smallest loads so far.
 
     Hash Layers (Roller et al. 2021), section 3, balanced hash; K > 1 as in kexue.fm 11750. Ties go to the expert with
@@ -99,7 +97,7 @@ def greedy_experts(count_H: np.ndarray, weight_H: np.ndarray, load_E: np.ndarray
     return expert_HK
 
 
-def scattered_experts(counts: Sequence[int], num_experts: int, columns: int = 1, seed: int = 42) -> np.ndarray:
+def scattered_experts(counts: Integers, num_experts: int, columns: int = 1, seed: int = 42) -> np.ndarray:
     """Draw 2 K distinct experts for every key. By descending count, give each key the K of them with the smallest
     loads.
 
@@ -134,7 +132,7 @@ def scattered_experts(counts: Sequence[int], num_experts: int, columns: int = 1,
 
 
 def best_of(
-    restarts: int, build: Callable[[int], np.ndarray], counts: Sequence[int], num_experts: int
+    restarts: int, build: Callable[[int], np.ndarray], counts: Integers, num_experts: int
 ) -> tuple[np.ndarray, int]:
     """Build several tables. Return the one with the smallest largest load, and its number.
 
@@ -149,17 +147,17 @@ def best_of(
     """
     if restarts < 1:
         raise UserError(f"the best of {restarts} tables cannot be built; give 1 or more")
-    best = None
-    for number in range(restarts):
-        expert_HK = build(number)
+
+    def badness(expert_HK: np.ndarray) -> tuple[int, int]:
         loads = expert_loads(expert_HK, counts, num_experts).tolist()
-        badness = max(loads), sum(load * load for load in loads)  # in Python's integers, which do not overflow
-        if best is None or badness < best[0]:
-            best = badness, expert_HK, number
-    return best[1], best[2]
+        return max(loads), sum(load * load for load in loads)  # in Python's integers, which do not overflow
+
+    tables = ((number, build(number)) for number in range(restarts))
+    number, expert_HK = min(tables, key=lambda table: badness(table[1]))
+    return expert_HK, number
 
 
-def check_counts(counts: Sequence[int]) -> np.ndarray:
+def check_counts(counts: Integers) -> np.ndarray:
     """Return counts as int64; raise `UserError` if they carry no information (none above 1) or one is negative."""
     count_H = np.asarray(counts, dtype=np.int64)
     if count_H.size and count_H.min() < 0:
@@ -172,7 +170,7 @@ def check_counts(counts: Sequence[int]) -> np.ndarray:
     return count_H
 
 
-def equal_count(counts: Sequence[int]) -> "int | None":
+def equal_count(counts: Integers) -> "int | None":
     """Return the count of each symbol if a dictionary counts all symbols alike, else None.
 
     No text with `FEWEST_SYMBOLS` symbols or more has each of them equally often: such counts were written by hand. The

@@ -6,13 +6,13 @@ Shape suffixes: see `moe.losses`; H is the number of keys, a table's rows.
 """
 
 import warnings
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.hashing.builders import check_columns, check_counts
+from fairseq_hash.hashing.mixing import Integers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,9 +99,7 @@ def clustered_experts(embedding_HD: "Tensor", num_experts: int, columns: int = 1
     return torch.cat(blocks).numpy()
 
 
-def dispersed_experts(
-    cluster_H: Sequence[int], counts: Sequence[int], num_experts: int, columns: int = 1
-) -> np.ndarray:
+def dispersed_experts(cluster_H: Integers, counts: Integers, num_experts: int, columns: int = 1) -> np.ndarray:
     """Spread the keys of each cluster over the experts as evenly as possible, and balance the loads.
 
     The keys, by descending count, go each to K of the experts that have the fewest keys of its cluster so far. Among

@@ -39,6 +39,7 @@ def lookup_rows(
     if feature.name == "future":
         return shifted(token_BL, -1, padding)
     if feature.name == "predicted":
+        assert predicted_BL is not None, "the model asks its predictor first"
         return predicted_BL
     if feature.name == "position":
         return (token_BL.ne(padding).cumsum(dim=1) - 1) % num_keys

@@ -4,9 +4,13 @@ It depends on no generator and no version of a library. It gives the same number
 in `lookup` in torch, on a GPU too.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+Integers = Sequence[int] | np.ndarray  # whole numbers, such as counts
 
 
 def mix(key: np.ndarray) -> np.ndarray:

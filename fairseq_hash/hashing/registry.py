@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from fairseq_hash.hashing.builders import (
 from fairseq_hash.hashing.clusters import cluster_keys, clustered_experts, dispersed_experts
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +31,8 @@ class Keys:
     """
 
     number: int
-    count_H: "np.ndarray | None" = None
-    embedding_HD: "Tensor | None" = None
+    count_H: Any = None  # each builder says what it needs, and has it
+    embedding_HD: Any = None
     clusters: "int | None" = None
 
 
@@ -47,7 +47,7 @@ class Builder:
         varies: whether another seed makes another table as good, for hash functions that differ and for restarts.
     """
 
-    build: "Callable[[Keys, int, int, int | None], np.ndarray] | None"
+    build: Callable[..., np.ndarray]
     needs: tuple[str, ...] = ()
     is_drawn: bool = False
     varies: bool = False
@@ -56,6 +56,10 @@ class Builder:
 def _dispersed(keys: Keys, num_experts: int, columns: int, seed: int) -> np.ndarray:
     cluster_H, _ = cluster_keys(keys.embedding_HD, keys.clusters or min(num_experts, keys.number), seed)
     return dispersed_experts(cluster_H, keys.count_H, num_experts, columns)
+
+
+def _of_a_table(*_: object) -> np.ndarray:
+    raise NotImplementedError("spread tables are made of a table of single tokens")
 
 
 REGISTRY = {
@@ -67,7 +71,7 @@ REGISTRY = {
     "clusters": Builder(lambda keys, *rest: clustered_experts(keys.embedding_HD, *rest), ("embeddings",), True),
     "dispersed": Builder(_dispersed, ("counts", "embeddings"), True),
     # Made of a table of single tokens (`spread.spread_table`), one of `BASES`.
-    "spread": Builder(None, ("counts", "text")),
+    "spread": Builder(_of_a_table, ("counts", "text")),
 }
 BASES = ("balanced", "scattered")
 

@@ -13,7 +13,7 @@ previous token.
 Shape suffixes: see `moe.losses`; P is the number of pairs, S the number of tokens in a text.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -21,13 +21,14 @@ import numpy as np
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.hashing.balance import expert_loads, filling_bound, judge
 from fairseq_hash.hashing.builders import check_counts, greedy_experts
+from fairseq_hash.hashing.mixing import Integers
 from fairseq_hash.hashing.table import HashTable, counts_fingerprint
 
 BLOCK = 2**24  # tokens at a time, which bounds memory
 NO_PAIRS = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
 
 
-def heavy_tokens(counts: Sequence[int], num_experts: int, columns: int = 1) -> np.ndarray:
+def heavy_tokens(counts: Integers, num_experts: int, columns: int = 1) -> np.ndarray:
     """Return which tokens overload an expert in any table (bool `[V]`): those whose count exceeds the mean load K N /
     E.
 
@@ -38,7 +39,7 @@ def heavy_tokens(counts: Sequence[int], num_experts: int, columns: int = 1) -> n
     return count_V > columns * int(count_V.sum()) / num_experts
 
 
-def count_pairs(token_S: Sequence[int], heavy_V: np.ndarray, padding: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def count_pairs(token_S: Integers, heavy_V: np.ndarray, padding: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Count the pairs of a heavy token and the token before it.
 
     Args:
@@ -71,7 +72,7 @@ def add_pairs(
 
 
 def spread_counts(
-    index: Mapping[str, np.ndarray], counts: Sequence[int], pairs: tuple[np.ndarray, np.ndarray]
+    index: Mapping[str, np.ndarray], counts: Integers, pairs: tuple[np.ndarray, np.ndarray]
 ) -> np.ndarray:
     """Return how often each row of a spread table is used in a text, int64 `[V + P]`.
 
@@ -97,7 +98,7 @@ def _rows_of_pairs(index: Mapping[str, np.ndarray], token_P: np.ndarray, previou
 
 
 def spread_table(
-    base: HashTable, counts: Sequence[int], pairs: tuple[np.ndarray, np.ndarray], most_pairs: "int | None" = None
+    base: HashTable, counts: Integers, pairs: tuple[np.ndarray, np.ndarray], most_pairs: "int | None" = None
 ) -> HashTable:
     """Make a table in which heavy tokens have rows for their pairs, and all other tokens keep their rows of `base`.
 
@@ -146,7 +147,7 @@ def spread_table(
     return replace(base, expert_HK=expert_RK, record=record, index=index)
 
 
-def check_pairs(counts: Sequence[int], heavy_V: np.ndarray, pairs: tuple[np.ndarray, np.ndarray]) -> None:
+def check_pairs(counts: Integers, heavy_V: np.ndarray, pairs: tuple[np.ndarray, np.ndarray]) -> None:
     """Raise `UserError` unless each heavy token has as many pairs as occurrences, and no other token has pairs."""
     token_P = pairs[0] // len(heavy_V)
     paired_V = np.bincount(token_P, weights=pairs[1], minlength=len(heavy_V)).astype(np.int64)

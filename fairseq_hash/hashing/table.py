@@ -10,6 +10,7 @@ import numpy as np
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.memory import check_fits
 from fairseq_hash.hashing.features import OF_TOKENS, Feature
+from fairseq_hash.hashing.mixing import Integers
 
 ENTRY = 3 * 8  # bytes per entry while a table is built: the entry, the number it is drawn from, and a copy
 
@@ -78,7 +79,7 @@ def dictionary_fingerprint(symbols: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def counts_fingerprint(counts: Sequence[int]) -> str:
+def counts_fingerprint(counts: Integers) -> str:
     """Return the SHA-256 of counts."""
     return hashlib.sha256(np.asarray(counts, dtype="<i8").tobytes()).hexdigest()
 

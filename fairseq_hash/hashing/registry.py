@@ -15,9 +15,6 @@ from fairseq_hash.hashing.builders import (
 )
 from fairseq_hash.hashing.clusters import cluster_keys, clustered_experts, dispersed_experts
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True, eq=False)
 class Keys:

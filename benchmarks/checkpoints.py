@@ -22,7 +22,6 @@ Columns are medians (smallest to largest) of all rounds; the last row has the ra
 - `MB` (10^6 bytes): the sizes of the folder's files; a file with several names counts once. `copies`: this size divided
   by the size of all parameters and moments, each counted once.
 - `load s`: into an existing model, from the system's page cache, not from the disk. Ours checks all checksums.
-- `read MB`: read by all ranks together; reads from memory-mapped files (our dense part) do not count.
 - `peak`: the peak of anonymous memory (RssAnon) during the load, minus that before the trainer was made, divided by the
   size of the parameters and moments that the rank holds afterwards; the largest of all ranks. In small models the rest
   of a trainer (tens of MB) matters, too.
@@ -72,18 +71,14 @@ from fairseq_hash.parallel.groups import expert_names
 from fairseq_hash.provenance import provenance
 
 INTERVAL = 0.003  # seconds between two readings of the memory
-COLUMNS = ("save s", "on disc s", "MB", "copies", "load s", "read MB", "peak")
+COLUMNS = ("save s", "on disc s", "MB", "copies", "load s", "peak")
 Record = dict[str, float]  # by column
 
 
-def fact(file: str, name: str) -> int:
-    """Return one of the system's figures about this process."""
-    return next(int(line.split()[1]) for line in Path("/proc/self", file).read_text().splitlines() if name in line)
-
-
 def anonymous_memory() -> int:
-    """Return the bytes of this process's anonymous memory."""
-    return fact("status", "RssAnon") * 1024
+    """Return the bytes of this process's memory that belong to no file."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if "RssAnon" in line) * 1024
 
 
 def free_unused_memory() -> None:
@@ -229,10 +224,8 @@ def measure(way: "Ours | RankByRank", arguments: argparse.Namespace, folder: Pat
     before = anonymous_memory()
     trainer = make_trainer(arguments, folder)
     free_unused_memory()
-    read = fact("io", "rchar")
     with watched_memory() as seen:
         loading = timed(lambda: way.load(trainer))
-    read = fact("io", "rchar") - read
 
     saved, loaded = state_tensors(way.trainer), state_tensors(trainer)
     is_same = saved.keys() == loaded.keys() and all(torch.equal(saved[name], loaded[name]) for name in saved)
@@ -244,7 +237,6 @@ def measure(way: "Ours | RankByRank", arguments: argparse.Namespace, folder: Pat
         "MB": sum(files.values()) / 1e6,
         "copies": sum(files.values()) / copy,
         "load s": loading,
-        "read MB": over_ranks(read, dist.ReduceOp.SUM) / 1e6,
         "peak": over_ranks((max(seen) - before) / size(loaded), dist.ReduceOp.MAX),
     }
 

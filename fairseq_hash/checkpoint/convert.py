@@ -34,7 +34,7 @@ def read(path: Path, with_optimizer: bool = True) -> tuple[dict[str, Any], "Mani
         with_optimizer: otherwise the optimizer's state is left out; its shards may be missing then.
 
     Raises:
-        UserError: where a file is missing or damaged, or is one rank's share of a checkpoint.
+        UserError: if a file is missing or damaged, or is one rank's share of a checkpoint.
     """
     with loading_weights_only(is_needed=not with_optimizer):
         state = read_checkpoint(path)
@@ -61,7 +61,7 @@ def merge(source: Path, out: Path, with_optimizer: bool, is_average: bool = Fals
         is_average: take the running average of the weights (`--store-ema`) in place of the weights.
 
     Raises:
-        UserError: where the source cannot be used or has no such average, or `out` cannot be written.
+        UserError: if the source cannot be used or has no such average, or `out` cannot be written.
     """
     state, manifest = read(source, with_optimizer and not is_average)
     if is_average:
@@ -77,7 +77,7 @@ def take_running_average(state: dict[str, Any], path: Path) -> None:
     The optimizer's state, which is that of the weights as they were trained, goes.
 
     Raises:
-        UserError: where the checkpoint at `path` has no such average.
+        UserError: if the checkpoint at `path` has no such average.
     """
     extra = state.get("extra_state") or {}
     if "ema" not in extra:
@@ -103,7 +103,7 @@ def split(source: Path, out: Path, num_shards: int) -> None:
     """Write a checkpoint whose experts are in `num_shards` shards, and their optimizer state in as many.
 
     Raises:
-        UserError: where the source cannot be used, `num_shards` is not one of 1 to E, a training writes to the folder,
+        UserError: if the source cannot be used, `num_shards` is not one of 1 to E, a training writes to the folder,
             or a file cannot be written.
     """
     state, manifest = read(source)
@@ -130,7 +130,7 @@ def average(sources: Sequence[Path], out: Path) -> None:
     The result has no optimizer state. It is sharded where the last one is.
 
     Raises:
-        UserError: where a source cannot be used, they are of different models, a training writes to the folder of a
+        UserError: if a source cannot be used, they are of different models, a training writes to the folder of a
             sharded result, or a file cannot be written.
     """
     read_ones = [read(source, with_optimizer=False) for source in sources]
@@ -211,9 +211,8 @@ def _mean(values: "Sequence[Tensor | SavedExperts]", by_expert: bool) -> Tensor:
     if not by_expert:
         return _mean_of_tensors(values).to(last.dtype)
     mean = torch.empty(last.shape, dtype=last.dtype)
-    for expert in range(len(last)):
-        one = range(expert, expert + 1)
-        mean[one.start : one.stop] = _mean_of_tensors([take(value, one) for value in values])
+    for row, rows in zip(mean, zip(*values, strict=True), strict=True):
+        row.copy_(_mean_of_tensors(rows))
     return mean
 
 
@@ -228,7 +227,7 @@ def keep_trainings_out(out: Path) -> None:
     """Lock the folder of a sharded result: a training in it removes shards that no main file names yet.
 
     Raises:
-        UserError: where a training has it.
+        UserError: if a training has it.
     """
     try:
         lock(out.parent)
@@ -251,7 +250,7 @@ def _write_sharded(state: dict[str, Any], manifest: Manifest, ranges: Sequence[r
     """Write a state that has all experts, those of each range to a shard of their own.
 
     Raises:
-        UserError: where a file cannot be written, or what is still to be read is damaged; no shard is left then.
+        UserError: if a file cannot be written, or what is still to be read is damaged; no shard is left then.
     """
     save = uuid.uuid4().hex[:8]
     names = expert_tensors(state["model"], manifest)

@@ -26,7 +26,7 @@ def write_main(state: Mapping[str, Any], path: "str | os.PathLike[str]") -> None
         path: the file.
 
     Raises:
-        UserError: where it cannot be written; what had this name before is still there, and nothing else is.
+        UserError: if it cannot be written; what had this name before is still there, and nothing else is.
     """
     if state.get("cfg") is not None:
         state = {**state, "cfg": _plain(state["cfg"])}
@@ -57,7 +57,7 @@ def duplicate(source: "str | os.PathLike[str]", target: "str | os.PathLike[str]"
     Main files are replaced, never changed, so two names of one file do not disturb each other.
 
     Raises:
-        UserError: where the copy cannot be written.
+        UserError: if the copy cannot be written.
     """
     try:
         with atomic_write(target, is_durable=True) as partial:
@@ -93,7 +93,7 @@ def read_main(path: "str | os.PathLike[str]", is_checked: bool = True) -> dict[s
         is_checked: compare all of it with its checksums first (CRC-32, which torch writes).
 
     Raises:
-        UserError: where it is missing, damaged, no checkpoint, or needs code from the file to be run.
+        UserError: if it is missing, damaged, no checkpoint, or needs code from the file to be run.
     """
     if os.path.isdir(path):
         inside = [name for name in ("checkpoint_best.pt", "checkpoint_last.pt") if (Path(path) / name).is_file()]

@@ -37,7 +37,7 @@ class SavedExperts:
         """Read the rows of some experts into `out` `[e, ...]`, on any device and of any type.
 
         Raises:
-            UserError: where a row fails its checksum.
+            UserError: if a row fails its checksum.
         """
 
         def read_one(expert: int) -> None:
@@ -72,7 +72,7 @@ def open_shards(folder: Path, manifest: Manifest, part: str) -> list[ShardFile]:
     """Open all shards of a part and check size and header of each.
 
     Raises:
-        UserError: where one is missing or another file, or where they are not all experts.
+        UserError: if one is missing or another file, or where they are not all experts.
     """
     shards = manifest.part(part)
     held = [expert for shard in shards for expert in shard.expert_ids]

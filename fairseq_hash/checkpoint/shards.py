@@ -68,7 +68,7 @@ def write_shard(
         about: further facts for the header (JSON).
 
     Raises:
-        OSError: where the file cannot be written.
+        OSError: if the file cannot be written.
     """
     digests = {name: [_sha256(row) for row in tensors[name]] for name in sorted(tensors)}
     about = {**about, "part": part, "first": experts.start, "experts": len(experts), "rows_sha256": digests}
@@ -90,7 +90,7 @@ class ShardFile:
         """Open and check size and header.
 
         Raises:
-            UserError: where the file is missing, or is not the one that the manifest means.
+            UserError: if the file is missing, or is not the one that the manifest means.
         """
         self.path, self.shard = path, shard
         try:
@@ -113,7 +113,7 @@ class ShardFile:
         """Return an expert's row of a tensor, in the file's memory.
 
         Raises:
-            UserError: where it fails its checksum.
+            UserError: if it fails its checksum.
         """
         place = expert - self.shard.first
         row = self.tensors[name][place]

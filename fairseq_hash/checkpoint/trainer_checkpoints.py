@@ -72,31 +72,29 @@ class TrainingCheckpoints:
             check_start(folder, Path(instead), is_chosen=True)
         check_start(folder, last, is_chosen=False)
 
-    def check_own_file(self, path: str) -> None:
-        """Raise `UserError` on every rank where this rank's own file is that of other experts."""
-        if self.parallel is not None and self.trainer.is_fsdp and self.parallel.is_shared:
-            together(lambda: self._check_own_file(path))
+    def check_file(self, path: str, with_optimizer: bool) -> None:
+        """Raise `UserError` on every rank where a checkpoint has other experts or an optimizer of other parameters.
 
-    def _check_own_file(self, path: str) -> None:
-        if Path(path).is_file():
-            held = read_main(path, is_checked=False).get(KEY, {}).get("experts")
+        Args:
+            path: the file that is about to be loaded; none is there at the start of a new training.
+            with_optimizer: whether the optimizer's state is loaded, too.
+        """
+        together(lambda: self._check_file(path, with_optimizer))
+
+    def _check_file(self, path: str, with_optimizer: bool) -> None:
+        if not Path(path).is_file():
+            return
+        state = read_main(path, is_checked=False)
+        if self.parallel is not None and self.trainer.is_fsdp and self.parallel.is_shared:
+            held = state.get(KEY, {}).get("experts")
             if held != list(self.parallel.expert_ids):
                 raise UserError(
                     f"{path} has experts {held}, and rank {self.parallel.rank} holds {list(self.parallel.expert_ids)}; "
                     "resume with the number of ranks that saved the checkpoint"
                 )
-
-    def check_freeze(self, path: str) -> None:
-        """Raise `UserError` on every rank where the optimizer's state in a checkpoint is one of other parameters."""
-        together(lambda: self._check_freeze(path))
-
-    def _check_freeze(self, path: str) -> None:
-        if not Path(path).is_file():
-            return
-        state = read_main(path, is_checked=False)
         saved = model_options(state).get("freeze", "none")
         freeze = state_of(self.trainer.get_model()).freeze
-        if state.get("last_optimizer_state") is not None and saved != freeze:
+        if with_optimizer and state.get("last_optimizer_state") is not None and saved != freeze:
             raise UserError(
                 f"{path} was saved with --freeze {saved}, this training has --freeze {freeze}; resume with --freeze "
                 f"{saved}, or add --reset-optimizer (--finetune-from-model in a new --save-dir starts a new training)"

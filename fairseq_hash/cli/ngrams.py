@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.files import check_file, output_file
 
 if TYPE_CHECKING:
     from fairseq_hash.experiments.ngrams import Line
@@ -42,8 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--tokens is {limit}; give the number of tokens of train to count, 1 or more")
     if not data.is_dir():
         raise UserError(f"{data} is no folder; give one that fairseq-preprocess or data_prep wrote")
-    if arguments.json is not None and (arguments.json.is_dir() or not arguments.json.parent.is_dir()):
-        raise UserError(f"--json {arguments.json} cannot be written; give a file in a folder that exists")
+    check_file("--json", arguments.json)
     symbols, _ = read_dictionary(data / "dict.txt")
     check_size(len(symbols))
     texts = {
@@ -96,7 +96,6 @@ def write_json(path: Path, data: Path, symbols: list[str], lines: "list[Line]") 
     """
     from dataclasses import asdict
 
-    from fairseq_hash.core.files import output_file
     from fairseq_hash.hashing import dictionary_fingerprint
     from fairseq_hash.provenance import provenance
 

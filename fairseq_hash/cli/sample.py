@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.files import check_file, output_file
 
 if TYPE_CHECKING:
     from fairseq_hash.api import LanguageModel
@@ -80,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Load the model, sample from it, and show the samples."""
     if arguments.text is not None and not arguments.text.strip():
         raise UserError("TEXT is empty; give some words, or leave it out to begin a line")
-    check_html(arguments.html)
+    check_file("--html", arguments.html)
     check_checkpoint(arguments.checkpoint)
 
     from rich.console import Console
@@ -88,7 +89,6 @@ def run(arguments: argparse.Namespace) -> None:
 
     from fairseq_hash.api.routed_text import by_layer, page, print_text
     from fairseq_hash.api.sampling import Sampling
-    from fairseq_hash.core.files import output_file
 
     names = ("length", "number", "temperature", "top_k", "top_p", "beam", "seed")
     sampling = Sampling(**{name: getattr(arguments, name) for name in names})
@@ -117,9 +117,3 @@ def run(arguments: argparse.Namespace) -> None:
         with output_file(arguments.html) as partial:
             partial.write_text(html, encoding="utf-8")
         console.print(Text(f"wrote {arguments.html}"))
-
-
-def check_html(path: "Path | None") -> None:
-    """Raise `UserError` if a page cannot be written."""
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise UserError(f"--html {path} cannot be written; give a file in a folder that exists")

@@ -27,8 +27,14 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise UserError(f"cannot write to the folder {out.parent}; give an --out that you can write")
 
 
+def check_file(option: str, path: "Path | None") -> None:
+    """Raise `UserError` unless a file, which is replaced where it is there, can be written."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise UserError(f"{option} {path} cannot be written; give a file in a folder that exists")
+
+
 def check_folder(out: Path) -> None:
-    """Raise `UserError` where `--out`, a folder that is made where it is missing, is a file."""
+    """Raise `UserError` if `--out`, a folder that is made where it is missing, is a file."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
 
@@ -80,7 +86,7 @@ def output_file(path: Path) -> Iterator[Path]:
     """Do what `atomic_write` does for a file that the user has named.
 
     Raises:
-        UserError: where it cannot be written.
+        UserError: if it cannot be written.
     """
     try:
         with atomic_write(path) as partial:
@@ -93,7 +99,7 @@ def write_folder(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
     """Write files, each whole or not at all, to a folder that is made where it is missing; return their paths.
 
     Raises:
-        UserError: where that fails.
+        UserError: if that fails.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -42,9 +42,7 @@ def _load_on_every_rank(
     Upstream: rank 0 reads all and sends all to all. The place in the epoch is counted for one number of ranks, and
     another number stops with "dataloader mismatch" or skips text.
     """
-    trainer.hash_state.checkpoints.check_own_file(filename)
-    if not reset_optimizer:
-        trainer.hash_state.checkpoints.check_freeze(filename)
+    trainer.hash_state.checkpoints.check_file(filename, with_optimizer=not reset_optimizer)
     averages = trainer.cfg.ema.store_ema
     with (
         replaced(trainer.cfg.checkpoint, "load_checkpoint_on_all_dp_ranks", True),

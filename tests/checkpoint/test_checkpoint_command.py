@@ -17,8 +17,6 @@ from saved_checkpoints import (
     assert_equal,
     done,
     load,
-    merge_two,
-    save_two,
     tensors,
     words,
 )
@@ -30,18 +28,6 @@ from fairseq_hash.core.errors import UserError
 from fairseq_hash.hashing import TableShape, build_table, load_table, table_fingerprint
 from fairseq_hash.moe.parameter_counts import count_parameters
 from fairseq_hash.provenance import __version__
-
-
-@pytest.fixture(scope="module")
-def saved(data, tmp_path_factory):
-    """A folder with `two.pt` and `four.pt`, in shards."""
-    return save_two(data, tmp_path_factory.mktemp("saved [by] ranks"))
-
-
-@pytest.fixture(scope="module")
-def merged(saved, tmp_path_factory):
-    """A folder with the two as plain files."""
-    return merge_two(saved, tmp_path_factory.mktemp("merged"))
 
 
 def flip(path, place):

@@ -15,27 +15,13 @@ from saved_checkpoints import (
     done,
     in_shards,
     load,
-    merge_two,
     plain,
-    save_two,
     state_of,
     tensors,
     words,
 )
 
 from fairseq_hash.checkpoint.directory import SHARDS
-
-
-@pytest.fixture(scope="module")
-def saved(data, tmp_path_factory):
-    """A folder with `two.pt` and `four.pt`, in shards."""
-    return save_two(data, tmp_path_factory.mktemp("saved [by] ranks"))
-
-
-@pytest.fixture(scope="module")
-def merged(saved, tmp_path_factory):
-    """A folder with the two as plain files."""
-    return merge_two(saved, tmp_path_factory.mktemp("merged"))
 
 
 @pytest.mark.parametrize(("name", "shards"), [("two.pt", 2), ("four.pt", 1)])

@@ -4,7 +4,6 @@ All refusals come from the real commands' main function, in this process; traini
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -129,13 +128,6 @@ def test_damaged_shards_are_refused(copy, refused, part):
     assert f"{path} is not the file that the checkpoint means" in refused(copy)
     shutil.copyfile(shards(copy, part, update=2)[0], path)
     assert re.search(f"{re.escape(str(path))} is not the file .*: it belongs to save .* at update 2", refused(copy))
-
-
-def test_shards_of_another_run_are_refused(data, copy, refused, tmp_path):
-    train(data, tmp_path / "other", *SPARSE, "--max-update", "4", "--seed", "7")
-    [path] = shards(copy, "weights")
-    shutil.copyfile(shards(tmp_path / "other", "weights")[0], path)
-    assert re.search("is not the file that the checkpoint means: it belongs to save .* at update 4", refused(copy))
 
 
 def test_evaluation_refuses_damaged_weights_and_needs_no_optimizer(copy, refused, data):
@@ -325,13 +317,6 @@ def check_folder(folder):
     assert fairseq_hash_command(["checkpoint", "verify", *map(str, folder.glob("*.pt"))]) == 0
     assert {path.name for path in (folder / "experts").iterdir()} == referenced(folder)
     assert not list(folder.rglob("*.partial")) and not list(folder.rglob("*.tmp"))
-
-
-def test_the_record_of_a_shard_says_where_it_comes_from(run):
-    [path] = shards(run, "weights")
-    header = path.read_bytes()
-    header = json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])
-    assert json.loads(header["__metadata__"]["about"])["update"] == 4
 
 
 def test_what_fairseq_saves_at_a_crash_is_whole(data, tmp_path):

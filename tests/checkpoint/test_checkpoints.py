@@ -122,17 +122,6 @@ def test_each_expert_is_written_once_by_all_ranks(saved):
     assert not list(folder.rglob("*.partial"))
 
 
-def test_shards_are_what_other_tools_read(saved):
-    """The safetensors library reads the weights that the ranks had."""
-    folder, before = saved("4 in groups of 2")
-    name = "decoder.layers.0.sparse.experts.fc1_weight"
-    rows = {}
-    for path in folder.glob("experts/*.weights.*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            rows[json.loads(file.metadata()["about"])["first"]] = file.get_tensor(name)
-    assert torch.equal(torch.cat([rows[first] for first in sorted(rows)]), whole(before, lambda r: r["state"], name))
-
-
 def test_best_and_last_are_one_file(saved):
     folder, _ = saved("4 in groups of 2")
     assert (folder / "checkpoint_best.pt").samefile(folder / "checkpoint_last.pt")

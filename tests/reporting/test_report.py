@@ -219,7 +219,7 @@ def test_a_second_report_replaces_the_first(made, tmp_path):
     write_report([made / "dense5"], tmp_path, "First")
     write_report([made / "dense5"], tmp_path, "Second")
     assert strict_json(tmp_path / "results.json")["title"] == "Second"
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_refusals_write_nothing(made, copies, tmp_path):

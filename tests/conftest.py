@@ -1,17 +1,32 @@
 """What all tests share."""
 
+import os
 import random
+import sys
+from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import settings
 
 pytest_plugins = ["file_server", "made_runs"]
 
-torch.set_num_threads(1)  # several test processes and commands must not fight for cores
+if sys.dont_write_bytecode:
+    # Each of some hundred processes would compile torch and fairseq anew, for 10 s. Kept in a folder of pytest's own,
+    # their bytecode still does not lie beside the sources. Set before torch is imported, and for all children.
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 # No timed assertions: speed lives in benchmarks/. The examples are the same in every run.
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
+
+
+def pytest_configure():
+    """Give each test process one thread: several of them, and their commands, must not fight for cores."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):

@@ -1,7 +1,7 @@
 """Processes that have torch and fairseq imported when they start: forked from one that has.
 
 To import them takes several seconds, and the tests start hundreds of processes. multiprocessing's fork server imports
-them once for a process of pytest; all else, the plugin included, each process does itself.
+them once for a process of pytest; all else, the plugin included, each process does itself, as a command does.
 """
 
 import atexit
@@ -12,19 +12,22 @@ import runpy
 import signal
 import subprocess
 import sys
-from multiprocessing import forkserver
+from multiprocessing import forkserver, util
 from pathlib import Path
 from unittest import mock
 
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = ["fairseq.options", "fairseq.trainer", "fairseq.checkpoint_utils", "fairseq.tasks.language_modeling"]
+# Each training imports these, in several seconds: fairseq says which data parallel it uses, torch makes an optimizer.
+PRELOADED += ["torch.distributed.fsdp", "torch._dynamo"]
 
 
 @functools.cache
 def ensure_server():
     """Start the server; each process has one thread, which torch reads when it is imported."""
     CONTEXT.set_forkserver_preload(PRELOADED)
-    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
+    as_told = mock.patch.object(util, "_args_from_interpreter_flags", list)  # not -B: conftest keeps bytecode
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"), as_told:
         forkserver.ensure_running()
 
 

@@ -1,7 +1,9 @@
 """What all tests share."""
 
+import logging
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -32,6 +34,27 @@ def pytest_configure():
 def pytest_addoption(parser):
     """Declare what tests/gpu asks for; pytest reads options from here only."""
     parser.addoption("--gpu-device", choices=("cpu", "cuda"), help="what tests/gpu runs on (default: cuda, or skip)")
+
+
+@pytest.fixture(autouse=True)
+def process_is_left_as_it_was():
+    """Give back what a test, or a command that it calls, changes of this process, so that no test depends on others."""
+    root = logging.getLogger()
+    disabled, level, handlers = logging.root.manager.disable, root.level, root.handlers.copy()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    signals = {number: signal.getsignal(number) for number in numbers}
+    environment = os.environ.copy()
+    yield
+    logging.disable(disabled)
+    root.setLevel(level)
+    root.handlers[:] = handlers
+    for number, handler in signals.items():
+        signal.signal(number, handler)
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
+    if "fairseq.logging.metrics" in sys.modules:
+        sys.modules["fairseq.logging.metrics"].reset()
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+LONG = {"end_to_end", "scripts", "training", "checkpoint", "data_prep", "benchmarks"}
 pytest_plugins = ["file_server", "made_runs"]
 
 if sys.dont_write_bytecode:
@@ -34,6 +35,11 @@ def pytest_configure():
 def pytest_addoption(parser):
     """Declare what tests/gpu asks for; pytest reads options from here only."""
     parser.addoption("--gpu-device", choices=("cpu", "cuda"), help="what tests/gpu runs on (default: cuda, or skip)")
+
+
+def pytest_collection_modifyitems(items):
+    """Let the folders begin first whose tests train or install: the last worker would be alone with them at the end."""
+    items.sort(key=lambda item: LONG.isdisjoint(item.path.parts))
 
 
 @pytest.fixture(autouse=True)

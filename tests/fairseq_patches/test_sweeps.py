@@ -1,7 +1,10 @@
 """The runs of a sweep are what each of them is alone, also where one process does several."""
 
+import os
+import subprocess
+import sys
+
 import pytest
-from forked import run_python
 from hydra_configs import NAME, logged, needs_current_hydra, write_configs
 from plugin import USER_DIR
 
@@ -13,8 +16,9 @@ VALIDATED = ("dataset.disable_validation=false", "dataset.validate_interval_upda
 
 def hydra_train(folder, *words):
     """Run `fairseq-hydra-train` in a folder."""
-    words = ["-m", "fairseq_cli.hydra_train", *words]
-    done = run_python(words, cwd=folder, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "fairseq_cli.hydra_train", *words]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -2,13 +2,14 @@
 
 import argparse
 import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from forked import run_python
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,10 +24,11 @@ FLOPS = 64 * 3 * (2 * (64 * 16 + 2 * (4 * 16 * 16 + 2 * 16 * 32)) + 2 * 4 * 16 *
 
 def run(folder, *arguments):
     """Run the program where there is no compiler; return the finished process."""
-    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     # With an empty cache, so that no earlier compilation stands in.
     environment |= {"CXX": str(folder / "no compiler"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
-    return run_python([PROGRAM, *TINY.split(), "--threads", "1", *arguments], **environment)
+    command = [sys.executable, str(PROGRAM), *TINY.split(), "--threads", "1", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
 @pytest.fixture(scope="module")

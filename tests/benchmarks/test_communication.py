@@ -1,13 +1,14 @@
 """benchmarks/communication.py on two processes: tables, JSON, and chunks that give what the whole exchange gives."""
 
 import json
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from forked import run_python
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "communication.py"
 TINY = ("--processes", "2", "--tokens", "32", "--width", "8", "--hidden", "16", "--rounds", "2")
@@ -19,8 +20,9 @@ def measured(tmp_path_factory):
     """What a run with 2 and with 4 experts a rank wrote: the content of the JSON file, and the Markdown."""
     folder = tmp_path_factory.mktemp("measured")
     files = ["--json", str(folder / "a.json"), "--out", str(folder / "a.md")]
-    words = [PROGRAM, *TINY, "--experts", "4", "8", *files]
-    done = run_python(words, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    command = [sys.executable, str(PROGRAM), *TINY, "--experts", "4", "8", *files]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     # The program itself compares the output of ours, top-1 and the chunks, and ends where they differ.
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == (folder / "a.md").read_text()

@@ -37,7 +37,8 @@ def ensure_server():
 def start(function, arguments, out, err=None, **environment):
     """Start a process that calls a function; what it says goes to one file, or two. Return the process."""
     ensure_server()
-    out.touch()  # a reader may come before the process
+    for file in {out, err or out}:
+        file.touch()  # a reader may come before the process
     process = CONTEXT.Process(target=_call, args=(function, arguments, str(out), str(err or out), environment))
     process.start()
     return process

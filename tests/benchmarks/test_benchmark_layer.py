@@ -4,14 +4,13 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import run_python
 
 from fairseq_hash.reporting.benchmarks_files import load_benchmarks
 
@@ -25,8 +24,7 @@ def assert_times(time):
 
 
 def run_program(*words):
-    command = [sys.executable, str(PROGRAM), *TINY, *map(str, words)]
-    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run = run_python([PROGRAM, *TINY, *words], OMP_NUM_THREADS="1")
     assert run.returncode == 0, run.stderr
     return run
 

@@ -4,17 +4,14 @@ Two ranks that share experts save after every update. A kill is of one rank (the
 `bash scripts/test.sh -m slow tests/checkpoint/test_kills.py -n 0 -s` shows what each of 20 kills left.
 """
 
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from forked import start_python
 from plugin import train, train_arguments
-from saved_checkpoints import referenced, wait_for
+from saved_checkpoints import referenced
 
 from fairseq_hash.cli import main as fairseq_hash_command
 
@@ -29,15 +26,12 @@ def start_ranks(data, folder, logs):
     """Start all ranks of a training that goes on from what is in the folder."""
     logs.mkdir(exist_ok=True)
     meeting = f"file://{logs}/meeting"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     processes = []
     for rank in range(RANKS):
         own = ("--distributed-init-method", meeting, "--distributed-rank", str(rank), "--distributed-no-spawn")
-        command = [sys.executable, "-m", "fairseq_cli.train", *train_arguments(data, folder, *SPARSE, *SAVING, *own)]
-        with open(logs / f"{rank}.txt", "w") as said:
-            processes.append(
-                subprocess.Popen(list(map(str, command)), stdout=said, stderr=said, env=environment, cwd=logs)
-            )
+        words = ["-m", "fairseq_cli.train", *train_arguments(data, folder, *SPARSE, *SAVING, *own)]
+        said = logs / f"{rank}.txt"
+        processes.append(start_python(words, said, said, logs, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""))
     return processes
 
 
@@ -53,21 +47,21 @@ def kill_and_look(data, folder, logs, generator, kills_all):
     processes = start_ranks(data, folder, logs)
     try:
         said = logs / "0.txt"
-        wait_for(said)
         deadline = time.monotonic() + 120
         # The kill comes at some moment of the first, second or third save of this training.
         saves = generator.choice((1, 2, 3))
         while said.read_text().count("Preparing to save") < saves:
-            assert time.monotonic() < deadline and processes[0].poll() is None, said.read_text()[-3000:]
+            assert time.monotonic() < deadline and processes[0].exitcode is None, said.read_text()[-3000:]
             time.sleep(0.005)
         if before:
             loaded = f"Loaded checkpoint {folder}/checkpoint_last.pt (epoch"
             assert loaded in said.read_text(), said.read_text()[-3000:]
         time.sleep(generator.uniform(0, 0.2))
         for process in processes if kills_all else [generator.choice(processes)]:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
         for process in processes:
-            assert process.wait(60) != 0
+            process.join(60)
+            assert process.exitcode not in (0, None)
     finally:
         for process in processes:
             process.kill()

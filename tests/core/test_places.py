@@ -5,7 +5,6 @@ import errno
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -13,13 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 from fairseq import checkpoint_utils, options, utils
-from plugin import USER_DIR, command, train, train_arguments
+from plugin import USER_DIR, command, on_ranks, train, train_arguments
 
 from fairseq_hash.checkpoint.mainfile import is_url, not_here
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.places import require_file, require_folder
-
-TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fairseq_cli.train")
 
 
 def line_of(done):
@@ -109,14 +106,13 @@ def test_a_training_without_a_batch_size(data, tmp_path):
 
 def test_several_ranks_end_where_rank_0_cannot_write(data, tmp_path):
     (tmp_path / "file").touch()
-    words = [sys.executable, *TWO_RANKS, *train_arguments(data, tmp_path / "file", "--router", "hash")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=environment, timeout=300)
-    said = done.stdout + done.stderr
+    given = train_arguments(data, tmp_path / "file", "--router", "hash")
+    done = on_ranks(2, "-m", "fairseq_cli.train", *given)
+    said = "".join(rank.stdout + rank.stderr for rank in done)
     assert re.findall("^fairseq_hash: (.*)$", said, re.M) == [
         f"rank 0: --save-dir {tmp_path}/file is a file; give a folder"
     ], said[-3000:]
-    assert done.returncode == 1
+    assert [rank.returncode for rank in done] == [1, 1]
 
 
 @pytest.mark.parametrize("name", ["eval_lm", "generate", "interactive", "validate"])

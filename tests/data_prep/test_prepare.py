@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from fairseq.data import Dictionary
+from forked import run_python, start_python
 from plugin import command
 from prepared import SPLITS, arguments, lines_of, write_text
 
@@ -24,17 +25,17 @@ from fairseq_hash.provenance import sha256_of_file
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(*words, **options):
-    """Run the real command; return the finished process."""
-    command = [sys.executable, "-m", "data_prep", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, **options)
+def run(*words):
+    """Run the command in a process of its own; return the finished process."""
+    return run_python(["-m", "data_prep", *words], cwd=ROOT)
 
 
 def test_text_to_data_and_back(tmp_path):
     """From the binarized data, by dictionary and model, comes every line of the text; the record is true."""
     files = write_text(tmp_path / "the text")
     out = tmp_path / "the data"
-    done = run(*arguments(files, out, "--vocab-size", "300"))
+    command = [sys.executable, "-m", "data_prep", *arguments(files, out, "--vocab-size", "300")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)  # as people call it
     assert done.returncode == 0, done.stderr
     assert "ready" in done.stdout and not list(tmp_path.glob("*.partial*"))
     processor = sentencepiece.SentencePieceProcessor(model_file=str(out / "sentencepiece.model"))
@@ -126,17 +127,12 @@ def test_a_killed_preparation_goes_on(tmp_path):
     assert main(arguments(files, whole, "--vocab-size", "300")) == 0
     work = tmp_path / "stopped.partial"
     for step in ("model", "tokens"):
-        child = subprocess.Popen(
-            [sys.executable, "-m", "data_prep", *arguments(files, out, "--vocab-size", "300")],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        while step not in preparation.read_json(work / "state.json") and child.poll() is None:
+        words = ["-m", "data_prep", *arguments(files, out, "--vocab-size", "300")]
+        child = start_python(words, tmp_path / "said", tmp_path / "said", ROOT)
+        while step not in preparation.read_json(work / "state.json") and child.exitcode is None:
             time.sleep(0.01)
         os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+        child.join()
         assert not out.exists() and step in preparation.read_json(work / "state.json")
     # Stopped while the data were written.
     (work / "train.bin").write_bytes(b"torn")

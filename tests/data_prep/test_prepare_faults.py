@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from forked import start_python
 from prepared import SPLITS, arguments, write_text
 
 from data_prep import prepare as preparation
@@ -35,21 +34,15 @@ def test_ctrl_c_ends_everything_and_the_next_call_goes_on(tmp_path):
     files = write_text(tmp_path / "text", lines=20_000)
     out, work = tmp_path / "data", tmp_path / "data.partial"
     for stage in ("sample.txt", "train.bin"):
-        child = subprocess.Popen(
-            [sys.executable, "-m", "data_prep", *arguments(files, out, "--vocab-size", "300")],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        while not (work / stage).exists() and child.poll() is None:
+        words = ["-m", "data_prep", *arguments(files, out, "--vocab-size", "300")]
+        said = tmp_path / f"said before {stage}"
+        child = start_python(words, tmp_path / "out", said, ROOT)
+        while not (work / stage).exists() and child.exitcode is None:
             time.sleep(0.005)
         os.killpg(child.pid, signal.SIGINT)
-        _, error = child.communicate(timeout=100)
-        assert error == "data_prep: interrupted; the same command continues from the last finished step\n"
-        assert child.returncode == 130 and not out.exists()
+        child.join(100)
+        assert said.read_text() == "data_prep: interrupted; the same command continues from the last finished step\n"
+        assert child.exitcode == 130 and not out.exists()
         for _ in range(400):
             if not processes_of(child.pid):
                 break

@@ -7,15 +7,13 @@ share. `resumed.json` is what updates 9 to 12 were with the same code, `results.
 
 import json
 import re
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from called import call
-from plugin import USER_DIR, command, records, train_arguments
+from plugin import USER_DIR, command, on_ranks, records, train_arguments
 
 ARCHIVE = Path(__file__).parent / "before_the_move" / "runs.tar.xz"
 ROUTERS = {
@@ -41,10 +39,8 @@ def test_training_goes_on(before, tmp_path, name):
     options = ("--no-save", "--disable-validation", "--num-workers", "0", "--max-update", "12")
     arguments = train_arguments(before / "data", run, *ROUTERS[name], *options)
     if name == "hash":
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fairseq_cli.train"]
-        words = [sys.executable, *launcher, *map(str, arguments)]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-3000:]
+        done, other = on_ranks(2, "-m", "fairseq_cli.train", *arguments)
+        assert done.returncode == other.returncode == 0, done.stderr[-3000:]
     else:
         done = command("train", *arguments)
     expected = json.loads((before / "resumed.json").read_text())[name]

@@ -2,14 +2,12 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hydra_configs import needs_current_hydra
-from plugin import ROUTERS, USER_DIR, command, losses, records, train, train_arguments
+from plugin import ROUTERS, USER_DIR, command, losses, on_ranks, records, train, train_arguments
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.experiments.compose import compose
@@ -147,11 +145,8 @@ def test_two_processes_train_as_one_and_one_evaluates(data, tmp_path):
     batch = ("--update-freq", "2", "--update-freq-ranks", "1")
     one = train(data, tmp_path / "one", *ROUTERS["hash"], *batch, "--no-save")
     arguments = train_arguments(data, tmp_path / "two", *ROUTERS["hash"], *batch, "--distributed-backend", "gloo")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fairseq_cli.train"]
-    done = subprocess.run(
-        [sys.executable, *launcher, *map(str, arguments)], capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done, other = on_ranks(2, "-m", "fairseq_cli.train", *arguments)
+    assert done.returncode == other.returncode == 0, done.stderr[-3000:]
     assert "2 ranks share 4 experts: rank 0: 0 to 1; rank 1: 2 to 3" in done.stdout + done.stderr
     assert [float(x) for x in losses(done)] == pytest.approx([float(x) for x in losses(one)], abs=2e-3)
     loads = [[r["layer1_load_max"] for r in records(run, "train_inner")] for run in (done, one)]

@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from forked import run_python
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
@@ -80,7 +81,7 @@ def test_the_round_on_a_gpu_fits_in_nine_minutes(gpu_round, tmp_path):
     ],
 )
 def test_says_what_is_wrong(words, message):
-    run = subprocess.run([sys.executable, SCRIPTS / "gpu_round.py", *words.split()], capture_output=True, text=True)
+    run = run_python([SCRIPTS / "gpu_round.py", *words.split()])
     assert run.returncode == 2 and message in run.stderr and run.stderr.count("\n") == 1
 
 
@@ -97,8 +98,7 @@ def test_says_what_is_wrong(words, message):
 def test_benchmarks_say_what_is_wrong_before_they_begin(data, tmp_path, words, message):
     (tmp_path / "dense-lr1e-3").mkdir()  # of an earlier call
     name, *others = [str(tmp_path) if word == "RUNS" else word for word in words.split()]
-    command = [sys.executable, ROOT / "benchmarks" / name, "--data", data, *others]
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = run_python([ROOT / "benchmarks" / name, "--data", data, *others])
     assert run.returncode != 0 and message in run.stderr and run.stderr.count("\n") == 1
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import tempfile
 from pathlib import Path
 
 import forked
@@ -42,9 +41,8 @@ def build(data, *arguments, on_cpu=True, for_evaluation=False):
 
 def command(name, *arguments, check=True):
     """Run `python -m fairseq_cli.NAME` with the arguments; return the finished process with its output as text."""
-    with tempfile.TemporaryDirectory(prefix="a command ") as folder:
-        words = ["-m", f"fairseq_cli.{name}", *arguments]
-        done = forked.run_python(words, Path(folder), 600, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    words = ["-m", f"fairseq_cli.{name}", *arguments]
+    done = forked.run_python(words, 600, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
@@ -72,6 +70,11 @@ def records(done, tag):
 def losses(done):
     """Return the logged loss of every update."""
     return [record["loss"] for record in records(done, "train_inner")]
+
+
+def on_ranks(world_size, *words):
+    """Run `python WORDS` on several ranks; return the finished processes."""
+    return forked.run_ranks([words] * world_size, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 
 
 def evaluate(data, path, *arguments, check=True):

@@ -13,8 +13,11 @@ from plugin import build
 
 from fairseq_hash.moe.layer import SparseLayer
 
+UPDATES = 12
+"""More than an epoch of any number of ranks (7 updates of two), at whose end some rank has no batch."""
 
-def train(data, arguments, updates=20):
+
+def train(data, arguments, updates=UPDATES):
     """Return losses, gradient norms, gradients and final parameters of a training, by update.
 
     `loss` and `validation` are sums over the tokens of all ranks. `gradients` are those that the optimizer got, clipped

@@ -139,7 +139,7 @@ def train_fully_sharded(data, arguments):
     sharded = ("--ddp-backend", "fully_sharded", "--use-sharded-state")
     trainer, epoch_itr = recorded.make_trainer(data, (*arguments, *sharded))
     record = recorded.keep_losses_and_norms(trainer)
-    recorded.run(trainer, epoch_itr, 20)
+    recorded.run(trainer, epoch_itr, recorded.UPDATES)
     recorded.validate(trainer)
     assert {hasattr(p, "expert") for p in trainer.model.parameters()} == {True, False}
     assert all(p._is_sharded != hasattr(p, "expert") for p in trainer.model.parameters())

@@ -137,15 +137,14 @@ def average(sources: Sequence[Path], out: Path) -> None:
     state, manifest = read_ones[-1]
     for source, (_, other) in zip(sources, read_ones, strict=True):
         _check_same_model(source, other, sources[-1], manifest)
-    is_sharded = manifest is not None and bool(manifest.shards)
-    if is_sharded:
+    if manifest is not None and manifest.shards:
         keep_trainings_out(out)
     experts = expert_tensors(state["model"], manifest)
     state["model"] = _mean_of_models([one["model"] for one, _ in read_ones], sources, experts)
     if manifest is not None:
         made = {**manifest.provenance, "date": now(), "average_of": [str(source) for source in sources]}
         manifest = replace(manifest, provenance=made)
-    if is_sharded:
+    if manifest is not None and manifest.shards:
         _write_sharded(state, manifest, [shard.expert_ids for shard in manifest.part("weights")], out)
     else:
         _write_plain(state, manifest, out)
@@ -188,7 +187,7 @@ def _mean_of_models(
     return means
 
 
-def _check_same_kind(name: str, values: "Sequence[Tensor | SavedExperts]", sources: Sequence[Path]) -> None:
+def _check_same_kind(name: str, values: Sequence[Any], sources: Sequence[Path]) -> None:
     """Raise `UserError` unless a mean of these values can be made, or they are equal where it cannot."""
     last = values[-1]
     for source, value in zip(sources, values, strict=True):
@@ -203,8 +202,8 @@ def _check_same_kind(name: str, values: "Sequence[Tensor | SavedExperts]", sourc
             )
 
 
-def _mean(values: "Sequence[Tensor | SavedExperts]", by_expert: bool) -> Tensor:
-    """Return the mean in the type of the last value, each sum in float64; experts one after the other."""
+def _mean(values: Sequence[Any], by_expert: bool) -> Tensor:
+    """Return the mean of tensors or `SavedExperts` in the type of the last, sums in float64; experts one by one."""
     last = values[-1]
     if not last.dtype.is_floating_point:
         return last

@@ -93,7 +93,7 @@ def _unreferenced(folder: Path) -> list[Path]:
     shards = folder / SHARDS
     if not shards.is_dir():
         return []
-    referenced = set()
+    referenced: set[str] = set()
     for path in folder.glob("*.pt"):
         if not path.is_file():  # a link to nothing refers to nothing
             continue

@@ -130,7 +130,7 @@ def _own_value(value: Any, parallel: "ExpertParallel | None", parameter: nn.Para
         return value.read(parallel.expert_ids, parameter.device)
     if not torch.is_tensor(value):
         return value
-    if parallel is not None and value.dim() and is_per_element(value, (len(value), *parameter.shape[1:])):
+    if parallel is not None and value.dim() and is_per_element(value, torch.Size((len(value), *parameter.shape[1:]))):
         fit_experts(value, parallel, parameter.shape[1:], "the optimizer's state")
         value = take(value, parallel.expert_ids)
     # What was read lies in the file's memory, which is not there to train in.

@@ -94,9 +94,10 @@ class Manifest:
                 f"{dictionary_fingerprint[:12]}; prepare the data with the checkpoint's dict.txt "
                 "(fairseq-preprocess --srcdict)"
             )
-        if None not in (table_fingerprint, self.table_fingerprint) and table_fingerprint != self.table_fingerprint:
+        own, other = self.table_fingerprint, table_fingerprint
+        if own is not None and other is not None and own != other:
             raise UserError(
-                f"it has hash table {self.table_fingerprint[:12]}, this model has {table_fingerprint[:12]}; write the "
+                f"it has hash table {own[:12]}, this model has {other[:12]}; write the "
                 "checkpoint's with fairseq-hash checkpoint table, and give that file as --hash-table"
             )
 

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,9 +26,9 @@ def size_of(value: Any) -> int:
     return value.shape.numel() * value.dtype.itemsize
 
 
-def row_bytes(row: Tensor) -> np.ndarray:
-    """Return the elements of a tensor on any device as uint8; those of a contiguous CPU tensor are not copied."""
-    return row.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+def row_bytes(row: Tensor) -> memoryview:
+    """Return the bytes of a tensor on any device; those of a contiguous CPU tensor are not copied."""
+    return memoryview(row.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def write_safetensors(

@@ -32,7 +32,7 @@ WRITE, DONE = "write", "done"
 
 def announce(word: "tuple[str, Any] | None" = None) -> tuple[str, Any]:
     """Return rank 0's word on every rank; all have to call this, and rank 0 gives it."""
-    words = [word]
+    words: list[Any] = [word]
     if dist.is_initialized():
         dist.broadcast_object_list(words, 0)
     return words[0]
@@ -118,8 +118,9 @@ class Saver:
         numbers = expert_numbers(self.optimizer(), self.model) if with_optimizer else {}
         own = together(lambda: self._write_own(Path(folder), update, save, numbers))
         shards = [Shard(**shard) for shards in gather([asdict(shard) for shard in own]) for shard in shards]
-        together(lambda: check_visible(Path(folder), [] if self.parallel.rank else shards))
-        if self.parallel.rank == 0:
+        is_first = not dist.is_initialized() or dist.get_rank() == 0
+        together(lambda: check_visible(Path(folder), shards if is_first else []))
+        if is_first:
             self.manifest = self._manifest(save, update, numbers, shards)
 
     def _manifest(
@@ -135,6 +136,7 @@ class Saver:
         if numbers:
             shapes = {name: parameter.shape for name, parameter in weights.items()}
             _, parts["optimizer"] = take_moments(self.optimizer().state_dict(), numbers, shapes)
+        assert self.parallel is not None, "a dense model has no shards"
         experts = self.parallel.saved_experts
         first = experts.start - self.parallel.expert_ids.start
         about = {"save": save, "update": update}

@@ -132,7 +132,8 @@ class TrainingCheckpoints:
         fairseq also saves what it has where the loss is not finite. Several ranks cannot write experts then: who calls
         this is not agreed upon.
         """
-        if self.is_in_shards and self.parallel.world_size > 1 and not self.saver.is_running:
+        has_others = self.parallel is not None and self.parallel.world_size > 1
+        if self.is_in_shards and has_others and not self.saver.is_running:
             logger.warning("%s is not saved: ranks that save experts do that together, and here they do not", path)
             return False
         if "train_iterator" in extra_state:

@@ -20,7 +20,7 @@ from fairseq_hash.moe.layer import SparseLayer
 logger = logging.getLogger(__name__)
 
 
-def start_from_dense(model: nn.Module, path: str) -> None:
+def start_from_dense(model: Any, path: str) -> None:
     """Load the dense checkpoint at `path` into a sparse model; routers and table stay as they are.
 
     Raises:
@@ -43,20 +43,22 @@ def start_from_dense(model: nn.Module, path: str) -> None:
         raise UserError(f"--from-dense {path} does not fit this model: {what}; give the sizes of the dense model")
     for module in model.modules():
         if isinstance(module, ExpertStack):  # an inserted one; its weights start at zero, and now its biases
-            for feed_forward in module.feed_forward:
-                nn.init.zeros_(feed_forward.fc2_bias)
+            for name, parameter in module.feed_forward.named_parameters():
+                if name.endswith("fc2_bias"):
+                    nn.init.zeros_(parameter)
     options = model.decoder.options
     if options.shared_expert:
         for module in model.modules():
             if isinstance(module, SparseLayer):  # the routed experts are what the FFN was
-                nn.init.zeros_(module.shared.fc2_weight)
-                nn.init.zeros_(module.shared.fc2_bias)
+                shared: Any = module.shared
+                nn.init.zeros_(shared.fc2_weight)
+                nn.init.zeros_(shared.fc2_bias)
     weighs = options.hash_scale != 1 or set(options.routers) != {"hash"}
     if options.sparse_placement == "replace" and weighs:
         logger.warning("the router weighs what the experts return: the first loss is not that of the dense model")
 
 
-def expand_dense(dense: "dict[str, Tensor]", model: nn.Module) -> dict[str, Any]:
+def expand_dense(dense: "dict[str, Tensor]", model: Any) -> dict[str, Any]:
     """Return a dense model's state with the names and shapes of a sparse one; experts share the memory of their FFN."""
     layers = model.decoder.layers
     places = [place for place, layer in enumerate(layers) if hasattr(layer, "self_attn")]

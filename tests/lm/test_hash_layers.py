@@ -304,7 +304,10 @@ def test_tables_that_do_not_fit_are_refused(data, tmp_path):
     shapes = {
         "two": (hashing.TableShape(4, 2), "is for --experts-per-token 2"),
         "multi": (hashing.TableShape(4, 2, is_multi_hash=True), "is for --multi-hash 2"),
-        "previous": (hashing.TableShape(4, feature=hashing.Feature("previous")), "is a table of previous, but the model"),
+        "previous": (
+            hashing.TableShape(4, feature=hashing.Feature("previous")),
+            "is a table of previous, but the model",
+        ),
         "ngram": (
             hashing.TableShape(4, feature=hashing.Feature("ngram", 3), num_keys=64),
             "give --hash-feature ngram --hash-length 3",

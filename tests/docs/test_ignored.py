@@ -25,6 +25,7 @@ def is_ignored(path):
 def written(page):
     """The paths that commands in a page's blocks and lines of code write, relative to the checkout."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    text = re.sub(r"^```mermaid\n.*?^```", "", text, flags=re.M | re.S)  # its arrows write nothing
     codes = [*re.findall(r"^```[^\n]*\n(.*?)^```", text, re.M | re.S), *re.findall(r"`([^`\n]+)`", text)]
     found = set()
     for code in codes:

@@ -221,7 +221,7 @@ def test_refusals(saved, data, tmp_path):
         "--data", tmp_path / "there"
     )
     (tmp_path / "there" / "dict.txt").write_text("a 5\n")
-    assert "is not the dictionary that" in line("--data", tmp_path / "there")
+    assert "is not the dictionary with which" in line("--data", tmp_path / "there")
     file = tmp_path / "there" / "dict.txt"
     assert f"--sentencepiece {file} is not a SentencePiece model; give" in line("--sentencepiece", file)
     assert "--sentencepiece nowhere does not exist; give" in line("--sentencepiece", "nowhere")

@@ -285,7 +285,7 @@ def test_a_model_that_predicts_gives_the_keys(data, tmp_path):
         (("--swiglu-limit", "2"), "--swiglu-limit 2.0 needs --expert-form swiglu"),
         (("--shared-expert", "--sparse-placement", "insert"), "--shared-expert needs experts in place of an FFN"),
         (("--router", "hash,hash,switch"), "names 3 routers, --sparse-layers 0,1 2 layers"),
-        (("--router", "hash,none"), "none has no layers"),
+        (("--router", "hash,none"), "none cannot be mixed with other routers"),
         (("--router", "hash,swich"), "--router swich is unknown"),
         (("--router", "switch", *K3), "(--router hash), and does nothing here, with --router switch"),
         (("--hash-table", "random,random,random"), "names 3 tables for 2 hash layers"),
@@ -304,7 +304,10 @@ def test_tables_that_do_not_fit_are_refused(data, tmp_path):
     shapes = {
         "two": (hashing.TableShape(4, 2), "is for --experts-per-token 2"),
         "multi": (hashing.TableShape(4, 2, is_multi_hash=True), "is for --multi-hash 2"),
-        "previous": (hashing.TableShape(4, feature=hashing.Feature("previous")), "is a table of previous, the model"),
+        "previous": (
+            hashing.TableShape(4, feature=hashing.Feature("previous")),
+            "is a table of previous, but the model",
+        ),
         "ngram": (
             hashing.TableShape(4, feature=hashing.Feature("ngram", 3), num_keys=64),
             "give --hash-feature ngram --hash-length 3",

@@ -116,7 +116,7 @@ def bad_rows(kind):
         ("twice", "the hash table names an expert twice for one token (row 9: [1, 5, 1])"),
         ("beyond", "the hash table names expert 7, but there are experts 0 to 6"),
         ("below", "the hash table names expert -1, but there are experts 0 to 6"),
-        ("rows", "tid2eid has 24 rows, the dictionary 25 symbols"),
+        ("rows", "tid2eid has 24 rows, but the dictionary has 25 symbols"),
         ("floats", "is of type F32; a table is of int64 or int32"),
         ("flat", "has shape [25]; a table has [vocabulary, experts per token]"),
         ("empty", "has shape [0, 3]; a table has [vocabulary, experts per token]"),
@@ -156,7 +156,7 @@ def test_import_refusals(built, tmp_path):
     for content, expected in (
         ("", "is an empty vocabulary"),
         ("a\nb\na\n", "has the symbol 'a' in lines 1 and 3"),
-        ("a\nb\n", "has 25 rows, the vocabulary 2 symbols"),
+        ("a\nb\n", "has 25 rows, but the vocabulary has 2 symbols"),
         ("".join(f"other{row}\n" for row in range(25)), "the vocabulary and the dictionary have no symbol in common"),
     ):
         vocabulary.write_text(content)

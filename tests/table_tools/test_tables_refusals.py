@@ -125,11 +125,11 @@ def test_texts_that_are_none(data, tmp_path):
     index, tokens = ((data / f"valid{suffix}").read_bytes() for suffix in (".idx", ".bin"))
     part = tmp_path / "part"
     for new_index, new_tokens, expected in (
-        (index[:20], tokens, "part.idx is no index that fairseq-preprocess wrote"),
-        (b"X" + index[1:], tokens, "part.idx is no index that fairseq-preprocess wrote"),
-        (index[:80], tokens, "part.bin is damaged: its size is not what part.idx says"),
-        (index, tokens[:-2], "part.bin is damaged: its size is not what part.idx says"),
-        (index, struct.pack("<H", 999) + tokens[2:], "part.bin has the token id 999, the dictionary has ids 0 to"),
+        (index[:20], tokens, "part.idx is not an index that fairseq-preprocess wrote"),
+        (b"X" + index[1:], tokens, "part.idx is not an index that fairseq-preprocess wrote"),
+        (index[:80], tokens, "part.bin is damaged: its size differs from that in part.idx"),
+        (index, tokens[:-2], "part.bin is damaged: its size differs from that in part.idx"),
+        (index, struct.pack("<H", 999) + tokens[2:], "part.bin has the token id 999, but the dictionary has ids 0 to"),
     ):
         (tmp_path / "part.idx").write_bytes(new_index)
         (tmp_path / "part.bin").write_bytes(new_tokens)
@@ -138,7 +138,7 @@ def test_texts_that_are_none(data, tmp_path):
     assert "cannot read" in message(part)
     other = tmp_path / "dict.other"
     other.write_text("word1 5\nword0 6\n")
-    assert f"is of another dictionary, {listed}" in message(data, by=other)
+    assert f"belongs to another dictionary, {listed}" in message(data, by=other)
     assert not (tmp_path / "t").exists()
 
 

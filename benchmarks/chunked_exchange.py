@@ -6,6 +6,7 @@ all rows of some experts of each rank, so each expert's weights are read once an
 suffixes: see `fairseq_hash.moe.losses`; P ranks, e experts per rank, R rows.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,7 @@ class ChunkedExchange:
         local_R = expert_T[plan.choice_R] % parallel.local_experts
         cuts = [number * parallel.local_experts // chunks for number in range(chunks + 1)]
         self.chunks = []
-        for first, after in zip(cuts, cuts[1:], strict=False):
+        for first, after in itertools.pairwise(cuts):
             own_e = torch.zeros(parallel.local_experts, dtype=torch.bool)
             own_e[first:after] = True
             received_Pc = received_Pe * own_e

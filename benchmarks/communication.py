@@ -158,8 +158,8 @@ def largest_difference(candidates: dict[str, Candidate], experts: nn.Module, net
     x_LBD = candidates["ours"][2]
     ours = [call(*candidates["ours"])[1], x_LBD.grad, *(p.grad for p in experts.parameters())]
     top_1 = [call(*candidates["top-1"])[1], x_LBD.grad]
-    for same in zip(*(network.parameters() for network in networks), strict=True):
-        top_1.append(torch.stack([p.grad for p in same]))
+    stacked = zip(*(network.parameters() for network in networks), strict=True)
+    top_1.extend(torch.stack([p.grad for p in same]) for same in stacked)
     differences = [(a - b).abs().max() / b.abs().max() for a, b in zip(ours, top_1, strict=True)]
     return over_ranks(torch.stack(differences).max(), dist.ReduceOp.MAX).item()
 
@@ -179,7 +179,7 @@ def measure(num_experts: int, arguments: argparse.Namespace, display: Display) -
     """Return the rows of one number of experts by table, and those for JSON, or `error`; the same on every rank."""
     tokens, width = arguments.tokens, arguments.width
     parallel = expert_parallel(num_experts, arguments.processes)
-    token_T, expert_TK = draw_tokens(tokens, num_experts, arguments.seed)
+    _token_T, expert_TK = draw_tokens(tokens, num_experts, arguments.seed)
     torch.manual_seed(arguments.seed)  # the same on all ranks; the weights of each expert also depend on its id
     experts = ExpertFeedForward(parallel.expert_ids, width, arguments.hidden, torch.relu, 0.0, (0,))
     layer, networks = SparseLayer(None, experts, make_dispatcher(parallel), hash_route=0), one_by_one(experts)

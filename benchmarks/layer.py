@@ -202,8 +202,9 @@ def report(rows: list[dict[str, Any]]) -> list[str]:
         )
     shape = ["experts", "tokens"]
     heads = [*shape, "layer", "ms", "/ dense", "peak MB", "memory", "working / dense"]
-    lines = table(heads, layers) + ["", "The hash layer's parts, ms (share of the layer):"]
-    lines += table([*shape, "experts by", "hash ms", *PARTS], parts) + [
+    lines = [*table(heads, layers), "", "The hash layer's parts, ms (share of the layer):"]
+    lines += [
+        *table([*shape, "experts by", "hash ms", *PARTS], parts),
         "",
         "Beside the hash layer, speeds in TFLOP/s (of the rate):",
     ]

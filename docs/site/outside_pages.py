@@ -1,6 +1,5 @@
 """mkdocs hook: pages that lie outside docs/ in the repository (README, CHANGELOG, ...), and links to files."""
 
-import os
 import posixpath
 import re
 from pathlib import Path, PurePosixPath
@@ -39,7 +38,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     def mended(match: "re.Match[str]") -> str:
         before, target, anchor, after = match.groups()
         path = posixpath.normpath(posixpath.join(posixpath.dirname(here), target))
-        if not os.path.exists(ROOT / path):
+        if not (ROOT / path).exists():
             raise ValueError(f"{here} links to {target}, which the repository does not have")
         if (ROOT / path / "README.md").is_file():
             path = f"{path}/README.md"

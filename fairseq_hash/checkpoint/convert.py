@@ -4,6 +4,7 @@ Sources are read checked, and one result is written: shards first, then the main
 """
 
 import contextlib
+import itertools
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -121,7 +122,7 @@ def split(source: Path, out: Path, num_shards: int) -> None:
         )
     keep_trainings_out(out)
     cuts = [manifest.num_experts * number // num_shards for number in range(num_shards + 1)]
-    _write_sharded(state, manifest, [range(*pair) for pair in zip(cuts, cuts[1:], strict=False)], out)
+    _write_sharded(state, manifest, [range(*pair) for pair in itertools.pairwise(cuts)], out)
 
 
 def average(sources: Sequence[Path], out: Path) -> None:

@@ -41,7 +41,7 @@ def lock(folder: Path) -> None:
     path = (folder / LOCK).absolute()
     if path in _locks:
         return
-    file = open(path, "a+")  # not closed: that would give up the lock
+    file = path.open("a+")
     try:
         # Not flock: processes that this one starts would hold the lock after its death.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,8 +109,8 @@ def _unreferenced(folder: Path) -> list[Path]:
 
 
 @functools.lru_cache(1000)
-def _manifest(path: Path, *facts: int) -> "Manifest | None":
-    """Return what a main file says; read once for the same `facts` of the file, however many saves come after it."""
+def _manifest(path: Path, *_facts: int) -> "Manifest | None":
+    """Return what a main file says; read once for the same facts of the file, however many saves come after it."""
     return Manifest.of(read_main(path, is_checked=False), path)
 
 

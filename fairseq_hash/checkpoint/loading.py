@@ -54,14 +54,14 @@ def read_checkpoint(path: "str | os.PathLike[str]", is_checked: bool = True) -> 
         UserError: where a file is missing, damaged or another one.
     """
     while True:
-        before = os.stat(path) if os.path.exists(path) else None
+        before = Path(path).stat() if Path(path).exists() else None
         state = read_main(path, is_checked)
         manifest = Manifest.of(state, path)
         try:
             return _with_saved_experts(state, path, manifest)
         except UserError:
             # A training may have put a newer file in its place by now, and removed the shards of this one.
-            if before is None or not os.path.exists(path) or os.path.samestat(before, os.stat(path)):
+            if before is None or not Path(path).exists() or os.path.samestat(before, Path(path).stat()):
                 raise
 
 

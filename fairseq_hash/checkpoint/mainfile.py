@@ -95,7 +95,7 @@ def read_main(path: "str | os.PathLike[str]", is_checked: bool = True) -> dict[s
     Raises:
         UserError: if it is missing, damaged, no checkpoint, or needs code from the file to be run.
     """
-    if os.path.isdir(path):
+    if Path(path).is_dir():
         inside = [name for name in ("checkpoint_best.pt", "checkpoint_last.pt") if (Path(path) / name).is_file()]
         example = f", such as {Path(path) / inside[0]}" if inside else ""
         raise UserError(f"{path} is a folder; give the file of a checkpoint{example}")

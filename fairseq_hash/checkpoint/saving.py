@@ -4,6 +4,7 @@ fairseq decides on rank 0 alone whether a checkpoint is written, and under which
 word: write your experts, or it is done.
 """
 
+import contextlib
 import functools
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -90,10 +91,8 @@ class Saver:
                 return
             if word == DONE:
                 raise UserError(about)
-            try:
+            with contextlib.suppress(UserError):  # rank 0 has the same error, and says so
                 self._write(*about)
-            except UserError:
-                pass  # rank 0 has the same error, and says so
 
     def write_experts(self, folder: Path, update: int, with_optimizer: bool) -> None:
         """Write the shards of a checkpoint; rank 0 calls this inside of `run`, and all others do the same.

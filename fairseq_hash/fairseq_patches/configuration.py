@@ -46,9 +46,9 @@ def _know_this_package(original: Callable[..., None], args: Any) -> None:
     given, own = getattr(args, "user_dir", None), Path(__file__).parent.parent
     if given is None or Path(given).name != own.name:
         return original(args)
-    if os.path.exists(given) and not os.path.samefile(given, own):
+    if Path(given).exists() and not own.samefile(given):
         raise UserError(f"--user-dir {given} is another copy than {own}, which is imported already; give that one")
-    if not os.path.exists(given) and given != own.name:
+    if not Path(given).exists() and given != own.name:
         raise UserError(f"--user-dir {given} does not exist; fairseq_hash is in {own}")
     return None
 

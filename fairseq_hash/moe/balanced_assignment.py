@@ -11,6 +11,7 @@ largest score minus price, and all experts are equally sought after. So the work
 The result is an optimal assignment, up to the rounding of float64. Shape suffixes: see `losses`.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -184,7 +185,7 @@ class Flow:
 
     def _move(self, chain: list[int], most: int) -> None:
         """Move at most `most` tokens along a chain: as many as cost the same on each of its edges."""
-        edges = list(zip(chain, chain[1:], strict=False))
+        edges = list(itertools.pairwise(chain))
         moves = [self._movers(source, target) for source, target in edges]
         many = min(most, *(1 if movers is None else len(movers) for movers in moves))
         for (source, target), movers in zip(edges, moves, strict=True):

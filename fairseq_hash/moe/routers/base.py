@@ -52,9 +52,6 @@ class BaseRouter(nn.Module):
         """
         with torch.autocast(x_TD.device.type, enabled=False):
             score_TE = F.linear(x_TD.float(), self.centroids.float())
-            if self.training:
-                expert_T = self.assign(score_TE.detach())
-            else:
-                expert_T = score_TE.argmax(dim=-1)
+            expert_T = self.assign(score_TE.detach()) if self.training else score_TE.argmax(dim=-1)
             expert_TK = expert_T.unsqueeze(1)
             return Assignment(expert_TK, score_TE.gather(1, expert_TK).sigmoid())

@@ -14,6 +14,7 @@ from plain import PlainLoop, PlainModel
 from rounds import reset_peak, resident
 from torch import Tensor, nn
 
+import fairseq_hash
 from fairseq_hash.experiments.memory import KEPT
 from fairseq_hash.experiments.sizes import BACKWARD
 from fairseq_hash.moe.parameter_counts import count_parameters
@@ -148,6 +149,8 @@ def trainer_options(arguments: argparse.Namespace, experts: int, data: Path, can
 
 def build(words: Sequence[str]) -> Any:
     """Return the trainer for options of `fairseq-train`, as fairseq_cli/train.py makes it."""
+    fairseq_hash.register()  # --user-dir does not where the package is imported before fairseq
+
     from fairseq import options, tasks, utils
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
     from fairseq.trainer import Trainer

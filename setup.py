@@ -12,6 +12,7 @@ setup(
     packages=[*find_packages(include=["fairseq_hash*"]), *INSIDE],
     package_dir=INSIDE,
     package_data={
+        "fairseq_hash": ["py.typed"],
         "fairseq_hash.configs": ["*.yaml", "*/*.yaml"],
         "fairseq_hash.reporting": ["assets/*", "vendor/*"],  # of its pages
     },

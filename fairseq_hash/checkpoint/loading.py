@@ -15,7 +15,7 @@ from fairseq_hash.checkpoint.mainfile import read_main
 from fairseq_hash.checkpoint.manifest import Manifest
 from fairseq_hash.checkpoint.sharded_tensor import SavedExperts, open_shards, saved_tensors, take
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.parallel.collectives import together
+from fairseq_hash.parallel.collectives import run_on_all_ranks
 from fairseq_hash.parallel.groups import ExpertParallel
 
 if TYPE_CHECKING:  # checkpoints are read, merged and shown without fairseq
@@ -97,7 +97,7 @@ def loading_own_state(
     """
 
     def call(state: dict[str, Any], *args: Any) -> None:
-        load(together(lambda: _own_state(state, optimizer, model, parallel)), *args)
+        load(run_on_all_ranks(lambda: _own_state(state, optimizer, model, parallel)), *args)
 
     return call
 

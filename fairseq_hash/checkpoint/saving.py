@@ -21,7 +21,7 @@ from fairseq_hash.checkpoint.mainfile import cannot_write
 from fairseq_hash.checkpoint.manifest import KEY, Manifest
 from fairseq_hash.checkpoint.shards import Shard, write_shard
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.parallel.collectives import gather, together
+from fairseq_hash.parallel.collectives import gather, run_on_all_ranks
 from fairseq_hash.parallel.groups import ExpertParallel
 from fairseq_hash.provenance import now, provenance
 
@@ -115,10 +115,10 @@ class Saver:
 
     def _write(self, folder: str, update: int, save: str, with_optimizer: bool) -> None:
         numbers = expert_numbers(self.optimizer(), self.model) if with_optimizer else {}
-        own = together(lambda: self._write_own(Path(folder), update, save, numbers))
+        own = run_on_all_ranks(lambda: self._write_own(Path(folder), update, save, numbers))
         shards = [Shard(**shard) for shards in gather([asdict(shard) for shard in own]) for shard in shards]
         is_first = not dist.is_initialized() or dist.get_rank() == 0
-        together(lambda: check_visible(Path(folder), shards if is_first else []))
+        run_on_all_ranks(lambda: check_visible(Path(folder), shards if is_first else []))
         if is_first:
             self.manifest = self._manifest(save, update, numbers, shards)
 

@@ -15,7 +15,7 @@ from fairseq_hash.checkpoint.saving import Saver
 from fairseq_hash.checkpoint.upcycling import start_from_dense
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.moe.layer import SparseLayer
-from fairseq_hash.parallel.collectives import together
+from fairseq_hash.parallel.collectives import run_on_all_ranks
 
 if TYPE_CHECKING:
     from fairseq.optim import FairseqOptimizer
@@ -52,7 +52,7 @@ class TrainingCheckpoints:
         """
         if cfg.write_checkpoints_asynchronously and self.is_in_shards:
             raise UserError("--write-checkpoints-asynchronously does not go with experts in shards; leave it out")
-        together(lambda: self._begin(cfg))
+        run_on_all_ranks(lambda: self._begin(cfg))
 
     def _begin(self, cfg: Any) -> None:
         if state_of(self.trainer.get_model()).is_oracle and cfg.best_checkpoint_metric == "ppl":
@@ -79,7 +79,7 @@ class TrainingCheckpoints:
             path: the file that is about to be loaded; none is there at the start of a new training.
             with_optimizer: whether the optimizer's state is loaded, too.
         """
-        together(lambda: self._check_file(path, with_optimizer))
+        run_on_all_ranks(lambda: self._check_file(path, with_optimizer))
 
     def _check_file(self, path: str, with_optimizer: bool) -> None:
         if not Path(path).is_file():
@@ -105,7 +105,7 @@ class TrainingCheckpoints:
         from_dense = state_of(self.trainer.get_model()).from_dense
         if extra_state is None:
             if from_dense:
-                together(lambda: start_from_dense(self.trainer.get_model(), from_dense))
+                run_on_all_ranks(lambda: start_from_dense(self.trainer.get_model(), from_dense))
                 logger.info("started from the dense model in %s", from_dense)
             return None
         if from_dense:

@@ -18,7 +18,7 @@ from fairseq_hash.checkpoint.mainfile import duplicate, not_here, write_main
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.fairseq_patches.averaging import go_on_averaging
 from fairseq_hash.fairseq_patches.registry import override, replaced, replacement
-from fairseq_hash.parallel.collectives import gather, one_line_errors, together
+from fairseq_hash.parallel.collectives import gather, one_line_errors, run_on_all_ranks
 
 
 @override("fairseq.checkpoint_utils", "load_checkpoint")
@@ -80,7 +80,7 @@ def _read_without_running_code(
     # Once is enough for a file that all ranks read.
     is_checked = not load_on_all_ranks or gather(path).index(path) == (dist.get_rank() if dist.is_initialized() else 0)
     read = functools.partial(read_checkpoint, path, is_checked=is_checked)
-    state = together(read) if load_on_all_ranks else read()
+    state = run_on_all_ranks(read) if load_on_all_ranks else read()
     with replaced(checkpoint_utils, "torch", _TorchThatHasLoaded(state)):
         return original(path, arg_overrides, load_on_all_ranks)
 

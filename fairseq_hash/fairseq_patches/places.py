@@ -9,7 +9,7 @@ from fairseq_hash.checkpoint.mainfile import is_url, not_here
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.places import require_file, require_folder
 from fairseq_hash.fairseq_patches.registry import override
-from fairseq_hash.parallel.collectives import one_line_errors, together
+from fairseq_hash.parallel.collectives import one_line_errors, run_on_all_ranks
 
 
 @override("fairseq_cli.train", "add_defaults")
@@ -22,7 +22,7 @@ def _check_places(original: Callable[..., None], cfg: Any) -> None:
     folder that cannot be written ends the training later.
     """
     original(cfg)
-    together(lambda: check_places(cfg, is_first=distributed_utils.get_global_rank() == 0))
+    run_on_all_ranks(lambda: check_places(cfg, is_first=distributed_utils.get_global_rank() == 0))
 
 
 def check_places(cfg: Any, is_first: bool) -> None:

@@ -38,7 +38,7 @@ from fairseq_hash.moe.layer import SparseLayer
 from fairseq_hash.moe.parameter_counts import count_parameters, count_trained
 from fairseq_hash.options import option_use
 from fairseq_hash.options.sparse_options import SparseOptions
-from fairseq_hash.parallel.collectives import check_same, one_line_errors, together
+from fairseq_hash.parallel.collectives import check_same, one_line_errors, run_on_all_ranks
 from fairseq_hash.parallel.groups import ExpertParallel, expert_names, expert_parallel, reduce_expert_gradients
 from fairseq_hash.parallel.watchdog import watchdog_of
 from fairseq_hash.provenance import provenance
@@ -78,10 +78,10 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
         """
         is_evaluation = isinstance(task, ForEvaluation)
         options = SparseOptions.from_config(args)
-        together(functools.partial(check_options, args, options, is_evaluation))
+        run_on_all_ranks(functools.partial(check_options, args, options, is_evaluation))
         check_same(asdict(options))
         if not options.is_sparse:
-            model = together(functools.partial(super().build_model, args, task))
+            model = run_on_all_ranks(functools.partial(super().build_model, args, task))
         else:
             if is_evaluation:
                 parallel = ExpertParallel(options.num_experts)
@@ -89,16 +89,16 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
                 parallel = expert_parallel(options.num_experts, options.expert_parallel_size)
                 check_dispatcher(parallel, options.expert_dispatch)
                 vocabulary = len(task.source_dictionary)
-                together(functools.partial(check_fits_here, args, options, vocabulary, parallel.size))
+                run_on_all_ranks(functools.partial(check_fits_here, args, options, vocabulary, parallel.size))
             if parallel.is_shared:  # from here on a rank that fails ends the job: the others wait for it
                 watchdog_of(parallel.rank, parallel.world_size)
             dispatcher = make_dispatcher(parallel, options.expert_dispatch)
             decoder = functools.partial(HashTransformerDecoder, dispatcher=dispatcher, is_evaluation=is_evaluation)
             with language_model_decoder(decoder):
-                model = together(functools.partial(super().build_model, args, task))
+                model = run_on_all_ranks(functools.partial(super().build_model, args, task))
             if options.hash_predictor:
                 load = functools.partial(load_predictor, options.hash_predictor, task)
-                model.decoder.set_predictor(together(load))
+                model.decoder.set_predictor(run_on_all_ranks(load))
             if model.decoder.is_oracle:
                 logger.warning("--hash-feature %s sees the next token: its perplexity is an oracle's", options.feature)
             if not is_evaluation:
@@ -142,7 +142,7 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
             SystemExit: on every rank, with one line, where a rank finds that they are damaged, or do not fit: another
                 number of experts, dictionary or table, other sizes.
         """
-        return together(functools.partial(self._load, state_dict, *args, **kwargs))
+        return run_on_all_ranks(functools.partial(self._load, state_dict, *args, **kwargs))
 
     def _load(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         path, manifest = (state_dict.path, state_dict.manifest) if isinstance(state_dict, SavedState) else (None, None)

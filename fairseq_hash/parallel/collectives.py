@@ -21,7 +21,7 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def together(work: Callable[[], Result]) -> Result:
+def run_on_all_ranks(work: Callable[[], Result]) -> Result:
     """Do `work`, which must not wait for other ranks, and return its result once every rank has done it.
 
     Raises:

@@ -4,7 +4,7 @@ import pytest
 import ranks
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.parallel.collectives import check_same, together
+from fairseq_hash.parallel.collectives import check_same, run_on_all_ranks
 
 
 def test_all_ranks_do_or_say_the_same():
@@ -24,9 +24,9 @@ def test_one_process_agrees_with_itself():
     def fail():
         raise UserError("give another")
 
-    assert together(lambda: 3) == 3
+    assert run_on_all_ranks(lambda: 3) == 3
     with pytest.raises(UserError, match="^give another$"):
-        together(fail)
+        run_on_all_ranks(fail)
     check_same({"width": 3})
 
 

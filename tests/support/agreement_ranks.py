@@ -7,12 +7,12 @@ import threading
 import torch.distributed as dist
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.parallel.collectives import check_same, together
+from fairseq_hash.parallel.collectives import check_same
 from fairseq_hash.parallel.watchdog import FAILURE, watchdog_of
 
 
 def agree():
-    """Return what `together` and `check_same` give where no, one, or every rank fails or differs."""
+    """Return what `run_on_all_ranks` and `check_same` give where no, one, or every rank fails or differs."""
     rank = dist.get_rank()
 
     def fail(error, ranks):
@@ -28,10 +28,10 @@ def agree():
 
     every = range(dist.get_world_size())
     return [
-        message(together, lambda: fail(None, ())),
-        message(together, lambda: fail(UserError("give another"), (1,))),
-        message(together, lambda: fail(OSError("no disc\nat all"), (1, 2))),
-        message(together, lambda: fail(OSError(f"no disc of {rank}"), every)),
+        message(run_on_all_ranks, lambda: fail(None, ())),
+        message(run_on_all_ranks, lambda: fail(UserError("give another"), (1,))),
+        message(run_on_all_ranks, lambda: fail(OSError("no disc\nat all"), (1, 2))),
+        message(run_on_all_ranks, lambda: fail(OSError(f"no disc of {rank}"), every)),
         message(check_same, {"width": 3, "seed": 1}),
         message(check_same, {"width": 3, "seed": 1 if rank < 2 else 5}),
     ]

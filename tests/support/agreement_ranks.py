@@ -7,7 +7,7 @@ import threading
 import torch.distributed as dist
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.parallel.collectives import check_same
+from fairseq_hash.parallel.collectives import check_same, run_on_all_ranks
 from fairseq_hash.parallel.watchdog import FAILURE, watchdog_of
 
 

@@ -28,8 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     corpora = parser.add_subparsers(dest="corpus", required=True, metavar="CORPUS")
     text = corpora.add_parser("text", help="text files of your own: a line of text is a line of data")
     dialogue = corpora.add_parser(
-        "dialogue",
-        help="dialogues of your own: lines 'user: ...' and 'system: ...', a blank line between dialogues",
+        "dialogue", help="dialogues of your own: lines 'user: ...' and 'system: ...', a blank line between dialogues"
     )
     for given in (text, dialogue):
         for split, use in (("train", "to train on"), ("valid", "for validation"), ("test", "for testing")):
@@ -107,12 +106,7 @@ def run(arguments: argparse.Namespace) -> None:
         KeyboardInterrupt: if it was interrupted, once its processes have ended.
     """
     options = Options(
-        arguments.words,
-        arguments.vocab_size,
-        arguments.min_count,
-        arguments.like,
-        arguments.seed,
-        arguments.workers,
+        arguments.words, arguments.vocab_size, arguments.min_count, arguments.like, arguments.seed, arguments.workers
     )
     with _ended_by_one_signal():
         fairseq_hash.register()  # before fairseq is imported, to suppress its messages

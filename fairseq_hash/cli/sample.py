@@ -20,12 +20,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add = parser.add_argument
     add_model(parser)
     add("text", nargs="?", metavar="TEXT", help="one line to continue (default: begin a line)")
-    add(
-        "--length",
-        type=int,
-        metavar="N",
-        help="the most tokens to add, 1 or more (default: 50, or as many as fit)",
-    )
+    add("--length", type=int, metavar="N", help="the most tokens to add, 1 or more (default: 50, or as many as fit)")
     add("--number", type=int, default=1, metavar="N", help="number of samples, 1 or more (default: 1)")
     add("--temperature", type=float, default=1.0, metavar="T", help="divides the logits, above 0 (default: 1)")
     add("--top-k", type=int, metavar="K", help="draw among the K most probable tokens")

@@ -24,13 +24,7 @@ def evaluation_command(run: Run, checkpoint: Path, subset: str) -> list[str]:
     return [*command, *(["--cpu"] if config["common.cpu"] else [])]
 
 
-def evaluate_run(
-    folder: Path,
-    subsets: Sequence[str],
-    which: str,
-    again: bool,
-    tell: Callable[[str], None],
-) -> None:
+def evaluate_run(folder: Path, subsets: Sequence[str], which: str, again: bool, tell: Callable[[str], None]) -> None:
     """Evaluate one run on each subset; the output goes to `eval-SUBSET.log` in its folder.
 
     Args:

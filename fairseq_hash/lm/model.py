@@ -10,11 +10,7 @@ from typing import Any
 
 from fairscale.nn.wrap.auto_wrap import ConfigAutoWrap
 from fairseq.models import register_model, register_model_architecture
-from fairseq.models.transformer_lm import (
-    TransformerLanguageModel,
-    TransformerLanguageModelConfig,
-    base_lm_architecture,
-)
+from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig, base_lm_architecture
 from fairseq.tasks import FairseqTask
 from torch import nn
 

@@ -103,8 +103,7 @@ class SparseOptions(HashOptions):
         },
     )
     shared_expert: bool = field(
-        default=False,
-        metadata={"help": "add to each sparse layer one more expert that serves every token"},
+        default=False, metadata={"help": "add to each sparse layer one more expert that serves every token"}
     )
     expert_parallel_size: int = field(
         default=0,

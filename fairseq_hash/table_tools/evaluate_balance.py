@@ -8,13 +8,7 @@ from typing import Any
 import numpy as np
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.hashing import (
-    Feature,
-    HashTable,
-    counts_fingerprint,
-    dictionary_fingerprint,
-    load_table,
-)
+from fairseq_hash.hashing import Feature, HashTable, counts_fingerprint, dictionary_fingerprint, load_table
 from fairseq_hash.hashing.balance import Balance, judge
 from fairseq_hash.hashing.dictionary import PADDING
 from fairseq_hash.hashing.features import OF_TOKENS

@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.options import add_options, given_options
 from fairseq_hash.hashing.dictionary import read_dictionary
-from fairseq_hash.hashing.features import FEATURES
-from fairseq_hash.hashing.registry import BASES, REGISTRY
+from fairseq_hash.table_tools.build_options import Options
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -15,7 +15,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "tables", description="Build hash tables, judge their balance, exchange them with other frameworks."
     )
     verbs = tables.add_subparsers(dest="tables_verb", required=True, metavar="VERB")
-    _add_build(verbs.add_parser("build", help="build a table for a dictionary and write it to a file"))
+    build = verbs.add_parser("build", help="build a table for a dictionary and write it to a file")
+    build.add_argument("dictionary", type=Path, metavar="DICT", help="dict.txt of the data, with token counts")
+    add_options(build, Options)
+    _add_out(build, "table file to write (safetensors)")
+    build.set_defaults(run=run_build)
 
     show = verbs.add_parser(
         "show",
@@ -57,36 +61,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     imported.set_defaults(run=run_import)
 
 
-def _add_build(build: argparse.ArgumentParser) -> None:
-    add = build.add_argument
-    add("dictionary", type=Path, metavar="DICT", help="dict.txt of the data, with token counts")
-    add("--builder", choices=REGISTRY, default="balanced", help="builder of the table (default: balanced)")
-    add("--num-experts", type=int, required=True, metavar="E", help="number of experts, 1 or more")
-    add("--experts-per-token", type=int, default=1, metavar="K", help="distinct experts per token (default: 1)")
-    add(
-        "--multi-hash",
-        type=int,
-        default=1,
-        metavar="N",
-        help="number of hash functions, one for each segment of the experts' width",
-    )
-    add("--seed", type=int, default=42, help="random seed, 0 or more (default: 42)")
-    add("--restarts", type=int, default=1, metavar="R", help="build R tables and keep the best (default: 1)")
-    add("--feature", choices=FEATURES, default="token", help="the key of a token, which is hashed (default: token)")
-    add("--length", type=int, default=0, metavar="N", help="tokens of ngram (2 or more) and history (1 or more)")
-    add("--keys", type=int, metavar="H", help="rows of a table of buckets (default: 262144) or positions")
-    add("--words", type=Path, metavar="DICT", help="for --feature word: dict.txt of the larger dictionary")
-    add("--counts", type=Path, metavar="FILE", help="lines `symbol count`, instead of the dictionary's counts")
-    add("--text", type=Path, metavar="PATH", help="count keys in a file of symbols, a binarized text or a data folder")
-    add("--subset", default="train", help="subset of --text, if it is a data folder (default: train)")
-    _add_samples(build)
-    add("--embeddings", type=Path, metavar="CKPT", help="for clusters and dispersed: a trained checkpoint")
-    add("--base", choices=BASES, help="for spread: builder of the table of single tokens (default: balanced)")
-    add("--clusters", type=int, metavar="C", help="for dispersed: number of clusters (default: as many as experts)")
-    _add_out(build, "table file to write (safetensors)")
-    build.set_defaults(run=run_build)
-
-
 def _add_judging(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--counts", type=Path, metavar="FILE", help="lines `symbol count`, instead of the dictionary's counts")
@@ -94,18 +68,14 @@ def _add_judging(parser: argparse.ArgumentParser) -> None:
     add("--subset", default="train", help="subset of --text, if it is a data folder (default: train)")
     add("--held-out", type=Path, metavar="PATH", help="judge on this text as well")
     add("--held-out-subset", default="valid", metavar="SUBSET", help="subset of --held-out (default: valid)")
-    _add_samples(parser)
-    add("--out", type=Path, metavar="FOLDER", help="write a page, a figure, CSV and JSON to this folder")
-
-
-def _add_samples(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    add(
         "--tokens-per-sample",
         type=int,
         default=0,
         metavar="N",
         help="cut texts into samples of N tokens, as training does (default: do not); needed for positions",
     )
+    add("--out", type=Path, metavar="FOLDER", help="write a page, a figure, CSV and JSON to this folder")
 
 
 def _add_vocabulary(parser: argparse.ArgumentParser, whose: str, lacking: str) -> None:
@@ -122,17 +92,15 @@ def _add_out(parser: argparse.ArgumentParser, help_text: str) -> None:
 
 def run_build(arguments: argparse.Namespace) -> None:
     """Build and write a table, then show it."""
-    from dataclasses import fields
-
     from fairseq_hash.core.files import check_out
     from fairseq_hash.hashing import save_table
     from fairseq_hash.hashing.balance import judge
     from fairseq_hash.table_tools.balance_report import show
-    from fairseq_hash.table_tools.build_options import Options, check
+    from fairseq_hash.table_tools.build_options import check
     from fairseq_hash.table_tools.build_table import build
     from fairseq_hash.table_tools.evaluate_balance import UNUSED, Judged, JudgedTable
 
-    options = Options(**{field.name: getattr(arguments, field.name) for field in fields(Options)})
+    options = given_options(Options, arguments)
     check(options)
     check_out(arguments.out, arguments.overwrite)
     built = build(options, print)

@@ -14,23 +14,28 @@ def option(default: Any = MISSING, help: str = "", **more: Any) -> Any:
     Args:
         default: of the field.
         help: as the command shows it.
-        more: `metavar`, `choices` of argparse; `flag`, if the argument is not named as the field is.
+        more: further keywords for argparse, such as `metavar`; `flag`, if the argument is not named as the field is.
     """
     return field(default=default, metadata={"help": help, **more})
+
+
+def flag_of(name: str) -> str:
+    """Return how a field is named on the command line: `top_k` is --top-k."""
+    return f"--{name.replace('_', '-')}"
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
     """Add an argument for each field of a dataclass that `option` made: with its type, default and help text."""
     hints = get_type_hints(kind)
     for f in fields(kind):
-        if "help" not in f.metadata:
-            continue
-        words = dict(f.metadata)
-        flag = words.pop("flag", f"--{f.name.replace('_', '-')}")
-        kinds = [hint for hint in get_args(hints[f.name]) or (hints[f.name],) if hint is not NoneType]
-        words |= {"action": "store_true"} if kinds == [bool] else {"type": None if kinds == [str] else kinds[0]}
-        words |= {"required": True} if f.default is MISSING else {"default": f.default}
-        parser.add_argument(flag, dest=f.name, **words)
+        if "help" in f.metadata:
+            words = {"dest": f.name, "default": f.default, **f.metadata}
+            flag = words.pop("flag", flag_of(f.name))
+            if f.default is MISSING:
+                words |= {"default": None, "required": True}
+            of_field = [hint for hint in get_args(hints[f.name]) or (hints[f.name],) if hint is not NoneType]
+            words = {"action": "store_true", **words} if of_field == [bool] else {"type": of_field[0], **words}
+            parser.add_argument(flag, **words)
 
 
 def given_options(kind: type[Options], arguments: argparse.Namespace) -> Options:

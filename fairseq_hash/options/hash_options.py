@@ -7,9 +7,9 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.options import option
 from fairseq_hash.core.validators import check_at_least, check_one_of
-from fairseq_hash.hashing import BUILDERS, FEATURES, Feature, TableShape
-from fairseq_hash.hashing.features import OF_BUCKETS
-from fairseq_hash.hashing.registry import DRAWN
+from fairseq_hash.hashing import Feature, TableShape
+from fairseq_hash.hashing.features import FEATURES, OF_BUCKETS
+from fairseq_hash.hashing.registry import BUILDERS, DRAWN
 from fairseq_hash.moe.hash_weights import SCORES
 
 WEIGHTS = ("uniform", "learned")

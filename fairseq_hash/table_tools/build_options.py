@@ -9,8 +9,8 @@ from typing import Optional
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.options import flag_of, option
 from fairseq_hash.core.validators import check_at_least
-from fairseq_hash.hashing import FEATURES, Feature
-from fairseq_hash.hashing.features import OF_BUCKETS, OF_TOKENS
+from fairseq_hash.hashing import Feature
+from fairseq_hash.hashing.features import FEATURES, OF_BUCKETS, OF_TOKENS
 from fairseq_hash.hashing.registry import BASES, OF_COUNTS, OF_EMBEDDINGS, REGISTRY, VARYING
 
 BUCKETS = 262144

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.hashing import Feature, HashTable, counts_fingerprint, dictionary_fingerprint, load_table
+from fairseq_hash.hashing import Feature, HashTable, dictionary_fingerprint, load_table
 from fairseq_hash.hashing.balance import Balance, judge
 from fairseq_hash.hashing.dictionary import PADDING
 from fairseq_hash.hashing.features import OF_TOKENS
+from fairseq_hash.hashing.table import counts_fingerprint
 from fairseq_hash.table_tools.count_keys import count_keys, count_table
 from fairseq_hash.table_tools.token_streams import Text
 

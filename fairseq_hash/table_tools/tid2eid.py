@@ -14,7 +14,8 @@ from safetensors.numpy import save_file
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.files import output_file
-from fairseq_hash.hashing import HashTable, TableRecord, dictionary_fingerprint, random_experts
+from fairseq_hash.hashing import HashTable, TableRecord, dictionary_fingerprint
+from fairseq_hash.hashing.builders import random_experts
 from fairseq_hash.hashing.dictionary import indices
 from fairseq_hash.hashing.table import check_table_size
 

@@ -18,6 +18,7 @@ from fairseq_hash.checkpoint.loading import SavedState, one_line
 from fairseq_hash.checkpoint.manifest import Manifest
 from fairseq_hash.checkpoint.model_state import ModelState
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.validators import refuse
 from fairseq_hash.fairseq_patches.model_building import (
     ForEvaluation,
     allow_bf16_without_tpu,
@@ -194,9 +195,7 @@ def check_options(args: Any, options: SparseOptions, is_evaluation: bool) -> Non
             args.scale_fc and replaces
         ),
     }
-    for message, is_wrong in refusals.items():
-        if is_wrong:
-            raise UserError(message)
+    refuse(refusals)
 
 
 def model_record(model: nn.Module, args: Any, options: SparseOptions, task: FairseqTask) -> dict[str, Any]:

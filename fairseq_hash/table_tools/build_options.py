@@ -8,7 +8,7 @@ from typing import Optional
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.options import flag_of, option
-from fairseq_hash.core.validators import check_at_least
+from fairseq_hash.core.validators import check_at_least, refuse
 from fairseq_hash.hashing import Feature
 from fairseq_hash.hashing.features import FEATURES, OF_BUCKETS, OF_TOKENS
 from fairseq_hash.hashing.registry import BASES, OF_COUNTS, OF_EMBEDDINGS, REGISTRY, VARYING
@@ -125,9 +125,7 @@ def check(options: Options) -> None:
             builder in OF_EMBEDDINGS and options.seed >= 2**32
         ),
     }
-    for message, is_wrong in refusals.items():
-        if is_wrong:
-            raise UserError(message)
+    refuse(refusals)
 
 
 @contextmanager

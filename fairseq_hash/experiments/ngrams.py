@@ -9,7 +9,7 @@ model.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -194,16 +194,12 @@ def padded(id_S: np.ndarray, order: int) -> np.ndarray:
 
 def read_stream(blocks: Iterable[np.ndarray], limit: "int | None" = None) -> np.ndarray:
     """Return the blocks of a text as one stream, int64 `[S]`, or its first `limit` tokens."""
-    return np.concatenate(list(_first(blocks, limit)))
-
-
-def _first(blocks: Iterable[np.ndarray], limit: "int | None") -> Iterator[np.ndarray]:
-    read = 0
+    read: list[np.ndarray] = []
     for block_S in blocks:
-        yield block_S if limit is None else block_S[: limit - read]
-        read += len(block_S)
-        if limit is not None and read >= limit:
-            return
+        read.append(block_S)
+        if limit is not None and sum(map(len, read)) >= limit:
+            break
+    return np.concatenate(read)[:limit]
 
 
 def ngram_lines(

@@ -57,12 +57,7 @@ class Options:
 
 
 def check_like(folder: Path, words: bool) -> None:
-    """Raise `UserError` if the model and the dictionary of a folder cannot serve for other text.
-
-    Args:
-        folder: a folder of data prepared before.
-        words: whether the other text is cut into words.
-    """
+    """Raise `UserError` if the model and the dictionary of a folder cannot serve for other text."""
     needed = [DICTIONARY, PROVENANCE] + ([] if words else [MODEL])
     if missing := [name for name in needed if not (folder / name).is_file()]:
         raise UserError(f"--like {folder} has no {missing[0]}; give a folder that fairseq-hash data made")

@@ -24,8 +24,7 @@ def run_logged(
 
     The child gets as many threads as this process has cores. Whatever ends this function early ends the child, too.
 
-    Raises:
-        StepFailed: where the command does not end with status 0.
+    Raises `StepFailed` where the command does not end with status 0.
     """
     environment = {"OMP_NUM_THREADS": str(usable_cores()), "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
     last: deque[str] = deque(maxlen=LAST_LINES)

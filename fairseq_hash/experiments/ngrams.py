@@ -211,18 +211,9 @@ def ngram_lines(
 ) -> list[Line]:
     """Count a model of each order and evaluate it on each subset.
 
-    Args:
-        training_S: integers `[S]`, 0 to V - 1.
-        held_out: the same for each subset, by name.
-        vocabulary: V.
-        display: shows progress, one unit of work per order.
-        orders: the orders of the models.
-
-    Returns:
-        The lines of the first subset in the order of `orders`, then those of the next.
-
-    Raises:
-        UserError: if n-grams of this many symbols do not fit into int64.
+    Tokens are integers `[S]`, 0 to V - 1, V the vocabulary. The display gets one unit of work per order. The lines of
+    the first subset come in the order of `orders`, then those of the next. Raises `UserError` if n-grams of this many
+    symbols do not fit into int64.
     """
     lines: dict[str, list[Line]] = {subset: [] for subset in held_out}
     for order in orders:

@@ -16,16 +16,9 @@ def count_keys(
 ) -> np.ndarray:
     """Return how often each of H keys occurs in a text, int64 `[H]`, with a bar on a terminal.
 
-    Args:
-        feature: the feature that gives the key of a token.
-        num_keys: H.
-        index: the table's further arrays for finding rows.
-        text: the text.
-        tokens_per_sample: cut the text into samples of that many tokens, which do not see what is before them; 0: do
-            not cut.
-
-    Raises:
-        UserError: if the text is damaged, empty, or of another dictionary.
+    `index` are the table's further arrays for finding rows. `tokens_per_sample`: cut the text into samples of that many
+    tokens, which do not see what is before them; 0: do not cut. Raises `UserError` if the text is damaged, empty, or of
+    another dictionary.
     """
     import torch
 
@@ -93,8 +86,7 @@ class reading:  # noqa: N801 (used as a function is)
 def count_pairs(text: Text, heavy_V: np.ndarray, tokens_per_sample: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Count the pairs of a heavy token and the token before it, like `hashing.spread.count_pairs`, but block by block.
 
-    Returns:
-        The pairs, token x V + previous token, ascending, and how often each occurs; both int64 `[P]`.
+    Returns the pairs, token x V + previous token, ascending, and how often each occurs; both int64 `[P]`.
     """
     import torch
 

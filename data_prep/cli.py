@@ -47,9 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help="take whole documents from the beginning up to N bytes (cc100-en)",
         )
     for parsed in corpora.choices.values():
-        parsed.add_argument(
-            "--out", type=Path, required=True, metavar="DIR", help="folder for the data, which must not exist yet"
-        )
+        out = "folder for the data, which must not exist yet"
+        parsed.add_argument("--out", type=Path, required=True, metavar="DIR", help=out)
         add_options(parsed, Options)
 
 

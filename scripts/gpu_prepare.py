@@ -84,9 +84,10 @@ def size_of(folder: Path) -> int:
 def parse() -> argparse.Namespace:
     """Return the arguments, checked."""
     parser = Parser(prog="gpu_round.sh --prepare", description=__doc__.splitlines()[0])
-    parser.add_argument("--text", type=Path, metavar="DIR", help="with train.txt, valid.txt, test.txt")
-    parser.add_argument("--vocab-size", type=int, default=8000, metavar="N", help="pieces (default: 8000)")
-    parser.add_argument("--python", default="python3.12", help="the GPU machine's version, here (default: python3.12)")
+    add = parser.add_argument
+    add("--text", type=Path, metavar="DIR", help="with train.txt, valid.txt, test.txt")
+    add("--vocab-size", type=int, default=8000, metavar="N", help="pieces (default: 8000)")
+    add("--python", default="python3.12", help="the GPU machine's version, here (default: python3.12)")
     arguments = parser.parse_args()
     if arguments.text is not None:
         for name in (f"{subset}.txt" for subset in SUBSETS):

@@ -233,15 +233,12 @@ def write_summary(out: Path, lines: Sequence[str]) -> None:
 def parse() -> argparse.Namespace:
     """Return the arguments, checked."""
     parser = Parser(prog="gpu_round.sh", description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the results, made where missing")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the same round, small")
-    parser.add_argument(
-        "--data", type=Path, default=PREPARED / "data", metavar="DIR", help="binarized text (default: .gpu/data)"
-    )
-    parser.add_argument(
-        "--stages", nargs="+", metavar="NAME[:S]", help="only these (default: all), each for S seconds at most"
-    )
-    parser.add_argument("--seconds", type=int, default=SECONDS, help=f"of the whole round (default: {SECONDS})")
+    add = parser.add_argument
+    add("out", type=Path, metavar="OUT", help="folder for the results, made where missing")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the same round, small")
+    add("--data", type=Path, default=PREPARED / "data", metavar="DIR", help="binarized text (default: .gpu/data)")
+    add("--stages", nargs="+", metavar="NAME[:S]", help="only these (default: all), each for S seconds at most")
+    add("--seconds", type=int, default=SECONDS, help=f"of the whole round (default: {SECONDS})")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; --device cpu runs the same round small")

@@ -7,7 +7,7 @@ from typing import Any, Optional
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.options import option
-from fairseq_hash.core.validators import check_at_least, check_one_of, check_probability
+from fairseq_hash.core.validators import check_at_least, check_one_of, check_probability, refuse
 from fairseq_hash.moe.dispatchers import DISPATCHERS
 from fairseq_hash.moe.distributed_assignment import BALANCES
 from fairseq_hash.moe.routers import router_names
@@ -192,19 +192,16 @@ class SparseOptions(HashOptions):
         if self.multi_hash > 1 and self.expert_form != "plain":
             raise UserError(f"--multi-hash {self.multi_hash} needs --expert-form plain")
         if self.sparse_placement == "insert":
-            self._check_inserted()
+            others = {
+                f"--multi-hash {self.multi_hash}": self.multi_hash > 1,
+                f"--expert-form {self.expert_form}": self.expert_form != "plain",
+                "--shared-expert": self.shared_expert,
+            }
+            instead = "needs experts in place of an FFN; use --sparse-placement replace"
+            refuse({f"{name} {instead}": is_given for name, is_given in others.items()})
         check_at_least("--capacity-factor", self.capacity_factor, 0)
         check_at_least("--eval-capacity-factor", self.eval_capacity_factor, 0)
         check_at_least("--expert-parallel-size", self.expert_parallel_size, 0)
         check_probability("--router-jitter", self.router_jitter)
         if self.expert_dropout is not None:
             check_probability("--expert-dropout", self.expert_dropout)
-
-    def _check_inserted(self) -> None:
-        for asked, is_given in (
-            (f"--multi-hash {self.multi_hash}", self.multi_hash > 1),
-            (f"--expert-form {self.expert_form}", self.expert_form != "plain"),
-            ("--shared-expert", self.shared_expert),
-        ):
-            if is_given:
-                raise UserError(f"{asked} needs experts in place of an FFN; use --sparse-placement replace")

@@ -33,6 +33,17 @@ import numpy as np
 import torch
 
 from fairseq_hash import hashing
+from fairseq_hash.hashing.balance import judge
+from fairseq_hash.hashing.builders import (
+    balanced_experts,
+    best_of,
+    modulo_experts,
+    random_experts,
+    round_robin_experts,
+    scattered_experts,
+)
+from fairseq_hash.hashing.clusters import dispersed_experts
+from fairseq_hash.hashing.spread import count_pairs, heavy_tokens, spread_table
 from fairseq_hash.provenance import provenance
 
 PADDING = 1
@@ -47,7 +58,7 @@ def draw_text(symbols: int, tokens: int, experts: int, columns: int, folder: Pat
     share = np.cumsum(1 / (np.arange(symbols) + 2.7))
     text = np.searchsorted(share, generator.random(tokens) * share[-1])
     counts = np.bincount(text, minlength=symbols)
-    pair, count = hashing.count_pairs(text, hashing.heavy_tokens(counts, experts, columns), PADDING)
+    pair, count = count_pairs(text, heavy_tokens(counts, experts, columns), PADDING)
     for name, array in (("text", text), ("counts", counts), ("pair", pair), ("pair_count", count)):
         np.save(folder / f"{name}.npy", array)
 
@@ -63,28 +74,28 @@ def in_this_process(
         return lookups(experts, columns, folder)
     counts = np.load(folder / "counts.npy")
     if name == "spread":
-        base = hashing.balanced_experts(counts, experts, columns)
+        base = balanced_experts(counts, experts, columns)
         base = hashing.HashTable(base, hashing.TableRecord("balanced", experts, ""))
         pairs = tuple(np.load(folder / f"{part}.npy") for part in ("pair", "pair_count"))
     text = np.load(folder / "text.npy") if name == "count_pairs" else None
-    heavy = hashing.heavy_tokens(counts, experts, columns)
-    clusters = hashing.random_experts(symbols, experts, seed=7).flatten()
+    heavy = heavy_tokens(counts, experts, columns)
+    clusters = random_experts(symbols, experts, seed=7).flatten()
 
     def balanced(number: int) -> np.ndarray:
-        return hashing.balanced_experts(counts, experts, columns, number or None)
+        return balanced_experts(counts, experts, columns, number or None)
 
     calls: dict[str, Callable[[], object]] = {
         "nothing": lambda: None,
-        "random": lambda: hashing.random_experts(symbols, experts, columns),
-        "modulo": lambda: hashing.modulo_experts(symbols, experts, columns),
-        "round-robin": lambda: hashing.round_robin_experts(symbols, experts, columns),
+        "random": lambda: random_experts(symbols, experts, columns),
+        "modulo": lambda: modulo_experts(symbols, experts, columns),
+        "round-robin": lambda: round_robin_experts(symbols, experts, columns),
         "balanced": lambda: balanced(0),
         "balanced with a seed": lambda: balanced(1),
-        "best of 4": lambda: hashing.best_of(4, balanced, counts, experts)[0],
-        "scattered": lambda: hashing.scattered_experts(counts, experts, columns),
-        "dispersed": lambda: hashing.dispersed_experts(clusters, counts, experts, columns),
-        "count_pairs": lambda: hashing.count_pairs(text, heavy, PADDING),
-        "spread": lambda: hashing.spread_table(base, counts, pairs),
+        "best of 4": lambda: best_of(4, balanced, counts, experts)[0],
+        "scattered": lambda: scattered_experts(counts, experts, columns),
+        "dispersed": lambda: dispersed_experts(clusters, counts, experts, columns),
+        "count_pairs": lambda: count_pairs(text, heavy, PADDING),
+        "spread": lambda: spread_table(base, counts, pairs),
     }
     start = time.perf_counter()
     built = calls[name]()
@@ -95,7 +106,7 @@ def in_this_process(
         settings = built.record.settings
         result |= {"largest": settings["largest_over_mean"], "bound": settings["bound_over_mean"], **settings}
     elif isinstance(built, np.ndarray):
-        balance = hashing.judge(built, counts, experts)
+        balance = judge(built, counts, experts)
         result |= {"largest": balance.largest_over_mean, "bound": balance.bound_over_mean}
     return result
 
@@ -114,9 +125,9 @@ def lookups(experts: int, columns: int, folder: Path) -> dict[str, float]:
     torch.set_num_threads(1)
     counts, text = np.load(folder / "counts.npy"), np.load(folder / "text.npy", mmap_mode="r")
     record = hashing.TableRecord("balanced", experts, "00" * 32)
-    base = hashing.HashTable(hashing.balanced_experts(counts, experts, columns), record)
+    base = hashing.HashTable(balanced_experts(counts, experts, columns), record)
     pairs = tuple(np.load(folder / f"{part}.npy") for part in ("pair", "pair_count"))
-    spread = hashing.spread_table(base, counts, pairs)
+    spread = spread_table(base, counts, pairs)
     # Here, because it imports fairseq, and builders are measured without it.
     from fairseq_hash.lm.table_buffers import TableBuffers
 

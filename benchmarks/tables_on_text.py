@@ -55,7 +55,11 @@ def measure(data: Path, experts: list[int], columns: list[int], embeddings: "Pat
             for count in columns:
                 display.begin(f"E = {num_experts}, K = {count}", 1)
                 base = Options(
-                    data / "dict.txt", num_experts, experts_per_token=count, text=data, embeddings=embeddings
+                    dictionary=data / "dict.txt",
+                    num_experts=num_experts,
+                    experts_per_token=count,
+                    text=data,
+                    embeddings=embeddings,
                 )
                 for name, options in recipes(base):
                     if options.builder not in ("clusters", "dispersed"):

@@ -39,12 +39,9 @@ class CompactBuilder(MMapIndexedDatasetBuilder):
 def make_dictionary(counts: Counter[str], pieces: "Iterable[str] | None", most: "int | None", least: int) -> Dictionary:
     """Return fairseq's dictionary of token counts: by descending count, padded to a multiple of 8 symbols.
 
-    Args:
-        counts: the count of each token in the training text.
-        pieces: all pieces of a SentencePiece model: exactly these are the symbols, even if some do not occur. None: the
-            tokens that occur.
-        most: largest number of symbols, including fairseq's four special ones; None: no limit.
-        least: the smallest count with which a token becomes a symbol.
+    `pieces` are all pieces of a SentencePiece model: exactly these are the symbols, even if some do not occur. None:
+    the tokens that occur, at least `least` times. `most` is the largest number of symbols, including fairseq's four
+    special ones; None: no limit.
     """
     dictionary = Dictionary()
     for token in counts if pieces is None else pieces:
@@ -58,10 +55,8 @@ def make_dictionary(counts: Counter[str], pieces: "Iterable[str] | None", most: 
 def binarize(batches: Iterable[tuple[np.ndarray, list[int]]], symbols: int, data: Path) -> None:
     """Write `DATA.bin` and `DATA.idx` (`data` is a path without suffix).
 
-    Args:
-        batches: lines, a batch at a time: the ids of their tokens, int64 `[tokens]`, and the lengths of the lines.
-        symbols: of the dictionary.
-        data: where the files go.
+    A batch has the ids of the tokens of its lines, int64 `[tokens]`, and the lengths of the lines. `symbols` is the
+    number of those of the dictionary.
     """
     builder = CompactBuilder(f"{data}.bin", best_fitting_int_dtype(symbols))
     for ids, lengths in batches:

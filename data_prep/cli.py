@@ -12,7 +12,7 @@ from typing import NoReturn
 import fairseq_hash
 from fairseq_hash.cli import Parser
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.provenance import usable_cores
+from fairseq_hash.core.options import add_options, given_options
 
 from .corpora import CORPORA, SPLITS
 from .dialogue import DialogueText
@@ -28,64 +28,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     corpora = parser.add_subparsers(dest="corpus", required=True, metavar="CORPUS")
     text = corpora.add_parser("text", help="text files of your own: a line of text is a line of data")
     dialogue = corpora.add_parser(
-        "dialogue",
-        help="dialogues of your own: lines 'user: ...' and 'system: ...', a blank line between dialogues",
+        "dialogue", help="dialogues of your own: lines 'user: ...' and 'system: ...', a blank line between dialogues"
     )
     for given in (text, dialogue):
         for split, use in (("train", "to train on"), ("valid", "for validation"), ("test", "for testing")):
-            given.add_argument(
-                f"--{split}",
-                type=Path,
-                nargs="+",
-                required=True,
-                metavar="FILE",
-                help=f"{use}: plain, .xz, .gz or .bz2",
-            )
+            words = f"{use}: plain, .xz, .gz or .bz2"
+            given.add_argument(f"--{split}", type=Path, nargs="+", required=True, metavar="FILE", help=words)
     corpora.add_parser("embedded", help="the documentation that every Python brings: no download, 400,000 words")
     for corpus in CORPORA.values():
         public = corpora.add_parser(corpus.name, help=f"{corpus.note} ({corpus.file.url})")
-        public.add_argument("--local", type=Path, metavar="PATH", help="the archive, or a folder of its unpacked files")
-        public.add_argument(
-            "--downloads", type=Path, default=Path("data", "downloads"), metavar="DIR", help="default: data/downloads"
-        )
-        public.add_argument(
+        add, downloads = public.add_argument, Path("data", "downloads")
+        add("--local", type=Path, metavar="PATH", help="the archive, or a folder of its unpacked files")
+        add("--downloads", type=Path, default=downloads, metavar="DIR", help=f"default: {downloads}")
+        add(
             "--max-bytes",
             type=int,
             metavar="N",
             help="take whole documents from the beginning up to N bytes (cc100-en)",
         )
     for parsed in corpora.choices.values():
-        parsed.add_argument(
-            "--out", type=Path, required=True, metavar="DIR", help="folder for the data, which must not exist yet"
-        )
-        parsed.add_argument(
-            "--words",
-            action="store_true",
-            help="tokens are words between spaces, as in reports on WikiText, instead of pieces",
-        )
-        parsed.add_argument(
-            "--vocab-size",
-            type=int,
-            metavar="N",
-            help="pieces of the SentencePiece model, 256 of them bytes (default: 8000); with --words the largest "
-            "number of symbols (default: no limit)",
-        )
-        parsed.add_argument(
-            "--min-count", type=int, default=1, metavar="N", help="with --words: rarer words become <unk>"
-        )
-        parsed.add_argument(
-            "--like", type=Path, metavar="DIR", help="use the model and dictionary of data prepared before"
-        )
-        parsed.add_argument(
-            "--seed", type=int, default=1, metavar="N", help="seed of the sample on which the model is trained"
-        )
-        parsed.add_argument(
-            "--workers",
-            type=int,
-            default=usable_cores(),
-            metavar="N",
-            help="number of processes (default: all usable cores)",
-        )
+        out = "folder for the data, which must not exist yet"
+        parsed.add_argument("--out", type=Path, required=True, metavar="DIR", help=out)
+        add_options(parsed, Options)
 
 
 def source_of(arguments: argparse.Namespace) -> Source:
@@ -106,14 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
         UserError: with one line, if the input is bad or a file cannot be written.
         KeyboardInterrupt: if it was interrupted, once its processes have ended.
     """
-    options = Options(
-        arguments.words,
-        arguments.vocab_size,
-        arguments.min_count,
-        arguments.like,
-        arguments.seed,
-        arguments.workers,
-    )
+    options = given_options(Options, arguments)
     with _ended_by_one_signal():
         fairseq_hash.register()  # before fairseq is imported, to suppress its messages
         from .prepare import prepare

@@ -198,12 +198,7 @@ def _copy(sources: list[Path], files: dict[str, BinaryIO], on_progress: OnProgre
             done = _pour(text, files[split], str(source), done, total, on_progress)
 
 
-def _unzip(
-    source: Path,
-    members: dict[str, str],
-    files: dict[str, BinaryIO],
-    on_progress: OnProgress,
-) -> None:
+def _unzip(source: Path, members: dict[str, str], files: dict[str, BinaryIO], on_progress: OnProgress) -> None:
     done = 0
     with zipfile.ZipFile(source) as archive:
         if missing := [name for name in members.values() if name not in archive.namelist()]:
@@ -214,14 +209,7 @@ def _unzip(
                 done = _pour(text, files[split], f"{name} in {source}", done, total, on_progress)
 
 
-def _pour(
-    text: BinaryIO,
-    file: BinaryIO,
-    name: str,
-    done: int,
-    total: int,
-    on_progress: OnProgress,
-) -> int:
+def _pour(text: BinaryIO, file: BinaryIO, name: str, done: int, total: int, on_progress: OnProgress) -> int:
     """Copy a text byte for byte; return the number of bytes done so far over all splits."""
     blank = True
     while block := text.read(BLOCK):
@@ -234,12 +222,7 @@ def _pour(
     return done
 
 
-def _split_documents(
-    source: Path,
-    max_bytes: int | None,
-    files: dict[str, BinaryIO],
-    on_progress: OnProgress,
-) -> None:
+def _split_documents(source: Path, max_bytes: int | None, files: dict[str, BinaryIO], on_progress: OnProgress) -> None:
     """Decompress an xz stream of documents and distribute them over the splits."""
     size = source.stat().st_size
     written, number = 0, 0

@@ -7,31 +7,29 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.options import option
 from fairseq_hash.hashing.dictionary import read_dictionary
-from fairseq_hash.provenance import sha256_of_file
+from fairseq_hash.provenance import sha256_of_file, usable_cores
 
 MODEL, DICTIONARY, PROVENANCE = "sentencepiece.model", "dict.txt", "provenance.json"
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options of data preparation. Raises `UserError` if a value is out of range.
+    """Options of data preparation. Raises `UserError` if a value is out of range."""
 
-    Attributes:
-        words: whether tokens are words instead of SentencePiece pieces.
-        vocabulary: pieces of the model, or the largest number of symbols in the dictionary of words (None: no limit).
-        least_count: the count that a word needs to be in the dictionary.
-        like: a folder of prepared data whose model and dictionary are used.
-        seed: seed of the sample on which the SentencePiece model is trained, if the text is larger than the sample.
-        workers: number of processes.
-    """
-
-    words: bool = False
-    vocabulary: "int | None" = None
-    least_count: int = 1
-    like: "Path | None" = None
-    seed: int = 1
-    workers: int = 1
+    words: bool = option(False, "tokens are words between spaces, as in reports on WikiText, instead of pieces")
+    vocabulary: "int | None" = option(
+        None,
+        "pieces of the SentencePiece model, 256 of them bytes (default: 8000); with --words the largest number of "
+        "symbols (default: no limit)",
+        flag="--vocab-size",
+        metavar="N",
+    )
+    least_count: int = option(1, "with --words: rarer words become <unk>", flag="--min-count", metavar="N")
+    like: "Path | None" = option(None, "use the model and dictionary of data prepared before", metavar="DIR")
+    seed: int = option(1, "seed of the sample on which the model is trained", metavar="N")
+    workers: int = option(usable_cores(), "number of processes (default: all usable cores)", metavar="N")
 
     def __post_init__(self) -> None:
         if self.vocabulary is not None and not 8 <= self.vocabulary <= 10_000_000:
@@ -59,12 +57,7 @@ class Options:
 
 
 def check_like(folder: Path, words: bool) -> None:
-    """Raise `UserError` if the model and the dictionary of a folder cannot serve for other text.
-
-    Args:
-        folder: a folder of data prepared before.
-        words: whether the other text is cut into words.
-    """
+    """Raise `UserError` if the model and the dictionary of a folder cannot serve for other text."""
     needed = [DICTIONARY, PROVENANCE] + ([] if words else [MODEL])
     if missing := [name for name in needed if not (folder / name).is_file()]:
         raise UserError(f"--like {folder} has no {missing[0]}; give a folder that fairseq-hash data made")

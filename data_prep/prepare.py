@@ -114,11 +114,8 @@ class Preparation:
         display.begin(name, work)
         result = make(display)
         self.state[name] = result
-        self._save_state()
-        display.end(result)
-
-    def _save_state(self) -> None:
         _write_json(self.work / STATE, self.state)
+        display.end(result)
 
     def _make_model(self, display: Display) -> str:
         if self.options.words:

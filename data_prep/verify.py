@@ -13,14 +13,8 @@ from .binarize import count_symbols
 def check_counts(data: Path, dictionary: Path, totals: dict[str, Any], counted: bool) -> None:
     """Compare binarized data (a path without suffix) with the counts of the written split.
 
-    Args:
-        data: `DATA.idx` and `DATA.bin`.
-        dictionary: the dict.txt of the data.
-        totals: numbers of lines, tokens (without line ends) and unknown tokens that were written.
-        counted: whether the dictionary's counts are those of this text.
-
-    Raises:
-        UserError: for the first number that differs.
+    `totals` are the numbers of lines, tokens (without line ends) and unknown tokens that were written; `counted`:
+    whether the dictionary's counts are those of this text. Raises `UserError` for the first number that differs.
     """
     symbols = Dictionary.load(str(dictionary))
     lines, tokens, count_V = count_symbols(data, len(symbols))

@@ -18,6 +18,7 @@ from demo_process import StepFailed
 from demo_runs import EVALUATION_WORK, EXPERTS, MODELS, SUBSETS, make_run
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.options import add_options, given_options, option
 from fairseq_hash.core.progress import Display
 from fairseq_hash.reporting.report import write_report
 
@@ -37,14 +38,24 @@ many GPUs, where routing costs communication.
 """
 
 
+def _absolute(name: str) -> Path:
+    return Path(name).absolute()  # the steps run in another folder
+
+
 @dataclass(frozen=True)
 class Options:
     """What a call of the demo is to do. Raises `UserError` for a value out of range."""
 
-    seeds: int
-    data: "Path | None"
-    out: Path
-    updates: int
+    seeds: int = option(1, "train with seeds 1 to N (default: 1)", metavar="N")
+    data: "Path | None" = option(
+        None,
+        "folder of train.txt, valid.txt and test.txt, or of data from fairseq-preprocess (default: the Python "
+        "documentation that every Python brings)",
+        type=_absolute,
+        metavar="DIR",
+    )
+    out: Path = option(ROOT / "runs" / "demo", "default: runs/demo", type=_absolute, metavar="DIR")
+    updates: int = option(200, "updates of each training, 10 or more (default: 200)", metavar="N")
 
     def __post_init__(self) -> None:
         for name, least, most in (("seeds", 1, 100), ("updates", 10, 1_000_000)):
@@ -63,22 +74,8 @@ class Options:
 def parse_options(argv: "Sequence[str] | None") -> Options:
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(prog="demo.sh", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="train with seeds 1 to N (default: 1)")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="folder of train.txt, valid.txt and test.txt, or of data from fairseq-preprocess (default: the Python "
-        "documentation that every Python brings)",
-    )
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "demo", metavar="DIR", help="default: runs/demo")
-    parser.add_argument(
-        "--updates", type=int, default=200, metavar="N", help="updates of each training, 10 or more (default: 200)"
-    )
-    arguments = vars(parser.parse_args(argv))
-    return Options(
-        **{name: value.absolute() if isinstance(value, Path) else value for name, value in arguments.items()}
-    )
+    add_options(parser, Options)
+    return given_options(Options, parser.parse_args(argv))
 
 
 def run_demo(options: Options) -> None:

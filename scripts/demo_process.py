@@ -24,25 +24,18 @@ def run_logged(
 
     The child gets as many threads as this process has cores. Whatever ends this function early ends the child, too.
 
-    Raises:
-        StepFailed: where the command does not end with status 0.
+    Raises `StepFailed` where the command does not end with status 0.
     """
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(usable_cores()),
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
+    environment = {"OMP_NUM_THREADS": str(usable_cores()), "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
     last: deque[str] = deque(maxlen=LAST_LINES)
     with log.open("a" if append else "w", encoding="utf-8") as file:
         # A session of its own: Ctrl-C reaches this process only, which then ends the child in an orderly way.
+        piped = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         child = subprocess.Popen(
             command,
             cwd=folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
+            env=os.environ | environment,
+            **piped,
             text=True,
             errors="replace",
             start_new_session=True,

@@ -38,12 +38,9 @@ def run(words: Sequence["str | Path"]) -> None:
 def collect_wheels(python: str) -> None:
     """Build fairseq for the GPU machine's Python, and get the wheels of its small needs."""
     folder = FOLDER / "wheels"
-    tag = subprocess.run(
-        [python, "-c", "import sys; print('cp%d%d' % sys.version_info[:2])"], capture_output=True, text=True
-    )
-    if list(folder.glob(f"fairseq-*-{tag.stdout.strip()}-*.whl")) and len(list(folder.glob("*.whl"))) == 1 + len(
-        WHEELS
-    ):
+    program = "import sys; print('cp%d%d' % sys.version_info[:2])"
+    tag = subprocess.run([python, "-c", program], capture_output=True, text=True).stdout.strip()
+    if list(folder.glob(f"fairseq-*-{tag}-*.whl")) and len(list(folder.glob("*.whl"))) == 1 + len(WHEELS):
         return
     print("gpu_prepare: wheels (a minute or two)", flush=True)
     shutil.rmtree(folder, ignore_errors=True)  # of another Python, or not all of them
@@ -75,22 +72,8 @@ def count_ngrams() -> None:
         print("gpu_prepare: n-gram lines (a minute or two)", flush=True)
         main = "import sys; from fairseq_hash.cli import main; sys.exit(main(sys.argv[1:]))"
         tokens = EXPERIMENT_UPDATES * TOKENS_OF_UPDATE  # as many as the models see
-        run(
-            [
-                sys.executable,
-                "-c",
-                main,
-                "ngrams",
-                FOLDER / "data",
-                "--tokens",
-                tokens,
-                "--subset",
-                "valid",
-                "test",
-                "--json",
-                file,
-            ]
-        )
+        subsets = ("--subset", "valid", "test")
+        run([sys.executable, "-c", main, "ngrams", FOLDER / "data", "--tokens", tokens, *subsets, "--json", file])
 
 
 def size_of(folder: Path) -> int:
@@ -101,9 +84,10 @@ def size_of(folder: Path) -> int:
 def parse() -> argparse.Namespace:
     """Return the arguments, checked."""
     parser = Parser(prog="gpu_round.sh --prepare", description=__doc__.splitlines()[0])
-    parser.add_argument("--text", type=Path, metavar="DIR", help="with train.txt, valid.txt, test.txt")
-    parser.add_argument("--vocab-size", type=int, default=8000, metavar="N", help="pieces (default: 8000)")
-    parser.add_argument("--python", default="python3.12", help="the GPU machine's version, here (default: python3.12)")
+    add = parser.add_argument
+    add("--text", type=Path, metavar="DIR", help="with train.txt, valid.txt, test.txt")
+    add("--vocab-size", type=int, default=8000, metavar="N", help="pieces (default: 8000)")
+    add("--python", default="python3.12", help="the GPU machine's version, here (default: python3.12)")
     arguments = parser.parse_args()
     if arguments.text is not None:
         for name in (f"{subset}.txt" for subset in SUBSETS):

@@ -32,15 +32,11 @@ from fairseq_hash.provenance import provenance, usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 PREPARED = ROOT / ".gpu"
-SECONDS = 530
-"""Of the whole round."""
+SECONDS = 530  # of the whole round
 MOST_LINES = 60
-LEAST_SECONDS = 10
-"""With less, a process is not begun."""
-GRACE_SECONDS = 5
-"""Between an interrupt and the end."""
-SECONDS_LEFT = "SECONDS LEFT"
-"""Stands for them in a command."""
+LEAST_SECONDS = 10  # with less, a process is not begun
+GRACE_SECONDS = 5  # between an interrupt and the end
+SECONDS_LEFT = "SECONDS LEFT"  # stands for them in a command
 
 
 @dataclass(frozen=True)
@@ -74,16 +70,8 @@ def stages_on_cuda(out: Path, scratch: Path, data: str) -> list[Stage]:
     training = ("--data", data, "--device", "cuda", "--bf16", *sizes, "--tokens", "16384", "--no-decoding")
     training += ("--optimizer", "fused_adam")
     bf16 = (*layer, "--dtype", "bfloat16", "--tokens", "16384", "--experts", "8", "64", "128", "256")
-    bf16 += (
-        "--graphs",
-        "--candidates",
-        "dense",
-        "hash",
-        "switch",
-        "mask-and-loop",
-        "transformers",
-        *files(out, scratch, "layer"),
-    )
+    bf16 += ("--graphs", "--candidates", "dense", "hash", "switch", "mask-and-loop", "transformers")
+    bf16 += files(out, scratch, "layer")
     fp16 = (*layer, "--dtype", "float16", "--tokens", "16384", "--experts", "64", "--candidates", "dense", "hash")
     fp16 += ("--ways", "loop", "padded", *files(scratch, scratch, "layer_fp16"))
     # fairscale takes fp32 only, and its products grow with the square of the tokens.
@@ -109,23 +97,9 @@ def stages_on_cpu(out: Path, scratch: Path, data: str) -> list[Stage]:
     training = ("--data", data, *sizes, "--tokens", "128", "--no-decoding", "--updates", "2")
     layer = ("benchmarks/layer.py", "--width", "16", "--hidden", "32", "--tokens", "64", "--experts", "4")
     layer += ("--rounds", "2", "--threads", "1", "--candidates", "dense", "hash", *files(out, scratch, "layer"))
-    trained = (
-        "benchmarks/train.py",
-        *training,
-        "--candidates",
-        "dense",
-        "hash",
-        "plain",
-        *files(out, scratch, "train"),
-    )
-    profiled = (
-        "benchmarks/profile_step.py",
-        *training,
-        "--candidates",
-        "dense",
-        "hash",
-        *files(out, scratch, "profile"),
-    )
+    training += ("--candidates", "dense", "hash")
+    trained = ("benchmarks/train.py", *training, "plain", *files(out, scratch, "train"))
+    profiled = ("benchmarks/profile_step.py", *training, *files(out, scratch, "profile"))
     small = ("model.decoder_layers=2", "model.decoder_embed_dim=32", "model.decoder_ffn_embed_dim=64")
     small += ("model.decoder_attention_heads=2", "model.num_experts=4", 'model.sparse_layers="1"')
     small += ("task.tokens_per_sample=32", "dataset.max_tokens=128", "optimization.max_update=4", "cluster=cpu")
@@ -175,14 +149,8 @@ def run_process(command: Sequence[str], seconds: float, log: BinaryIO) -> str:
     words = [str(int(seconds - 2 * GRACE_SECONDS)) if word == SECONDS_LEFT else word for word in command]
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
-    process = subprocess.Popen(
-        [sys.executable, *words],
-        cwd=ROOT,
-        env=environment,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    to_log = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, **to_log)
     try:
         return f"status {process.wait(seconds - GRACE_SECONDS)}"
     except subprocess.TimeoutExpired:
@@ -265,15 +233,12 @@ def write_summary(out: Path, lines: Sequence[str]) -> None:
 def parse() -> argparse.Namespace:
     """Return the arguments, checked."""
     parser = Parser(prog="gpu_round.sh", description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the results, made where missing")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the same round, small")
-    parser.add_argument(
-        "--data", type=Path, default=PREPARED / "data", metavar="DIR", help="binarized text (default: .gpu/data)"
-    )
-    parser.add_argument(
-        "--stages", nargs="+", metavar="NAME[:S]", help="only these (default: all), each for S seconds at most"
-    )
-    parser.add_argument("--seconds", type=int, default=SECONDS, help=f"of the whole round (default: {SECONDS})")
+    add = parser.add_argument
+    add("out", type=Path, metavar="OUT", help="folder for the results, made where missing")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the same round, small")
+    add("--data", type=Path, default=PREPARED / "data", metavar="DIR", help="binarized text (default: .gpu/data)")
+    add("--stages", nargs="+", metavar="NAME[:S]", help="only these (default: all), each for S seconds at most")
+    add("--seconds", type=int, default=SECONDS, help=f"of the whole round (default: {SECONDS})")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; --device cpu runs the same round small")

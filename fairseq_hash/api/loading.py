@@ -102,13 +102,8 @@ def task_of(state: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
 def dictionary_folder(path: Path, trained_on: "str | None", given: "PathLike | None") -> Path:
     """Return the folder of a checkpoint's dictionary.
 
-    Args:
-        path: the checkpoint.
-        trained_on: the data of its training, perhaps several folders; fairseq reads the dictionary of the first one.
-        given: a folder that the user gives instead.
-
-    Raises:
-        UserError: if there is no dictionary.
+    `trained_on` is the data of its training, perhaps several folders; fairseq reads the dictionary of the first one.
+    `given` is a folder that the user gives instead. Raises `UserError` if there is no dictionary.
     """
     if given is not None:
         folders = [Path(given)]

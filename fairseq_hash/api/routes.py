@@ -1,5 +1,7 @@
 """Which experts serve which token, as tables."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pandas as pd
@@ -26,45 +28,35 @@ def sparse_layers(model: nn.Module) -> list[tuple[Place, SparseLayer]]:
     return list(zip(places.values(), layers, strict=True))
 
 
-class Watch:
-    """In its context, `decisions` collects the routing decisions of each sparse layer, one per forward pass.
+@contextmanager
+def watched(model: nn.Module) -> Iterator[dict[SparseLayer, list[Decision]]]:
+    """Yield the routing decisions of each sparse layer, one per forward pass in this context.
 
     Each router runs once more on the layer's own input; in evaluation its result is the same.
     """
+    decisions: dict[SparseLayer, list[Decision]] = {layer: [] for _, layer in sparse_layers(model)}
 
-    def __init__(self, model: nn.Module) -> None:
-        """Watch the sparse layers of a model that is in evaluation."""
-        self.layers = sparse_layers(model)
-        self.decisions: dict[int, list[Decision]] = {place.number: [] for place, _ in self.layers}
+    def keep(layer: SparseLayer, inputs: tuple[Tensor, RoutingContext]) -> None:
+        x_LBD, context = inputs
+        assignment, plan, _ = layer.route(context.drop_padding(x_LBD), context)
+        decisions[layer].append((context, assignment, plan))
 
-    def __enter__(self) -> "Watch":
-        self._hooks = [
-            layer.register_forward_pre_hook(self._keeper(self.decisions[place.number])) for place, layer in self.layers
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
+    hooks = [layer.register_forward_pre_hook(keep) for layer in decisions]
+    try:
+        yield decisions
+    finally:
+        for hook in hooks:
             hook.remove()
-
-    @staticmethod
-    def _keeper(decisions: list[Decision]) -> Any:
-        def keep(layer: SparseLayer, inputs: tuple[Tensor, RoutingContext]) -> None:
-            x_LBD, context = inputs
-            assignment, plan, _ = layer.route(context.drop_padding(x_LBD), context)
-            decisions.append((context, assignment, plan))
-
-        return keep
 
 
 @torch.no_grad()
 def route(model: nn.Module, token_BL: Tensor, dictionary: Dictionary) -> pd.DataFrame:
     """Return the routes of one sequence of token ids `[1, L]`, by position, then layer: see `LanguageModel.routes`."""
-    with Watch(model) as watch:
+    with watched(model) as decisions:
         model(token_BL)
     tables = []
-    for place, layer in watch.layers:
-        (decision,) = watch.decisions[place.number]
+    for place, layer in sparse_layers(model):
+        (decision,) = decisions[layer]
         tables.append(_of_layer(place, layer.segments, decision, token_BL[0], dictionary))
     if not tables:
         return pd.DataFrame({name: [] for name in COLUMNS})
@@ -98,11 +90,8 @@ def _of_layer(place: Place, segments: int, decision: Decision, token_L: Tensor, 
 
 def hash_tables(model: nn.Module, dictionary: Dictionary) -> dict[int, pd.DataFrame]:
     """Return the table of each hash layer: see `LanguageModel.tables`."""
-    made = {}
-    for place, _ in sparse_layers(model):
-        if place.hash_route is not None:
-            made[place.number] = _table(model.decoder.hash_tables[place.hash_route], dictionary)
-    return made
+    hashed = [place for place, _ in sparse_layers(model) if place.hash_route is not None]
+    return {place.number: _table(model.decoder.hash_tables[place.hash_route], dictionary) for place in hashed}
 
 
 def _table(table: Any, dictionary: Dictionary) -> pd.DataFrame:

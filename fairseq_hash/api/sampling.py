@@ -1,6 +1,5 @@
 """Text that a model generates, by fairseq's own generator."""
 
-import math
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,53 +10,10 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 from torch import Tensor, nn
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.options import flag_of
+from fairseq_hash.options.sampling_options import Sampling
 
 DEFAULT_LENGTH = 50
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Options of sampling. Without `beam`, each next token is drawn at random.
-
-    Attributes:
-        length: the most tokens to add, 1 or more; None: 50, or as many as fit.
-        number: number of samples, 1 or more.
-        temperature: divides the logits, above 0. Below 1 it favours probable tokens, above 1 improbable ones.
-        top_k: draw among the K most probable tokens.
-        top_p: draw among the fewest most probable tokens that together reach this probability, above 0 and up to 1
-            (Holtzman et al. 2019).
-        beam: number of beams for a search instead of drawing, `number` or more; 1 always takes the most probable token.
-        seed: random seed, 0 or more.
-
-    Raises:
-        UserError: for a value out of range, or two that do not go together.
-    """
-
-    length: "int | None" = None
-    number: int = 1
-    temperature: float = 1.0
-    top_k: "int | None" = None
-    top_p: "float | None" = None
-    beam: "int | None" = None
-    seed: int = 1
-
-    def __post_init__(self) -> None:
-        for name, least in (("length", 1), ("number", 1), ("top_k", 1), ("beam", self.number), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                reason = ", as many as samples" if name == "beam" and least > 1 else ""
-                raise UserError(f"{_option(name)} {value} is out of range; give {least} or more{reason}")
-        if not 0 < self.temperature < math.inf:
-            raise UserError(f"--temperature {self.temperature} is out of range; give a number above 0")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p {self.top_p} is out of range; give a number above 0, up to 1")
-        chosen = [name for name in ("top_k", "top_p", "beam") if getattr(self, name) is not None]
-        if len(chosen) > 1:
-            raise UserError(f"{' and '.join(map(_option, chosen))} do not go together; use one of them")
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 @dataclass(frozen=True)
@@ -108,7 +64,7 @@ def sample(
         value = getattr(sampling, name)
         if value is not None and value > most:
             raise UserError(
-                f"{_option(name)} {value} is out of range; give at most {most}, because there are no more symbols"
+                f"{flag_of(name)} {value} is out of range; give at most {most}, because there are no more symbols"
             )
     room = model.max_positions() - 1 - given
     length = min(DEFAULT_LENGTH, room) if sampling.length is None else sampling.length

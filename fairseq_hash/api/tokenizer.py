@@ -62,13 +62,8 @@ def _without_reserved(symbols: list[str]) -> list[str]:
 def tokenizer_for(folder: Path, given: "Path | None", dictionary: Dictionary) -> "Words | Pieces | None":
     """Return the tokenizer; None if the symbols are pieces and their model is missing.
 
-    Args:
-        folder: the dictionary's folder, in which a SentencePiece model is looked for.
-        given: the SentencePiece model, if it is elsewhere.
-        dictionary: the dictionary of the symbols.
-
-    Raises:
-        UserError: if `given` is not a SentencePiece model.
+    `folder` is the dictionary's, in which a SentencePiece model is looked for, unless one is `given`. Raises
+    `UserError` if that is not a SentencePiece model.
     """
     found = [given] if given is not None else [folder / name for name in MODELS if (folder / name).is_file()]
     if found:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fairseq_hash.checkpoint.hash_tables import tables_of
 from fairseq_hash.checkpoint.manifest import KEY, Manifest, expert_tensors
-from fairseq_hash.hashing import fingerprint_of_tables
+from fairseq_hash.hashing.table import fingerprint_of_tables
 
 
 def facts(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:

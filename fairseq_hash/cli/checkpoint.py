@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fairseq_hash.cli.arguments import add_out, add_verb
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.files import check_out
 
@@ -16,57 +17,42 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     verbs = checkpoint.add_subparsers(dest="checkpoint_verb", required=True, metavar="VERB")
 
-    show = verbs.add_parser("show", help="show the contents of a checkpoint without reading its experts")
-    show.add_argument("checkpoint", type=Path, metavar="CKPT", help="main file, such as checkpoint_best.pt")
-    show.add_argument("--json", action="store_true", help="print the facts as one JSON object")
-    show.set_defaults(run=run_show)
+    add = add_verb(verbs, "show", run_show, "show the contents of a checkpoint without reading its experts")
+    add("checkpoint", type=Path, metavar="CKPT", help="main file, such as checkpoint_best.pt")
+    add("--json", action="store_true", help="print the facts as one JSON object")
 
-    verify = verbs.add_parser("verify", help="compare every byte of checkpoints with its checksums")
-    verify.add_argument("checkpoints", nargs="+", type=Path, metavar="CKPT", help="main files")
-    verify.set_defaults(run=run_verify)
+    add = add_verb(verbs, "verify", run_verify, "compare every byte of checkpoints with its checksums")
+    add("checkpoints", nargs="+", type=Path, metavar="CKPT", help="main files")
 
-    merge = verbs.add_parser("merge", help="write one plain fairseq file with all experts")
-    merge.add_argument("checkpoint", type=Path, metavar="CKPT", help="main file")
-    merge.add_argument("--no-optimizer", action="store_true", help="leave the optimizer's state out")
-    merge.add_argument(
-        "--ema",
-        action="store_true",
-        help="take the running average of --store-ema as the weights, without optimizer state",
-    )
-    _add_out(merge, "checkpoint to write")
-    merge.set_defaults(run=run_merge)
+    add = add_verb(verbs, "merge", run_merge, "write one plain fairseq file with all experts")
+    add("checkpoint", type=Path, metavar="CKPT", help="main file")
+    add("--no-optimizer", action="store_true", help="leave the optimizer's state out")
+    ema = "take the running average of --store-ema as the weights, without optimizer state"
+    add("--ema", action="store_true", help=ema)
+    add_out(add, "checkpoint to write", "FILE, not its shards")
 
-    split = verbs.add_parser("split", help="write a checkpoint whose experts are in shards")
-    split.add_argument("checkpoint", type=Path, metavar="CKPT", help="main file, or a plain file that merge wrote")
-    split.add_argument(
-        "--shards", type=int, default=1, metavar="N", help="number of shards, 1 to the number of experts (default: 1)"
-    )
-    _add_out(split, "main file to write, .pt; its shards go to experts/ beside it")
-    split.set_defaults(run=run_split)
+    add = add_verb(verbs, "split", run_split, "write a checkpoint whose experts are in shards")
+    add("checkpoint", type=Path, metavar="CKPT", help="main file, or a plain file that merge wrote")
+    shards = "number of shards, 1 to the number of experts (default: 1)"
+    add("--shards", type=int, default=1, metavar="N", help=shards)
+    add_out(add, "main file to write, .pt; its shards go to experts/ beside it", "FILE, not its shards")
 
-    average = verbs.add_parser(
+    add = add_verb(
+        verbs,
         "average",
-        help="write the mean of the weights of checkpoints of one model",
-        description="Write the mean of the weights of checkpoints of one model. Everything else comes from the last "
-        "checkpoint, except the optimizer's state, which is left out. The result is in shards if the "
-        "last checkpoint is.",
+        run_average,
+        "write the mean of the weights of checkpoints of one model",
+        "Write the mean of the weights of checkpoints of one model. Everything else comes from the last checkpoint, "
+        "except the optimizer's state, which is left out. The result is in shards if the last checkpoint is.",
     )
-    average.add_argument("checkpoints", nargs="+", type=Path, metavar="CKPT", help="main files, two or more")
-    _add_out(average, "checkpoint to write, .pt")
-    average.set_defaults(run=run_average)
+    add("checkpoints", nargs="+", type=Path, metavar="CKPT", help="main files, two or more")
+    add_out(add, "checkpoint to write, .pt", "FILE, not its shards")
 
-    table = verbs.add_parser("table", help="write a checkpoint's hash table to a file for --hash-table")
-    table.add_argument("checkpoint", type=Path, metavar="CKPT", help="main file")
-    table.add_argument(
-        "--number", type=int, metavar="N", help="number of the table, from 0, if each hash layer has a table of its own"
-    )
-    _add_out(table, "table file to write (safetensors)")
-    table.set_defaults(run=run_table)
-
-
-def _add_out(parser: argparse.ArgumentParser, help_text: str) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=help_text)
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE, not its shards")
+    add = add_verb(verbs, "table", run_table, "write a checkpoint's hash table to a file for --hash-table")
+    add("checkpoint", type=Path, metavar="CKPT", help="main file")
+    number = "number of the table, from 0, if each hash layer has a table of its own"
+    add("--number", type=int, metavar="N", help=number)
+    add_out(add, "table file to write (safetensors)", "FILE, not its shards")
 
 
 def _check_main_name(out: Path) -> None:

@@ -12,14 +12,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "output goes to eval-SUBSET.log in the run's folder, where fairseq-hash report finds it. "
         "Finished evaluations are skipped.",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished training")
-    parser.add_argument(
-        "--subsets", default="valid,test", metavar="LIST", help="subsets, comma separated; default valid,test"
-    )
-    parser.add_argument(
-        "--checkpoint", default="best", choices=("best", "last"), help="checkpoint to evaluate; default best"
-    )
-    parser.add_argument("--again", action="store_true", help="repeat finished evaluations, too")
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished training")
+    add("--subsets", default="valid,test", metavar="LIST", help="subsets, comma separated; default valid,test")
+    add("--checkpoint", default="best", choices=("best", "last"), help="checkpoint to evaluate; default best")
+    add("--again", action="store_true", help="repeat finished evaluations, too")
     parser.set_defaults(run=run)
 
 

@@ -18,22 +18,23 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description="Write a folder that transformers loads (trust_remote_code=True): weights as safetensors, one file "
         "of plain PyTorch, the tokenizer and a model card. It needs neither fairseq nor fairseq_hash.",
     )
-    export.add_argument("checkpoint", type=Path, metavar="CKPT", help="main file, such as checkpoint_best.pt")
-    export.add_argument("--to", choices=("hf",), required=True, help="format: hf (transformers)")
-    export.add_argument("out", type=Path, metavar="DIR", help="folder to write, which must not exist")
-    export.add_argument(
+    add = export.add_argument
+    add("checkpoint", type=Path, metavar="CKPT", help="main file, such as checkpoint_best.pt")
+    add("--to", choices=("hf",), required=True, help="format: hf (transformers)")
+    add("out", type=Path, metavar="DIR", help="folder to write, which must not exist")
+    add(
         "--data",
         type=Path,
         metavar="DIR",
         help="folder with dict.txt and, for pieces, sentencepiece.model (default: that of the training)",
     )
-    export.add_argument(
+    add(
         "--sentencepiece",
         type=Path,
         metavar="FILE",
         help="SentencePiece model (default: sentencepiece.model beside dict.txt)",
     )
-    export.add_argument(
+    add(
         "--shard-size",
         default="5GB",
         metavar="SIZE",

@@ -19,12 +19,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description="Count n-grams of 1, 2 and 3 tokens in DATA's training text, smooth them by interpolated modified "
         "Kneser-Ney (Chen and Goodman 1999), and evaluate them on every token that fairseq-eval-lm predicts.",
     )
-    parser.add_argument("data", type=Path, metavar="DATA", help="folder that fairseq-preprocess or data_prep wrote")
-    parser.add_argument("--tokens", type=int, metavar="N", help="count the first N tokens of train; default all")
-    parser.add_argument(
-        "--subset", nargs="+", default=["valid"], metavar="NAME", help="subsets to evaluate on; default valid"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures and their provenance")
+    add = parser.add_argument
+    add("data", type=Path, metavar="DATA", help="folder that fairseq-preprocess or data_prep wrote")
+    add("--tokens", type=int, metavar="N", help="count the first N tokens of train; default all")
+    add("--subset", nargs="+", default=["valid"], metavar="NAME", help="subsets to evaluate on; default valid")
+    add("--json", type=Path, metavar="FILE", help="also write the figures and their provenance")
     parser.set_defaults(run=run)
 
 

@@ -18,17 +18,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "memory. Without one of --list, --all, --check, --flags and --run-dir, print the table of one "
         "experiment.",
     )
-    parser.add_argument(
-        "--config-dir", type=Path, default=own_configs(), metavar="DIR", help="default: the project's own"
-    )
-    parser.add_argument("--config-name", metavar="NAME", help="experiment, such as reddit/hash_1x64")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides, as in fairseq-hydra-train")
-    parser.add_argument(
-        "--ranks", type=int, default=1, metavar="N", help="number of ranks (GPUs) for the training, default 1"
-    )
-    parser.add_argument(
-        "--tflops", type=float, default=300.0, help="real speed of one GPU, in 10^12 FLOPs/s; default 300"
-    )
+    add = parser.add_argument
+    add("--config-dir", type=Path, default=own_configs(), metavar="DIR", help="default: the project's own")
+    add("--config-name", metavar="NAME", help="experiment, such as reddit/hash_1x64")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="overrides, as in fairseq-hydra-train")
+    add("--ranks", type=int, default=1, metavar="N", help="number of ranks (GPUs) for the training, default 1")
+    add("--tflops", type=float, default=300.0, help="real speed of one GPU, in 10^12 FLOPs/s; default 300")
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--list", action="store_true", help="print the names of all experiments")
     choice.add_argument("--all", action="store_true", help="print the sizes of all experiments, as Markdown")

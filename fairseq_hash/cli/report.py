@@ -18,7 +18,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "incomplete, or that were evaluated differently from the others, are left out; stderr and the "
         "page give the reason. With --benchmarks: show the results of benchmarks as tables and figures.",
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "runs",
         nargs="*",
         type=Path,
@@ -27,17 +28,17 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "fairseq-train (with --log-format json) or of fairseq-hydra-train, and the outputs of fairseq-eval-lm, each in "
         "a file that ends in .log or .out",
     )
-    parser.add_argument(
+    add(
         "--benchmarks",
         nargs="+",
         type=Path,
         metavar="FILE",
         help="files that benchmarks/layer.py, train.py and communication.py wrote with --json, instead of runs",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to; created if missing")
-    parser.add_argument("--title", help=f"heading of the report (default: {TITLE}; of benchmarks: {BENCHMARKS_TITLE})")
-    parser.add_argument("--note", type=Path, metavar="FILE", help="text for the report: what these runs can show")
-    parser.add_argument(
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to write to; created if missing")
+    add("--title", help=f"heading of the report (default: {TITLE}; of benchmarks: {BENCHMARKS_TITLE})")
+    add("--note", type=Path, metavar="FILE", help="text for the report: what these runs can show")
+    add(
         "--watch",
         nargs="?",
         const="30",

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.files import check_file, output_file
+from fairseq_hash.core.options import add_options, given_options
+from fairseq_hash.options.sampling_options import Sampling
 
 if TYPE_CHECKING:
     from fairseq_hash.api import LanguageModel
@@ -20,20 +22,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add = parser.add_argument
     add_model(parser)
     add("text", nargs="?", metavar="TEXT", help="one line to continue (default: begin a line)")
-    add(
-        "--length",
-        type=int,
-        metavar="N",
-        help="the most tokens to add, 1 or more (default: 50, or as many as fit)",
-    )
-    add("--number", type=int, default=1, metavar="N", help="number of samples, 1 or more (default: 1)")
-    add("--temperature", type=float, default=1.0, metavar="T", help="divides the logits, above 0 (default: 1)")
-    add("--top-k", type=int, metavar="K", help="draw among the K most probable tokens")
-    add("--top-p", type=float, metavar="P", help="draw among the most probable tokens that reach P together, up to 1")
-    add(
-        "--beam", type=int, metavar="N", help="search with N beams, --number or more; 1: always the most probable token"
-    )
-    add("--seed", type=int, default=1, help="random seed, 0 or more (default: 1)")
+    add_options(parser, Sampling)
     add("--show-experts", action="store_true", help="also show which expert served each token, for each sparse layer")
     add("--html", type=Path, metavar="FILE", help="also write a page that shows the experts; replaces FILE")
     parser.set_defaults(run=run)
@@ -88,10 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.text import Text
 
     from fairseq_hash.api.routed_text import by_layer, page, print_text
-    from fairseq_hash.api.sampling import Sampling
 
-    names = ("length", "number", "temperature", "top_k", "top_p", "beam", "seed")
-    sampling = Sampling(**{name: getattr(arguments, name) for name in names})
+    sampling = given_options(Sampling, arguments)
     model = load_model(arguments)
     shows = arguments.show_experts or arguments.html is not None
     if shows and not model.num_experts:

@@ -3,10 +3,13 @@
 import argparse
 from pathlib import Path
 
+from fairseq_hash.cli.arguments import Add, add_out, add_verb
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.hashing.dictionary import read_dictionary
-from fairseq_hash.hashing.features import FEATURES
-from fairseq_hash.hashing.registry import BASES, REGISTRY
+from fairseq_hash.core.files import check_folder, check_out
+from fairseq_hash.core.options import add_options, given_options
+from fairseq_hash.core.validators import check_at_least
+from fairseq_hash.hashing.dictionary import read_dictionary, read_vocabulary, token_counts
+from fairseq_hash.table_tools.build_options import Options
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -15,124 +18,73 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "tables", description="Build hash tables, judge their balance, exchange them with other frameworks."
     )
     verbs = tables.add_subparsers(dest="tables_verb", required=True, metavar="VERB")
-    _add_build(verbs.add_parser("build", help="build a table for a dictionary and write it to a file"))
-
-    show = verbs.add_parser(
-        "show",
-        help="show how evenly a table loads the experts",
-        description="Show how evenly a table loads the experts, on the dictionary's counts or others and on held-out "
-        "text, compared with the bound that no table can beat.",
-    )
-    show.add_argument("table", type=Path, metavar="TABLE", help="table file")
-    show.add_argument("dictionary", type=Path, metavar="DICT", help="dict.txt that the table was built for")
-    _add_judging(show)
-    show.set_defaults(run=run_show)
-
-    compare = verbs.add_parser("compare", help="show several tables of one dictionary side by side")
-    compare.add_argument("tables", nargs="+", type=Path, metavar="TABLE", help="table files, and then the dict.txt")
-    compare.add_argument("--dictionary", type=Path, metavar="DICT", help="the dict.txt, instead of the last TABLE")
-    _add_judging(compare)
-    compare.set_defaults(run=run_compare)
-
-    export = verbs.add_parser("export", help="write a table of token ids as the tensor tid2eid of other frameworks")
-    export.add_argument("table", type=Path, metavar="TABLE", help="table file")
-    export.add_argument(
-        "dictionary", type=Path, nargs="?", metavar="DICT", help="dict.txt of the table; needed with --vocabulary"
-    )
-    _add_vocabulary(export, "of the rows to write", "that our dictionary lacks")
-    _add_out(export, "file to write: .npy, or else safetensors")
-    export.set_defaults(run=run_export)
-
-    imported = verbs.add_parser(
-        "import", help="make a table from another framework's tensor, which maps token ids to expert ids"
-    )
-    imported.add_argument("file", type=Path, metavar="FILE", help="safetensors, or .npy")
-    imported.add_argument("dictionary", type=Path, metavar="DICT", help="dict.txt for which the table is made")
-    imported.add_argument("--num-experts", type=int, required=True, metavar="E", help="number of experts, 1 or more")
-    imported.add_argument(
-        "--tensor", metavar="NAME", help="tensor to read (default: the only one whose name ends in tid2eid)"
-    )
-    _add_vocabulary(imported, "of the tensor's rows", "that the vocabulary lacks")
-    _add_out(imported, "table file to write (safetensors)")
-    imported.set_defaults(run=run_import)
-
-
-def _add_build(build: argparse.ArgumentParser) -> None:
-    add = build.add_argument
-    add("dictionary", type=Path, metavar="DICT", help="dict.txt of the data, with token counts")
-    add("--builder", choices=REGISTRY, default="balanced", help="builder of the table (default: balanced)")
-    add("--num-experts", type=int, required=True, metavar="E", help="number of experts, 1 or more")
-    add("--experts-per-token", type=int, default=1, metavar="K", help="distinct experts per token (default: 1)")
-    add(
-        "--multi-hash",
-        type=int,
-        default=1,
-        metavar="N",
-        help="number of hash functions, one for each segment of the experts' width",
-    )
-    add("--seed", type=int, default=42, help="random seed, 0 or more (default: 42)")
-    add("--restarts", type=int, default=1, metavar="R", help="build R tables and keep the best (default: 1)")
-    add("--feature", choices=FEATURES, default="token", help="the key of a token, which is hashed (default: token)")
-    add("--length", type=int, default=0, metavar="N", help="tokens of ngram (2 or more) and history (1 or more)")
-    add("--keys", type=int, metavar="H", help="rows of a table of buckets (default: 262144) or positions")
-    add("--words", type=Path, metavar="DICT", help="for --feature word: dict.txt of the larger dictionary")
-    add("--counts", type=Path, metavar="FILE", help="lines `symbol count`, instead of the dictionary's counts")
-    add("--text", type=Path, metavar="PATH", help="count keys in a file of symbols, a binarized text or a data folder")
-    add("--subset", default="train", help="subset of --text, if it is a data folder (default: train)")
-    _add_samples(build)
-    add("--embeddings", type=Path, metavar="CKPT", help="for clusters and dispersed: a trained checkpoint")
-    add("--base", choices=BASES, help="for spread: builder of the table of single tokens (default: balanced)")
-    add("--clusters", type=int, metavar="C", help="for dispersed: number of clusters (default: as many as experts)")
-    _add_out(build, "table file to write (safetensors)")
+    build = verbs.add_parser("build", help="build a table for a dictionary and write it to a file")
+    build.add_argument("dictionary", type=Path, metavar="DICT", help="dict.txt of the data, with token counts")
+    add_options(build, Options)
+    add_out(build.add_argument, "table file to write (safetensors)")
     build.set_defaults(run=run_build)
 
+    add = add_verb(
+        verbs,
+        "show",
+        run_show,
+        "show how evenly a table loads the experts",
+        "Show how evenly a table loads the experts, on the dictionary's counts or others and on held-out text, "
+        "compared with the bound that no table can beat.",
+    )
+    add("table", type=Path, metavar="TABLE", help="table file")
+    add("dictionary", type=Path, metavar="DICT", help="dict.txt that the table was built for")
+    _add_judging(add)
 
-def _add_judging(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add = add_verb(verbs, "compare", run_compare, "show several tables of one dictionary side by side")
+    add("tables", nargs="+", type=Path, metavar="TABLE", help="table files, and then the dict.txt")
+    add("--dictionary", type=Path, metavar="DICT", help="the dict.txt, instead of the last TABLE")
+    _add_judging(add)
+
+    add = add_verb(verbs, "export", run_export, "write a table of token ids as the tensor tid2eid of other frameworks")
+    add("table", type=Path, metavar="TABLE", help="table file")
+    add("dictionary", type=Path, nargs="?", metavar="DICT", help="dict.txt of the table; needed with --vocabulary")
+    _add_vocabulary(add, "of the rows to write", "that our dictionary lacks")
+    add_out(add, "file to write: .npy, or else safetensors")
+
+    text = "make a table from another framework's tensor, which maps token ids to expert ids"
+    add = add_verb(verbs, "import", run_import, text)
+    add("file", type=Path, metavar="FILE", help="safetensors, or .npy")
+    add("dictionary", type=Path, metavar="DICT", help="dict.txt for which the table is made")
+    add("--num-experts", type=int, required=True, metavar="E", help="number of experts, 1 or more")
+    add("--tensor", metavar="NAME", help="tensor to read (default: the only one whose name ends in tid2eid)")
+    _add_vocabulary(add, "of the tensor's rows", "that the vocabulary lacks")
+    add_out(add, "table file to write (safetensors)")
+
+
+def _add_judging(add: Add) -> None:
     add("--counts", type=Path, metavar="FILE", help="lines `symbol count`, instead of the dictionary's counts")
     add("--text", type=Path, metavar="PATH", help="count in this text instead (as tables build --text)")
     add("--subset", default="train", help="subset of --text, if it is a data folder (default: train)")
     add("--held-out", type=Path, metavar="PATH", help="judge on this text as well")
     add("--held-out-subset", default="valid", metavar="SUBSET", help="subset of --held-out (default: valid)")
-    _add_samples(parser)
+    cut = "cut texts into samples of N tokens, as training does (default: do not); needed for positions"
+    add("--tokens-per-sample", type=int, default=0, metavar="N", help=cut)
     add("--out", type=Path, metavar="FOLDER", help="write a page, a figure, CSV and JSON to this folder")
 
 
-def _add_samples(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--tokens-per-sample",
-        type=int,
-        default=0,
-        metavar="N",
-        help="cut texts into samples of N tokens, as training does (default: do not); needed for positions",
-    )
-
-
-def _add_vocabulary(parser: argparse.ArgumentParser, whose: str, lacking: str) -> None:
+def _add_vocabulary(add: Add, whose: str, lacking: str) -> None:
     text = f"symbols {whose}, one per line, or a SentencePiece .vocab (default: the dictionary's order)"
-    parser.add_argument("--vocabulary", type=Path, metavar="FILE", help=text)
+    add("--vocabulary", type=Path, metavar="FILE", help=text)
     text = f"seed of the random experts for symbols {lacking}, 0 or more (default: 42)"
-    parser.add_argument("--seed", type=int, default=42, help=text)
-
-
-def _add_out(parser: argparse.ArgumentParser, help_text: str) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=help_text)
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE")
+    add("--seed", type=int, default=42, help=text)
 
 
 def run_build(arguments: argparse.Namespace) -> None:
     """Build and write a table, then show it."""
-    from dataclasses import fields
-
-    from fairseq_hash.core.files import check_out
     from fairseq_hash.hashing import save_table
     from fairseq_hash.hashing.balance import judge
     from fairseq_hash.table_tools.balance_report import show
-    from fairseq_hash.table_tools.build_options import Options, check
+    from fairseq_hash.table_tools.build_options import check
     from fairseq_hash.table_tools.build_table import build
     from fairseq_hash.table_tools.evaluate_balance import UNUSED, Judged, JudgedTable
 
-    options = Options(**{field.name: getattr(arguments, field.name) for field in fields(Options)})
+    options = given_options(Options, arguments)
     check(options)
     check_out(arguments.out, arguments.overwrite)
     built = build(options, print)
@@ -162,8 +114,6 @@ def run_compare(arguments: argparse.Namespace) -> None:
 
 
 def _judge(paths: list[Path], dictionary: Path, arguments: argparse.Namespace) -> None:
-    from fairseq_hash.core.files import check_folder
-    from fairseq_hash.hashing.dictionary import token_counts
     from fairseq_hash.table_tools.balance_report import show, write
     from fairseq_hash.table_tools.evaluate_balance import Judge, open_table
     from fairseq_hash.table_tools.token_streams import open_text
@@ -193,21 +143,19 @@ def _judge(paths: list[Path], dictionary: Path, arguments: argparse.Namespace) -
 
 def run_export(arguments: argparse.Namespace) -> None:
     """Write a table's experts for another framework."""
-    from fairseq_hash.core.files import check_out
-    from fairseq_hash.hashing.dictionary import read_vocabulary
     from fairseq_hash.table_tools.evaluate_balance import open_table, read_table
     from fairseq_hash.table_tools.tid2eid import check_exportable, reorder, write_tensor
 
-    _check_seed(arguments)
+    check_at_least("--seed", arguments.seed, 0)
     check_out(arguments.out, arguments.overwrite)
     if arguments.vocabulary is not None and arguments.dictionary is None:
         raise UserError(
             "--vocabulary needs DICT, too, because a table has no symbols: fairseq-hash tables export TABLE DICT"
         )
-    symbols = read_dictionary(arguments.dictionary)[0] if arguments.dictionary is not None else None
-    if symbols is None:
+    if arguments.dictionary is None:
         table = read_table(arguments.table)
     else:
+        symbols, _ = read_dictionary(arguments.dictionary)
         table = open_table(arguments.table, symbols, arguments.dictionary)
     check_exportable(table, arguments.table)
     expert_VK = table.expert_HK
@@ -221,16 +169,13 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 def run_import(arguments: argparse.Namespace) -> None:
     """Make a table from another framework's tensor, and write it."""
-    from fairseq_hash.core.files import check_out
     from fairseq_hash.hashing import save_table
-    from fairseq_hash.hashing.dictionary import read_vocabulary, token_counts
     from fairseq_hash.table_tools.balance_report import show
     from fairseq_hash.table_tools.evaluate_balance import Judge
     from fairseq_hash.table_tools.tid2eid import import_table, read_tensor
 
-    _check_seed(arguments)
-    if arguments.num_experts < 1:
-        raise UserError(f"--num-experts {arguments.num_experts} is out of range; give a number of 1 or more")
+    check_at_least("--seed", arguments.seed, 0)
+    check_at_least("--num-experts", arguments.num_experts, 1)
     check_out(arguments.out, arguments.overwrite)
     symbols, listed = read_dictionary(arguments.dictionary)
     vocabulary = read_vocabulary(arguments.vocabulary) if arguments.vocabulary is not None else None
@@ -242,11 +187,6 @@ def run_import(arguments: argparse.Namespace) -> None:
     print(f"wrote {arguments.out}")
     counts = token_counts(None, arguments.dictionary, symbols, listed, print)
     show([Judge(symbols, counts).judge(arguments.out.name, table)], symbols)
-
-
-def _check_seed(arguments: argparse.Namespace) -> None:
-    if arguments.seed < 0:
-        raise UserError(f"--seed {arguments.seed} is out of range; give a number of 0 or more")
 
 
 def _say_missing(missing: int, symbols: int, whose: str, where: str) -> None:

@@ -1,6 +1,15 @@
 """Checks of options' values: one line each, with the option, what was given and what is allowed."""
 
+from collections.abc import Mapping
+
 from fairseq_hash.core.errors import UserError
+
+
+def refuse(refusals: Mapping[str, object]) -> None:
+    """Raise `UserError` with the first message whose value is true."""
+    for message, is_wrong in refusals.items():
+        if is_wrong:
+            raise UserError(message)
 
 
 def check_one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -24,22 +24,12 @@ def evaluation_command(run: Run, checkpoint: Path, subset: str) -> list[str]:
     return [*command, *(["--cpu"] if config["common.cpu"] else [])]
 
 
-def evaluate_run(
-    folder: Path,
-    subsets: Sequence[str],
-    which: str,
-    again: bool,
-    tell: Callable[[str], None],
-) -> None:
+def evaluate_run(folder: Path, subsets: Sequence[str], which: str, again: bool, tell: Callable[[str], None]) -> None:
     """Evaluate one run on each subset; the output goes to `eval-SUBSET.log` in its folder.
 
-    Args:
-        which: the checkpoint, best or last.
-        again: whether to repeat evaluations that were made after the training's end.
-        tell: called with a line for each step.
-
-    Raises:
-        UserError: if the run is not complete, its checkpoint is missing, or an evaluation fails.
+    `which` is the checkpoint, best or last; `again`: repeat evaluations that were made after the training's end; `tell`
+    is called with a line for each step. Raises `UserError` if the run is not complete, its checkpoint is missing, or an
+    evaluation fails.
     """
     run = load_run(folder)
     if run.not_done:

@@ -1,6 +1,5 @@
 """The names of experiments and their folder; needs no fairseq."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 # Folders of option groups. Every file in another folder is an experiment, except those that start with an underscore.
@@ -16,10 +15,5 @@ def own_configs() -> Path:
 
 def experiment_names(config_dir: Path) -> list[str]:
     """Return the names of all experiments under a folder of configurations, sorted."""
-    return sorted(_names(config_dir))
-
-
-def _names(config_dir: Path) -> Iterator[str]:
-    for path in config_dir.glob("*/*.yaml"):
-        if path.parent.name not in GROUPS and not path.stem.startswith("_"):
-            yield f"{path.parent.name}/{path.stem}"
+    paths = (path for path in config_dir.glob("*/*.yaml") if path.parent.name not in GROUPS)
+    return sorted(f"{path.parent.name}/{path.stem}" for path in paths if not path.stem.startswith("_"))

@@ -9,7 +9,7 @@ model.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -194,16 +194,12 @@ def padded(id_S: np.ndarray, order: int) -> np.ndarray:
 
 def read_stream(blocks: Iterable[np.ndarray], limit: "int | None" = None) -> np.ndarray:
     """Return the blocks of a text as one stream, int64 `[S]`, or its first `limit` tokens."""
-    return np.concatenate(list(_first(blocks, limit)))
-
-
-def _first(blocks: Iterable[np.ndarray], limit: "int | None") -> Iterator[np.ndarray]:
-    read = 0
+    read: list[np.ndarray] = []
     for block_S in blocks:
-        yield block_S if limit is None else block_S[: limit - read]
-        read += len(block_S)
-        if limit is not None and read >= limit:
-            return
+        read.append(block_S)
+        if limit is not None and sum(map(len, read)) >= limit:
+            break
+    return np.concatenate(read)[:limit]
 
 
 def ngram_lines(
@@ -215,18 +211,9 @@ def ngram_lines(
 ) -> list[Line]:
     """Count a model of each order and evaluate it on each subset.
 
-    Args:
-        training_S: integers `[S]`, 0 to V - 1.
-        held_out: the same for each subset, by name.
-        vocabulary: V.
-        display: shows progress, one unit of work per order.
-        orders: the orders of the models.
-
-    Returns:
-        The lines of the first subset in the order of `orders`, then those of the next.
-
-    Raises:
-        UserError: if n-grams of this many symbols do not fit into int64.
+    Tokens are integers `[S]`, 0 to V - 1, V the vocabulary. The display gets one unit of work per order. The lines of
+    the first subset come in the order of `orders`, then those of the next. Raises `UserError` if n-grams of this many
+    symbols do not fit into int64.
     """
     lines: dict[str, list[Line]] = {subset: [] for subset in held_out}
     for order in orders:

@@ -9,11 +9,7 @@ from fairseq_hash.export.tokens import Tokens
 def model_card(name: str, model: Model, tokens: Tokens, facts: dict[str, Any]) -> str:
     """Return the text of README.md.
 
-    Args:
-        name: the folder's name.
-        model: the exported model.
-        tokens: its tokens.
-        facts: of the checkpoint, as `fairseq-hash checkpoint show --json` prints them.
+    `name` is the folder's; `facts` are those of the checkpoint, as `fairseq-hash checkpoint show --json` prints them.
     """
     config, sizes, made = model.config, facts["parameters"], facts["provenance"]
     trained_with = [f"{key} {made[key]}" for key in ("fairseq_hash", "commit", "torch", "date") if made.get(key)]

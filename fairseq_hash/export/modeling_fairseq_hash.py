@@ -27,6 +27,18 @@ ACTIVATIONS = {
 }
 
 
+# What `config.json` says, and what holds if it says nothing: sizes of the smallest model, without experts.
+DEFAULTS = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+DEFAULTS |= {"input_size": None, "output_size": None, "max_position_embeddings": 1024, "positions": "sinusoidal"}
+DEFAULTS |= {"activation_function": "relu", "normalize_before": True, "final_norm": True, "layernorm_embedding": False}
+DEFAULTS |= {"scale_embedding": True, "share_embeddings": False, "sparse_placement": "replace", "sparse_layers": ()}
+DEFAULTS |= {"num_experts": 1, "expert_form": "plain", "expert_sublayers": 1, "swiglu_limit": 0.0}
+DEFAULTS |= {"shared_expert": False, "eval_capacity_factor": 0.0, "hash_feature": "token", "hash_length": 0}
+DEFAULTS |= {"multi_hash": 1, "experts_per_token": 1, "hash_weights": "uniform", "hash_score": "softmax"}
+DEFAULTS |= {"hash_scale": 1.0, "tables": ()}
+SPECIAL = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2}
+
+
 class FairseqHashConfig(PretrainedConfig):
     """The model's sizes and options. They have the names of fairseq's options if there are such; the docs of
     fairseq_hash explain them.
@@ -38,52 +50,12 @@ class FairseqHashConfig(PretrainedConfig):
     model_type = "fairseq_hash"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
-    def __init__(
-        self,
-        vocab_size: int = 8,
-        hidden_size: int = 8,
-        num_hidden_layers: int = 1,
-        num_attention_heads: int = 1,
-        intermediate_size: int = 8,
-        input_size: "int | None" = None,
-        output_size: "int | None" = None,
-        max_position_embeddings: int = 1024,
-        positions: str = "sinusoidal",
-        activation_function: str = "relu",
-        normalize_before: bool = True,
-        final_norm: bool = True,
-        layernorm_embedding: bool = False,
-        scale_embedding: bool = True,
-        share_embeddings: bool = False,
-        sparse_placement: str = "replace",
-        sparse_layers: "list | tuple" = (),
-        num_experts: int = 1,
-        expert_form: str = "plain",
-        expert_sublayers: int = 1,
-        swiglu_limit: float = 0.0,
-        shared_expert: bool = False,
-        eval_capacity_factor: float = 0.0,
-        hash_feature: str = "token",
-        hash_length: int = 0,
-        multi_hash: int = 1,
-        experts_per_token: int = 1,
-        hash_weights: str = "uniform",
-        hash_score: str = "softmax",
-        hash_scale: float = 1.0,
-        tables: "list | tuple" = (),
-        pad_token_id: int = 1,
-        bos_token_id: int = 2,
-        eos_token_id: int = 2,
-        **kwargs: object,
-    ) -> None:
-        given = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
-        special = {name: given.pop(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-        for name, value in given.items():
-            setattr(self, name, value)
-        # `share_embeddings` means one matrix for input and output: there is no second parameter for transformers to
-        # tie.
-        kwargs["tie_word_embeddings"] = False
-        super().__init__(**special, **kwargs)
+    def __init__(self, **given: object) -> None:
+        for name, value in DEFAULTS.items():
+            setattr(self, name, given.pop(name, value))
+        # With `share_embeddings` input and output have one matrix: there is no second one for transformers to tie.
+        given["tie_word_embeddings"] = False
+        super().__init__(**{**SPECIAL, **given})
 
 
 def shifted(token_BP: Tensor, distance: int, padding: int) -> Tensor:

@@ -16,14 +16,8 @@ Value = Tensor | SavedExperts
 def write_weights(tensors: Mapping[str, Value], folder: Path, shard_size: int) -> None:
     """Write `model.safetensors`, or several files and `model.safetensors.index.json`, as transformers names them.
 
-    Args:
-        tensors: by name; experts in shards are read one at a time.
-        folder: an existing folder to write to.
-        shard_size: most bytes of tensors in one file; a larger tensor has a file of its own.
-
-    Raises:
-        OSError: if a file cannot be written.
-        UserError: if an expert fails its checksum.
+    Experts in shards are read one at a time. `shard_size` is the most bytes of tensors in one file; a larger tensor has
+    a file of its own. Raises `OSError` if a file cannot be written, `UserError` if an expert fails its checksum.
     """
     files = _files(tensors, shard_size)
     if len(files) == 1:

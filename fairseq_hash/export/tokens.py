@@ -64,17 +64,10 @@ def find_tokens(
 ) -> Tokens:
     """Return the tokens of a checkpoint.
 
-    Args:
-        path: the checkpoint.
-        state: its contents, which name the data folder of the training.
-        fingerprint: of its dictionary; None if not known.
-        vocabulary: rows of its embedding.
-        data: the folder with dict.txt and, for pieces, sentencepiece.model; None for that of the training, or the
-            checkpoint's own.
-        pieces: the SentencePiece model; None for that in the folder.
-
-    Raises:
-        UserError: if one of them is missing, or belongs to other data.
+    `state` is the checkpoint's, and names the data folder of the training; `fingerprint` is that of its dictionary,
+    None if not known; `vocabulary` is the number of rows of its embedding. `data` is the folder with dict.txt and, for
+    pieces, sentencepiece.model; None for that of the training, or the checkpoint's own. `pieces` is the SentencePiece
+    model; None for that in the folder. Raises `UserError` if one of them is missing, or belongs to other data.
     """
     task = (state.get("cfg") or {}).get("task") or {}
     where = data if data is not None else Path(str(task.get("data") or "").split(":")[0])

@@ -3,6 +3,8 @@
 An expert's load is the number of tokens of a text that it serves. With N tokens, E experts and K experts per token the
 mean load is K N / E. With perfect balance the largest load equals it.
 
+`num_experts` is E, `columns` K, at most E; `counts`, `[H]`, say how often each key occurs in the text.
+
 Shape suffixes: see `moe.losses`; H is the number of keys, a table's rows.
 """
 
@@ -92,14 +94,8 @@ def judge(expert_HK: np.ndarray, counts: Integers, num_experts: int, is_multi_ha
     times. So its bound is that of K H keys with one expert each. The bound for distinct experts would not hold, because
     a row may name an expert twice.
 
-    Args:
-        expert_HK: int64 `[H, K]`, experts from 0 to E - 1.
-        counts: how often each key occurs in the text, `[H]`.
-        num_experts: E.
-        is_multi_hash: whether the columns are hash functions of their own.
-
-    Raises:
-        UserError: if counts and rows differ in number, or if all counts are 0.
+    `expert_HK` is int64, its experts from 0 to E - 1. Raises `UserError` if counts and rows differ in number, or if all
+    counts are 0.
     """
     count_H = np.asarray(counts, dtype=np.int64)
     columns = expert_HK.shape[1]
@@ -138,11 +134,6 @@ def lower_bound(counts: Integers, num_experts: int, columns: int = 1) -> int:
 
     m = 0 says that the largest load is at least the largest count. m = 1 says that once E / K keys fill all experts,
     the next key shares an expert with another one. More than j keys would only add smaller counts to the sum.
-
-    Args:
-        counts: how often each key occurs, `[H]`.
-        num_experts: E.
-        columns: K, at most E.
     """
     count_H = np.sort(np.asarray(counts, dtype=np.int64))[::-1]
     total = np.concatenate([[0], np.cumsum(count_H)])  # of the first 0, 1, ... keys
@@ -163,10 +154,7 @@ def filling_bound(counts: Integers, load_E: np.ndarray, columns: int = 1) -> int
     j up to 2 E are tried: later keys are small, and with them the bound comes near the mean load, which is a bound,
     too.)
 
-    Args:
-        counts: of the keys that are added, `[H]`.
-        load_E: int64, the loads of all experts without them.
-        columns: K, at most E.
+    `counts` are those of the keys that are added, `load_E`, int64, the loads of all experts without them.
     """
     count_H = np.sort(np.asarray(counts, dtype=np.int64))[::-1]
     bound = max(int(load_E.max()), -(-(int(load_E.sum()) + columns * int(count_H.sum())) // len(load_E)))

@@ -95,13 +95,8 @@ def build_table(
 def deal_out(kind: str, keys: Keys, shape: TableShape, seed: int, number: int = 0, is_first: bool = True) -> np.ndarray:
     """Return the experts that a builder gives to keys, int64 `[H, K]`.
 
-    Args:
-        kind: one of `REGISTRY`.
-        keys: what the table is for.
-        shape: E, K, and whether the columns are hash functions: then each is built for itself.
-        seed: of what is random.
-        number: which one of several tables by this seed. Table 0 is made without a seed if the builder allows it.
-        is_first: as in `build_table`.
+    With hash functions each column is built for itself. `number` says which of several tables by this seed; table 0 is
+    made without a seed if the builder allows it. `is_first`: as in `build_table`.
     """
     builder = REGISTRY[kind]
 

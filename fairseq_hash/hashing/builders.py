@@ -1,5 +1,9 @@
 """Builders of tables `[H, K]` for H keys: pure functions, with the same result for the same seed on every machine.
 
+Every builder takes `num_experts`, E, and `columns`, K; a seed is 0 or more. `counts`, `[H]`, say how often each key
+occurs in the training text. A builder returns int64 `[H, K]`. It raises `UserError` if K is not from 1 to E, or if the
+counts carry no information.
+
 Shape suffixes: see `moe.losses`; H is the number of keys, a table's rows.
 """
 
@@ -20,18 +24,6 @@ def random_experts(num_keys: int, num_experts: int, columns: int = 1, seed: int 
     """Draw K distinct experts for every key; all sets of K are equally probable.
 
     Hash Layers (Roller et al. 2021), section 3, random hash. A draw is a hash of seed and key (`mixing`).
-
-    Args:
-        num_keys: H.
-        num_experts: E.
-        columns: K.
-        seed: 0 or more.
-
-    Returns:
-        int64 `[H, K]`.
-
-    Raises:
-        UserError: if K is not from 1 to E.
     """
     check_columns(num_experts, columns)
     expert_HK = np.empty((num_keys, columns), dtype=np.int64)
@@ -50,18 +42,8 @@ def balanced_experts(counts: Integers, num_experts: int, columns: int = 1, seed:
     Hash Layers (Roller et al. 2021), section 3, balanced hash; K > 1 as in kexue.fm 11750. Ties go to the expert with
     fewer keys, then to the lower number. Keys with the same count keep their order.
 
-    Args:
-        counts: how often each key occurs in the training text, `[H]`.
-        num_experts: E.
-        columns: K.
-        seed: None for this order. A number, 0 or more, gives another balanced table: its order is by counts with noise,
-            and the experts are renumbered. Loads are those of the true counts.
-
-    Returns:
-        int64 `[H, K]`.
-
-    Raises:
-        UserError: if the counts carry no information, or K is not from 1 to E.
+    Without a seed, that is the order. A seed gives another balanced table: its order is by counts with noise, and the
+    experts are renumbered. Loads are those of the true counts.
     """
     check_columns(num_experts, columns)
     count_H = check_counts(counts)
@@ -79,11 +61,8 @@ def balanced_experts(counts: Integers, num_experts: int, columns: int = 1, seed:
 def greedy_experts(count_H: np.ndarray, weight_H: np.ndarray, load_E: np.ndarray, columns: int) -> np.ndarray:
     """Give each key, by descending weight, to the K experts with the smallest loads so far (int64 `[H, K]`).
 
-    Args:
-        count_H: int64, the load that a key adds to its experts.
-        weight_H: sets the order of the keys. Keys with the same weight keep their order.
-        load_E: int64, the starting loads. Not changed.
-        columns: K.
+    `count_H`, int64, is the load that a key adds to its experts. `weight_H` sets the order of the keys; those with the
+    same weight keep theirs. `load_E`, int64, are the starting loads, which are not changed.
     """
     emptiest = [(load, 0, expert) for expert, load in enumerate(load_E.tolist())]  # (load, keys, expert): a heap
     heapq.heapify(emptiest)
@@ -105,18 +84,6 @@ def scattered_experts(counts: Integers, num_experts: int, columns: int = 1, seed
     each set acts as one expert K times as wide. Here nearly every key has a set of its own, and the loads are as even.
     Two random choices are nearly as good as all (Mitzenmacher 2001, The power of two choices), and rare keys come last.
     Among equal loads the expert that was drawn first wins.
-
-    Args:
-        counts: how often each key occurs in the training text, `[H]`.
-        num_experts: E.
-        columns: K.
-        seed: 0 or more.
-
-    Returns:
-        int64 `[H, K]`.
-
-    Raises:
-        UserError: if the counts carry no information, or K is not from 1 to E.
     """
     check_columns(num_experts, columns)
     count_H = check_counts(counts)
@@ -139,11 +106,7 @@ def best_of(
     Among equal largest loads the smaller sum of squared loads wins, then the lower number. If `build(0)` is the table
     without restarts, more restarts never make it worse. Several orders are tried, as in kexue.fm 11750.
 
-    Args:
-        restarts: number of tables, 1 or more.
-        build: makes the table with a number from 0 to `restarts` - 1, int64 `[H, K]`.
-        counts: how often each key occurs, `[H]`.
-        num_experts: E.
+    `build(n)` makes table n, from 0 to `restarts` - 1.
     """
     if restarts < 1:
         raise UserError(f"the best of {restarts} tables cannot be built; give 1 or more")
@@ -171,14 +134,11 @@ def check_counts(counts: Integers) -> np.ndarray:
 
 
 def equal_count(counts: Integers) -> "int | None":
-    """Return the count of each symbol if a dictionary counts all symbols alike, else None.
+    """Return the count of each symbol if a dictionary's counts, `[V]`, are alike for all symbols, else None.
 
     No text with `FEWEST_SYMBOLS` symbols or more has each of them equally often: such counts were written by hand. The
     four special symbols come first and have no counts in any dictionary; words that pad it count 0. Counts of 1 carry
     no information, which `check_counts` reports.
-
-    Args:
-        counts: of a dictionary's symbols, `[V]`, the special ones first.
     """
     own = np.asarray(counts, dtype=np.int64)[SPECIAL_SYMBOLS:]
     own = own[own > 0]

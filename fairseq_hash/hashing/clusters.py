@@ -2,6 +2,9 @@
 
 Hash Layers (Roller et al. 2021), section 3, clustered and dispersed hash: k-means of the embeddings of a trained model.
 
+Arguments, results and errors that are not named are those of `builders`. An embedding is floating point `[H, D]`, the
+seed of k-means from 0 to 2^32 - 1.
+
 Shape suffixes: see `moe.losses`; H is the number of keys, a table's rows.
 """
 
@@ -40,16 +43,8 @@ def cluster_keys(embedding_HD: "Tensor", num_clusters: int, seed: int = 42) -> t
     last digits and finally the labels. Another processor or version of the libraries may still round differently, so
     keep a clustered table as a file.
 
-    Args:
-        embedding_HD: floating point `[H, D]`.
-        num_clusters: from 1 to H.
-        seed: from 0 to 2^32 - 1.
-
-    Returns:
-        The cluster of each key, int64 `[H]`, and the clusters' means, float32 `[clusters, D]`.
-
-    Raises:
-        UserError: if there are more clusters than keys or than different rows, or a row is not finite.
+    Returns the cluster of each key, int64 `[H]`, and the clusters' means, float32 `[clusters, D]`. Raises `UserError`
+    if there are more clusters than keys or than different rows, or a row is not finite.
     """
     # Here, because importing hashing must not import scikit-learn.
     from sklearn.cluster import KMeans
@@ -73,17 +68,7 @@ def clustered_experts(embedding_HD: "Tensor", num_experts: int, columns: int = 1
     """Make one expert of each of E clusters. A key has the expert of its own cluster and of the K - 1 next nearest
     means.
 
-    Args:
-        embedding_HD: floating point `[H, D]`.
-        num_experts: E, at most H.
-        columns: K.
-        seed: of k-means.
-
-    Returns:
-        int64 `[H, K]`, the key's own cluster first.
-
-    Raises:
-        UserError: as in `cluster_keys`, or if K is not from 1 to E.
+    Each row has the key's own cluster first. Raises `UserError` also as `cluster_keys` does.
     """
     import torch  # here, because other tables are built without torch
 
@@ -106,17 +91,8 @@ def dispersed_experts(cluster_H: Integers, counts: Integers, num_experts: int, c
     these, the experts with the smallest loads come first, then those with the lower numbers. So the numbers of keys
     that two experts have of one cluster differ by at most one. Memory: 4 bytes per cluster and expert.
 
-    Args:
-        cluster_H: the cluster of each key, 0 or more, `[H]`.
-        counts: how often each key occurs in the training text, `[H]`.
-        num_experts: E.
-        columns: K.
-
-    Returns:
-        int64 `[H, K]`, ascending in each row.
-
-    Raises:
-        UserError: if the counts carry no information, if clusters and counts differ in number, or if K is not 1 to E.
+    `cluster_H` is the cluster of each key, 0 or more. The rows are ascending. Raises `UserError` also if clusters and
+    counts differ in number.
     """
     check_columns(num_experts, columns)
     count_H, cluster_H = check_counts(counts), np.asarray(cluster_H, dtype=np.int64)

@@ -10,6 +10,9 @@ row of the token before it, so these pairs are spread over the experts, too.
 `index` of such a table: `heavy`, bool `[V]`: which tokens have pairs; `pair`, int64 `[P]`, ascending: token x V +
 previous token.
 
+`counts`, `[V]`, say how often each token occurs in a text. Its pairs are a heavy token and the token before it: token x
+V + previous token, ascending, and how often each occurs; both int64 `[P]`.
+
 Shape suffixes: see `moe.losses`; P is the number of pairs, S the number of tokens in a text.
 """
 
@@ -42,13 +45,7 @@ def heavy_tokens(counts: Integers, num_experts: int, columns: int = 1) -> np.nda
 def count_pairs(token_S: Integers, heavy_V: np.ndarray, padding: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Count the pairs of a heavy token and the token before it.
 
-    Args:
-        token_S: int64 token ids of the text in its order, `[S]`.
-        heavy_V: bool `[V]`, from `heavy_tokens`.
-        padding: id that counts as the token before the first one.
-
-    Returns:
-        The pairs, token x V + previous token, ascending, and how often each occurs; both int64 `[P]`.
+    `token_S` are the ids of the text in its order. `padding` counts as the token before the first one.
     """
     token_S = np.asarray(token_S, dtype=np.int64)
     pairs = NO_PAIRS
@@ -74,13 +71,7 @@ def add_pairs(
 def spread_counts(
     index: Mapping[str, np.ndarray], counts: Integers, pairs: tuple[np.ndarray, np.ndarray]
 ) -> np.ndarray:
-    """Return how often each row of a spread table is used in a text, int64 `[V + P]`.
-
-    Args:
-        index: of the table.
-        counts: how often each token occurs in the text, `[V]`.
-        pairs: what `count_pairs` returns for the text.
-    """
+    """Return how often each row of a spread table is used in a text, int64 `[V + P]`."""
     heavy_V = index["heavy"]
     token_P, previous_P = pairs[0] // len(heavy_V), pairs[0] % len(heavy_V)
     row_P = _rows_of_pairs(index, token_P, previous_P)
@@ -110,15 +101,10 @@ def spread_table(
     pairs on top of the starting loads (`bound_over_mean`, from `balance.filling_bound`). If one pair exceeds the mean
     load, or if three pairs of more than half of it meet two empty experts, this table is not balanced either.
 
-    Args:
-        base: a table over tokens, `[V, K]`, best balanced on the same counts.
-        counts: how often each token occurs in the text, `[V]`.
-        pairs: what `count_pairs` returns for the text.
-        most_pairs: the largest P; None means V, so that a table at most doubles. Pairs with the same count are kept or
-            left out together.
+    `base` is a table over tokens, `[V, K]`, best balanced on the same counts. `most_pairs` is the largest P; None means
+    V, so that a table at most doubles. Pairs with the same count are kept or left out together.
 
-    Raises:
-        UserError: if the base is another kind of table, or if counts and pairs come from different texts.
+    Raises `UserError` if the base is another kind of table, or if counts and pairs come from different texts.
     """
     vocabulary, num_experts, columns = len(base.expert_HK), base.record.num_experts, base.expert_HK.shape[1]
     if base.record.feature != "token" or base.record.is_multi_hash or base.index:

@@ -93,30 +93,21 @@ class HashTransformerDecoder(TransformerDecoder):
         self,
         args: Namespace,
         dictionary: Dictionary,
-        embed_tokens: nn.Module,
-        no_encoder_attn: bool = False,
-        output_projection: "nn.Module | None" = None,
-        *,
+        *more: Any,
         dispatcher: TokenDispatcher,
         is_evaluation: bool = False,
+        **named: Any,
     ) -> None:
-        """Build the decoder.
+        """Build the decoder of fairseq's arguments and of `dispatcher`, which brings tokens to the experts.
 
-        Args:
-            args: the model's options.
-            dictionary: of the task.
-            embed_tokens: as fairseq's own.
-            no_encoder_attn: as fairseq's own.
-            output_projection: as fairseq's own.
-            dispatcher: what brings tokens to the experts.
-            is_evaluation: whether a checkpoint is loaded next, which has its own hash tables.
+        `is_evaluation` says whether a checkpoint is loaded next, which has its own hash tables.
         """
         self.dispatcher = dispatcher
         self.parallel = dispatcher.parallel
         self.options = SparseOptions.from_config(args)
         self.places = self._places(args.decoder_layers)
         self._numbers = itertools.count()  # fairseq builds the layers in order and tells none its number
-        super().__init__(args, dictionary, embed_tokens, no_encoder_attn, output_projection)
+        super().__init__(args, dictionary, *more, **named)
         cfg = TransformerConfig.from_namespace(args)
         for before, place in enumerate(self.places.values()):
             at = place.number
@@ -153,20 +144,13 @@ class HashTransformerDecoder(TransformerDecoder):
         prev_output_tokens: Tensor,
         encoder_out: Any = None,
         incremental_state: "dict[str, dict[str, Tensor | None]] | None" = None,
-        full_context_alignment: bool = False,
-        alignment_layer: "int | None" = None,
-        alignment_heads: "int | None" = None,
+        *more: Any,
+        **named: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Return features `[B, L, D]` and fairseq's extra outputs, with `routing`: the report of each sparse layer."""
         context = self.routing_context(prev_output_tokens, is_step=incremental_state is not None)
-        x, extra = super().extract_features(
-            prev_output_tokens,
-            {"encoder_out": [context], "encoder_padding_mask": []},
-            incremental_state,
-            full_context_alignment,
-            alignment_layer,
-            alignment_heads,
-        )
+        given = {"encoder_out": [context], "encoder_padding_mask": []}
+        x, extra = super().extract_features(prev_output_tokens, given, incremental_state, *more, **named)
         extra["routing"] = context.reports
         extra["is_oracle"] = self.is_oracle
         return x, extra

@@ -20,11 +20,7 @@ FLOAT = 4  # bytes: every model is made in fp32
 def check_fits_here(args: "Mapping[str, Any] | Any", options: SparseOptions, vocabulary: int, ranks: int) -> None:
     """Raise `UserError` where the experts of one rank, or a table, are more than this machine has memory.
 
-    Args:
-        args: the model's configuration.
-        options: its sparse layers.
-        vocabulary: symbols of the dictionary.
-        ranks: P, ranks that share the experts.
+    `ranks` share the experts; `vocabulary` is the number of symbols of the dictionary.
     """
     routers = options.layer_routers(args.decoder_layers)
     if "hash" in options.routers and any(name.strip() in BUILDERS for name in options.hash_table.split(",")):

@@ -10,11 +10,7 @@ from typing import Any
 
 from fairscale.nn.wrap.auto_wrap import ConfigAutoWrap
 from fairseq.models import register_model, register_model_architecture
-from fairseq.models.transformer_lm import (
-    TransformerLanguageModel,
-    TransformerLanguageModelConfig,
-    base_lm_architecture,
-)
+from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig, base_lm_architecture
 from fairseq.tasks import FairseqTask
 from torch import nn
 
@@ -22,6 +18,7 @@ from fairseq_hash.checkpoint.loading import SavedState, one_line
 from fairseq_hash.checkpoint.manifest import Manifest
 from fairseq_hash.checkpoint.model_state import ModelState
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.validators import refuse
 from fairseq_hash.fairseq_patches.model_building import (
     ForEvaluation,
     allow_bf16_without_tpu,
@@ -183,27 +180,22 @@ def check_options(args: Any, options: SparseOptions, is_evaluation: bool) -> Non
     options.layer_routers(args.decoder_layers)
     if options.from_dense and options.expert_form != "plain":
         raise UserError(f"--from-dense copies a plain FFN; --expert-form {options.expert_form} has no such weights")
-    if args.base_layers:
-        raise UserError(
-            f"--base-layers {args.base_layers} is fairseq's own BASE layer, which PyPI's fairseq cannot build; "
-            "use --router base --sparse-placement insert"
-        )
-    if args.decoder_layerdrop > 0:
-        raise UserError(
-            f"--decoder-layerdrop {args.decoder_layerdrop} skips layers whose routing is reported; "
-            "leave it out or use --router none"
-        )
-    if args.decoder_layers_to_keep:
-        raise UserError(
-            f"--decoder-layers-to-keep {args.decoder_layers_to_keep} renumbers the layers that --sparse-layers names; "
-            "leave it out"
-        )
-    if args.quant_noise_pq > 0:
-        raise UserError(
-            f"--quant-noise-pq {args.quant_noise_pq} does not apply to experts; leave it out or use --router none"
-        )
-    if args.scale_fc and options.sparse_placement == "replace":
-        raise UserError("--scale-fc does not apply to experts; leave it out or use --sparse-placement insert")
+    replaces = options.sparse_placement == "replace"
+    refusals = {
+        f"--base-layers {args.base_layers} is fairseq's own BASE layer, which PyPI's fairseq cannot build; use "
+        "--router base --sparse-placement insert": args.base_layers,
+        f"--decoder-layerdrop {args.decoder_layerdrop} skips layers whose routing is reported; leave it out or use "
+        "--router none": args.decoder_layerdrop > 0,
+        f"--decoder-layers-to-keep {args.decoder_layers_to_keep} renumbers the layers that --sparse-layers names; "
+        "leave it out": args.decoder_layers_to_keep,
+        f"--quant-noise-pq {args.quant_noise_pq} does not apply to experts; leave it out or use --router none": (
+            args.quant_noise_pq > 0
+        ),
+        "--scale-fc does not apply to experts; leave it out or use --sparse-placement insert": (
+            args.scale_fc and replaces
+        ),
+    }
+    refuse(refusals)
 
 
 def model_record(model: nn.Module, args: Any, options: SparseOptions, task: FairseqTask) -> dict[str, Any]:
@@ -227,10 +219,24 @@ def model_record(model: nn.Module, args: Any, options: SparseOptions, task: Fair
     }
 
 
-def _architecture(args: Namespace, **sizes: Any) -> None:
+# Layers, D, F and attention heads by the end of an architecture's name.
+SIZES = {
+    "tiny": (4, 128, 512, 4),  # minutes on a CPU
+    "small": (6, 512, 2048, 8),
+    "base": (12, 768, 3072, 12),  # GPT-2's smallest, and StableMoE's base set-up
+    "medium": (24, 1024, 4096, 16),
+    "large": (24, 2048, 8192, 16),  # the dense part of BASE's 4.5B model
+}
+
+
+def architecture(size: str, args: Namespace) -> None:
     """Fill in what the command line leaves open: sizes first, then the defaults of the sparse layers and of fairseq."""
-    defaults = {f.name: f.default for f in fields(SparseOptions) if f.name != "_name"}
-    for name, value in {**sizes, **defaults}.items():
+    names = ("decoder_layers", "decoder_embed_dim", "decoder_ffn_embed_dim", "decoder_attention_heads")
+    defaults = dict(zip(names, SIZES[size], strict=True))
+    if size == "tiny":
+        defaults |= {"dropout": 0.0, "share_decoder_input_output_embed": True}
+    defaults |= {f.name: f.default for f in fields(SparseOptions) if f.name != "_name"}
+    for name, value in defaults.items():
         if not hasattr(args, name):
             setattr(args, name, value)
     base_lm_architecture(args)
@@ -240,45 +246,7 @@ def _architecture(args: Namespace, **sizes: Any) -> None:
 set_architecture("hash_transformer_lm", allow_bf16_without_tpu)
 
 
-@register_model_architecture("hash_transformer_lm", "hash_transformer_lm_tiny")
-def tiny(args: Namespace) -> None:
-    """4 layers, D 128, F 512: minutes on a CPU."""
-    _architecture(
-        args,
-        decoder_layers=4,
-        decoder_embed_dim=128,
-        decoder_ffn_embed_dim=512,
-        decoder_attention_heads=4,
-        dropout=0.0,
-        share_decoder_input_output_embed=True,
-    )
-
-
-@register_model_architecture("hash_transformer_lm", "hash_transformer_lm_small")
-def small(args: Namespace) -> None:
-    """6 layers, D 512, F 2048."""
-    _architecture(args, decoder_layers=6, decoder_embed_dim=512, decoder_ffn_embed_dim=2048, decoder_attention_heads=8)
-
-
-@register_model_architecture("hash_transformer_lm", "hash_transformer_lm_base")
-def base(args: Namespace) -> None:
-    """12 layers, D 768, F 3072: GPT-2's smallest, and StableMoE's base set-up."""
-    _architecture(
-        args, decoder_layers=12, decoder_embed_dim=768, decoder_ffn_embed_dim=3072, decoder_attention_heads=12
-    )
-
-
-@register_model_architecture("hash_transformer_lm", "hash_transformer_lm_medium")
-def medium(args: Namespace) -> None:
-    """24 layers, D 1024, F 4096."""
-    _architecture(
-        args, decoder_layers=24, decoder_embed_dim=1024, decoder_ffn_embed_dim=4096, decoder_attention_heads=16
-    )
-
-
-@register_model_architecture("hash_transformer_lm", "hash_transformer_lm_large")
-def large(args: Namespace) -> None:
-    """24 layers, D 2048, F 8192: the dense part of BASE's 4.5B model."""
-    _architecture(
-        args, decoder_layers=24, decoder_embed_dim=2048, decoder_ffn_embed_dim=8192, decoder_attention_heads=16
+for _size in SIZES:
+    register_model_architecture("hash_transformer_lm", f"hash_transformer_lm_{_size}")(
+        functools.partial(architecture, _size)
     )

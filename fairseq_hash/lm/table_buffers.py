@@ -10,18 +10,12 @@ from torch import Tensor, nn
 
 from fairseq_hash.checkpoint.hash_tables import as_array
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.hashing import (
-    HashTable,
-    TableShape,
-    build_table,
-    check_table,
-    fingerprint_of_tables,
-    placeholder_table,
-    table_fingerprint,
-)
+from fairseq_hash.hashing import HashTable, TableShape, build_table
 from fairseq_hash.hashing.balance import complaint, judge
+from fairseq_hash.hashing.build import placeholder_table
 from fairseq_hash.hashing.features import OF_TOKENS
 from fairseq_hash.hashing.lookup import lookup_rows
+from fairseq_hash.hashing.table import check_table, fingerprint_of_tables, table_fingerprint
 from fairseq_hash.options.hash_options import HashOptions
 
 logger = logging.getLogger("fairseq_hash.model")

@@ -1,38 +1,31 @@
 """Options of the criterion `hash_moe`, and what the trainer knows of a criterion like it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fairseq.criterions.cross_entropy import CrossEntropyCriterionConfig
+
+from fairseq_hash.core.options import option
 
 
 @dataclass
 class HashMoECriterionConfig(CrossEntropyCriterionConfig):
     """Weights of the auxiliary losses, relative to the cross-entropy of one token in nats."""
 
-    load_balance_weight: float = field(
-        default=0.01,
-        metadata={"help": "weight of the load-balancing loss of each sparse layer with a switch router, 0 or more"},
+    load_balance_weight: float = option(
+        0.01, "weight of the load-balancing loss of each sparse layer with a switch router, 0 or more"
     )
-    z_loss_weight: float = field(
-        default=0.0,
-        metadata={
-            "help": "weight of the z-loss of each sparse layer with a switch router, 0 or more (0.001 in ST-MoE)"
-        },
+    z_loss_weight: float = option(
+        0.0, "weight of the z-loss of each sparse layer with a switch router, 0 or more (0.001 in ST-MoE)"
     )
-    log_expert_loads: bool = field(
-        default=False,
-        metadata={
-            "help": "also log each expert's share of the tokens, for every sparse layer: as a list in the JSON log, "
-            "and as a histogram in TensorBoard"
-        },
+    log_expert_loads: bool = option(
+        False,
+        "also log each expert's share of the tokens, for every sparse layer: as a list in the JSON log, and as a "
+        "histogram in TensorBoard",
     )
-    update_freq_ranks: int = field(
-        default=0,
-        metadata={
-            "help": "number of ranks N for which --update-freq F is meant: W ranks accumulate F * N / W batches "
-            "each, so that an update has the same number of tokens on any number of ranks; 0: F batches on "
-            "any number"
-        },
+    update_freq_ranks: int = option(
+        0,
+        "number of ranks N for which --update-freq F is meant: W ranks accumulate F * N / W batches each, so that an "
+        "update has the same number of tokens on any number of ranks; 0: F batches on any number",
     )
 
 

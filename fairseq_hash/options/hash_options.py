@@ -1,14 +1,15 @@
 """Options of hash layers: features, tables, several experts per token. `sparse_options` has the other options."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fairseq.dataclass import FairseqDataclass
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.options import option
 from fairseq_hash.core.validators import check_at_least, check_one_of
-from fairseq_hash.hashing import BUILDERS, FEATURES, Feature, TableShape
-from fairseq_hash.hashing.features import OF_BUCKETS
-from fairseq_hash.hashing.registry import DRAWN
+from fairseq_hash.hashing import Feature, TableShape
+from fairseq_hash.hashing.features import FEATURES, OF_BUCKETS
+from fairseq_hash.hashing.registry import BUILDERS, DRAWN
 from fairseq_hash.moe.hash_weights import SCORES
 
 WEIGHTS = ("uniform", "learned")
@@ -18,73 +19,50 @@ WEIGHTS = ("uniform", "learned")
 class HashOptions(FairseqDataclass):
     """The options of the hash layers of a model. `check_hash` raises `UserError` for a value out of range."""
 
-    hash_table: str = field(
-        default="balanced",
-        metadata={
-            "help": "balanced or scattered (by the counts in the dictionary; scattered for several experts per "
-            f"token), {', '.join(BUILDERS[2:])}, or the path of a table file; one for all layers with "
-            "--router hash, or one for each, comma separated"
-        },
+    hash_table: str = option(
+        "balanced",
+        "balanced or scattered (by the counts in the dictionary; scattered for several experts per token), "
+        f"{', '.join(BUILDERS[2:])}, or the path of a table file; one for all layers with --router hash, or one for "
+        "each, comma separated",
     )
-    hash_seed: int = field(default=42, metadata={"help": "seed of random tables, 0 or more"})
-    hash_per_layer: bool = field(
-        default=False,
-        metadata={
-            "help": "give each hash layer a table of its own, with another seed; for --hash-table balanced, "
-            "scattered or random"
-        },
+    hash_seed: int = option(42, "seed of random tables, 0 or more")
+    hash_per_layer: bool = option(
+        False,
+        "give each hash layer a table of its own, with another seed; for --hash-table balanced, scattered or random",
     )
-    hash_feature: str = field(
-        default="token",
-        metadata={
-            "help": f"what is hashed: {', '.join(FEATURES)}; future is an oracle, for analysis; predicted needs "
-            "--hash-predictor; word needs a table file"
-        },
+    hash_feature: str = option(
+        "token",
+        f"what is hashed: {', '.join(FEATURES)}; future is an oracle, for analysis; predicted needs --hash-predictor; "
+        "word needs a table file",
     )
-    hash_length: int = field(
-        default=0,
-        metadata={
-            "help": "number of tokens of --hash-feature ngram (the last ones, this one included) or history (those "
-            "before this one)"
-        },
+    hash_length: int = option(
+        0,
+        "number of tokens of --hash-feature ngram (the last ones, this one included) or history (those before this "
+        "one)",
     )
-    hash_buckets: int = field(
-        default=262144,
-        metadata={"help": "number of rows of a table over --hash-feature bigram, ngram or history, 1 or more"},
+    hash_buckets: int = option(
+        262144, "number of rows of a table over --hash-feature bigram, ngram or history, 1 or more"
     )
-    hash_predictor: str = field(
-        default="",
-        metadata={
-            "help": "checkpoint of a language model with the same dictionary; --hash-feature predicted hashes its "
-            "most probable next token"
-        },
+    hash_predictor: str = option(
+        "",
+        "checkpoint of a language model with the same dictionary; --hash-feature predicted hashes its most probable "
+        "next token",
     )
-    multi_hash: int = field(
-        default=1,
-        metadata={
-            "help": "number of hash functions, each of which picks the expert of one segment of the FFN's hidden "
-            "layer, 1 or more; parameters and FLOPs are those of 1"
-        },
+    multi_hash: int = option(
+        1,
+        "number of hash functions, each of which picks the expert of one segment of the FFN's hidden layer, 1 or "
+        "more; parameters and FLOPs are those of 1",
     )
-    experts_per_token: int = field(
-        default=1, metadata={"help": "number of experts that the table gives each token, 1 to --num-experts"}
+    experts_per_token: int = option(1, "number of experts that the table gives each token, 1 to --num-experts")
+    hash_weights: str = option(
+        "uniform",
+        "weights of the outputs of a token's experts: uniform (their mean) or learned (scores of the activation, "
+        "normalised over these experts)",
     )
-    hash_weights: str = field(
-        default="uniform",
-        metadata={
-            "help": "weights of the outputs of a token's experts: uniform (their mean) or learned (scores of the "
-            "activation, normalised over these experts)"
-        },
-    )
-    hash_score: str = field(
-        default="softmax", metadata={"help": f"score function of --hash-weights learned: {', '.join(SCORES)}"}
-    )
-    hash_scale: float = field(
-        default=1.0,
-        metadata={
-            "help": "sum of the weights of a token's experts, more than 0 (2.5 in DeepSeek-V4); for "
-            "--experts-per-token 2 or more"
-        },
+    hash_score: str = option("softmax", f"score function of --hash-weights learned: {', '.join(SCORES)}")
+    hash_scale: float = option(
+        1.0,
+        "sum of the weights of a token's experts, more than 0 (2.5 in DeepSeek-V4); for --experts-per-token 2 or more",
     )
 
     @property

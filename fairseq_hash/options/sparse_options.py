@@ -2,11 +2,12 @@
 
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Optional
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.core.validators import check_at_least, check_one_of, check_probability
+from fairseq_hash.core.options import option
+from fairseq_hash.core.validators import check_at_least, check_one_of, check_probability, refuse
 from fairseq_hash.moe.dispatchers import DISPATCHERS
 from fairseq_hash.moe.distributed_assignment import BALANCES
 from fairseq_hash.moe.routers import router_names
@@ -21,126 +22,87 @@ FREEZES = ("none", "experts", "all-but-experts")
 class SparseOptions(HashOptions):
     """Options of the sparse layers of a `hash_transformer_lm`. `check` raises `UserError` for a value out of range."""
 
-    router: str = field(
-        default="",
-        metadata={
-            "help": "router, which picks the expert of each token: none (a dense model, fairseq's transformer_lm), "
-            "hash (a fixed table over a feature of the tokens), switch (learned top-1), base (learned, "
-            "balanced assignment); one for all sparse layers, or one for each, comma separated, such as "
-            "hash,hash,switch; default: none, with which no other option of experts may be given"
-        },
+    router: str = option(
+        "",
+        "router, which picks the expert of each token: none (a dense model, fairseq's transformer_lm), hash (a fixed "
+        "table over a feature of the tokens), switch (learned top-1), base (learned, balanced assignment); one for "
+        "all sparse layers, or one for each, comma separated, such as hash,hash,switch; default: none, with which no "
+        "other option of experts may be given",
     )
-    num_experts: int = field(default=16, metadata={"help": "number of experts of each sparse layer, 1 or more"})
-    sparse_layers: str = field(
-        default="",
-        metadata={
-            "help": "decoder layers with experts, from 0, comma separated, such as 1,3; required unless --router none"
-        },
+    num_experts: int = option(16, "number of experts of each sparse layer, 1 or more")
+    sparse_layers: str = option(
+        "", "decoder layers with experts, from 0, comma separated, such as 1,3; required unless --router none"
     )
-    sparse_placement: str = field(
-        default="replace",
-        metadata={
-            "help": "replace: the experts replace the layer's FFN (Hash Layers, Switch); insert: an extra stack of "
-            "residual sub-layers follows the layer (BASE)"
-        },
+    sparse_placement: str = option(
+        "replace",
+        "replace: the experts replace the layer's FFN (Hash Layers, Switch); insert: an extra stack of residual "
+        "sub-layers follows the layer (BASE)",
     )
-    expert_sublayers: int = field(
-        default=1,
-        metadata={"help": "residual sub-layers of each expert, 1 or more; more than 1 needs --sparse-placement insert"},
+    expert_sublayers: int = option(
+        1, "residual sub-layers of each expert, 1 or more; more than 1 needs --sparse-placement insert"
     )
-    capacity_factor: float = field(
-        default=0.0,
-        metadata={
-            "help": "capacity of an expert: the largest number of tokens it takes in a training batch, as a multiple "
-            "of the mean load (1.25 in Switch); 0 drops nothing"
-        },
+    capacity_factor: float = option(
+        0.0,
+        "capacity of an expert: the largest number of tokens it takes in a training batch, as a multiple of the mean "
+        "load (1.25 in Switch); 0 drops nothing",
     )
-    eval_capacity_factor: float = field(
-        default=0.0, metadata={"help": "the same in validation, evaluation and generation; 0 drops nothing"}
+    eval_capacity_factor: float = option(0.0, "the same in validation, evaluation and generation; 0 drops nothing")
+    router_jitter: float = option(
+        0.0,
+        "in training, multiply the input of the switch router by uniform noise in [1 - JITTER, 1 + JITTER]; 0 to less "
+        "than 1 (0.01 in Switch)",
     )
-    router_jitter: float = field(
-        default=0.0,
-        metadata={
-            "help": "in training, multiply the input of the switch router by uniform noise in "
-            "[1 - JITTER, 1 + JITTER]; 0 to less than 1 (0.01 in Switch)"
-        },
+    base_balance: str = option(
+        "global",
+        "in training, --router base balances its assignment over the batch of all ranks that share experts (global), "
+        "over a random share of it on each rank (shuffle: as published), or over each rank's own tokens (local)",
     )
-    base_balance: str = field(
-        default="global",
-        metadata={
-            "help": "in training, --router base balances its assignment over the batch of all ranks that share experts "
-            "(global), over a random share of it on each rank (shuffle: as published), or over each rank's own tokens "
-            "(local)"
-        },
+    expert_dropout: Optional[float] = option(
+        None,
+        "dropout probability of the experts' hidden layer, 0 to less than 1; default: --activation-dropout "
+        "(--relu-dropout), as in a dense FFN",
     )
-    expert_dropout: Optional[float] = field(
-        default=None,
-        metadata={
-            "help": "dropout probability of the experts' hidden layer, 0 to less than 1; default: --activation-dropout "
-            "(--relu-dropout), as in a dense FFN"
-        },
+    recompute_hidden: bool = option(
+        False,
+        "recompute the experts' hidden layer in the backward pass instead of keeping it: saves tokens x hidden width "
+        "values of memory per sparse layer, and costs a seventh matrix product beside the usual six",
     )
-    recompute_hidden: bool = field(
-        default=False,
-        metadata={
-            "help": "recompute the experts' hidden layer in the backward pass instead of keeping it: saves tokens x "
-            "hidden width values of memory per sparse layer, and costs a seventh matrix product beside the "
-            "usual six"
-        },
+    expert_form: str = option(
+        "plain",
+        "plain: linear, activation, linear, as fairseq's FFN; swiglu: gated and without biases, as in frontier models "
+        "(50 % more parameters at the same hidden width)",
     )
-    expert_form: str = field(
-        default="plain",
-        metadata={
-            "help": "plain: linear, activation, linear, as fairseq's FFN; swiglu: gated and without biases, as in "
-            "frontier models (50 % more parameters at the same hidden width)"
-        },
+    swiglu_limit: float = option(
+        0.0,
+        "clamp of --expert-form swiglu: the largest gate, and the largest magnitude of the value it multiplies; 0: no "
+        "limit",
     )
-    swiglu_limit: float = field(
-        default=0.0,
-        metadata={
-            "help": "clamp of --expert-form swiglu: the largest gate, and the largest magnitude of the value "
-            "it multiplies; 0: no limit"
-        },
+    shared_expert: bool = option(False, "add to each sparse layer one more expert that serves every token")
+    expert_parallel_size: int = option(
+        0,
+        "ranks that share one set of experts, a divisor of the number of ranks and of --num-experts; 0: the largest "
+        "possible; 1: all experts on every rank",
     )
-    shared_expert: bool = field(
-        default=False,
-        metadata={"help": "add to each sparse layer one more expert that serves every token"},
+    expert_dispatch: str = option(
+        "all-to-all",
+        "token dispatcher between ranks that share experts: all-to-all (sends exactly the rows that must move) or "
+        "fairscale (its MOELayer: full capacity buffers, fp32 only); the result is the same",
     )
-    expert_parallel_size: int = field(
-        default=0,
-        metadata={
-            "help": "ranks that share one set of experts, a divisor of the number of ranks and of --num-experts; 0: "
-            "the largest possible; 1: all experts on every rank"
-        },
+    from_dense: str = option(
+        "",
+        "upcycling: start a new training from the checkpoint of a dense model of the same sizes (--router none, or "
+        "fairseq's transformer_lm); every expert starts as the FFN of its layer",
     )
-    expert_dispatch: str = field(
-        default="all-to-all",
-        metadata={
-            "help": "token dispatcher between ranks that share experts: all-to-all (sends exactly the rows that must "
-            "move) or fairscale (its MOELayer: full capacity buffers, fp32 only); the result is the same"
-        },
+    freeze: str = option(
+        "none",
+        "weights that do not train, in fine-tuning with --finetune-from-model, say: none, experts (those of the "
+        "sparse layers, the shared one included) or all-but-experts (everything else, routers included); evaluation "
+        "ignores it",
     )
-    from_dense: str = field(
-        default="",
-        metadata={
-            "help": "upcycling: start a new training from the checkpoint of a dense model of the same sizes "
-            "(--router none, or fairseq's transformer_lm); every expert starts as the FFN of its layer"
-        },
-    )
-    freeze: str = field(
-        default="none",
-        metadata={
-            "help": "weights that do not train, in fine-tuning with --finetune-from-model, say: none, experts (those "
-            "of the sparse layers, the shared one included) or all-but-experts (everything else, routers "
-            "included); evaluation ignores it"
-        },
-    )
-    map_experts: bool = field(
-        default=False,
-        metadata={
-            "help": "evaluation only, as --model-overrides \"{'map_experts': True}\": leave the experts in the "
-            "checkpoint's files, memory-mapped, and read those of one layer at a time"
-        },
+    map_experts: bool = option(
+        False,
+        "evaluation only, as --model-overrides \"{'map_experts': True}\": leave the experts in the checkpoint's "
+        "files, memory-mapped, and read those of one layer at a time",
     )
 
     @classmethod
@@ -230,19 +192,16 @@ class SparseOptions(HashOptions):
         if self.multi_hash > 1 and self.expert_form != "plain":
             raise UserError(f"--multi-hash {self.multi_hash} needs --expert-form plain")
         if self.sparse_placement == "insert":
-            self._check_inserted()
+            others = {
+                f"--multi-hash {self.multi_hash}": self.multi_hash > 1,
+                f"--expert-form {self.expert_form}": self.expert_form != "plain",
+                "--shared-expert": self.shared_expert,
+            }
+            instead = "needs experts in place of an FFN; use --sparse-placement replace"
+            refuse({f"{name} {instead}": is_given for name, is_given in others.items()})
         check_at_least("--capacity-factor", self.capacity_factor, 0)
         check_at_least("--eval-capacity-factor", self.eval_capacity_factor, 0)
         check_at_least("--expert-parallel-size", self.expert_parallel_size, 0)
         check_probability("--router-jitter", self.router_jitter)
         if self.expert_dropout is not None:
             check_probability("--expert-dropout", self.expert_dropout)
-
-    def _check_inserted(self) -> None:
-        for option, is_given in (
-            (f"--multi-hash {self.multi_hash}", self.multi_hash > 1),
-            (f"--expert-form {self.expert_form}", self.expert_form != "plain"),
-            ("--shared-expert", self.shared_expert),
-        ):
-            if is_given:
-                raise UserError(f"{option} needs experts in place of an FFN; use --sparse-placement replace")

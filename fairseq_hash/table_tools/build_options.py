@@ -7,35 +7,45 @@ from pathlib import Path
 from typing import Optional
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.options import flag_of, option
+from fairseq_hash.core.validators import check_at_least, refuse
 from fairseq_hash.hashing import Feature
-from fairseq_hash.hashing.features import OF_BUCKETS, OF_TOKENS
+from fairseq_hash.hashing.features import FEATURES, OF_BUCKETS, OF_TOKENS
 from fairseq_hash.hashing.registry import BASES, OF_COUNTS, OF_EMBEDDINGS, REGISTRY, VARYING
 
 BUCKETS = 262144
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of `tables build`, with the same names."""
+    """The options of `tables build`."""
 
     dictionary: Path
-    num_experts: int
-    builder: str = "balanced"
-    experts_per_token: int = 1
-    multi_hash: int = 1
-    seed: int = 42
-    restarts: int = 1
-    feature: str = "token"
-    length: int = 0
-    keys: Optional[int] = None
-    words: Optional[Path] = None
-    counts: Optional[Path] = None
-    text: Optional[Path] = None
-    subset: str = "train"
-    tokens_per_sample: int = 0
-    embeddings: Optional[Path] = None
-    clusters: Optional[int] = None
-    base: Optional[str] = None
+    builder: str = option("balanced", "builder of the table (default: balanced)", choices=REGISTRY)
+    num_experts: int = option(help="number of experts, 1 or more", metavar="E")
+    experts_per_token: int = option(1, "distinct experts per token (default: 1)", metavar="K")
+    multi_hash: int = option(1, "number of hash functions, one for each segment of the experts' width", metavar="N")
+    seed: int = option(42, "random seed, 0 or more (default: 42)")
+    restarts: int = option(1, "build R tables and keep the best (default: 1)", metavar="R")
+    feature: str = option("token", "the key of a token, which is hashed (default: token)", choices=FEATURES)
+    length: int = option(0, "tokens of ngram (2 or more) and history (1 or more)", metavar="N")
+    keys: Optional[int] = option(None, f"rows of a table of buckets (default: {BUCKETS}) or positions", metavar="H")
+    words: Optional[Path] = option(None, "for --feature word: dict.txt of the larger dictionary", metavar="DICT")
+    counts: Optional[Path] = option(None, "lines `symbol count`, instead of the dictionary's counts", metavar="FILE")
+    text: Optional[Path] = option(
+        None, "count keys in a file of symbols, a binarized text or a data folder", metavar="PATH"
+    )
+    subset: str = option("train", "subset of --text, if it is a data folder (default: train)")
+    tokens_per_sample: int = option(
+        0, "cut texts into samples of N tokens, as training does (default: do not); needed for positions", metavar="N"
+    )
+    embeddings: Optional[Path] = option(None, "for clusters and dispersed: a trained checkpoint", metavar="CKPT")
+    base: Optional[str] = option(
+        None, "for spread: builder of the table of single tokens (default: balanced)", choices=BASES
+    )
+    clusters: Optional[int] = option(
+        None, "for dispersed: number of clusters (default: as many as experts)", metavar="C"
+    )
 
     @property
     def table_builder(self) -> str:
@@ -56,19 +66,11 @@ class Options:
 def check(options: Options) -> None:
     """Raise `UserError` if options do not go together, before anything is read."""
     builder, feature = options.builder, options.feature
-    least = {
-        "num_experts": 1,
-        "experts_per_token": 1,
-        "seed": 0,
-        "restarts": 1,
-        "keys": 1,
-        "clusters": 1,
-        "multi_hash": 1,
-    }
-    for name, low in {**least, "tokens_per_sample": 0}.items():
+    least = dict.fromkeys(("num_experts", "experts_per_token", "restarts", "keys", "clusters", "multi_hash"), 1)
+    for name, low in {**least, "seed": 0, "tokens_per_sample": 0}.items():
         value = getattr(options, name)
-        if value is not None and value < low:
-            raise UserError(f"--{name.replace('_', '-')} {value} is out of range; give a number of {low} or more")
+        if value is not None:
+            check_at_least(flag_of(name), value, low)
     with own_names():
         Feature(feature, options.length)
     refusals = {
@@ -123,9 +125,7 @@ def check(options: Options) -> None:
             builder in OF_EMBEDDINGS and options.seed >= 2**32
         ),
     }
-    for message, is_wrong in refusals.items():
-        if is_wrong:
-            raise UserError(message)
+    refuse(refusals)
 
 
 @contextmanager

@@ -37,12 +37,7 @@ class Built:
 def build(options: Options, say: Callable[[str], object] = print) -> Built:
     """Build a table.
 
-    Args:
-        options: the options of `tables build`.
-        say: gets further lines for the user.
-
-    Raises:
-        UserError: for bad input, in one line.
+    `say` gets further lines for the user. Raises `UserError` for bad input, in one line.
     """
     check(options)
     feature = Feature(options.feature, options.length)

@@ -1,6 +1,7 @@
 """Counts of keys in a text: how often each row of a table is looked up. Shape suffixes: see `moe.losses`."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -16,16 +17,9 @@ def count_keys(
 ) -> np.ndarray:
     """Return how often each of H keys occurs in a text, int64 `[H]`, with a bar on a terminal.
 
-    Args:
-        feature: the feature that gives the key of a token.
-        num_keys: H.
-        index: the table's further arrays for finding rows.
-        text: the text.
-        tokens_per_sample: cut the text into samples of that many tokens, which do not see what is before them; 0: do
-            not cut.
-
-    Raises:
-        UserError: if the text is damaged, empty, or of another dictionary.
+    `index` are the table's further arrays for finding rows. `tokens_per_sample`: cut the text into samples of that many
+    tokens, which do not see what is before them; 0: do not cut. Raises `UserError` if the text is damaged, empty, or of
+    another dictionary.
     """
     import torch
 
@@ -68,33 +62,23 @@ def samples(blocks: Iterable[np.ndarray], tokens_per_sample: int) -> Iterator[tu
         yield rest_S[None], slice(first, None)
 
 
-class reading:  # noqa: N801 (used as a function is)
-    """The blocks of a text, with a bar on a terminal: `with reading(text) as blocks`."""
+@contextmanager
+def reading(text: Text) -> Iterator[Iterator[np.ndarray]]:
+    """Yield the blocks of a text, with a bar on a terminal: `with reading(text) as blocks`."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    def __init__(self, text: Text) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        self.bars = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-        self.text = text
-
-    def __enter__(self) -> Iterator[np.ndarray]:
-        task = self.bars.add_task(f"reading {self.text.path.name}", total=self.text.bytes)
-        advance: Callable[[int], None] = lambda size: self.bars.advance(task, size)  # noqa: E731
-        self.bars.start()
-        return self.text.blocks(advance)
-
-    def __exit__(self, *error: object) -> None:
-        self.bars.stop()
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
+        task = bars.add_task(f"reading {text.path.name}", total=text.bytes)
+        yield text.blocks(lambda size: bars.advance(task, size))
 
 
 def count_pairs(text: Text, heavy_V: np.ndarray, tokens_per_sample: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Count the pairs of a heavy token and the token before it, like `hashing.spread.count_pairs`, but block by block.
 
-    Returns:
-        The pairs, token x V + previous token, ascending, and how often each occurs; both int64 `[P]`.
+    Returns the pairs, token x V + previous token, ascending, and how often each occurs; both int64 `[P]`.
     """
     import torch
 

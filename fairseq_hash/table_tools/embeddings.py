@@ -15,15 +15,9 @@ NAME = "decoder.embed_tokens.weight"
 def read_embeddings(path: Path, symbols: list[str]) -> tuple[Tensor, bool]:
     """Return a checkpoint's input embeddings, and whether they are known to belong to this dictionary.
 
-    Args:
-        path: main file of a dense or sparse model, or a checkpoint of fairseq's transformer_lm.
-        symbols: the dictionary's symbols, V of them.
-
-    Returns:
-        float32 `[V, D]`; whether the checkpoint names its dictionary (fairseq's own files do not).
-
-    Raises:
-        UserError: if the file is missing, damaged, without embeddings, or of another dictionary.
+    `path` is the main file of a dense or sparse model, or a checkpoint of fairseq's transformer_lm, whose own files do
+    not name their dictionary. Returns float32 `[V, D]`. Raises `UserError` if the file is missing, damaged, without
+    embeddings, or of another dictionary.
     """
     state = read_main(path)
     embedding_VD = state["model"].get(NAME)

@@ -8,16 +8,11 @@ from typing import Any
 import numpy as np
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.hashing import (
-    Feature,
-    HashTable,
-    counts_fingerprint,
-    dictionary_fingerprint,
-    load_table,
-)
+from fairseq_hash.hashing import Feature, HashTable, dictionary_fingerprint, load_table
 from fairseq_hash.hashing.balance import Balance, judge
 from fairseq_hash.hashing.dictionary import PADDING
 from fairseq_hash.hashing.features import OF_TOKENS
+from fairseq_hash.hashing.table import counts_fingerprint
 from fairseq_hash.table_tools.count_keys import count_keys, count_table
 from fairseq_hash.table_tools.token_streams import Text
 
@@ -48,16 +43,13 @@ class Judged:
     def figures(self) -> dict[str, Any]:
         """Return the figures by name, ready for JSON."""
         balance = self.balance
+        names = ("largest_over_mean", "bound_over_mean", "smallest_over_mean")
+        names += ("coefficient_of_variation", "entropy", "entropy_share")
         return {
             "counts": self.what,
             "source": self.source,
             "tokens": int(self.count_H.sum()),
-            "largest_over_mean": balance.largest_over_mean,
-            "bound_over_mean": balance.bound_over_mean,
-            "smallest_over_mean": balance.smallest_over_mean,
-            "coefficient_of_variation": balance.coefficient_of_variation,
-            "entropy": balance.entropy,
-            "entropy_share": balance.entropy_share,
+            **{name: getattr(balance, name) for name in names},
             "overloading_keys": len(balance.overloading),
             "overloading_share": float(balance.overloading_counts.sum() / self.count_H.sum()),
         }

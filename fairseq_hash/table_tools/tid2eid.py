@@ -14,7 +14,8 @@ from safetensors.numpy import save_file
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.files import output_file
-from fairseq_hash.hashing import HashTable, TableRecord, dictionary_fingerprint, random_experts
+from fairseq_hash.hashing import HashTable, TableRecord, dictionary_fingerprint
+from fairseq_hash.hashing.builders import random_experts
 from fairseq_hash.hashing.dictionary import indices
 from fairseq_hash.hashing.table import check_table_size
 
@@ -37,15 +38,8 @@ def reorder(
 ) -> tuple[np.ndarray, int]:
     """Return the rows for other symbols, and the number of these symbols that the table lacks.
 
-    Args:
-        expert_VK: int64, the table in the order of `symbols`.
-        symbols: its symbols.
-        wanted: the symbols whose rows are returned, in this order. Symbols that the table lacks get random experts.
-        num_experts: E.
-        seed: of the random experts.
-
-    Raises:
-        UserError: if no symbol is in both.
+    `expert_VK` is int64, in the order of `symbols`; the rows are those of `wanted`, in this order. Symbols that the
+    table lacks get random experts by the seed. Raises `UserError` if no symbol is in both.
     """
     index = indices(list(symbols))
     row_W = np.array([index.get(symbol, -1) for symbol in wanted])
@@ -74,12 +68,9 @@ def write_tensor(expert_VK: np.ndarray, record: TableRecord, out: Path) -> None:
 def read_tensor(path: Path, name: "str | None") -> tuple[np.ndarray, str]:
     """Read a table of another framework; return int64 `[V, K]` and the tensor's name.
 
-    Args:
-        path: a .npy file, or safetensors.
-        name: of the tensor; None for the only one whose name ends in `tid2eid`.
-
-    Raises:
-        UserError: if the file is missing or damaged, or has no such tensor, several, or one of another kind.
+    `path` is a .npy file, or safetensors; `name` is that of the tensor, None for the only one whose name ends in
+    `tid2eid`. Raises `UserError` if the file is missing or damaged, or has no such tensor, several, or one of another
+    kind.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a file of safetensors, or .npy")
@@ -127,16 +118,9 @@ def import_table(
 ) -> tuple[HashTable, int]:
     """Turn a table of another framework into ours. Return it, and the number of symbols that it lacked.
 
-    Args:
-        expert_WK: int64, its experts.
-        name: of the tensor, for the record.
-        symbols: our dictionary's symbols.
-        num_experts: E.
-        vocabulary: the symbols of its rows; None if they are those of our dictionary.
-        seed: of the random experts of symbols that it lacks.
-
-    Raises:
-        UserError: for another number of rows, an id out of range, or an expert twice in a row.
+    `expert_WK` is int64, `name` its tensor's, for the record; `vocabulary` are the symbols of its rows, None if they
+    are those of our dictionary. Symbols that it lacks get random experts by the seed. Raises `UserError` for another
+    number of rows, an id out of range, or an expert twice in a row.
     """
     rows, whose = (len(symbols), "dictionary") if vocabulary is None else (len(vocabulary), "vocabulary")
     if len(expert_WK) != rows:

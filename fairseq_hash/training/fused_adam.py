@@ -92,26 +92,14 @@ class FusedAdam(adam.Adam):
             scale = None
         # fairseq adds eps to the root of the second moment as it is, the kernel after the correction of its bias.
         eps = group["eps"] / (1 - beta2**step) ** 0.5
+        options = {"lr": group["lr"], "weight_decay": group["weight_decay"], "beta1": beta1, "beta2": beta2, "eps": eps}
+        options |= {"amsgrad": False, "maximize": False, "grad_scale": scale}
         for pieces in [tensors] if is_whole else self._pieces(tensors):
             values, gradients, *moments = map(list, zip(*pieces, strict=True))
             if not is_whole:
                 dtype = moments[0][0].dtype
                 values, gradients = ([tensor.to(dtype) for tensor in kind] for kind in (values, gradients))
-            torch._fused_adamw_(
-                values,
-                gradients,
-                *moments,
-                [],
-                [steps] * len(values),
-                lr=group["lr"],
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=group["weight_decay"],
-                eps=eps,
-                amsgrad=False,
-                maximize=False,
-                grad_scale=scale,
-            )
+            torch._fused_adamw_(values, gradients, *moments, [], [steps] * len(values), **options)
             for (rounded, *_), value in zip(pieces, values, strict=True):
                 if rounded is not value:
                     rounded.copy_(value)

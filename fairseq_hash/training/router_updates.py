@@ -13,10 +13,8 @@ from fairseq_hash.moe.routing_stats import RoutingReport, of_log_key
 def update_routers(model: nn.Module, logging_outputs: Sequence[dict[str, Any]]) -> None:
     """Call `after_update` of every router that has it.
 
-    Args:
-        model: a language model; its sparse layers are in the order of their numbers.
-        logging_outputs: what the criterion `hash_moe` logged of the update: one for each of this rank's batches, or the
-            sum over all ranks.
+    `logging_outputs` is what the criterion `hash_moe` logged of the update: one for each of this rank's batches, or the
+    sum over all ranks. The model's sparse layers are in the order of their numbers.
     """
     layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
     if not any(hasattr(layer.router, "after_update") for layer in layers):

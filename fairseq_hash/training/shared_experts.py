@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fairseq_hash.checkpoint.expert_state import optimized
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.validators import refuse
 from fairseq_hash.moe.layer import SparseLayer
 from fairseq_hash.moe.token_dispatcher import LocalDispatcher
 from fairseq_hash.parallel.collectives import gather
@@ -29,46 +30,38 @@ def check_device(is_sharded: bool, on_cpu: bool) -> None:
 
 def check_training(cfg: Any, dispatcher: type[LocalDispatcher]) -> None:
     """Raise `UserError` if an option of the training does not go with shared experts, or with their dispatcher."""
+    training, common = cfg.distributed_training, cfg.common
+    backend = training.ddp_backend
     instead = "; or leave every rank all experts: --expert-parallel-size 1"
-    backend = cfg.distributed_training.ddp_backend
-    if backend not in BACKENDS:
-        raise UserError(
-            f"--ddp-backend {backend} does not go with shared experts; use legacy_ddp, pytorch_ddp or fully_sharded"
-        )
-    if backend == "fully_sharded" and not cfg.distributed_training.use_sharded_state:
-        raise UserError(
-            "--ddp-backend fully_sharded with shared experts saves what each rank holds in a file of its own; add "
-            f"--use-sharded-state{instead}"
-        )
-    common = cfg.common
     flattens = not (common.memory_efficient_fp16 or common.fp16_no_flatten_grads or backend == "fully_sharded")
-    if common.fp16 and flattens:
-        raise UserError(
-            "--fp16 flattens all gradients into one, experts and others; add --fp16-no-flatten-grads, or use "
-            f"--memory-efficient-fp16{instead}"
-        )
-    if dispatcher.is_fp32_only and (common.fp16 or common.bf16):
-        form = "fp16" if common.fp16 else "bf16"
-        raise UserError(f"--{form} does not go with --expert-dispatch fairscale, whose masks are fp32; use all-to-all")
-    if common.amp:
-        raise UserError(
-            f"--amp keeps a loss scale on every rank, and with shared experts they drift apart; use --bf16{instead}"
-        )
-    if cfg.distributed_training.zero_sharding != "none":
-        raise UserError(
-            f"--zero-sharding {cfg.distributed_training.zero_sharding} gives experts to ranks that do not hold them; "
-            f"leave it out{instead}"
-        )
-    if cfg.ema.store_ema:
-        raise UserError(f"--store-ema does not go with shared experts: a rank has its own alone; leave it out{instead}")
-    for option, is_set in (
-        ("--use-bmuf", cfg.optimization.use_bmuf),
-        ("--model-parallel-size", common.model_parallel_size > 1),
-        ("--pipeline-model-parallel", cfg.distributed_training.pipeline_model_parallel),
-        ("--tpu", common.tpu),
-    ):
-        if is_set:
-            raise UserError(f"{option} does not go with shared experts; leave it out")
+    form = "fp16" if common.fp16 else "bf16"
+    refusals = {
+        f"--ddp-backend {backend} does not go with shared experts; use legacy_ddp, pytorch_ddp or fully_sharded": (
+            backend not in BACKENDS
+        ),
+        "--ddp-backend fully_sharded with shared experts saves what each rank holds in a file of its own; add "
+        f"--use-sharded-state{instead}": backend == "fully_sharded" and not training.use_sharded_state,
+        "--fp16 flattens all gradients into one, experts and others; add --fp16-no-flatten-grads, or use "
+        f"--memory-efficient-fp16{instead}": common.fp16 and flattens,
+        f"--{form} does not go with --expert-dispatch fairscale, whose masks are fp32; use all-to-all": (
+            dispatcher.is_fp32_only and (common.fp16 or common.bf16)
+        ),
+        "--amp keeps a loss scale on every rank, and with shared experts they drift apart; use --bf16"
+        f"{instead}": common.amp,
+        f"--zero-sharding {training.zero_sharding} gives experts to ranks that do not hold them; leave it out"
+        f"{instead}": training.zero_sharding != "none",
+        f"--store-ema does not go with shared experts: a rank has its own alone; leave it out{instead}": (
+            cfg.ema.store_ema
+        ),
+    }
+    others = {
+        "--use-bmuf": cfg.optimization.use_bmuf,
+        "--model-parallel-size": common.model_parallel_size > 1,
+        "--pipeline-model-parallel": training.pipeline_model_parallel,
+        "--tpu": common.tpu,
+    }
+    refusals |= {f"{name} does not go with shared experts; leave it out": is_set for name, is_set in others.items()}
+    refuse(refusals)
 
 
 def scaled_update_freq(update_freq: Sequence[int], meant_for: int, ranks: int) -> list[int]:

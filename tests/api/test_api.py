@@ -13,7 +13,7 @@ from plugin import USER_DIR, command
 from small_models import OPTIONS, checkpoint, loaded
 
 import fairseq_hash
-from fairseq_hash.api.routes import Watch
+from fairseq_hash.api.routes import sparse_layers, watched
 from fairseq_hash.core.errors import UserError
 
 TEXT = "word3 word1 word7 word0 word0 word12 word5"
@@ -159,12 +159,12 @@ def test_dropped_tokens_are_those_over_the_capacity(data, tmp_path):
 def test_routes_of_sampling_are_those_of_the_whole_text(data, name):
     """Token by token, the generator has the routes that one pass over the finished text shows."""
     model = loaded(data, name)
-    with Watch(model.model) as watch:
+    with watched(model.model) as decisions:
         (sample,) = model.sample("word3 word1", length=8, seed=3)
     assert sample.given == 2 and len(sample.tokens) > 4
     routes = model.routes(sample.tokens)
-    for place, layer in watch.layers:
-        steps = [step[1].expert_TK // layer.segments for step in watch.decisions[place.number]]
+    for place, layer in sparse_layers(model.model):
+        steps = [step[1].expert_TK // layer.segments for step in decisions[layer]]
         # The generator does not read the last token; where the model itself ended the line, it reads one more.
         whole = experts_of(routes, place.number)
         assert [step[0].tolist() for step in steps] == whole[: len(steps)] and len(steps) >= len(whole) - 1

@@ -25,7 +25,8 @@ from fairseq_hash.checkpoint import convert
 from fairseq_hash.checkpoint.directory import SHARDS
 from fairseq_hash.cli.tables import read_dictionary
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.hashing import TableShape, build_table, load_table, table_fingerprint
+from fairseq_hash.hashing import TableShape, build_table, load_table
+from fairseq_hash.hashing.table import table_fingerprint
 from fairseq_hash.moe.parameter_counts import count_parameters
 from fairseq_hash.provenance import __version__
 

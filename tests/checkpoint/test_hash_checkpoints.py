@@ -13,7 +13,8 @@ from plugin import evaluate
 from saved_checkpoints import done
 
 from fairseq_hash.cli.tables import read_dictionary
-from fairseq_hash.hashing import Feature, TableShape, build_table, load_table, table_fingerprint
+from fairseq_hash.hashing import Feature, TableShape, build_table, load_table
+from fairseq_hash.hashing.table import table_fingerprint
 
 WORDS = ("--router", "hash", "--num-experts", "4", "--sparse-layers", "0,1", "--max-tokens", "48", "--expert-form")
 WORDS += ("swiglu", "--shared-expert", "--experts-per-token", "2", "--hash-weights", "learned", "--hash-per-layer")

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.hashing import judge, lower_bound, random_experts
-from fairseq_hash.hashing.balance import filling_bound
+from fairseq_hash.hashing.balance import filling_bound, judge, lower_bound
+from fairseq_hash.hashing.builders import random_experts
 
 few_counts = st.lists(st.integers(0, 12), min_size=1, max_size=6).map(lambda counts: [*counts, 1][:6])
 shapes = st.sampled_from([(1, 1), (2, 1), (3, 1), (2, 2), (3, 2), (3, 3), (4, 3)])

@@ -14,17 +14,16 @@ from hypothesis import strategies as st
 from table_builders import every_builder, experts_and_columns, zipf
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.hashing import (
+from fairseq_hash.hashing.balance import expert_loads, judge
+from fairseq_hash.hashing.builders import (
     balanced_experts,
     best_of,
-    judge,
+    greedy_experts,
     modulo_experts,
     random_experts,
     round_robin_experts,
     scattered_experts,
 )
-from fairseq_hash.hashing.balance import expert_loads
-from fairseq_hash.hashing.builders import greedy_experts
 from fairseq_hash.hashing.clusters import dispersed_experts
 from fairseq_hash.hashing.mixing import draws
 
@@ -211,7 +210,7 @@ def test_tables_do_not_depend_on_the_process():
     done = subprocess.run(
         [sys.executable, "-c", program, folder], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "5"}
     )
-    from fairseq_hash.hashing import table_fingerprint
+    from fairseq_hash.hashing.table import table_fingerprint
 
     assert done.stdout.split() == [table_fingerprint(table) for _, table in every_builder(zipf(500), 7, 3, 42)]
 

@@ -15,16 +15,11 @@ from table_builders import experts_and_columns, zipf
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.hashing import (
-    check_embedding,
-    cluster_keys,
-    clustered_experts,
-    dispersed_experts,
-    judge,
-    random_experts,
-    table_fingerprint,
-)
 from fairseq_hash.hashing import clusters as clusters_module
+from fairseq_hash.hashing.balance import judge
+from fairseq_hash.hashing.builders import random_experts
+from fairseq_hash.hashing.clusters import check_embedding, cluster_keys, clustered_experts, dispersed_experts
+from fairseq_hash.hashing.table import table_fingerprint
 
 counts_and_clusters = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 5)), min_size=1, max_size=60)
 

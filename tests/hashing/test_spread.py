@@ -11,21 +11,12 @@ from hypothesis import strategies as st
 from made_tables import rows_of
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.hashing import (
-    HashTable,
-    TableRecord,
-    balanced_experts,
-    count_pairs,
-    heavy_tokens,
-    judge,
-    load_table,
-    random_experts,
-    save_table,
-    spread_counts,
-    spread_table,
-    table_fingerprint,
-)
+from fairseq_hash.hashing import HashTable, TableRecord, load_table, save_table
 from fairseq_hash.hashing import spread as spread_module
+from fairseq_hash.hashing.balance import judge
+from fairseq_hash.hashing.builders import balanced_experts, random_experts
+from fairseq_hash.hashing.spread import count_pairs, heavy_tokens, spread_counts, spread_table
+from fairseq_hash.hashing.table import table_fingerprint
 
 PADDING = 1
 

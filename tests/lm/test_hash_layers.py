@@ -8,6 +8,7 @@ from hash_variants import HASH, K3, VARIANTS, words_of
 from plugin import build, evaluate, records, train
 
 from fairseq_hash import hashing
+from fairseq_hash.hashing.builders import random_experts
 from fairseq_hash.moe.layer import SparseLayer
 from fairseq_hash.moe.parameter_counts import count_parameters
 from fairseq_hash.moe.routers import statistics_of
@@ -115,7 +116,7 @@ def test_k_experts_are_the_weighted_sum_of_single_ones(data):
     _, task, model, _ = build(data, *HASH, *K3, "--hash-scale", "1.5")
     layer = model.decoder.layers[0].sparse
     token_BL = tokens_of(task)
-    table = torch.from_numpy(hashing.random_experts(len(task.source_dictionary), 4, 3, seed=42))
+    table = torch.from_numpy(random_experts(len(task.source_dictionary), 4, 3, seed=42))
     context = model.decoder.routing_context(token_BL)
     x_LBD = torch.randn(12, 3, 16)
     y_LBD, packed = layer(x_LBD, context)
@@ -159,7 +160,7 @@ def test_multi_hash_takes_each_segment_from_its_own_table(data):
         layer.experts.fc2_bias[:, 2] = torch.arange(1.0, 5)  # output 2 is the mean of both
     token_BL = tokens_of(task)
     y_LBD, packed = layer(torch.randn(12, 3, 16), model.decoder.routing_context(token_BL))
-    columns = [hashing.random_experts(len(task.source_dictionary), 4, seed=42 + n) for n in range(2)]
+    columns = [random_experts(len(task.source_dictionary), 4, seed=42 + n) for n in range(2)]
     table = torch.from_numpy(np.concatenate(columns, axis=1))
     expert_LBN = table[token_BL.t()].float() + 1
     torch.testing.assert_close(y_LBD[..., :2], expert_LBN)
@@ -172,7 +173,7 @@ def test_layers_have_tables_and_routers_of_their_own(data, tmp_path):
     _, task, model, _ = build(data, *HASH, "--hash-per-layer")
     one, other = model.decoder.hash_tables
     assert not torch.equal(one.expert, other.expert)
-    assert np.array_equal(one.expert, hashing.random_experts(len(task.source_dictionary), 4, seed=42))
+    assert np.array_equal(one.expert, random_experts(len(task.source_dictionary), 4, seed=42))
     token_BL = tokens_of(task)
     reports = model(token_BL)[1]["routing"]
     for (_, packed), table in zip(sorted(reports.items()), (one, other), strict=True):
@@ -184,7 +185,7 @@ def test_layers_have_tables_and_routers_of_their_own(data, tmp_path):
         table = hashing.build_table("random", *known, hashing.TableShape(4), seed)
         hashing.save_table(table, tmp_path / f"{seed}.safetensors")
     _, _, model, _ = build(data, *HASH, "--hash-table", f"{tmp_path}/1.safetensors,{tmp_path}/2.safetensors")
-    expected = [hashing.random_experts(len(known[0]), 4, seed=seed) for seed in (1, 2)]
+    expected = [random_experts(len(known[0]), 4, seed=seed) for seed in (1, 2)]
     assert all(np.array_equal(t.expert, e) for t, e in zip(model.decoder.hash_tables, expected, strict=True))
 
     _, _, model, _ = build(data, "--router", "switch,hash", "--sparse-layers", "0,1", "--num-experts", "4")

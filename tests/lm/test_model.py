@@ -7,6 +7,7 @@ import torch
 from plugin import build
 
 from fairseq_hash import hashing
+from fairseq_hash.hashing.builders import balanced_experts, random_experts
 from fairseq_hash.moe.dispatch_plan import PlanUnderWay
 from fairseq_hash.moe.routers import statistics_of
 from fairseq_hash.moe.routing_stats import RoutingReport
@@ -154,7 +155,7 @@ def test_the_table_comes_from_the_dictionary_and_stays(data, tmp_path):
     """Balanced by the dictionary's counts, and saved: evaluation takes it, training must have the same."""
     _, task, model, _ = build(data, "--router", "hash", *SPARSE)
     dictionary = task.source_dictionary
-    expected = torch.from_numpy(hashing.balanced_experts(dictionary.count, 4))
+    expected = torch.from_numpy(balanced_experts(dictionary.count, 4))
     assert torch.equal(model.decoder.hash_tables[0].expert, expected)
     assert "decoder.hash_tables.0.expert" in model.state_dict()
     torch.save(model.state_dict(), tmp_path / "model.pt")
@@ -176,7 +177,7 @@ def test_hash_routes_follow_the_table(data):
     """Each report counts the tokens by the table, and a token's route does not depend on its position."""
     _, task, model, _ = build(data, "--router", "hash", *SPARSE, "--hash-table", "random", "--hash-seed", "3")
     token_BL = tokens_of(task)
-    table = torch.from_numpy(hashing.random_experts(len(task.source_dictionary), 4, seed=3)).flatten()
+    table = torch.from_numpy(random_experts(len(task.source_dictionary), 4, seed=3)).flatten()
     expected = torch.bincount(table[token_BL.flatten()], minlength=4).float()
     _, extra = model(token_BL)
     assert set(extra["routing"]) == {(0, "hash"), (1, "hash")}

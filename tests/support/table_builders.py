@@ -3,7 +3,7 @@
 import numpy as np
 from hypothesis import strategies as st
 
-from fairseq_hash.hashing import (
+from fairseq_hash.hashing.builders import (
     balanced_experts,
     modulo_experts,
     random_experts,

@@ -9,7 +9,8 @@ from made_tables import done
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from fairseq_hash.hashing import load_table, random_experts
+from fairseq_hash.hashing import load_table
+from fairseq_hash.hashing.builders import random_experts
 from fairseq_hash.hashing.dictionary import read_dictionary
 
 

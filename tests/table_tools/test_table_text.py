@@ -23,14 +23,7 @@ def test_dictionaries_are_those_of_fairseq(tmp_path, data):
         assert read_dictionary(file) == (theirs.symbols, theirs.count)
 
 
-FEATURES = [
-    ("token", 0),
-    ("previous", 0),
-    ("bigram", 0),
-    ("ngram", 3),
-    ("history", 2),
-    ("future", 0),
-]
+FEATURES = [("token", 0), ("previous", 0), ("bigram", 0), ("ngram", 3), ("history", 2), ("future", 0)]
 
 
 @pytest.mark.parametrize(("feature", "length"), FEATURES)

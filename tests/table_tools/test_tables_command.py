@@ -19,14 +19,7 @@ from hypothesis import strategies as st
 from made_tables import FILES, assert_figures, done, embeddings, judged, naive_loads, rows_of, stream_of
 
 from fairseq_hash.checkpoint.manifest import KEY, Manifest
-from fairseq_hash.hashing import (
-    BUILDERS,
-    Feature,
-    TableShape,
-    build_table,
-    dictionary_fingerprint,
-    load_table,
-)
+from fairseq_hash.hashing import BUILDERS, Feature, TableShape, build_table, dictionary_fingerprint, load_table
 from fairseq_hash.hashing.dictionary import read_dictionary
 from fairseq_hash.reporting.plots import DARK
 from fairseq_hash.table_tools import figures

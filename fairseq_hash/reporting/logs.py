@@ -268,7 +268,7 @@ def _flatten(prefix: str, value: Any) -> "Iterable[tuple[str, Any]]":
 
 
 def _number(value: Any) -> Any:
-    """fairseq writes most numbers as text."""
+    """Fairseq writes most numbers as text."""
     if not isinstance(value, str):
         return value
     for kind in (int, float):

@@ -41,8 +41,8 @@ DARK = Theme(paper="#15181c", ink="#e4e7eb", faint="#3a4149", neutral="#a4adb8",
 def styled(theme: Theme) -> Iterator[None]:
     """Draw in the colours of a theme in this context."""
     settings = {
-        **{key: theme.ink for key in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")},
-        **{key: theme.paper for key in ("figure.facecolor", "axes.facecolor", "savefig.facecolor")},
+        **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), theme.ink),
+        **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), theme.paper),
         **{"axes.edgecolor": theme.faint, "grid.color": theme.faint, "grid.linewidth": 0.6, "axes.grid": True},
         **{"axes.grid.axis": "y", "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True},
         **{"font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold"},

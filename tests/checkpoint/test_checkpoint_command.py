@@ -11,15 +11,7 @@ import pytest
 import torch
 from called import call, refused, shown
 from plugin import build
-from saved_checkpoints import (
-    EXPERTS,
-    LAYERS,
-    assert_equal,
-    done,
-    load,
-    tensors,
-    words,
-)
+from saved_checkpoints import EXPERTS, LAYERS, assert_equal, done, load, tensors, words
 
 from fairseq_hash.checkpoint import convert
 from fairseq_hash.checkpoint.directory import SHARDS

@@ -8,18 +8,7 @@ import recorded
 import torch
 from called import refused
 from plugin import USER_DIR, command
-from saved_checkpoints import (
-    EXPERTS,
-    LAYERS,
-    assert_equal,
-    done,
-    in_shards,
-    load,
-    plain,
-    state_of,
-    tensors,
-    words,
-)
+from saved_checkpoints import EXPERTS, LAYERS, assert_equal, done, in_shards, load, plain, state_of, tensors, words
 
 from fairseq_hash.checkpoint.directory import SHARDS
 

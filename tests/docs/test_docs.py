@@ -65,7 +65,7 @@ def test_every_link_and_anchor_leads_somewhere(site):
             target = Path(os.path.normpath(name.parent / unquote(parts.path))) if parts.path else name
             target = target / "index.html" if (folder / target).is_dir() else target
             anchor = unquote(parts.fragment)
-            if not (folder / target).is_file() or anchor and target in pages and anchor not in pages[target].anchors:
+            if not (folder / target).is_file() or (anchor and target in pages and anchor not in pages[target].anchors):
                 dead.append(f"{name}: {link}")
     assert not dead
 

@@ -215,10 +215,7 @@ def test_gradients_of_nothing_but_shared_experts_are_clipped():
 
 def test_refusals(data, monkeypatch):
     for words, message in (
-        (
-            ("--router", "none", "--freeze", "experts"),
-            "--freeze experts needs experts",
-        ),
+        (("--router", "none", "--freeze", "experts"), "--freeze experts needs experts"),
         ((*HASH, "--freeze", "router"), "--freeze router is unknown; use one of none, experts, all-but-experts"),
     ):
         with pytest.raises(SystemExit, match=message):

@@ -62,9 +62,9 @@ def waits_of(options, dtype, parallel):
     if options.capacity_factor:  # how many rows are left
         rows -= 5
         waits.append((MASK, rows))
-    if parallel.is_shared:  # the split sizes, once for each plan: an all-to-all takes them from the host
-        waits.append((EVENT, rows))
-    elif dtype != torch.bfloat16:  # each expert's rows are cut out by the host
+    if (
+        parallel.is_shared or dtype != torch.bfloat16
+    ):  # the split sizes, once for each plan: an all-to-all takes them from the host
         waits.append((EVENT, rows))
     return waits
 

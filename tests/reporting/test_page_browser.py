@@ -15,10 +15,7 @@ from fairseq_hash.reporting.watching import current_page
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine"),
-]
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 LONG = "Hash with a rather long name, and/or_an_unbreakable_word_of_many_letters_in_it_"
 PIXEL = b"\x89PNG\r\n\x1a\n" + bytes(8) + (400).to_bytes(4, "big")  # as much as the page reads of a picture

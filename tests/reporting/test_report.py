@@ -39,7 +39,7 @@ def test_perplexities_are_those_that_eval_lm_printed(made, results):
     """One by one, and over the dense model's two seeds as mean and sample standard deviation."""
     assert list(by_run(results)) == list(NAMES)
     assert [(row["model"], row["seed"]) for row in results["runs"]] == [
-        *(("Dense", 5), ("Dense", 6), ("Hash", 5), ("Switch", 5)),
+        *(("Dense", 5), ("Dense", 6), ("Hash", 5), ("Switch", 5))
     ]
     models = by_model(results)
     assert {name: row["runs"] for name, row in models.items()} == {"Dense": 2, "Hash": 1, "Switch": 1}
@@ -177,7 +177,7 @@ def test_what_readme_tells_to_type(copies, tmp_path, capsys):
         best = min(float(record["valid_ppl"]) for record in raw(copies / f"{name.lower()}5", "valid"))
         assert cells["Valid perplexity"] == f"{best:.2f} (training)"
     assert [cells["Test perplexity"] for cells in shown.values()] == [
-        *("–", f"{perplexity(copies / 'hash5', 'test'):.2f}", "–"),
+        *("–", f"{perplexity(copies / 'hash5', 'test'):.2f}", "–")
     ]
     results = strict_json(tmp_path / "out" / "results.json")
     assert [row["valid_from"] for row in results["runs"]] == ["training"] * 3
@@ -228,12 +228,7 @@ def test_refusals_write_nothing(made, copies, tmp_path):
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     (tmp_path / "file").touch()
     for runs, out, note, message in (
-        (
-            [copies / "dense5"],
-            "out",
-            None,
-            r"no run can be reported; \S+/dense5: its perplexity on test is nan$",
-        ),
+        ([copies / "dense5"], "out", None, r"no run can be reported; \S+/dense5: its perplexity on test is nan$"),
         ([made / "dense5"], "out", tmp_path / "none", r"cannot read --note \S+/none \(.*\); give a text file in UTF-8"),
         (
             [made / "dense5"],

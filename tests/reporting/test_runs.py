@@ -129,10 +129,7 @@ def of_nothing(log, scored="0", skipped=38):
 
 
 FAULTY = {
-    "killed": (
-        lambda log: cut(log, "Evaluated"),
-        "has no result: its log ends without one",
-    ),
+    "killed": (lambda log: cut(log, "Evaluated"), "has no result: its log ends without one"),
     "refused": (
         lambda log: (cut(log, "| Evaluated"), log.open("a").write(" it\nfairseq_hash: no room; make some\n")),
         "has no result: fairseq_hash: no room; make some",

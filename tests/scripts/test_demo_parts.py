@@ -205,7 +205,7 @@ def test_the_time_left_is_in_proportion(progress, monkeypatch):
         display.end("done")
         display.begin("b", 50)
     assert shown.file.getvalue().splitlines() == [
-        *("a: begins after 60 s", "  a: half, about 3 min left", "a: done", "b: begins after 60 s"),
+        *("a: begins after 60 s", "  a: half, about 3 min left", "a: done", "b: begins after 60 s")
     ]
 
 
@@ -218,6 +218,4 @@ def test_a_slow_step_tells_where_it_is_every_half_minute(progress, monkeypatch):
         for place in range(1, 9):
             now[0] += 10
             display.advance(place / 400, f"update {place}")
-    assert shown.file.getvalue().splitlines() == [
-        *("a: begins after 0 s", "  a: update 3", "  a: update 6"),
-    ]
+    assert shown.file.getvalue().splitlines() == [*("a: begins after 0 s", "  a: update 3", "  a: update 6")]

@@ -54,10 +54,7 @@ def setup_env(tmp_path, monkeypatch):
         (lambda venv: (venv / "bin" / "tool").unlink(), "../../../bin/tool is missing"),
         (lambda venv: shutil.rmtree(site(venv) / "torch"), "torch/__init__.py is missing"),
         (lambda venv: (site(venv) / "torch" / "a,b.py").unlink(), "torch/a,b.py is missing"),
-        (
-            lambda venv: shutil.rmtree(site(venv) / "torch-2.13.0.dist-info"),
-            "torch-2.13.0.dist-info/RECORD is missing",
-        ),
+        (lambda venv: shutil.rmtree(site(venv) / "torch-2.13.0.dist-info"), "torch-2.13.0.dist-info/RECORD is missing"),
         (lambda venv: shutil.rmtree(venv / "lib"), "lib is missing"),
     ],
 )

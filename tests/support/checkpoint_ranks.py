@@ -29,13 +29,7 @@ def resume_all(data, cases, updates):
         record = recorded.keep_losses_and_norms(trainer)
         loaded, at = state_of(trainer), trainer.get_num_updates()
         recorded.run(trainer, epoch_itr, updates)
-        results[name] = {
-            **record,
-            "loaded": loaded,
-            "at": at,
-            "state": state_of(trainer),
-            "size": group_size(trainer),
-        }
+        results[name] = {**record, "loaded": loaded, "at": at, "state": state_of(trainer), "size": group_size(trainer)}
     return results
 
 

@@ -138,7 +138,7 @@ def gradient(tensor):
     return (torch.zeros_like(tensor) if tensor.grad is None else tensor.grad).float().cpu()
 
 
-class count_sent_bytes:  # noqa: N801
+class count_sent_bytes:
     """Count what really goes through `all_to_all_single` to other ranks."""
 
     def __init__(self, parallel):

@@ -51,10 +51,7 @@ def main(world_size, work, folder, rank):
     if on_gpus:
         torch.cuda.set_device(rank)
     torch.distributed.init_process_group(
-        "nccl" if on_gpus else "gloo",
-        init_method=f"file://{folder}/meeting",
-        world_size=world_size,
-        rank=rank,
+        "nccl" if on_gpus else "gloo", init_method=f"file://{folder}/meeting", world_size=world_size, rank=rank
     )
     module, name = work.split(":")
     arguments = torch.load(folder / "arguments.pt", weights_only=True)

@@ -23,14 +23,7 @@ def test_dictionaries_are_those_of_fairseq(tmp_path, data):
         assert read_dictionary(file) == (theirs.symbols, theirs.count)
 
 
-FEATURES = [
-    ("token", 0),
-    ("previous", 0),
-    ("bigram", 0),
-    ("ngram", 3),
-    ("history", 2),
-    ("future", 0),
-]
+FEATURES = [("token", 0), ("previous", 0), ("bigram", 0), ("ngram", 3), ("history", 2), ("future", 0)]
 
 
 @pytest.mark.parametrize(("feature", "length"), FEATURES)
@@ -79,7 +72,7 @@ def test_samples_begin_anew(data, tmp_path):
         assert_figures(judged(out)[0]["building counts"], naive_loads(table.expert_HK.tolist(), counts, 3), counts)
 
 
-def test_counts_of_a_file(dictionary, tmp_path):  # noqa: F811
+def test_counts_of_a_file(dictionary, tmp_path):
     """They replace the dictionary's: missing symbols count 0, unknown ones are left out and told."""
     counts = tmp_path / "counts"
     counts.write_text("the\t5\nother 7\n</s> 40\n\nof 0\n")
@@ -91,7 +84,7 @@ def test_counts_of_a_file(dictionary, tmp_path):  # noqa: F811
     assert "other counts" in done("show", tmp_path / "t", dictionary)
 
 
-def test_unknown_symbols_of_a_text(dictionary, tmp_path):  # noqa: F811
+def test_unknown_symbols_of_a_text(dictionary, tmp_path):
     text = tmp_path / "text"
     text.write_text("the of what\n\nthe  why the <unk>\n")
     out = done("build", dictionary, "--num-experts", 2, "--text", text, "--out", tmp_path / "t")

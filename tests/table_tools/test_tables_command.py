@@ -29,7 +29,7 @@ from fairseq_hash.table_tools.figures import loads_of_one, loads_of_several
 from fairseq_hash.table_tools.token_streams import open_text
 
 
-def test_a_table_by_hand(dictionary, tmp_path):  # noqa: F811
+def test_a_table_by_hand(dictionary, tmp_path):
     """Counts 50, 30, 20, 10, 7 and 1 for each of fairseq's four symbols, on two experts, by descending count:
     50 | 30 + 20, then 10 | and 7, and the ones go where less is: 50 + 10 + 1 = 61 and 30 + 20 + 7 + 3 = 60."""
     out = done("build", dictionary, "--num-experts", 2, "--out", tmp_path / "a.table")
@@ -45,7 +45,7 @@ def test_a_table_by_hand(dictionary, tmp_path):  # noqa: F811
     assert shown(again) == shown(out) and "building counts" in again
 
 
-def test_it_is_the_table_that_a_model_builds(dictionary, tmp_path):  # noqa: F811
+def test_it_is_the_table_that_a_model_builds(dictionary, tmp_path):
     """Without a table file, --hash-table BUILDER gives the same ones, with several columns, too."""
     symbols, counts = read_dictionary(dictionary)
     for builder in BUILDERS:
@@ -234,7 +234,7 @@ def panels(monkeypatch, draw, *arguments):
     return draw(*arguments, DARK).axes
 
 
-def test_figures_are_the_loads(dictionary, tmp_path, monkeypatch):  # noqa: F811
+def test_figures_are_the_loads(dictionary, tmp_path, monkeypatch):
     """Bars and dots of the same experts, by descending load; lines at mean and bounds. Of several, a panel for the
     counts and one for held-out text, where a table of words or buckets has the latter only."""
     symbols, listed = read_dictionary(dictionary)

@@ -47,14 +47,14 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize(("options", "message"), OPTIONS)
-def test_options_that_do_not_go_together(dictionary, tmp_path, options, message):  # noqa: F811
+def test_options_that_do_not_go_together(dictionary, tmp_path, options, message):
     """Before anything is read where that can be."""
     options = options if "--num-experts" in options else ["--num-experts", 2, *options]
     assert message in refused("tables", "build", dictionary, *options, "--out", tmp_path / "t")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dict.txt"]
 
 
-def test_where_to_write(dictionary, tmp_path):  # noqa: F811
+def test_where_to_write(dictionary, tmp_path):
     build = ("tables", "build", dictionary, "--num-experts", 2, "--out")
     nowhere = tmp_path / "none" / "t"
     assert f"the folder {nowhere.parent} does not exist; make it first" in refused(*build, nowhere)
@@ -99,7 +99,7 @@ def test_a_dictionary_that_is_none(tmp_path, content, message):
         (b"\xff\xfe", "it is not text in UTF-8"),
     ],
 )
-def test_counts_that_are_none(dictionary, tmp_path, content, message):  # noqa: F811
+def test_counts_that_are_none(dictionary, tmp_path, content, message):
     counts = tmp_path / "counts"
     counts.write_bytes(content)
     build = ("tables", "build", dictionary, "--num-experts", 2, "--counts", counts, "--out", tmp_path / "t")
@@ -171,14 +171,14 @@ def test_more_clusters_than_tokens(data, tmp_path):
     assert not (tmp_path / "t").exists()
 
 
-def test_words_need_marks(dictionary, tmp_path):  # noqa: F811
+def test_words_need_marks(dictionary, tmp_path):
     """Neither dictionary here marks where words begin."""
     build = ("tables", "build", dictionary, "--num-experts", 2, "--builder", "random", "--out", tmp_path / "t")
     message = refused(*build, "--feature", "word", "--words", dictionary)
     assert "the dictionary marks no words" in message and "--feature word needs pieces" in message
 
 
-def test_show_and_compare_refusals(dictionary, tmp_path):  # noqa: F811
+def test_show_and_compare_refusals(dictionary, tmp_path):
     """No file, another file, another dictionary: other words, or the same in another order; what cannot be judged."""
     file = tmp_path / "t"
     done("build", dictionary, "--num-experts", 2, "--out", file)

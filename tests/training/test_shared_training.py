@@ -52,10 +52,7 @@ def test_base_trains_with_each_balance(data):
 
 @pytest.mark.parametrize(
     ("world_size", "more"),
-    [
-        (2, ()),
-        pytest.param(4, ("--expert-parallel-size", "2", "--checkpoint-activations"), marks=pytest.mark.slow),
-    ],
+    [(2, ()), pytest.param(4, ("--expert-parallel-size", "2", "--checkpoint-activations"), marks=pytest.mark.slow)],
 )
 def test_fully_sharded_dense_parameters_train_as_one_process(data, world_size, more):
     # On a CPU, where fairscale's streams are stubs: nothing here shows that they are used rightly on a GPU.

@@ -86,11 +86,11 @@ def run(arguments: argparse.Namespace) -> None:
 def _ended_by_one_signal() -> Iterator[None]:
     """Let SIGINT and SIGTERM end the processes that this one started, and let a second Ctrl-C not interrupt that."""
 
-    def interrupt(number: int, frame: "FrameType | None") -> NoReturn:
+    def interrupt(_number: int, _frame: "FrameType | None") -> NoReturn:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    def terminate(number: int, frame: "FrameType | None") -> NoReturn:
+    def terminate(number: int, _frame: "FrameType | None") -> NoReturn:
         sys.exit(128 + number)
 
     before = signal.signal(signal.SIGINT, interrupt), signal.signal(signal.SIGTERM, terminate)

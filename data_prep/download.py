@@ -117,8 +117,9 @@ def exclusive(path: Path) -> Iterator[io.FileIO]:
 
 
 def _is_still(stream: io.FileIO, path: Path) -> bool:
-    """Return whether the name still leads to the open file: the previous holder of the lock may have renamed or removed
-    it.
+    """Return whether the name still leads to the open file.
+
+    The previous holder of the lock may have renamed or removed it.
     """
     try:
         return os.path.samestat(os.fstat(stream.fileno()), path.stat())
@@ -146,8 +147,9 @@ def _transfer(file: RemoteFile, stream: io.FileIO, sidecar: Path, on_progress: O
 
 
 def _attempt(file: RemoteFile, stream: io.FileIO, sidecar: Path, on_progress: OnProgress) -> None:
-    """Receive the missing bytes over one connection. The sidecar file says which remote file the bytes in `stream`
-    belong to.
+    """Receive the missing bytes over one connection.
+
+    The sidecar file says which remote file the bytes in `stream` belong to.
     """
     whole = _remembered(sidecar, file.url)
     done = stream.seek(0, os.SEEK_END) if whole["validator"] else 0

@@ -152,8 +152,9 @@ def workers(
 
 
 def submit(pool: ProcessPoolExecutor, function: Callable[..., Result], *arguments: object) -> "Future[Result]":
-    """Give a pool some work. Ctrl-C on a terminal goes to every process; the pool's processes inherit this mask and
-    ignore it.
+    """Give a pool some work.
+
+    Ctrl-C on a terminal goes to every process; the pool's processes inherit this mask and ignore it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

@@ -82,14 +82,15 @@ def run_demo(options: Options) -> None:
     """Do all that is not done yet, then write the report."""
     of_one_run = options.updates + EVALUATION_WORK * len(SUBSETS)
     seeds = range(1, options.seeds + 1)
-    folders = []
     with Display(PREPARATION_WORK + of_one_run * len(MODELS) * len(seeds)) as display:
         data = prepare_data(options.data, options.out, display)
         corpus = str(options.data) if options.data else "the Python documentation that Python itself brings"
         fingerprint = {"data": corpus, "data_fingerprint": data_fingerprint(data)}
-        for seed in seeds:
-            for model in MODELS:
-                folders.append(make_run(options.out, options.updates, model, seed, data, fingerprint, display))
+        folders = [
+            make_run(options.out, options.updates, model, seed, data, fingerprint, display)
+            for seed in seeds
+            for model in MODELS
+        ]
     note = options.out / "note.txt"
     note.write_text(note_text(options, corpus), encoding="utf-8")
     write_report(folders, options.out, "Dense, Hash, Switch and BASE on a small corpus", note)

@@ -63,10 +63,11 @@ def use_chosen_python(state: dict) -> None:
     """Go on with the Python that .venv was made with, where PYTHON names none and that one still runs."""
     chosen = state.get("python")
     oldest, newest = build_fairseq.PYTHONS
-    if not os.environ.get("PYTHON") and chosen and chosen != base_python():
-        if oldest <= (version_of(chosen) or (0, 0)) <= newest:
-            os.environ["PYTHON"] = chosen  # at most once
-            os.execv(chosen, [chosen, *sys.argv])
+    if os.environ.get("PYTHON") or not chosen or chosen == base_python():
+        return
+    if oldest <= (version_of(chosen) or (0, 0)) <= newest:
+        os.environ["PYTHON"] = chosen  # at most once
+        os.execv(chosen, [chosen, *sys.argv])
 
 
 def base_python() -> str:

@@ -105,10 +105,9 @@ def dictionary_folder(path: Path, trained_on: "str | None", given: "PathLike | N
     `trained_on` is the data of its training, perhaps several folders; fairseq reads the dictionary of the first one.
     `given` is a folder that the user gives instead. Raises `UserError` if there is no dictionary.
     """
+    folders = [*map(Path, utils.split_paths(trained_on or "")[:1]), path.parent]
     if given is not None:
         folders = [Path(given)]
-    else:
-        folders = [*map(Path, utils.split_paths(trained_on or "")[:1]), path.parent]
     for folder in folders:
         if (folder / DICTIONARY).is_file():
             return folder

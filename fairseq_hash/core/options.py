@@ -40,4 +40,4 @@ def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
 
 def given_options(kind: type[Options], arguments: argparse.Namespace) -> Options:
     """Return the dataclass with the values that a command line gives to its fields."""
-    return kind(**{f.name: getattr(arguments, f.name) for f in fields(kind)})
+    return kind(**{f.name: getattr(arguments, f.name) for f in fields(kind)})  # type: ignore[arg-type]

@@ -1,5 +1,7 @@
-"""The memory of one rank of a training, computed as in the run: its share of the experts, and the states that fairseq
-keeps. Activations, the buffers of data parallelism and the memory of libraries come on top.
+"""The memory of one rank of a training, computed as in the run.
+
+Its share of the experts, and the states that fairseq keeps. Activations, the buffers of data parallelism and the memory
+of libraries come on top.
 """
 
 from omegaconf import DictConfig

@@ -76,8 +76,9 @@ class Line:
 
 
 class KneserNey:
-    """An n-gram model of one order. The highest level uses true counts, lower levels the number of different preceding
-    tokens.
+    """An n-gram model of one order.
+
+    The highest level uses true counts, lower levels the number of different preceding tokens.
 
     Attributes:
         levels: one per order, from 1 up.

@@ -40,8 +40,9 @@ SPECIAL = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2}
 
 
 class FairseqHashConfig(PretrainedConfig):
-    """The model's sizes and options. They have the names of fairseq's options if there are such; the docs of
-    fairseq_hash explain them.
+    """The model's sizes and options.
+
+    They have the names of fairseq's options if there are such; the docs of fairseq_hash explain them.
 
     `sparse_layers` has for each sparse layer the number of its decoder layer, its router (hash, switch or base) and,
     of hash layers, the number of its table; `tables` has the shapes of each table's tensors by their names.

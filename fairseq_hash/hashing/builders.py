@@ -77,8 +77,9 @@ def greedy_experts(count_H: np.ndarray, weight_H: np.ndarray, load_E: np.ndarray
 
 
 def scattered_experts(counts: Integers, num_experts: int, columns: int = 1, seed: int = 42) -> np.ndarray:
-    """Draw 2 K distinct experts for every key. By descending count, give each key the K of them with the smallest
-    loads.
+    """Draw 2 K distinct experts for every key.
+
+    By descending count, give each key the K of them with the smallest loads.
 
     Ours. If K divides E, the K emptiest experts of `balanced_experts` stay together: they form E / K fixed sets, and
     each set acts as one expert K times as wide. Here nearly every key has a set of its own, and the loads are as even.

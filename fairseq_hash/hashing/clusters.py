@@ -65,8 +65,9 @@ def cluster_keys(embedding_HD: "Tensor", num_clusters: int, seed: int = 42) -> t
 
 
 def clustered_experts(embedding_HD: "Tensor", num_experts: int, columns: int = 1, seed: int = 42) -> np.ndarray:
-    """Make one expert of each of E clusters. A key has the expert of its own cluster and of the K - 1 next nearest
-    means.
+    """Make one expert of each of E clusters.
+
+    A key has the expert of its own cluster and of the K - 1 next nearest means.
 
     Each row has the key's own cluster first. Raises `UserError` also as `cluster_keys` does.
     """

@@ -56,7 +56,7 @@ def read_counts(path: Path, symbols: Sequence[str]) -> tuple[np.ndarray, int]:
     seen: set[str] = set()
     unknown = 0
     for number, line in _lines(path, "a file of lines `symbol count`", "file of counts"):
-        word, field = (line.rsplit(maxsplit=1) + [""])[:2]
+        word, field = [*line.rsplit(maxsplit=1), ""][:2]
         if not word or not _is_count(field):
             raise UserError(f"{path} is no file of counts: line {number} is not a symbol and its count of 0 or more")
         if word in seen:

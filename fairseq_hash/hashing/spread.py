@@ -32,8 +32,9 @@ NO_PAIRS = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
 
 
 def heavy_tokens(counts: Integers, num_experts: int, columns: int = 1) -> np.ndarray:
-    """Return which tokens overload an expert in any table (bool `[V]`): those whose count exceeds the mean load K N /
-    E.
+    """Return which tokens overload an expert in any table (bool `[V]`).
+
+    Those whose count exceeds the mean load K N / E.
 
     Raises:
         UserError: if the counts carry no information.

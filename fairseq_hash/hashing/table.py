@@ -69,8 +69,9 @@ class HashTable:
 
 
 def dictionary_fingerprint(symbols: Sequence[str]) -> str:
-    """Return the SHA-256 of a dictionary's symbols in their order. Two dictionaries with the same fingerprint share
-    ids.
+    """Return the SHA-256 of a dictionary's symbols in their order.
+
+    Two dictionaries with the same fingerprint share ids.
     """
     digest = hashlib.sha256()
     for symbol in symbols:

@@ -202,7 +202,7 @@ class HashTransformerDecoder(TransformerDecoder):
         return context
 
 
-def _keep_report(layer: tuple[int, str], module: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+def _keep_report(layer: tuple[int, str], _module: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     inputs[1].reports[layer] = output[2]
 
 

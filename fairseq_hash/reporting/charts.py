@@ -103,8 +103,10 @@ def _line(line: Line, most: int) -> dict[str, Any]:
 
 
 def thinned_out(values: np.ndarray, most: int) -> np.ndarray:
-    """Return the indices of the points to keep of a long line, ascending, int [at most `most`]: the first, the last,
-    and for each stretch the lowest, the highest and a gap if there is one. A line of `most` points or fewer keeps all.
+    """Return the indices of the points to keep of a long line, ascending, int [at most `most`].
+
+    The first, the last, and for each stretch the lowest, the highest and a gap if there is one. A line of `most` points
+    or fewer keeps all.
     """
     if len(values) <= most:
         return np.arange(len(values))

@@ -64,7 +64,7 @@ def samples(blocks: Iterable[np.ndarray], tokens_per_sample: int) -> Iterator[tu
 
 @contextmanager
 def reading(text: Text) -> Iterator[Iterator[np.ndarray]]:
-    """Yield the blocks of a text, with a bar on a terminal: `with reading(text) as blocks`."""
+    """Yield the blocks of a text, with a bar on a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import itertools
 import os
 import re
 import tempfile
@@ -84,7 +85,7 @@ def test_any_experts_of_any_shards_are_read_back(types, experts, rest, cuts, dat
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shards = []
-        for first, last in zip(edges, edges[1:], strict=False):
+        for first, last in itertools.pairwise(edges):
             rows = {key: value[first:last] for key, value in tensors.items()}
             shards.append(write_shard(folder, f"{first}.safetensors", "weights", range(first, last), rows, ABOUT))
             library = load_file(folder / f"{first}.safetensors")

@@ -155,9 +155,9 @@ def test_what_an_earlier_call_left_of_something_else_is_not_used(tmp_path):
 
 def test_two_calls_at_once_do_not_mix(tmp_path):
     files = write_text(tmp_path / "text")
-    with preparation.exclusive(tmp_path / "data.partial.lock"):
-        with pytest.raises(UserError, match="in use by another process"):
-            preparation.prepare(GivenText(files), tmp_path / "data", preparation.Options(words=True))
+    lock, refused = tmp_path / "data.partial.lock", "in use by another process"
+    with preparation.exclusive(lock), pytest.raises(UserError, match=refused):
+        preparation.prepare(GivenText(files), tmp_path / "data", preparation.Options(words=True))
 
 
 def test_a_sample_is_taken_from_large_text(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ def written(page):
     codes = [*re.findall(r"^```[^\n]*\n(.*?)^```", text, re.M | re.S), *re.findall(r"`([^`\n]+)`", text)]
     found = set()
     for code in codes:
-        found |= {word for word in re.findall(rf"{WRITES} +([\w./-]+)", code)}
+        found |= set(re.findall(rf"{WRITES} +([\w./-]+)", code))
         found |= {word for word in re.findall(rf"{BRINGS} +([\w./-]+)", code) if "." in word}
     # Capitals stand for what people put in. A file of the project is one that people are told to renew.
     kept = [word for word in found if word[0] not in "/-." and not re.search("DIR|FILE", word)]

@@ -1,5 +1,7 @@
 """The running average of the weights (`--store-ema`), against one computed here in float64."""
 
+import itertools
+
 import pytest
 import ranks
 import recorded
@@ -86,7 +88,7 @@ def assert_close(found, expected, tolerance=1e-6):
 )
 def test_the_average_is_that_of_all_updates(data, arguments):
     trainer, states = train(data, (*SPARSE, *AVERAGE, *arguments))
-    given = dict(zip(arguments, arguments[1:], strict=False))
+    given = dict(itertools.pairwise(arguments))
     start, every = int(given.get("--ema-start-update", 0)), int(given.get("--ema-update-freq", 1))
     expected = average_of(states, start, every)
     assert_close(trainer.ema.get_model().state_dict(), expected)

@@ -1,6 +1,7 @@
 """The figures: what is drawn are the log's numbers, and the files are pictures with each model's colour."""
 
 import io
+import itertools
 import re
 import statistics
 import warnings
@@ -69,7 +70,7 @@ def test_curves_are_labelled_with_their_last_values(made, drawn):
         labels = {text.get_text(): text.xyann[1] for text in axes.texts}
         assert set(labels) == {f"{model} {value:.1f}" for model, value in values.items()}
         heights = [labels[f"{model} {values[model]:.1f}"] for model in sorted(values, key=values.get)]
-        assert all(upper - lower > 0.05 for lower, upper in zip(heights, heights[1:], strict=False))
+        assert all(upper - lower > 0.05 for lower, upper in itertools.pairwise(heights))
 
 
 def test_the_first_fall_is_left_out(made, drawn):

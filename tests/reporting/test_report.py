@@ -212,7 +212,7 @@ def test_numbers_that_are_not_finite_are_json(copies, tmp_path):
     log.write_text(re.sub(r'"valid_ppl": "[^"]*"', '"valid_ppl": "inf"', log.read_text(), count=1))
     write_report([copies / "switch5"], tmp_path, "T")
     (content,) = strict_json(tmp_path / "results.json")["raw"].values()
-    assert [values["ppl"] for values in content["validations"]][0] == "inf"
+    assert next(values["ppl"] for values in content["validations"]) == "inf"
 
 
 def test_a_second_report_replaces_the_first(made, tmp_path):

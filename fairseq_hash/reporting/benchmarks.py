@@ -11,7 +11,9 @@ from fairseq_hash.reporting import comparison_table
 from fairseq_hash.reporting.benchmarks_files import PARTS, Benchmark, Row, load_benchmarks
 from fairseq_hash.reporting.benchmarks_plots import split_of_time, time_by_experts, time_by_tokens
 from fairseq_hash.reporting.comparison_table import NOTHING
+from fairseq_hash.reporting.drawing import draw
 from fairseq_hash.reporting.report import read_note
+from fairseq_hash.reporting.theme import LIGHT
 
 COLUMNS = """
 Every file comes from one run of one program, whose own text defines its candidates, its peak memory and its parts.
@@ -21,11 +23,6 @@ sentences, each of which gets one more token per step. The parts of a call were 
 exactly the call; shares are shares of the sum.
 """
 PROVENANCE = {**comparison_table.MACHINE, "date": "Date (UTC)"}
-FIGURES = {
-    "time_by_experts.png": time_by_experts,
-    "time_by_tokens.png": time_by_tokens,
-    "split_of_time.png": split_of_time,
-}
 # Further values of some rows: heading, form and unit.
 FURTHER = {
     "held_bytes": ("Held memory", "{:,.1f} MB", 1e6),
@@ -44,7 +41,9 @@ def write_benchmarks(files: Sequence[Path], out: Path, title: str, note: "Path |
     Raises `UserError` with one line for a file that no benchmark wrote, before anything is written.
     """
     benchmarks, words = load_benchmarks(files), read_note(note)
-    drawn = {name: draw(benchmarks) for name, draw in FIGURES.items()}
+    drawn = {"time_by_experts.png": draw(time_by_experts(benchmarks), LIGHT)}
+    drawn["time_by_tokens.png"] = draw(time_by_tokens(benchmarks), LIGHT)
+    drawn["split_of_time.png"] = split_of_time(benchmarks)
     written: dict[str, bytes] = {name: picture for name, picture in drawn.items() if picture is not None}
     written["results.csv"] = _flat(benchmarks).to_csv(index=False).encode()
     written["results.md"] = _markdown(benchmarks, title, words).encode()

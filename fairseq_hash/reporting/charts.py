@@ -1,4 +1,4 @@
-"""Charts of a page as plain data, which `assets/charts.js` draws."""
+"""Charts as plain data, which `assets/charts.js` draws on a page and `drawing.py` as a PNG."""
 
 import json
 import math
@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from fairseq_hash.reporting.theme import COLOURS
+
 # More points per chart make a page slow, and no screen shows them.
 MOST_POINTS = 20_000
 DASHES = 4  # kinds that `assets/charts.js` knows
+NOT_MEASURED = "published, not measured here"
 
 
 @dataclass(frozen=True)
@@ -20,11 +23,11 @@ class Line:
 
     Attributes:
         name: the name in the legend. Lines with the same name are shown and hidden together.
-        what: tells lines with the same name apart, such as "validation, seed 1".
+        what: tells lines with the same name apart ("" if none have), such as "validation, seed 1".
         x: float [N].
         y: float [N].
-        colour: index into the palette (`plots.COLOURS`), None for the neutral colour of dense models.
-        dash: the kind of dashes, any number from 0. Lines with similar colours have different ones.
+        colour: number in the palette (`theme.COLOURS`), which goes round, None for the neutral colour of dense models.
+        dash: the kind of dashes or markers, any number from 0. Lines with similar colours have different ones.
         style: "strong", "faint", or "points" (hollow, not joined).
         spread: lowest and highest value at each point, float [N, 2], or None.
     """
@@ -48,7 +51,7 @@ class Chart:
         x_label: with the unit.
         y_label: with the unit.
         lines: in the legend's order.
-        values: the text beside a name in the legend.
+        values: the text beside a name, in the legend or at the line's end.
         x_range: the range shown before a reader zooms.
         y_range: the same; above 0 if the axis is logarithmic.
         log_x: whether the axis is logarithmic (base 2).
@@ -66,6 +69,18 @@ class Chart:
     log_y: bool = False
     x_ticks: "list[float] | None" = None
     values: dict[str, str] = field(default_factory=dict)
+
+
+def axis_of_counts(counts: Sequence[int]) -> dict[str, Any]:
+    """Return the x axis of a `Chart` by powers of two, from the smallest to the largest of ascending numbers."""
+    return {"x_range": (counts[0] / 1.25, counts[-1] * 1.25), "log_x": True, "x_ticks": list(map(float, counts))}
+
+
+def some(items: Sequence[Any], count: int) -> list[Any]:
+    """Return so many of the items, evenly from the first to the last."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(place)] for place in np.linspace(0, len(items) - 1, count)]
 
 
 def figure_of(chart: Chart) -> str:
@@ -95,7 +110,7 @@ def as_json(chart: Chart) -> dict[str, Any]:
 def _line(line: Line, most: int) -> dict[str, Any]:
     kept = thinned_out(line.y, most)
     content = {"name": line.name, "what": line.what, "style": line.style}
-    content |= {"colour": line.colour, "dash": line.dash % DASHES}
+    content |= {"colour": None if line.colour is None else line.colour % len(COLOURS), "dash": line.dash % DASHES}
     content |= {"x": list(map(_number, line.x[kept])), "y": list(map(_number, line.y[kept]))}
     if line.spread is not None:
         content["spread"] = [list(map(_number, ends)) for ends in line.spread[kept]]

@@ -7,34 +7,31 @@ import pandas as pd
 from fairseq_hash.reporting import comparison_table, page
 from fairseq_hash.reporting.charts import figures_of
 from fairseq_hash.reporting.comparison import COLUMNS, Comparison
-from fairseq_hash.reporting.curves import learning_charts, learning_curves
-from fairseq_hash.reporting.loads import expert_loads, load_charts, sorted_loads
+from fairseq_hash.reporting.curves import learning_charts
+from fairseq_hash.reporting.loads import load_charts, sorted_loads
 from fairseq_hash.reporting.runs import Run
-from fairseq_hash.reporting.scaling import perplexity_by_experts, scaling_charts
+from fairseq_hash.reporting.scaling import scaling_charts
 
 # Entries of a model's record about where it comes from, by their heading on the page.
 PROVENANCE = {
     **comparison_table.MACHINE,
     **{"dictionary_fingerprint": "Dictionary fingerprint", "table_fingerprint": "Hash table fingerprint"},
 }
-# The figures by file, in the order of the page: heading, caption, the figure, and the same figure as charts.
+# The figures by file, in the order of the page: heading, caption, and charts.
 FIGURES = {
     "learning_curves.png": (
         "Learning curves",
         "Perplexity of the cross-entropy, by seed: strong lines are of validations, faint ones of the training.",
-        learning_curves,
         learning_charts,
     ),
     "perplexity_by_experts.png": (
         "Perplexity by the number of experts",
         "Models that differ in their number of experts only, beside dense ones.",
-        perplexity_by_experts,
         scaling_charts,
     ),
     "expert_loads.png": (
         "Load of the experts",
         "Each expert's share of the tokens over the uniform share, sorted. Hollow: validation at the end.",
-        expert_loads,
         load_charts,
     ),
 }
@@ -47,7 +44,7 @@ def comparison_page(comparison: Comparison, figures: dict[str, list[bytes]]) -> 
         comparison: the comparison to show.
         figures: by file name, each figure for light and for dark screens, for browsers without scripts.
     """
-    return page.render(comparison.title, subtitle(comparison.runs), sections(comparison, figures, comparison.models))
+    return page.render(comparison.title, subtitle(comparison.runs), sections(comparison, figures))
 
 
 def subtitle(runs: Sequence[Run]) -> str:
@@ -57,8 +54,8 @@ def subtitle(runs: Sequence[Run]) -> str:
     return f"{len(runs)} run{'s' if len(runs) > 1 else ''}, {dated}, on {_hardware(runs)}"
 
 
-def sections(comparison: Comparison, figures: dict[str, list[bytes]], learning: dict[str, list[Run]]) -> list[str]:
-    """Return the parts of the page under its heading; `learning` are the models whose learning curves are drawn."""
+def sections(comparison: Comparison, figures: dict[str, list[bytes]]) -> list[str]:
+    """Return the parts of the page under its heading."""
     of_models, runs = comparison.of_models, comparison.runs
     words = page.paragraphs(f"{comparison.caution}\n\n{comparison.legend}")
     parts = [page.section("Results", page.table(comparison_table.for_readers(of_models), label="Results"), words)]
@@ -66,9 +63,8 @@ def sections(comparison: Comparison, figures: dict[str, list[bytes]], learning: 
         parts.append(page.section("Left out", page.table(comparison.left_out, words=True, label="Runs left out")))
     if comparison.note.strip():
         parts.append(page.section("What this shows and what not", page.paragraphs(comparison.note)))
-    for name, (heading, caption, _, charts) in FIGURES.items():
-        drawn = charts(learning if charts is learning_charts else comparison.models)
-        if drawn:
+    for name, (heading, caption, charts_of) in FIGURES.items():
+        if drawn := charts_of(comparison.models):
             pictures = page.figure(caption, caption, *figures[name]) if name in figures else ""
             parts.append(page.section(heading, page.paragraphs(caption), figures_of(drawn), pictures))
     layers = comparison_table.layers_for_readers(of_models)

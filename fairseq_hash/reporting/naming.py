@@ -1,5 +1,6 @@
-"""Models among runs, and names that tell them apart."""
+"""Models among runs, and names and styles that tell them apart."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,3 +46,18 @@ def _name(runs: Sequence[Run]) -> str:
     record = runs[0].training.model
     is_oracle = "hash" in record["router"] and record.get("hash_feature") == "future"
     return f"{name} (oracle: sees the next token)" if is_oracle else name
+
+
+def is_dense(runs: Sequence[Run]) -> bool:
+    """Return whether a model has no experts."""
+    return runs[0].training.model["router"] == "none"
+
+
+def styles_of(models: dict[str, list[Run]]) -> dict[str, tuple["int | None", int]]:
+    """Return each model's colour in charts, None (neutral) for a dense one, and the number of its dashes or markers."""
+    numbers = {True: itertools.count(), False: itertools.count()}
+    styles = {}
+    for model, runs in models.items():
+        number = next(numbers[is_dense(runs)])
+        styles[model] = None if is_dense(runs) else number, number
+    return styles

@@ -10,14 +10,12 @@ from html import escape
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.colors import to_hex
 
-from fairseq_hash.reporting.plots import COLOURS, DARK, DPI, LIGHT, Theme, lightened
+from fairseq_hash.reporting.theme import COLOURS, DARK, DPI, LIGHT, Theme
 
 # The page makes no request, whatever a name in it contains.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 HERE = Path(__file__).parent
-LONG = 40  # width of a name in letters, for which a column is kept wide
 # Factors of the units that a column may mix.
 UNITS = {"s": 1, "min": 60, "h": 3600, "M": 1e6, "B": 1e9, "MB": 1e6, "GB": 1e9, "ms": 1e-3, "%": 0.01, "": 1}
 CELL = re.compile(r"(-?[\d,]+(?:\.\d+)?(?:e[+-]?\d+)?)\s?(%|[A-Za-z]*)(?: [±(].*)?")
@@ -55,7 +53,7 @@ def _colours() -> str:
 
 def colours_on_page(theme: Theme) -> dict[str, str]:
     """Return the colours of a page by variable name."""
-    lines = {f"c{place}": to_hex(lightened(colour, theme)) for place, colour in enumerate(COLOURS)}
+    lines = {f"c{number}": theme.colour(number) for number in range(len(COLOURS))}
     band, control = ("#f4f6f8", "#7b8591") if theme is LIGHT else ("#1d2126", "#7d8794")
     own = {"paper": theme.paper, "ink": theme.ink, "soft": theme.neutral, "neutral": theme.neutral, "line": theme.faint}
     return {**own, "band": band, "control": control, "link": lines["c0"], **lines}

@@ -15,9 +15,10 @@ from fairseq_hash.provenance import provenance
 from fairseq_hash.reporting import comparison_table
 from fairseq_hash.reporting.comparison import COLUMNS, Comparison, compare
 from fairseq_hash.reporting.comparison_page import FIGURES, comparison_page
-from fairseq_hash.reporting.plots import DARK, LIGHT
+from fairseq_hash.reporting.drawing import draw
 from fairseq_hash.reporting.published import PUBLISHED
 from fairseq_hash.reporting.runs import Run
+from fairseq_hash.reporting.theme import DARK, LIGHT
 
 
 def write_report(folders: Sequence[Path], out: Path, title: str, note: "Path | None" = None) -> list[Path]:
@@ -30,10 +31,8 @@ def write_report(folders: Sequence[Path], out: Path, title: str, note: "Path | N
 
 def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
     """Write results.json, results.csv, runs.csv, results.md, the figures and index.html; return their paths."""
-    drawn = {
-        name: [draw(comparison.models, theme) for theme in (LIGHT, DARK)] for name, (_, _, draw, _) in FIGURES.items()
-    }
-    figures = {name: pictures for name, pictures in drawn.items() if pictures[0] is not None}
+    charts = {name: charts_of(comparison.models) for name, (_, _, charts_of) in FIGURES.items()}
+    figures = {name: [draw(own, theme) for theme in (LIGHT, DARK)] for name, own in charts.items() if own}
     files: dict[str, bytes] = {name: light for name, (light, _) in figures.items()}
     files["results.json"] = _json(comparison)
     files["results.csv"] = comparison.of_models.to_csv(index=False).encode()

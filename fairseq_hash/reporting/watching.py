@@ -65,7 +65,7 @@ def current_page(folders: Sequence[Path], title: str, note: str, seconds: float)
     except UserError as error:
         words = [page.section("Nothing to show yet", page.paragraphs(str(error)))]
         return page.render(title, f"as of {now}", words, seconds), str(error)
-    parts = sections(comparison, {}, comparison.models)
+    parts = sections(comparison, {})
     if len(shown := progress(comparison)):
         parts.insert(0, page.section("Training now", page.table(shown, label="Progress of trainings")))
     return page.render(title, f"{subtitle(comparison.runs)}; as of {now}", parts, seconds), ""

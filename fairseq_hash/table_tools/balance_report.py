@@ -143,11 +143,12 @@ def frame(tables: Sequence[JudgedTable]) -> "pd.DataFrame":
 
 def write(tables: Sequence[JudgedTable], symbols: list[str], out: Path) -> list[Path]:
     """Write loads.png, index.html, balance.csv and balance.json to a folder; return their paths."""
-    from fairseq_hash.reporting.plots import DARK, LIGHT
+    from fairseq_hash.reporting.drawing import draw
+    from fairseq_hash.reporting.theme import DARK, LIGHT
     from fairseq_hash.table_tools.figures import loads_of_one, loads_of_several
 
-    draw, drawn = (loads_of_one, tables[0]) if len(tables) == 1 else (loads_of_several, tables)
-    light, dark = (draw(drawn, theme) for theme in (LIGHT, DARK))
+    charts = loads_of_one(tables[0]) if len(tables) == 1 else loads_of_several(tables)
+    light, dark = (draw(charts, theme) for theme in (LIGHT, DARK))
     origin = provenance()
     contents = {
         "balance.csv": frame(tables).to_csv(index=False).encode(),
@@ -185,7 +186,7 @@ def _page(tables: Sequence[JudgedTable], symbols: list[str], origin: dict[str, A
     balance["tokens"] = balance["tokens"].map("{:,}".format)
     for heading in HEADINGS.values():
         balance[heading] = balance[heading].map("{:.4f}".format)
-    caption = "Bars and dots: the same experts." if len(tables) == 1 else "Each table's experts by its own loads."
+    caption = "Line and points: the same experts." if len(tables) == 1 else "Each table's experts by its own loads."
     parts = [
         page.section("Balance", page.table(balance), page.paragraphs(MEANING)),
         page.section("Loads of the experts", page.figure(f"Sorted loads of {names}", caption, light, dark)),

@@ -20,9 +20,9 @@ from fairseq_hash.reporting.comparison_page import comparison_page
 from fairseq_hash.reporting.curves import learning_charts
 from fairseq_hash.reporting.loads import load_charts
 from fairseq_hash.reporting.naming import group_by_model
-from fairseq_hash.reporting.plots import COLOURS, DARK, LIGHT
 from fairseq_hash.reporting.runs import load_runs
 from fairseq_hash.reporting.scaling import scaling_charts
+from fairseq_hash.reporting.theme import COLOURS, DARK, LIGHT
 
 VENDOR = Path(page.__file__).parent / "vendor"
 

@@ -10,14 +10,15 @@ import matplotlib.image
 import numpy as np
 import pytest
 from made_runs import NAMES, raw
-from matplotlib.colors import to_hex, to_rgb
+from matplotlib.colors import to_rgb
 
-from fairseq_hash.reporting import plots
-from fairseq_hash.reporting.curves import learning_curves
-from fairseq_hash.reporting.loads import expert_loads
-from fairseq_hash.reporting.naming import group_by_model
-from fairseq_hash.reporting.plots import DARK, LIGHT
+from fairseq_hash.reporting import drawing
+from fairseq_hash.reporting.curves import learning_charts
+from fairseq_hash.reporting.drawing import draw
+from fairseq_hash.reporting.loads import load_charts
+from fairseq_hash.reporting.naming import group_by_model, styles_of
 from fairseq_hash.reporting.runs import load_runs
+from fairseq_hash.reporting.theme import COLOURS, DARK, LIGHT
 
 
 def models_of(folder, names=NAMES):
@@ -27,7 +28,7 @@ def models_of(folder, names=NAMES):
 @pytest.fixture
 def drawn(monkeypatch):
     """Figures instead of PNGs."""
-    monkeypatch.setattr(plots, "png", lambda figure: figure)
+    monkeypatch.setattr(drawing, "png", lambda figure: figure)
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +41,7 @@ def no_warnings():
 
 def test_learning_curves_are_those_of_the_logs(made, drawn):
     """Each run's training and validation by updates; the same heights by time."""
-    by_updates, by_time = learning_curves(models_of(made), LIGHT).axes
+    by_updates, by_time = draw(learning_charts(models_of(made)), LIGHT).axes
     assert len(by_updates.lines) == len(by_time.lines) == 2 * len(NAMES)
     for index, name in enumerate(NAMES):
         last = {int(r["num_updates"]): r for r in raw(made / name, "train_inner")}
@@ -63,7 +64,7 @@ def test_learning_curves_are_those_of_the_logs(made, drawn):
 
 def test_curves_are_labelled_with_their_last_values(made, drawn):
     """Of two seeds with the mean; labels do not overlap, so they stand in the order of their values."""
-    for axes in learning_curves(models_of(made), LIGHT).axes:
+    for axes in draw(learning_charts(models_of(made)), LIGHT).axes:
         last = {name: float(raw(made / name, "valid")[-1]["valid_ppl"]) for name in NAMES}
         values = {"Dense": statistics.fmean([last["dense5"], last["dense6"]])}
         values |= {"Hash": last["hash5"], "Switch": last["switch5"]}
@@ -78,32 +79,38 @@ def test_the_first_fall_is_left_out(made, drawn):
     models = models_of(made, ["dense5"])
     run = models["Dense"][0]
     run.training.validations[0] = {"ppl": 5000.0}
-    axes = learning_curves(models, LIGHT).axes[0]
+    axes = draw(learning_charts(models), LIGHT).axes[0]
     assert axes.get_ylim()[1] < 200 and 5000.0 in axes.lines[1].get_ydata()
 
 
 def test_loads_are_the_mean_of_sorted_shares(made, drawn):
     """By plain Python: every settled interval is sorted, then averaged by rank, times the number of experts. 1e-9: sums
     in another order."""
-    figure = expert_loads(models_of(made), LIGHT)
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Hash, layer 1", "Switch, layer 1"]
-    for axes, name in zip(figure.axes, ("hash5", "switch5"), strict=True):
+    (axes,) = draw(load_charts(models_of(made)), LIGHT).axes
+    assert axes.get_title(loc="left") == "Load of the experts, layer 1"
+    labels = set()
+    for number, (name, model) in enumerate((("hash5", "Hash"), ("switch5", "Switch"))):
         shares = [sorted(record["layer1_load"], reverse=True) for record in raw(made / name, "train_inner")[1:]]
         expected = [4 * statistics.fmean(column) for column in zip(*shares, strict=True)]
-        assert [bar.get_height() for bar in axes.patches] == pytest.approx(expected, rel=1e-9)
+        train, valid = axes.lines[2 * number : 2 * number + 2]
+        assert [*train.get_xdata()] == [*valid.get_xdata()] == [1, 2, 3, 4]
+        assert [*train.get_ydata()] == pytest.approx(expected, rel=1e-9)
         last = sorted(raw(made / name, "valid")[-1]["valid_layer1_load"], reverse=True)
-        assert [*axes.lines[0].get_ydata()] == pytest.approx([4 * share for share in last], rel=1e-9)
+        assert [*valid.get_ydata()] == pytest.approx([4 * share for share in last], rel=1e-9)
+        assert valid.get_markerfacecolor() == "none" and valid.get_color() == train.get_color()
         assert axes.get_ylim()[1] > expected[0]
-        assert axes.texts[0].get_text() == f"largest {expected[0]:.2f} in training, {4 * last[0]:.2f} in validation"
+        labels.add(f"{model} largest {expected[0]:.2f}")
+    assert {text.get_text() for text in axes.texts} == labels
+    assert "Hollow: validation at its end." in axes.figure.texts[-1].get_text()
 
 
 def test_no_figure_without_loads(made, copies):
     """Dense models have none; without --log-expert-loads there are none."""
-    assert expert_loads(models_of(made, ["dense5", "dense6"]), LIGHT) is None
+    assert draw(load_charts(models_of(made, ["dense5", "dense6"])), LIGHT) is None
     log = copies / "switch5" / "train.log"
     log.write_text(re.sub(r', "(valid_|train_)?layer1_load": \[[^]]*\]', "", log.read_text()))
-    assert expert_loads(models_of(copies, ["switch5"]), LIGHT) is None
-    assert expert_loads(models_of(copies, ["switch5", "hash5"]), LIGHT)
+    assert draw(load_charts(models_of(copies, ["switch5"])), LIGHT) is None
+    assert draw(load_charts(models_of(copies, ["switch5", "hash5"])), LIGHT)
 
 
 def share(png, colour):
@@ -114,31 +121,34 @@ def share(png, colour):
 
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK])
-@pytest.mark.parametrize("draw", [learning_curves, expert_loads])
-def test_pictures_show_each_model_in_its_colour(made, theme, draw):
-    """Most is paper; ink and each model's colour are there. Bars are see-through, their titles are not."""
-    png = draw(models_of(made), theme)
+@pytest.mark.parametrize("charts", [learning_charts, load_charts])
+def test_pictures_show_each_model_in_its_colour(made, theme, charts):
+    """Most is paper; ink and each model's colour are there. A dense model has no loads."""
+    models = models_of(made)
+    png = draw(charts(models), theme)
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
     assert share(png, theme.paper) > 0.5 and share(png, theme.ink) > 0.002
-    colours = plots.colours_of(models_of(made), theme)
+    colours = {model: theme.colour(number) for model, (number, _) in styles_of(models).items()}
     assert len(set(colours.values())) == 3
     for model, colour in colours.items():
-        assert (share(png, colour) > 1e-4) == (model != "Dense" or draw is learning_curves), model
+        assert (share(png, colour) > 1e-4) == (model != "Dense" or charts is learning_charts), model
 
 
 def test_dense_models_are_neutral_and_colours_go_round():
-    """More models than colours share some, not fail."""
+    """More models than colours share some, not fail. Dark screens have lighter ones, by hand."""
 
     class Named:
         def __init__(self, router):
             self.training = type("Training", (), {"model": {"router": router}})
 
-    count = len(plots.COLOURS)
+    count = len(COLOURS)
     names = ["none", *["hash"] * (count + 2)]
-    colours = list(plots.colours_of({i: [Named(name)] for i, name in enumerate(names)}, LIGHT).values())
-    assert to_hex(colours[0]) == LIGHT.neutral
-    assert [to_hex(colour).upper() for colour in colours[1 : count + 1]] == list(plots.COLOURS)
+    styles = styles_of({number: [Named(name)] for number, name in enumerate(names)})
+    colours = [LIGHT.colour(number) for number, _ in styles.values()]
+    assert colours[0] == LIGHT.neutral
+    assert [colour.upper() for colour in colours[1 : count + 1]] == list(COLOURS)
     assert colours[count + 1 :] == colours[1:3]
+    assert DARK.colour(0) == "#73b1d5"  # 0 + 0.45 * 255 = 115, 114 + 0.45 * 141 = 177, 178 + 0.45 * 77 = 213
 
 
 @pytest.mark.parametrize("bad", ["inf", "nan"])
@@ -151,7 +161,7 @@ def test_a_training_that_diverged_is_drawn(copies, drawn, bad, first):
         text = text[: found.start()] + bad + text[found.end() :]
     log.write_text(text)
     for names in (["switch5"], ["switch5", "hash5"]):
-        axes = learning_curves(models_of(copies, names), LIGHT).axes[0]
+        axes = draw(learning_charts(models_of(copies, names)), LIGHT).axes[0]
         low, high = axes.get_ylim()
         assert 0 < low < high < 200
         heights = {text.get_text(): text.xyann[1] for text in axes.texts}
@@ -162,7 +172,7 @@ def test_without_validations_the_training_is_labelled(copies, drawn):
     """And the axes keep their size."""
     log = copies / "dense5" / "train.log"
     log.write_text("".join(line for line in log.read_text().splitlines(True) if "| valid |" not in line))
-    figure = learning_curves(models_of(copies, ["dense5"]), LIGHT)
+    figure = draw(learning_charts(models_of(copies, ["dense5"])), LIGHT)
     figure.draw_without_rendering()
     last = float(raw(copies / "dense5", "train_inner")[-1]["ppl"])
     for axes in figure.axes:

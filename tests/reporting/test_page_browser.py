@@ -10,7 +10,7 @@ from made_runs import write_run
 from fairseq_hash.reporting import page
 from fairseq_hash.reporting.comparison import compare
 from fairseq_hash.reporting.comparison_page import comparison_page
-from fairseq_hash.reporting.plots import DARK, LIGHT
+from fairseq_hash.reporting.theme import DARK, LIGHT
 from fairseq_hash.reporting.watching import current_page
 
 playwright = pytest.importorskip("playwright.sync_api")

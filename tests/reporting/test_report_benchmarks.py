@@ -8,11 +8,12 @@ from called import call
 from matplotlib.colors import to_hex
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.reporting import plots
+from fairseq_hash.reporting import drawing
 from fairseq_hash.reporting.benchmarks import write_benchmarks
 from fairseq_hash.reporting.benchmarks_files import load_benchmarks
-from fairseq_hash.reporting.benchmarks_plots import MOST_PANELS, split_of_time, time_by_experts, time_by_tokens
-from fairseq_hash.reporting.plots import LIGHT
+from fairseq_hash.reporting.benchmarks_plots import split_of_time, time_by_experts, time_by_tokens
+from fairseq_hash.reporting.drawing import MOST_PANELS, draw
+from fairseq_hash.reporting.theme import LIGHT
 
 PARTS = {"route": 0.001, "gather": 0.002, "exchange": 0.0, "experts": 0.006, "combine": 0.001}
 
@@ -76,7 +77,7 @@ def files(write):
 @pytest.fixture
 def drawn(monkeypatch):
     """Figures instead of PNGs."""
-    monkeypatch.setattr(plots, "png", lambda figure: figure)
+    monkeypatch.setattr(drawing, "png", lambda figure: figure)
 
 
 def test_everything_is_written(files, tmp_path):
@@ -113,7 +114,7 @@ def test_everything_is_written(files, tmp_path):
 def test_time_by_experts_and_by_tokens(files, drawn):
     """Of a file with one number of experts points, decoding apart; no panel by tokens where they do not vary."""
     benchmarks = load_benchmarks(files)
-    panels = {axes.get_title("left"): axes for axes in time_by_experts(benchmarks).axes}
+    panels = {axes.get_title("left"): axes for axes in draw(time_by_experts(benchmarks), LIGHT).axes}
     assert list(panels) == [
         *("One layer: 256 tokens", "One layer: 4,096 tokens"),
         *("Whole trainings: 512 tokens", "Whole trainings: 1 sentence, decoding"),
@@ -124,10 +125,10 @@ def test_time_by_experts_and_by_tokens(files, drawn):
     assert {text.get_text() for text in panels["One layer: 256 tokens"].texts} == {"dense 1.00", "hash 1.25"}
     _, decoding = panels["Whole trainings: 1 sentence, decoding"].lines
     assert [*decoding.get_ydata()] == [1.75] and decoding.get_color() == hash_line.get_color()
-    panels = {axes.get_title("left"): axes for axes in time_by_tokens(benchmarks).axes}
+    panels = {axes.get_title("left"): axes for axes in draw(time_by_tokens(benchmarks), LIGHT).axes}
     assert list(panels) == ["One layer: 8 experts", "One layer: 64 experts"]
     assert [*panels["One layer: 64 experts"].lines[1].get_ydata()] == [1.25, 1 + 64 / 4096]
-    assert time_by_tokens(benchmarks[1:]) is None
+    assert draw(time_by_tokens(benchmarks[1:]), LIGHT) is None
 
 
 def test_split_of_time(files, write, drawn):
@@ -143,7 +144,7 @@ def test_split_of_time(files, write, drawn):
 
 def test_many_panels_are_thinned_out(write, drawn):
     rows = [row("dense", experts, 2**power, 1.0) for power in range(20) for experts in (2, 4)]
-    figure = time_by_experts(load_benchmarks([write("a.json", "layer", rows)]))
+    figure = draw(time_by_experts(load_benchmarks([write("a.json", "layer", rows)])), LIGHT)
     titles = [axes.get_title("left") for axes in figure.axes]
     assert len(titles) == MOST_PANELS and (titles[0], titles[-1]) == ("One layer: 1 token", "One layer: 524,288 tokens")
     assert f"Shown: {MOST_PANELS} of 20." in figure.texts[-1].get_text()

@@ -22,8 +22,6 @@ from fairseq_hash.checkpoint.manifest import KEY, Manifest
 from fairseq_hash.hashing import Feature, TableShape, build_table, dictionary_fingerprint, load_table
 from fairseq_hash.hashing.dictionary import read_dictionary
 from fairseq_hash.hashing.registry import BUILDERS
-from fairseq_hash.reporting.plots import DARK
-from fairseq_hash.table_tools import figures
 from fairseq_hash.table_tools.evaluate_balance import Judge
 from fairseq_hash.table_tools.figures import loads_of_one, loads_of_several
 from fairseq_hash.table_tools.token_streams import open_text
@@ -228,14 +226,8 @@ def test_tables_of_a_dictionary_need_no_torch(data, tmp_path):
     assert load_table(tmp_path / "back").fingerprint == load_table(tmp_path / "random").fingerprint
 
 
-def panels(monkeypatch, draw, *arguments):
-    """The axes of a figure instead of a PNG."""
-    monkeypatch.setattr(figures, "png", lambda figure: figure)
-    return draw(*arguments, DARK).axes
-
-
-def test_figures_are_the_loads(dictionary, tmp_path, monkeypatch):
-    """Bars and dots of the same experts, by descending load; lines at mean and bounds. Of several, a panel for the
+def test_figures_are_the_loads(dictionary, tmp_path):
+    """A line and points of the same experts, by descending load; lines at mean and bounds. Of several, a panel for the
     counts and one for held-out text, where a table of words or buckets has the latter only."""
     symbols, listed = read_dictionary(dictionary)
     (tmp_path / "text").write_text("the of the and table table table\n")
@@ -248,16 +240,16 @@ def test_figures_are_the_loads(dictionary, tmp_path, monkeypatch):
     judged = [judge.judge(name, table) for name, table in tables.items()]
     on_counts, on_text = judged[0].judged
     order = sorted(range(3), key=lambda expert: -on_counts.balance.load_E[expert])
-    (axes,) = panels(monkeypatch, loads_of_one, judged[0])
+    (chart,) = loads_of_one(judged[0])
     heights = [[one.balance.load_E[expert] / one.balance.mean for expert in order] for one in (on_counts, on_text)]
-    assert [bar.get_height() for bar in axes.patches] == pytest.approx(heights[0])
-    lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    lines = {line.name: list(line.y) for line in chart.lines}
+    assert lines[f"building counts: largest {max(heights[0]):.3f}"] == pytest.approx(heights[0])
     assert lines[f"held-out text: largest {max(heights[1]):.3f}"] == pytest.approx(heights[1])
-    assert lines["mean: every expert the same"] == [1, 1] and len(lines) == 4
-    first, second = panels(monkeypatch, loads_of_several, judged)
-    assert first.get_title(loc="left") == "Building counts" and second.get_title(loc="left") == "Held-out text"
-    assert list(first.lines[0].get_ydata()) == pytest.approx(sorted(heights[0], reverse=True))
+    assert lines["mean: every expert the same"] == [1, 1] and len(lines) == 5
+    first, second = loads_of_several(judged)
+    assert first.title == "Building counts" and second.title == "Held-out text"
+    assert list(first.lines[0].y) == pytest.approx(sorted(heights[0], reverse=True))
     assert len(first.lines) == 2 and len(second.lines) == 3
-    assert list(second.lines[1].get_ydata()) == pytest.approx(
+    assert list(second.lines[1].y) == pytest.approx(
         sorted(judged[1].judged[0].balance.load_E / judged[1].judged[0].balance.mean, reverse=True)
     )

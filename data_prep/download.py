@@ -48,15 +48,10 @@ def download(file: RemoteFile, path: Path, on_progress: OnProgress) -> Path:
     download continues from there, in this call or a later one, if the server confirms that the file is still the same
     (RFC 9110, section 13.1.5, If-Range). Otherwise it starts anew. Memory does not depend on the file's size.
 
-    Args:
-        file: what to download.
-        path: the final name; its folder is created if missing.
-        on_progress: called with the bytes received so far and the total. It starts above 0 if a download continues, and
-            falls back if one starts anew.
-
-    Raises:
-        UserError: if the file is not available, is not the published one, or cannot be written; if another file is at
-            `path`; if another process is downloading to `path`.
+    The folder of `path` is created if missing. `on_progress` is called with the bytes received so far and the total. It
+    starts above 0 if a download continues, and falls back if one starts anew. Raises `UserError` if the file is not
+    available, is not the published one, or cannot be written; if another file is at `path`; if another process is
+    downloading to it.
     """
     partial = path.with_name(path.name + ".partial")
     sidecar = path.with_name(path.name + ".partial.json")

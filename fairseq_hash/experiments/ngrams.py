@@ -112,11 +112,7 @@ class KneserNey:
         self.levels = tuple(levels)
 
     def probabilities(self, id_SO: np.ndarray) -> np.ndarray:
-        """Return the probability of each row's last token after the tokens before it, float64 `[S]`, above 0.
-
-        Args:
-            id_SO: integers `[S, O]`.
-        """
+        """Return the probability of each row's last token (of `[S, O]`) after the others, float64 `[S]`, above 0."""
         probability_S = np.full(len(id_SO), 1 / self.vocabulary)
         for length, level in enumerate(self.levels, 1):
             context_S = np.zeros(len(id_SO), dtype=np.int64)
@@ -128,13 +124,10 @@ class KneserNey:
         return probability_S
 
     def nats(self, id_S: np.ndarray) -> float:
-        """Return minus the mean natural logarithm of the probabilities of all tokens in a stream.
+        """Return minus the mean natural logarithm of the probabilities of all tokens in a stream `[S]`, one or more.
 
         As in fairseq-eval-lm with --sample-break-mode none, the first token comes after `</s>`. A language model sees
         less before the first tokens of its other samples, but an n-gram model sees O - 1 tokens before each token.
-
-        Args:
-            id_S: integers `[S]`, 0 to V - 1, at least one.
         """
         id_SO = np.lib.stride_tricks.sliding_window_view(padded(id_S, self.order), self.order)
         blocks = (id_SO[first : first + BLOCK] for first in range(0, len(id_SO), BLOCK))
@@ -155,13 +148,10 @@ def check_size(vocabulary: int, order: int = max(ORDERS)) -> None:
 
 
 def estimate_discounts(count_G: np.ndarray) -> Discounts:
-    """Return the discounts of one order from its counts of counts.
+    """Return the discounts of one order from its counts, int64, above 0.
 
     A small text may lack n-grams of some count from 1 to 4, or may not have fewer n-grams of the larger counts. Then a
     discount is not defined or not above 0, and some token would have no probability, so all three are FALLBACK.
-
-    Args:
-        count_G: int64, above 0.
     """
     _, n1, n2, n3, n4, _ = np.bincount(np.minimum(count_G, 5), minlength=6).tolist()
     if min(n1, n2, n3, n4) == 0:

@@ -46,16 +46,9 @@ def build_table(
 ) -> HashTable:
     """Build or load the table that `--hash-table` names: one of `BUILDERS`, or else the path of a table file.
 
-    Args:
-        kind: builder or path.
-        symbols: the dictionary's symbols, V of them.
-        counts: how often each occurs in the training text.
-        shape: the shape that the table must have.
-        seed: random seed. A balanced table has a random part if it is not the first.
-        is_first: whether this is the only table of a model, or the first of several that must differ.
-
-    Raises:
-        UserError: if the builder cannot build such a table, or the file has a table of another shape.
+    `counts` say how often each of the V symbols occurs in the training text. A balanced table has a random part, by the
+    seed, if it is not the first of several that must differ. Raises `UserError` if the builder cannot build such a
+    table, or the file has a table of another shape.
     """
     if kind not in BUILDERS:
         table = load_table(kind)

@@ -24,13 +24,8 @@ def lookup_rows(
 ) -> Tensor:
     """Return the row of each token (int64 `[B, L]`); at padding, any row.
 
-    Args:
-        feature: what the key of a token is.
-        token_BL: int64 token ids.
-        padding: the id of padding.
-        num_keys: H, rows of the table.
-        index: the table's further arrays for finding rows, as tensors: those of `words` or of `spread`, else empty.
-        predicted_BL: for `predicted`, the ids of the predicted next tokens.
+    `num_keys` is H. `index` are the table's further arrays for finding rows, as tensors: those of `words` or of
+    `spread`, else empty. `predicted_BL` are, for `predicted`, the ids of the predicted next tokens.
     """
     if feature.name == "token":
         return spread_rows(index, token_BL, shifted(token_BL, 1, padding)) if "pair" in index else token_BL
@@ -72,10 +67,8 @@ def shifted(token_BL: Tensor, distance: int, padding: int) -> Tensor:
 def spread_rows(index: Mapping[str, Tensor], token_BL: Tensor, previous_BL: Tensor) -> Tensor:
     """Return the row of each token (int64 `[B, L]`).
 
-    Args:
-        index: `heavy`, bool `[V]`: which tokens have pairs; `pair`, int64 `[P]`, ascending: token x V + previous token.
-        token_BL: int64 token ids.
-        previous_BL: the tokens before them.
+    `index` has `heavy`, bool `[V]`: which tokens have pairs; `pair`, int64 `[P]`, ascending: token x V + previous
+    token.
     """
     heavy_V, pair_P = index["heavy"], index["pair"]
     row_BL = torch.where(heavy_V[token_BL], previous_BL, token_BL)

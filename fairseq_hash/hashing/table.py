@@ -107,10 +107,7 @@ def fingerprint_of_tables(fingerprints: Sequence[str]) -> "str | None":
 def check_table(expert_HK: np.ndarray, num_experts: int, is_multi_hash: bool = False) -> None:
     """Raise `UserError` unless the table is int64 `[H, K]`, every expert from 0 to E - 1, and distinct in each row.
 
-    Args:
-        expert_HK: the table.
-        num_experts: E.
-        is_multi_hash: whether the columns are independent hash functions, so that a row may name an expert twice.
+    With `is_multi_hash` the columns are independent hash functions, so that a row may name an expert twice.
     """
     if expert_HK.dtype != np.int64 or expert_HK.ndim != 2 or not expert_HK.size:
         raise UserError(

@@ -168,12 +168,8 @@ class HashTransformerDecoder(TransformerDecoder):
     def routing_context(self, token_BL: Tensor, is_step: bool = False) -> RoutingContext:
         """Return what the sparse layers share for token ids `[B, L]`: the hash routes are made here, for all of them.
 
-        Args:
-            token_BL: int64, the whole prefix.
-            is_step: whether the layers see the last token only, in generation step by step.
-
-        Raises:
-            SystemExit: with one line, in generation with an oracle.
+        `token_BL` is int64, the whole prefix. `is_step` says that the layers see the last token only, in generation
+        step by step. Raises `SystemExit` with one line, in generation with an oracle.
         """
         if is_step and self.is_oracle:
             # Not an error that ranks wait for each other with: in generation some may have no sentence.

@@ -11,10 +11,8 @@ def freeze(model: nn.Module, what: str) -> None:
 
     An optimizer that is made later has the other parameters alone, and so has the norm of the gradients.
 
-    Args:
-        model: a `HashTransformerLanguageModel` with sparse layers, not wrapped for data parallelism yet.
-        what: one of `FREEZES`: nothing; the experts of all sparse layers, the shared one included; or all else, routers
-            and learned hash weights included.
+    `what` is one of `FREEZES`: nothing; the experts of all sparse layers, the shared one included; or all else, routers
+    and learned hash weights included. The model is not wrapped for data parallelism yet.
     """
     if what == "none":
         return

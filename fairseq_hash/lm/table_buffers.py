@@ -105,11 +105,7 @@ class HashTables(nn.ModuleList):
         super().__init__(TableBuffers(table, is_evaluation) for table in tables)
 
     def require_predictor(self, fingerprint: str) -> None:
-        """Save the fingerprint of the model that predicts keys, and refuse checkpoints that were trained with another.
-
-        Args:
-            fingerprint: SHA-256 in hexadecimal digits.
-        """
+        """Save the fingerprint of the model that predicts keys, and refuse checkpoints of another one."""
         self.register_buffer("predictor_fingerprint", _bytes(fingerprint))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

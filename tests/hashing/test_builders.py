@@ -203,7 +203,7 @@ def test_tables_do_not_depend_on_the_process():
     program = (
         "import sys, torch; torch.manual_seed(7); sys.path.insert(0, sys.argv[1])\n"
         "from table_builders import every_builder, zipf\n"
-        "from fairseq_hash.hashing import table_fingerprint\n"
+        "from fairseq_hash.hashing.table import table_fingerprint\n"
         "for _, table in every_builder(zipf(500), 7, 3, 42): print(table_fingerprint(table))"
     )
     folder = str(Path(table_builders.__file__).parent)

@@ -78,7 +78,8 @@ def test_clusters_do_not_depend_on_threads_or_process():
     """Unstructured points, where k-means takes many steps and the last digits of sums matter. scikit-learn is imported
     only where it is used."""
     program = (
-        "import sys, torch; from fairseq_hash.hashing import clustered_experts, table_fingerprint\n"
+        "import sys, torch; from fairseq_hash.hashing.clusters import clustered_experts\n"
+        "from fairseq_hash.hashing.table import table_fingerprint\n"
         "assert 'sklearn' not in sys.modules\n"
         "points = torch.randn(6000, 32, generator=torch.Generator().manual_seed(3))\n"
         "print(table_fingerprint(clustered_experts(points, 32, 2, seed=4)))"

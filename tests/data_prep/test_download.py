@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from file_server import AGAIN, CONTENT, HALF, OTHER, assert_whole, fails, ignore
+from file_server import AGAIN, CONTENT, HALF, OTHER, arrives, assert_whole, fails, ignore
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,15 +24,13 @@ def test_whole_file(server, tmp_path):
 def test_without_published_figures(server, tmp_path):
     path = tmp_path / "file.bin"
     server.faults = [{"cut": HALF}]
-    download(RemoteFile(server.url, None, None), path, ignore)
-    assert_whole(path)
+    arrives(RemoteFile(server.url, None, None), path)
     assert server.ranges == [None, f"bytes={HALF}-"]
 
 
 def test_empty_file(server, tmp_path):
     server.content = b""
-    download(RemoteFile(server.url, None, None), tmp_path / "file.bin", ignore)
-    assert_whole(tmp_path / "file.bin", b"")
+    arrives(RemoteFile(server.url, None, None), tmp_path / "file.bin", b"")
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -45,8 +43,7 @@ def test_any_cuts(server, tmp_path, cuts):
     cuts = [cut or 1 for cut in cuts]
     server.faults = [{"cut": cut} for cut in cuts]
     path = tmp_path / "file.bin"
-    download(server.file(content), path, ignore)
-    assert_whole(path, content)
+    arrives(server.file(content), path, content)
     path.unlink()
     begins = [sum(cuts[:number]) for number in range(len(cuts) + 1)]
     begins = [begin for begin in begins if begin < len(content)]
@@ -69,8 +66,7 @@ def test_goes_on_in_a_later_call(server, tmp_path):
 def test_attempts_are_counted_anew_after_progress(server, tmp_path):
     some = [{"status": 503}] * (module.ATTEMPTS - 2)
     server.faults = [*some, {"cut": 1000}, *some, {"cut": 1000}, *some]
-    download(server.file(), tmp_path / "file.bin", ignore)
-    assert_whole(tmp_path / "file.bin")
+    arrives(server.file(), tmp_path / "file.bin")
 
 
 def test_pauses_grow_and_begin_anew(server, tmp_path, monkeypatch):
@@ -89,8 +85,7 @@ def test_truncating_server(server, tmp_path, sent):
 
 def test_server_that_ignores_ranges(server, tmp_path):
     server.faults = [{"cut": HALF}, {"ignore_range": True}]
-    download(server.file(), tmp_path / "file.bin", ignore)
-    assert_whole(tmp_path / "file.bin")
+    arrives(server.file(), tmp_path / "file.bin")
     assert server.ranges == [None, f"bytes={HALF}-"]
 
 
@@ -111,8 +106,7 @@ def test_file_that_changes_between_calls(server, tmp_path, ignore_condition, sam
     server.content = OTHER if same_length else OTHER[:-7]
     server.headers = {"ETag": '"2"'}
     server.faults = [{"ignore_condition": ignore_condition}]
-    download(published, path, ignore)
-    assert_whole(path, server.content)
+    arrives(published, path, server.content)
     assert server.ranges[module.ATTEMPTS :] == [f"bytes={HALF}-", None][: 2 if ignore_condition else 1]
 
 
@@ -122,15 +116,13 @@ def test_file_of_another_length_under_the_same_tag(server, tmp_path):
     published = RemoteFile(server.url, None, None)
     fails(published, path, kept=HALF)
     server.content = OTHER + OTHER
-    download(published, path, ignore)
-    assert_whole(path, OTHER + OTHER)
+    arrives(published, path, OTHER + OTHER)
 
 
 @pytest.mark.parametrize("part", ["bytes 0-9/300000", "bytes 150001-299999/300000", "nonsense", None])
 def test_server_that_sends_another_part(server, tmp_path, part):
     server.faults = [{"cut": HALF}, {"headers": {"Content-Range": part}}]
-    download(RemoteFile(server.url, None, None), tmp_path / "file.bin", ignore)
-    assert_whole(tmp_path / "file.bin")
+    arrives(RemoteFile(server.url, None, None), tmp_path / "file.bin")
     assert server.ranges == [None, f"bytes={HALF}-", None]
 
 
@@ -147,8 +139,7 @@ def test_server_that_sends_another_part(server, tmp_path, part):
 def test_goes_on_only_while_the_server_vouches_for_the_file(server, tmp_path, headers, condition):
     server.headers = headers
     server.faults = [{"cut": HALF}]
-    download(server.file(), tmp_path / "file.bin", ignore)
-    assert_whole(tmp_path / "file.bin")
+    arrives(server.file(), tmp_path / "file.bin")
     assert server.conditions == [None, condition]
     assert server.ranges == [None, f"bytes={HALF}-" if condition else None]
 
@@ -158,8 +149,7 @@ def test_partial_file_longer_than_the_file_on_the_server(server, tmp_path):
     (tmp_path / "file.bin.partial").write_bytes(CONTENT + b"more")
     remembered = {"url": server.url, "validator": '"1"', "total": len(CONTENT) + 9}
     (tmp_path / "file.bin.partial.json").write_text(json.dumps(remembered))
-    download(server.file(), tmp_path / "file.bin", ignore)
-    assert_whole(tmp_path / "file.bin")
+    arrives(server.file(), tmp_path / "file.bin")
     assert server.ranges == [f"bytes={len(CONTENT) + 4}-", None]
 
 
@@ -179,8 +169,7 @@ def test_partial_file_of_unknown_origin(server, tmp_path, text):
     (tmp_path / "file.bin.partial").write_bytes(OTHER[:HALF])
     if text is not None:
         (tmp_path / "file.bin.partial.json").write_bytes(text.encode("latin-1"))
-    download(RemoteFile(server.url, None, None), tmp_path / "file.bin", ignore)
-    assert_whole(tmp_path / "file.bin")
+    arrives(RemoteFile(server.url, None, None), tmp_path / "file.bin")
     assert server.ranges == [None]
 
 
@@ -188,6 +177,5 @@ def test_stopped_between_the_last_byte_and_the_check(server, tmp_path):
     (tmp_path / "file.bin.partial").write_bytes(CONTENT)
     remembered = {"url": server.url, "validator": '"1"', "total": len(CONTENT)}
     (tmp_path / "file.bin.partial.json").write_text(json.dumps(remembered))
-    download(server.file(), tmp_path / "file.bin", ignore)
-    assert_whole(tmp_path / "file.bin")
+    arrives(server.file(), tmp_path / "file.bin")
     assert server.ranges == []

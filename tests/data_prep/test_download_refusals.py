@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from file_server import AGAIN, CONTENT, HALF, OTHER, assert_whole, fails, ignore, serving
+from file_server import AGAIN, CONTENT, HALF, OTHER, arrives, assert_whole, fails, ignore, serving
 
 from data_prep import download as module
 from data_prep.download import RemoteFile, download, exclusive
@@ -23,8 +23,7 @@ def test_corrupt_content(server, tmp_path):
     fails(server.file(), path, server.url, found, expected, "run again", AGAIN)
     assert os.listdir(tmp_path) == []
     server.content = CONTENT
-    download(server.file(), path, ignore)
-    assert_whole(path)
+    arrives(server.file(), path)
 
 
 def test_wrong_size_is_refused_before_anything_is_written(server, tmp_path):
@@ -34,8 +33,7 @@ def test_wrong_size_is_refused_before_anything_is_written(server, tmp_path):
     server.content, server.headers = b"<html>Please log in</html>", {}
     fails(server.file(), path, "26 bytes", f"{len(CONTENT)} are expected", "login page", AGAIN, kept=HALF)
     server.content, server.headers = CONTENT, {"ETag": '"1"'}
-    download(server.file(), path, ignore)
-    assert_whole(path)
+    arrives(server.file(), path)
     assert server.ranges[-1] == f"bytes={HALF}-"
 
 
@@ -43,8 +41,7 @@ def test_server_that_states_no_length(server, tmp_path):
     path = tmp_path / "file.bin"
     server.faults = [{"headers": {"Content-Length": None}}] * 2
     fails(RemoteFile(server.url, None, None), path, "does not say how long", AGAIN)
-    download(server.file(), path, ignore)
-    assert_whole(path)
+    arrives(server.file(), path)
 
 
 @pytest.mark.parametrize(("status", "requests"), [(404, 1), (403, 1), (410, 1), (429, 5), (500, 5), (503, 5), (416, 5)])
@@ -77,8 +74,7 @@ def test_stalling_server(server, tmp_path, monkeypatch):
 def test_stall_is_overcome(server, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "TIMEOUT", 0.05)
     server.faults = [{"cut": HALF, "stall": True}]
-    download(server.file(), tmp_path / "file.bin", ignore)
-    assert_whole(tmp_path / "file.bin")
+    arrives(server.file(), tmp_path / "file.bin")
     assert server.ranges == [None, f"bytes={HALF}-"]
 
 
@@ -92,8 +88,7 @@ def test_disk_that_is_full(server, tmp_path, limit):
         fails(server.file(), path, "file.bin.partial: File too large", "run again", kept=limit)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    download(server.file(), path, ignore)
-    assert_whole(path)
+    arrives(server.file(), path)
     assert server.ranges == [None, f"bytes={limit}-"]
 
 
@@ -149,8 +144,7 @@ def test_killed_process_and_a_second_one(server, tmp_path):
         first.wait()
         first.stdout.close()
     server.release.set()
-    download(server.file(), path, ignore)
-    assert_whole(path)
+    arrives(server.file(), path)
     assert server.ranges == [None, f"bytes={HALF}-"]
 
 

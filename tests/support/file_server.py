@@ -106,6 +106,12 @@ def assert_whole(path, content=CONTENT):
     assert os.listdir(path.parent) == [path.name]
 
 
+def arrives(file, path, content=CONTENT):
+    """The download ends with the whole file."""
+    download(file, path, ignore)
+    assert_whole(path, content)
+
+
 def fails(file, path, *parts, kept=0):
     """The download ends in one line with these parts, and leaves so many bytes and what they are a part of."""
     with pytest.raises(UserError) as caught:

@@ -42,9 +42,7 @@ def why_incomplete(run: Run, unfinished: bool = False) -> "str | None":
 
 
 def _not_evaluated_as_their_like(runs: Sequence[Run]) -> dict[Path, str]:
-    """Return the runs that lack an evaluation that another run of their model has, so that all means are over the same
-    runs.
-    """
+    """Return the runs that lack an evaluation of another run of their model: all means are over the same runs."""
     reasons = {}
     for run in runs:
         wanted = {subset: None for other in runs if other.model == run.model for subset in other.evaluations}

@@ -68,9 +68,7 @@ def _curves(run: Run) -> tuple[Curve, Curve]:
 
 
 def _perplexity_range(curves: Sequence[Curve]) -> tuple[float, float]:
-    """Leave out the first drop from chance, beside which all later differences would vanish, and values that are not
-    finite.
-    """
+    """Leave out what is not finite, and the first drop from chance, beside which later differences would vanish."""
     every: list[float] = []
     late: list[float] = []
     for curve in curves:

@@ -115,9 +115,7 @@ def figure(alternative: str, caption: str, light: bytes, dark: bytes) -> str:
 
 
 def _width(png: bytes) -> int:
-    """Return the width at which to show a PNG, so that letters keep the size in which they were drawn (96 pixels per
-    inch).
-    """
+    """Return the width at which letters of a PNG keep the size in which they were drawn (96 pixels per inch)."""
     return round(int.from_bytes(png[16:20], "big") * 96 / DPI)
 
 

@@ -20,9 +20,7 @@ SUBSETS = ("valid", "test")  # the first of these on which the runs were evaluat
 
 @dataclass(frozen=True)
 class Point:
-    """A model's perplexities at its number of experts, one per seed, and the published perplexity that compares with
-    them.
-    """
+    """A model's perplexities at its number of experts, one per seed, and the published one that compares with them."""
 
     experts: int
     perplexities: list[float]
@@ -30,6 +28,7 @@ class Point:
 
     @property
     def mean(self) -> float:
+        """The mean over the seeds."""
         return statistics.fmean(self.perplexities)
 
 

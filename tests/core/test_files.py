@@ -137,3 +137,13 @@ def test_a_folder_of_files(tmp_path):
     line = r"^cannot write to --out \S+/file: File exists; give a folder that you can write to$"
     with pytest.raises(UserError, match=line):
         write_folder(tmp_path / "file", {"a": b"1"})
+
+
+def test_who_reads_the_old_file_reads_on(tmp_path):
+    """The new file takes the name; the old one is not written over in place."""
+    path = tmp_path / "file"
+    path.write_text("old")
+    with path.open() as held:
+        with atomic_write(path) as partial:
+            partial.write_text("new")
+        assert (held.read(), path.read_text()) == ("old", "new")

@@ -57,6 +57,14 @@ def test_loss_is_cross_entropy_plus_weighted_means(data):
     assert shown["ppl"] == pytest.approx(math.exp(cross_entropy.item() / 36), rel=1e-3)
 
 
+def test_the_logged_cross_entropy_is_one_per_token(data):
+    """Also where the loss is divided by the number of sentences."""
+    _, task, model, criterion = build(data, *SWITCH, "--sentence-avg")
+    _, sample_size, log = criterion(model, sample_of(task, 3))
+    assert (sample_size, log["ntokens"]) == (3, 36)
+    assert logged([[log]])["nll_loss"] == pytest.approx(log["nll_loss"].item() / 36 / math.log(2), abs=6e-4)
+
+
 def test_without_sparse_layers_it_is_fairseqs_cross_entropy(data):
     from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 

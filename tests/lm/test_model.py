@@ -7,7 +7,6 @@ import torch
 from passes import assert_padding_is_not_routed, assert_steps_give_the_full_pass, sample_of, tokens_of
 from plugin import build
 
-from fairseq_hash import hashing
 from fairseq_hash.hashing.builders import balanced_experts, random_experts
 from fairseq_hash.moe.dispatch_plan import PlanUnderWay
 from fairseq_hash.moe.parameter_counts import count_parameters

@@ -7,6 +7,7 @@ import pytest
 import torch
 from fairseq.logging import metrics
 from fairseq.logging.progress_bar import format_stat
+from passes import sample_of
 from plugin import build
 from torch import nn
 
@@ -16,13 +17,6 @@ from fairseq_hash.moe.routing_stats import RoutingReport
 
 SWITCH = ("--router", "switch", "--sparse-layers", "0,1", "--num-experts", "4")
 WEIGHTS = ("--load-balance-weight", "0.5", "--z-loss-weight", "0.25")
-
-
-def sample_of(task, rows, seed=0, length=12):
-    generator = torch.Generator().manual_seed(seed)
-    token_BL = torch.randint(4, len(task.source_dictionary), (rows, length), generator=generator)
-    net_input = {"src_tokens": token_BL, "src_lengths": torch.full((rows,), length)}
-    return {"net_input": net_input, "target": token_BL.roll(-1, 1), "ntokens": rows * length}
 
 
 def logged(outputs):
@@ -40,9 +34,8 @@ def test_loss_is_cross_entropy_plus_weighted_means(data):
     sample = sample_of(task, 3)
     loss, sample_size, log = criterion(model, sample)
     logits, extra = model(**sample["net_input"])
-    cross_entropy = nn.functional.cross_entropy(
-        logits.double().flatten(0, 1), sample["target"].flatten(), reduction="sum"
-    )
+    target = sample["target"].flatten()
+    cross_entropy = nn.functional.cross_entropy(logits.double().flatten(0, 1), target, reduction="sum")
     auxiliary = 0.0
     for sums in extra["routing"].values():
         report = RoutingReport(sums, SwitchStatistics)

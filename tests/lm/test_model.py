@@ -4,22 +4,16 @@ import copy
 
 import pytest
 import torch
+from passes import assert_padding_is_not_routed, assert_steps_give_the_full_pass, sample_of, tokens_of
 from plugin import build
 
-from fairseq_hash import hashing
 from fairseq_hash.hashing.builders import balanced_experts, random_experts
 from fairseq_hash.moe.dispatch_plan import PlanUnderWay
-from fairseq_hash.moe.routers import statistics_of
+from fairseq_hash.moe.parameter_counts import count_parameters
 from fairseq_hash.moe.routing_stats import RoutingReport
 
 SPARSE = ("--sparse-layers", "0,1", "--num-experts", "4")
 ROUTERS = ("hash", "switch", "base")
-
-
-def tokens_of(task, rows=3, length=12, seed=0):
-    """Random token ids, among them no padding."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(4, len(task.source_dictionary), (rows, length), generator=generator)
 
 
 def test_without_router_the_parameters_are_those_of_transformer_lm(data):
@@ -73,25 +67,8 @@ def test_a_hash_layer_with_one_expert_is_the_dense_layer(data):
 @pytest.mark.parametrize("placement", ["replace", "insert"])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_padding_is_never_routed_or_counted(data, router, placement):
-    """A short sequence gives the same logits and reports alone and padded beside a longer one."""
     _, task, model, _ = build(data, "--router", router, *SPARSE, "--sparse-placement", placement)
-    model.eval()
-    token_BL = tokens_of(task)
-    alone, extra_alone = model(token_BL[:1, :5])
-    both = token_BL[:2].clone()
-    both[0, 5:] = task.source_dictionary.pad()
-    padded, extra_padded = model(both)
-    other, extra_other = model(token_BL[1:2])
-    # Matrix products of other shapes sum in another order.
-    torch.testing.assert_close(padded[0, :5], alone[0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(padded[1], other[0], rtol=1e-4, atol=1e-5)
-    for layer, sums in extra_padded["routing"].items():
-        report, alone, other = (
-            RoutingReport(vector, statistics_of(router))
-            for vector in (sums, extra_alone["routing"][layer], extra_other["routing"][layer])
-        )
-        assert report.tokens == 5 + 12
-        assert torch.equal(report.tokens_per_expert_E, alone.tokens_per_expert_E + other.tokens_per_expert_E)
+    assert_padding_is_not_routed(model.eval(), task)
 
 
 @pytest.mark.parametrize("placement", ["replace", "insert"])
@@ -99,13 +76,7 @@ def test_padding_is_never_routed_or_counted(data, router, placement):
 def test_incremental_decoding_gives_the_logits_of_the_full_pass(data, router, placement):
     arguments = () if router == "none" else ("--router", router, *SPARSE, "--sparse-placement", placement)
     _, task, model, _ = build(data, *arguments)
-    model.eval()
-    token_BL = tokens_of(task)
-    full, _ = model(token_BL)
-    state = {}
-    steps = [model.decoder(token_BL[:, : n + 1], incremental_state=state)[0] for n in range(token_BL.shape[1])]
-    # One position at a time: the products are of other shapes and sum in another order.
-    torch.testing.assert_close(torch.cat(steps, dim=1), full, rtol=1e-4, atol=1e-5)
+    assert_steps_give_the_full_pass(model.eval(), tokens_of(task))
 
 
 @pytest.mark.parametrize("placement", ["replace", "insert"])
@@ -120,10 +91,7 @@ def test_activation_checkpointing_changes_nothing(data, router, placement):
         arguments = ("--router", router, *SPARSE, "--sparse-placement", placement, *options, "--z-loss-weight", "0.1")
         _, task, model, criterion = build(data, *arguments, *extra)
         torch.manual_seed(2)
-        token_BL = tokens_of(task)
-        net_input = {"src_tokens": token_BL, "src_lengths": torch.full((3,), 12)}
-        sample = {"net_input": net_input, "target": token_BL.roll(-1, 1), "ntokens": 36}
-        loss, _, log = criterion(model, sample)
+        loss, _, log = criterion(model, sample_of(task))
         loss.backward()
         results.append((loss, log, {name: p.grad for name, p in model.named_parameters()}))
     (loss, log, gradients), (loss_again, log_again, gradients_again) = results
@@ -200,7 +168,6 @@ def test_layers_with_one_table_share_route_and_report(data, monkeypatch, per_lay
 
 @pytest.mark.parametrize("placement", ["replace", "insert"])
 def test_recomputed_hidden_layers_change_nothing(data, placement):
-    """The same logits and gradients to the bit."""
     results = []
     for recompute in ((), ("--recompute-hidden",)):
         torch.manual_seed(1)
@@ -213,21 +180,9 @@ def test_recomputed_hidden_layers_change_nothing(data, placement):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_a_table_file_serves_as_the_table(data, tmp_path):
-    _, task, _, _ = build(data)
-    known = task.source_dictionary.symbols, task.source_dictionary.count
-    table = hashing.build_table("random", *known, hashing.TableShape(4), 99)
-    hashing.save_table(table, tmp_path / "table.safetensors")
-    arguments = ("--router", "hash", *SPARSE, "--hash-table", tmp_path / "table.safetensors")
-    _, _, model, _ = build(data, *arguments)
-    assert model.decoder.hash_tables[0].expert.tolist() == table.expert_HK.tolist()
-
-
 @pytest.mark.parametrize("router", ROUTERS)
 def test_parameters_counted(data, router):
     """Total and active, by arithmetic: an expert has D x F + F + F x D + D parameters."""
-    from fairseq_hash.moe.parameter_counts import count_parameters
-
     dense = sum(p.numel() for p in build(data)[2].parameters())
     _, _, model, _ = build(data, "--router", router, *SPARSE)
     expert = 16 * 32 + 32 + 32 * 16 + 16

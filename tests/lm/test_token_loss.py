@@ -1,6 +1,7 @@
 """The cross-entropy over chunks of rows: value, gradient, memory, and that it waits for nothing."""
 
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from fairseq import utils
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from made_tensors import LargeTensors
-from plugin import USER_DIR, build, command, records, train
+from plugin import build, evaluate, records, train
 from torch import nn
 
 from fairseq_hash.core.errors import UserError
@@ -70,14 +71,17 @@ def test_equals_torchs_in_float64(chunk, tokens, vocabulary, dtype, reduce):
     torch.testing.assert_close(gradient_NV.double(), want_NV, rtol=GRADIENT[dtype], atol=2e-6)
 
 
+@pytest.mark.parametrize("reduce", [True, False])
 @pytest.mark.parametrize("dtype", list(GRADIENT))
-def test_the_sum_is_fairseqs_to_the_last_bit(chunk, dtype):
-    """The log of a training goes on as it was."""
+def test_loss_and_gradient_are_fairseqs_to_the_last_bit(chunk, dtype, reduce):
+    """The log of a training goes on as it was, and a model without experts trains as fairseq's own does."""
     logits_NV, target_N = case(500, 37, dtype)
-    for reduce in (True, False):
-        assert torch.equal(
-            token_cross_entropy(logits_NV, target_N, IGNORE, reduce), fairseqs(logits_NV, target_N, reduce)
-        )
+    grad = torch.full(() if reduce else (500,), 0.37)
+    ours, theirs = (
+        with_gradient(lambda x, f=function: f(x, target_N, reduce=reduce), logits_NV, grad)
+        for function in (partial(token_cross_entropy, ignore_index=IGNORE), fairseqs)
+    )
+    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
 
 
 def test_all_ignored(chunk):
@@ -286,18 +290,7 @@ def test_an_adaptive_softmax_trains_and_evaluates(data, tmp_path):
     """By the commands; data parallelism that waits for gradients which no word of a batch gives is refused."""
     done = train(data, tmp_path, *ADAPTIVE, "--max-update", "2")
     trained = float(records(done, "valid")[-1]["valid_loss"])
-    options = (
-        "--user-dir",
-        USER_DIR,
-        "--cpu",
-        "--tokens-per-sample",
-        "16",
-        "--gen-subset",
-        "valid",
-        "--max-tokens",
-        "256",
-    )
-    done = command("eval_lm", data, "--path", tmp_path / "checkpoint_last.pt", *options)
+    done = evaluate(data, tmp_path / "checkpoint_last.pt")
     found = float(re.search(r"Loss \(base 2\): ([\d.]+)", done.stdout + done.stderr)[1])
     assert found == pytest.approx(trained, abs=2e-3)
     _, _, model, _ = build(data, *ADAPTIVE)
@@ -305,24 +298,3 @@ def test_an_adaptive_softmax_trains_and_evaluates(data, tmp_path):
     with pytest.raises(UserError, match="--adaptive-softmax-cutoff with --ddp-backend pytorch_ddp waits"):
         check_data_parallel(SimpleNamespace(ddp_backend="pytorch_ddp", **several), model)
     check_data_parallel(SimpleNamespace(ddp_backend="legacy_ddp", **several), model)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_loss_and_gradient_are_fairseqs_to_the_last_bit(dtype, monkeypatch):
-    """A model without experts then trains as fairseq's own does, bit for bit."""
-    monkeypatch.setattr(token_loss, "THREAD_CHUNK", 100)
-    generator = torch.Generator().manual_seed(5)
-    logits_NV = (3 * torch.randn(37, 23, generator=generator)).to(dtype)
-    target_N = torch.randint(23, (37,), generator=generator)
-    target_N[::5] = 1
-    results = []
-    for ours in (True, False):
-        x_NV = logits_NV.clone().requires_grad_()
-        if ours:
-            loss = token_loss.token_cross_entropy(x_NV, target_N, 1)
-        else:
-            log_softmax_NV = torch.nn.functional.log_softmax(x_NV, dim=-1, dtype=torch.float32)
-            loss = torch.nn.functional.nll_loss(log_softmax_NV, target_N, ignore_index=1, reduction="sum")
-        (loss * 0.37).backward()
-        results.append((loss.detach(), x_NV.grad))
-    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])

@@ -30,16 +30,8 @@ def setup_env(tmp_path, monkeypatch):
     (tmp_path / ".venv" / "bin").mkdir()
     (tmp_path / ".venv" / "bin" / "tool").touch()
     (tmp_path / ".venv" / "bin" / "python").symlink_to(PYTHON)
-    module.write_state(
-        {
-            "complete": True,
-            "folder": str(ROOT),
-            "python": PYTHON,
-            "torch": "",
-            "requirements": module.requirements(),
-            "packages": module.installed(),
-        }
-    )
+    state = {"complete": True, "folder": str(ROOT), "python": PYTHON, "torch": ""}
+    module.write_state({**state, "requirements": module.requirements(), "packages": module.installed()})
     return module
 
 

@@ -7,6 +7,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from plugin import TINY, USER_DIR
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.moe.dispatchers import DISPATCHERS
 from fairseq_hash.training.shared_experts import SharedTraining, check_device, check_training
 
 
@@ -20,16 +21,12 @@ def configuration(*arguments):
 @pytest.mark.parametrize(
     "arguments",
     [
-        (),
-        ("--ddp-backend", "pytorch_ddp"),
-        ("--ddp-backend", "fully_sharded", "--use-sharded-state", "--fp16"),
-        ("--bf16",),
-        ("--fp16", "--fp16-no-flatten-grads"),
-        ("--memory-efficient-fp16",),
+        *("", "--ddp-backend pytorch_ddp", "--ddp-backend fully_sharded --use-sharded-state --fp16"),
+        *("--bf16", "--fp16 --fp16-no-flatten-grads", "--memory-efficient-fp16"),
     ],
 )
 def test_what_goes_with_shared_experts(arguments):
-    check_training(configuration(*arguments), "all-to-all")
+    check_training(configuration(*arguments.split()), DISPATCHERS["all-to-all"])
 
 
 @pytest.mark.parametrize(
@@ -47,15 +44,15 @@ def test_what_goes_with_shared_experts(arguments):
 )
 def test_what_does_not(arguments, message):
     with pytest.raises(UserError, match=message) as caught:
-        check_training(configuration(*arguments), "all-to-all")
+        check_training(configuration(*arguments), DISPATCHERS["all-to-all"])
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("arguments", [("--bf16",), ("--memory-efficient-fp16",)])
 def test_fairscales_masks_are_fp32(arguments):
     with pytest.raises(UserError, match="does not go with --expert-dispatch fairscale"):
-        check_training(configuration(*arguments), "fairscale")
-    check_training(configuration(), "fairscale")
+        check_training(configuration(*arguments), DISPATCHERS["fairscale"])
+    check_training(configuration(), DISPATCHERS["fairscale"])
 
 
 def test_sharding_needs_cuda():

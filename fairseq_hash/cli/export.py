@@ -22,24 +22,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add("checkpoint", type=Path, metavar="CKPT", help="main file, such as checkpoint_best.pt")
     add("--to", choices=("hf",), required=True, help="format: hf (transformers)")
     add("out", type=Path, metavar="DIR", help="folder to write, which must not exist")
-    add(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="folder with dict.txt and, for pieces, sentencepiece.model (default: that of the training)",
-    )
-    add(
-        "--sentencepiece",
-        type=Path,
-        metavar="FILE",
-        help="SentencePiece model (default: sentencepiece.model beside dict.txt)",
-    )
-    add(
-        "--shard-size",
-        default="5GB",
-        metavar="SIZE",
-        help="largest size of one file of weights: bytes, or a number with KB, MB or GB (powers of 1000; default: 5GB)",
-    )
+    folder = "folder with dict.txt and, for pieces, sentencepiece.model (default: that of the training)"
+    add("--data", type=Path, metavar="DIR", help=folder)
+    model = "SentencePiece model (default: sentencepiece.model beside dict.txt)"
+    add("--sentencepiece", type=Path, metavar="FILE", help=model)
+    size = "largest size of one file of weights: bytes, or a number with KB, MB or GB (powers of 1000; default: 5GB)"
+    add("--shard-size", default="5GB", metavar="SIZE", help=size)
     export.set_defaults(run=run)
 
 

@@ -28,13 +28,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "fairseq-train (with --log-format json) or of fairseq-hydra-train, and the outputs of fairseq-eval-lm, each in "
         "a file that ends in .log or .out",
     )
-    add(
-        "--benchmarks",
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-        help="files that benchmarks/layer.py, train.py and communication.py wrote with --json, instead of runs",
-    )
+    files = "files that benchmarks/layer.py, train.py and communication.py wrote with --json, instead of runs"
+    add("--benchmarks", nargs="+", type=Path, metavar="FILE", help=files)
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write to; created if missing")
     add("--title", help=f"heading of the report (default: {TITLE}; of benchmarks: {BENCHMARKS_TITLE})")
     add("--note", type=Path, metavar="FILE", help="text for the report: what these runs can show")

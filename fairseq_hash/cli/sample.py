@@ -32,21 +32,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the options for loading a checkpoint."""
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CKPT", help="checkpoint of a language model")
-    add(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="folder of its dict.txt (default: its training's data folder, or the checkpoint's own folder)",
-    )
+    folder = "folder of its dict.txt (default: its training's data folder, or the checkpoint's own folder)"
+    add("--data", type=Path, metavar="DIR", help=folder)
     add("--sentencepiece", type=Path, metavar="FILE", help="its SentencePiece model (default: beside dict.txt)")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     add("--map-experts", action="store_true", help="leave the experts in the checkpoint's files: for large models")
-    add(
-        "--hash-predictor",
-        type=Path,
-        metavar="CKPT",
-        help="the predicting model of --hash-feature predicted, if its file was moved",
-    )
+    predictor = "the predicting model of --hash-feature predicted, if its file was moved"
+    add("--hash-predictor", type=Path, metavar="CKPT", help=predictor)
 
 
 def check_checkpoint(path: Path) -> None:

@@ -13,11 +13,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "user-dir",
         description='Print the package\'s folder: fairseq-train --user-dir "$(fairseq-hash user-dir)" works anywhere.',
     )
-    parser.add_argument(
-        "--configs",
-        action="store_true",
-        help='print the folder of its configurations: --config-dir "$(fairseq-hash user-dir --configs)"',
-    )
+    configs = 'print the folder of its configurations: --config-dir "$(fairseq-hash user-dir --configs)"'
+    parser.add_argument("--configs", action="store_true", help=configs)
     parser.set_defaults(run=run)
 
 

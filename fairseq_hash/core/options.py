@@ -3,9 +3,7 @@
 import argparse
 from dataclasses import MISSING, field, fields
 from types import NoneType
-from typing import Any, TypeVar, get_args, get_type_hints
-
-Options = TypeVar("Options")
+from typing import Any, get_args, get_type_hints
 
 
 def option(default: Any = MISSING, help: str = "", **more: Any) -> Any:
@@ -38,6 +36,6 @@ def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
             parser.add_argument(flag, **words)
 
 
-def given_options(kind: type[Options], arguments: argparse.Namespace) -> Options:
+def given_options(kind: type, arguments: argparse.Namespace) -> Any:
     """Return the dataclass with the values that a command line gives to its fields."""
     return kind(**{f.name: getattr(arguments, f.name) for f in fields(kind)})  # type: ignore[arg-type]

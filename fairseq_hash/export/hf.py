@@ -22,16 +22,11 @@ def export(
 
     Experts in shards are read one at a time, so memory holds the dense part and one expert. The optimizer is not read.
 
-    Args:
-        checkpoint: its main file.
-        out: the folder, which must not exist. It appears when it is complete.
-        data: the folder of the dictionary and of the SentencePiece model; None for that of the training.
-        pieces: the SentencePiece model; None for that in the folder of the data.
-        shard_size: most bytes of tensors in one file of weights; a larger tensor has a file of its own.
-
-    Raises:
-        UserError: if the checkpoint is damaged or cannot be exported, its dictionary is not found, or the folder cannot
-            be written. Nothing of the folder is left then.
+    `out` must not exist, and appears when it is complete. `data` is the folder of the dictionary and of the
+    SentencePiece model, None for that of the training; `pieces` is the SentencePiece model, None for that in the folder
+    of the data. `shard_size` is the most bytes of tensors in one file of weights; a larger tensor has a file of its
+    own. Raises `UserError` if the checkpoint is damaged or cannot be exported, its dictionary is not found, or the
+    folder cannot be written. Nothing of the folder is left then.
     """
     _check_out(out)
     with loading_weights_only():

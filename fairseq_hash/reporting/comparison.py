@@ -1,5 +1,7 @@
 """A comparison: the runs that may be compared, by model, their tables, and the texts beside them."""
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,6 @@ from fairseq_hash.reporting import comparison_table, published
 from fairseq_hash.reporting.compare import sort_out
 from fairseq_hash.reporting.folders import find_failed_starts
 from fairseq_hash.reporting.naming import group_by_model
-from fairseq_hash.reporting.noise import words_on_noise
 from fairseq_hash.reporting.runs import Run, load_runs
 
 COLUMNS = """
@@ -104,3 +105,37 @@ def _faults(runs: Sequence[Run]) -> dict[str, str]:
 
 def _number(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def words_on_noise(models: pd.DataFrame) -> str:
+    """Return a text that names the pairs of models whose difference is within two standard errors."""
+    columns = [name for name in ("test_perplexity", "valid_perplexity") if name in models]
+    if not columns:
+        return "These runs were not evaluated."
+    # A subset that all models have, if there is one.
+    column = next((name for name in columns if models[name].notna().all()), columns[0])
+    subset = column.removesuffix("_perplexity")
+    rows = models[models[column].notna()].to_dict("records")
+    if any(row["runs"] < 2 for row in rows):
+        alone = [row["model"] for row in rows if row["runs"] < 2]
+        return (
+            f"One seed only of {_listed(alone)}: how much chance alone would change its perplexity is not known here."
+        )
+    if len(rows) < 2:
+        return f"{rows[0]['runs']} seeds of {rows[0]['model']}; there is no other model to compare it with."
+    close = []
+    for one, other in itertools.combinations(rows, 2):
+        error = math.sqrt(sum(row[f"{column}_sd"] ** 2 / row["runs"] for row in (one, other)))
+        if abs(one[column] - other[column]) <= 2 * error:
+            close.append(f"{one['model']} and {other['model']}")
+    seeds = f"{min(row['runs'] for row in rows)} seeds a model"
+    if not close:
+        return f"With {seeds}, every difference in {subset} perplexity exceeds two standard errors."
+    within = (
+        f"With {seeds}, the difference in {subset} perplexity is within two standard errors, and may be chance, between"
+    )
+    return f"{within} {'; '.join(close)}."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -19,6 +19,7 @@ from fairseq_hash.reporting.theme import DPI, Theme
 COLUMNS, MOST_PANELS = 2, 12
 # More lines cannot be told apart, so the others are drawn faint.
 MOST_LABELLED, MOST_MARKERS = 10, 12
+MANY_POINTS = 64  # of a hollow line, which are drawn small
 MARKERS = "osD^vPX"
 STYLES: dict[str, dict[str, Any]] = {
     "strong": {"linewidth": 1.8, "markersize": 5},
@@ -105,6 +106,8 @@ def _draw(axes: Axes, chart: Chart, theme: Theme) -> None:
         if line.name in ends:
             every = -(-len(line.x) // MOST_MARKERS) if line.style == "strong" else 1
             style = {"marker": MARKERS[line.dash % len(MARKERS)], "markevery": every, **STYLES[line.style]}
+            if line.style == "points" and len(line.x) > MANY_POINTS:
+                style["markersize"] = 4
             axes.plot(line.x, line.y, color=theme.colour(line.colour), **style)
             if line.spread is not None:
                 axes.vlines(line.x, *line.spread.T, color=theme.colour(line.colour), linewidth=1.5)

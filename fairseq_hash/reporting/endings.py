@@ -1,10 +1,10 @@
-"""How a training ended, or whether it seems to be running still."""
+"""How a training ended, or whether it seems to be running still; and whether an evaluation counts as its result."""
 
 import re
 from datetime import datetime
 from pathlib import Path
 
-from fairseq_hash.reporting.logs import TrainingLog, parse_line
+from fairseq_hash.reporting.logs import Evaluation, TrainingLog, parse_line
 
 # If a log grew within this time, in seconds, its training counts as running.
 ALIVE = 600.0
@@ -44,3 +44,25 @@ def last_error(path: Path) -> "str | None":
     end = next((place for place in range(len(lines), 0, -1) if parse_line(lines[place - 1])), 0)
     errors = [line.strip() for line in lines[end:] if ERROR.match(line)]
     return next((line for line in errors if line.startswith("fairseq_hash: ")), errors[-1] if errors else None)
+
+
+def why_no_result(evaluation: Evaluation, training: TrainingLog) -> "str | None":
+    """Return why an evaluation does not count as a result of a training, None if it counts."""
+    config = evaluation.config
+    again = f"repeat it with --tokens-per-sample {training.config.get('task.tokens_per_sample')}"
+    if evaluation.perplexity is None:
+        return f"has no result: {evaluation.error or 'its log ends without one'}"
+    if evaluation.skipped:
+        return f"left out {evaluation.skipped:,} samples that were too long for the model; {again}"
+    if evaluation.tokens == 0:
+        return f"scored no token; {again}"
+    ranks = config.get("distributed_training.distributed_world_size")
+    parts = max(config.get("dataset.num_shards") or 1, ranks or 1)
+    if parts > 1:
+        return f"scored one of {parts} parts of the text; repeat it in one process, without --num-shards"
+    if training.finished is not None and evaluation.time < training.finished:
+        return "was made before training was done; repeat it"
+    models = [one["dictionary_fingerprint"] for one in (evaluation.model, training.model) if one]
+    if len(set(models)) > 1:
+        return "was made with another dictionary than the training"
+    return None

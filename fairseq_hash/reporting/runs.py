@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.reporting.endings import last_error, why_not_done
-from fairseq_hash.reporting.evaluations import why_no_result
+from fairseq_hash.reporting.endings import last_error, why_no_result, why_not_done
 from fairseq_hash.reporting.folders import find_runs, log_files, tells_of_training
 from fairseq_hash.reporting.logs import Evaluation, Line, TrainingLog, read_evaluations, read_lines, read_training
 from fairseq_hash.reporting.run_options import STOPS, stable

@@ -37,8 +37,10 @@ def scaling_charts(models: dict[str, list[Run]]) -> list[Chart]:
 
     No chart if no two models differ only in that, or if the runs were not evaluated.
     """
-    subset, points_by_line = _subset_and_lines(models)
-    if subset is None or not points_by_line:
+    if (subset := _subset(models)) is None:
+        return []
+    points_by_line = {name: points for name, points in _lines(models, subset).items() if len(points) > 1}
+    if not points_by_line:
         return []
     counts = sorted({point.experts for points in points_by_line.values() for point in points})
     axis = axis_of_counts(counts)
@@ -64,20 +66,10 @@ def scaling_charts(models: dict[str, list[Run]]) -> list[Chart]:
     return [Chart("Perplexity by the number of experts", *labels, lines, y_range=y_range, values=shown, **axis)]
 
 
-def _subset_and_lines(models: dict[str, list[Run]]) -> tuple["str | None", dict[str, list[Point]]]:
-    subset = _subset(models)
-    lines = _lines(models, subset) if subset else {}
-    return subset, {name: points for name, points in lines.items() if len(points) > 1}
-
-
 def _subset(models: dict[str, list[Run]]) -> "str | None":
     rows = [measure(model, run) for model, runs in models.items() for run in runs]
-    return next((subset for subset in SUBSETS if all(_is_finite(row, subset) for row in rows)), None)
-
-
-def _is_finite(row: dict[str, object], subset: str) -> bool:
-    value = row.get(f"{subset}_perplexity")
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    known = {subset: [row.get(f"{subset}_perplexity", math.nan) for row in rows] for subset in SUBSETS}
+    return next((subset for subset, values in known.items() if all(map(math.isfinite, values))), None)
 
 
 def _point(runs: Sequence[Run], subset: str) -> Point:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from made_runs import edit
 
 from fairseq_hash.reporting import comparison_table, naming
+from fairseq_hash.reporting.comparison import words_on_noise
 from fairseq_hash.reporting.logs import TrainingLog
-from fairseq_hash.reporting.noise import words_on_noise
 from fairseq_hash.reporting.runs import Run, load_runs
 
 PERPLEXITIES = st.floats(1, 1e4)

@@ -38,4 +38,4 @@ def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
 
 def given_options(kind: type, arguments: argparse.Namespace) -> Any:
     """Return the dataclass with the values that a command line gives to its fields."""
-    return kind(**{f.name: getattr(arguments, f.name) for f in fields(kind)})  # type: ignore[arg-type]
+    return kind(**{f.name: getattr(arguments, f.name) for f in fields(kind)})

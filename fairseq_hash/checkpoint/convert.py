@@ -269,7 +269,7 @@ def _write_sharded(state: dict[str, Any], manifest: Manifest, ranges: Sequence[r
                 file = shard_name(manifest.update, save, part, experts)
                 rows = {name: take(value, experts) for name, value in tensors.items()}
                 shards.append(write_shard(out.parent, file, part, experts, rows, about))
-        state[KEY] = replace(manifest, save=save, experts=tuple(weights), shards=tuple(shards)).to_plain()
+        state[KEY] = replace(manifest, save=save, experts=tuple(sorted(weights)), shards=tuple(shards)).to_plain()
         write_main(state, out)
     except BaseException as error:
         if not _names_save(out, save):  # an interrupt may come when the main file has its name already

@@ -126,7 +126,7 @@ class Saver:
         self, save: str, update: int, numbers: "dict[str, int] | None" = None, shards: Sequence[Shard] = ()
     ) -> Manifest:
         about = {**self.facts, "provenance": {**self.provenance, "date": now()}}
-        experts = tuple(expert_parameters(self.model)) if self.parallel is not None else ()
+        experts = tuple(sorted(expert_parameters(self.model))) if self.parallel is not None else ()
         return Manifest(save, update, numbers=numbers or {}, experts=experts, shards=tuple(shards), **about)
 
     def _write_own(self, folder: Path, update: int, save: str, numbers: dict[str, int]) -> list[Shard]:

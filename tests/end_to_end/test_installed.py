@@ -108,7 +108,7 @@ def test_a_source_archive_gives_the_same_wheel(source, wheel, tmp_path):
 
 def test_the_package_says_where_it_is(installed):
     folder = Path(run(installed / "fairseq-hash", "user-dir").stdout.strip())
-    assert folder.is_relative_to(installed.parent) and (folder / "model.py").is_file()
+    assert folder.is_relative_to(installed.parent) and (folder / "lm" / "model.py").is_file()
     configs = Path(run(installed / "fairseq-hash", "user-dir", "--configs").stdout.strip())
     assert configs.is_relative_to(folder) and files_below(configs) == files_below(ROOT / "configs")
 

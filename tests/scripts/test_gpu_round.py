@@ -39,11 +39,11 @@ def test_every_stage_runs_on_a_cpu(data, tmp_path):
 
 def test_a_stage_that_fails_or_takes_too_long_ends_no_other(gpu_round, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_round, "LEAST_SECONDS", 0)
-    monkeypatch.setattr(gpu_round, "GRACE_SECONDS", 1)
+    monkeypatch.setattr(gpu_round, "GRACE_SECONDS", 5)
     say = "print('said', flush=True)"
     stages = [
         gpu_round.Stage("failing", 20, (("-c", f"{say}; 1 / 0"), ("-c", say))),
-        gpu_round.Stage("hanging", 3, (("-c", f"{say}\ntry:\n    import time; time.sleep(60)\nfinally:\n    {say}"),)),
+        gpu_round.Stage("hanging", 8, (("-c", f"{say}\ntry:\n    import time; time.sleep(60)\nfinally:\n    {say}"),)),
         gpu_round.Stage("last", 20, (("-c", say),)),
     ]
     ends = [gpu_round.run_stage(stage, stage.seconds, tmp_path / f"{stage.name}.log") for stage in stages]

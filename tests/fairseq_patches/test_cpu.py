@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fairseq.distributed import utils as distributed_utils
 from plugin import losses, on_ranks, train, train_arguments
 
 from fairseq_hash.fairseq_patches import cpu
@@ -88,8 +89,8 @@ def test_tasks_of_slurm(monkeypatch, tasks, world_size, line):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     cfg = options(distributed_port=29500, distributed_world_size=world_size, pipeline_model_parallel=False)
     if line is None:
-        cpu.distributed_utils._infer_slurm_init(cfg, None)
+        distributed_utils._infer_slurm_init(cfg, None)
         assert (cfg.distributed_init_method, cfg.distributed_rank) == ("tcp://n1:29500", 3)
         return
     with pytest.raises(SystemExit, match=line):
-        cpu.distributed_utils._infer_slurm_init(cfg, None)
+        distributed_utils._infer_slurm_init(cfg, None)

@@ -11,7 +11,7 @@ from fairseq_hash import fairseq_patches
 from fairseq_hash.fairseq_patches import ORDER, registry
 
 fairseq_hash.register()
-TOOLS = {"__init__", "command_log", "registry", "upstream"}
+TOOLS = {"__init__", "command_log", "print_sources", "registry", "upstream"}
 
 # What the targets are before the modules are imported, after that, after `apply` and after a second one.
 IMPORTING = """

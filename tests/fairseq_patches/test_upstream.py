@@ -93,7 +93,7 @@ def test_white_space_does_not_count():
 
 def test_changed_functions_are_named_in_one_line(tmp_path):
     (tmp_path / "program.py").write_text(CHANGED)
-    done = forked.run_python([tmp_path / "program.py"], tmp_path, 120)
+    done = forked.run_python([tmp_path / "program.py"], 120)
     (line,) = (done.stdout + done.stderr).splitlines()
     assert done.returncode == 0
     assert re.search(
@@ -105,7 +105,7 @@ def test_changed_functions_are_named_in_one_line(tmp_path):
 
 def test_a_missing_function_ends_in_one_line_before_anything_is_changed(tmp_path):
     (tmp_path / "program.py").write_text(MISSING)
-    done = forked.run_python([tmp_path / "program.py"], tmp_path, 120)
+    done = forked.run_python([tmp_path / "program.py"], 120)
     assert (done.returncode, done.stdout) == (1, "as before: True\n")
     (line,) = done.stderr.splitlines()
     assert re.match(r"fairseq_hash: fairseq \S+ has no fairseq\.trainer\.Trainer\.clip_grad_norm; install ", line)

@@ -225,4 +225,4 @@ def test_refusals(data, monkeypatch):
     monkeypatch.setattr(hash_model, "check_device", lambda **_: None)
     options = SparseOptions(router="hash", sparse_layers="1", freeze="experts")
     with pytest.raises(UserError, match="--freeze experts does not go with --ddp-backend fully_sharded"):
-        hash_model.check_options(None, options)
+        hash_model.check_options(None, options, is_evaluation=False)

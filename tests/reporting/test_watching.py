@@ -83,7 +83,11 @@ def test_watching_in_a_terminal(log, tmp_path):
             wait_for(lambda: "Learning curves" in text_of(out), watcher)
         finally:
             watcher.send_signal(signal.SIGINT)
-            said, err = watcher.communicate(timeout=60)
+            try:
+                said, err = watcher.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                watcher.kill()  # such as where the tests were started with SIGINT ignored
+                raise
     waiting, kept, ended = said.splitlines()
     assert watcher.returncode == 0 and "Traceback" not in err
     assert waiting.startswith("waiting: ") and kept == f"{out / 'index.html'} is kept current every 1 s; Ctrl-C ends it"

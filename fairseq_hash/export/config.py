@@ -14,6 +14,7 @@ from fairseq_hash.options.sparse_options import SparseOptions
 MODELING, TOKENIZATION = "modeling_fairseq_hash", "tokenization_fairseq_hash"
 ACTIVATIONS = {"gelu_fast": "gelu_accurate"}  # older names
 ACTIVATIONS.update({name: name for name in ("relu", "gelu", "gelu_accurate", "tanh", "linear")})
+ROUTERS = ("none", "hash", "switch", "base")  # those that the exported code has
 # Options of parts of fairseq's decoder that the exported model does not have, with the values that switch them off.
 REFUSED: dict[str, tuple[Any, ...]] = {
     "adaptive_softmax_cutoff": (None,),
@@ -97,6 +98,9 @@ def _check_exportable(path: object, given: Mapping[str, Any], options: SparseOpt
             f"{path} was trained with --activation-fn {given['activation_fn']}; the exported model has "
             f" {', '.join(ACTIVATIONS)}"
         )
+    for router in options.routers:
+        if router not in ROUTERS:
+            raise UserError(f"{path} has --router {router}; the exported model has {', '.join(ROUTERS)}")
     if options.is_sparse and options.hash_feature == "predicted":
         raise UserError(
             f"{path} was trained with --hash-feature predicted: its routes are what another model "

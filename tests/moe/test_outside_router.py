@@ -15,7 +15,9 @@ from fairseq import checkpoint_utils
 from plugin import command, records, train_arguments
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.export.config import _check_exportable
 from fairseq_hash.moe.routers import register_router
+from fairseq_hash.options.sparse_options import SparseOptions
 from fairseq_hash.reporting.report import write_report
 
 LAYERS = ("--sparse-layers", "0,1", "--num-experts", "4")
@@ -98,3 +100,10 @@ def test_an_unknown_router_is_named_with_those_that_are_there(data):
     with pytest.raises(SystemExit, match="--router top3.*none, hash, base, switch, random_top2, counting"):
         recorded.make_trainer(data, (*EXACT, "--router", "top3"))
     assert counting_router.Counting.top_k == 2
+
+
+def test_the_export_refuses_it():
+    with pytest.raises(
+        UserError, match="a.pt has --router random_top2; the exported model has none, hash, switch, base"
+    ):
+        _check_exportable("a.pt", {}, SparseOptions(router="hash,random_top2", sparse_layers="0,1"))

@@ -25,6 +25,7 @@ EXACT = (*LAYERS, "--clip-norm", "0.2", "--optimizer", "sgd", "--lr", "0.5", *SU
 
 
 def test_by_the_real_command_its_statistics_are_in_log_and_report(data, tmp_path):
+    assert len(Path(outside_router.__file__).read_text().splitlines()) <= 30
     folder = str(Path(outside_router.__file__).parent)
     arguments = train_arguments(data, tmp_path / "run", *LAYERS, "--router", "random_top2", "--user-dir", folder)
     done = command("train", *arguments)

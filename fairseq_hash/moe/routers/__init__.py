@@ -1,5 +1,6 @@
 """Routers: which expert serves which token, and how much its output weighs. One file a router."""
 
+from fairseq_hash.moe.assignment import Assignment
 from fairseq_hash.moe.routers.base import BaseRouter
 from fairseq_hash.moe.routers.registry import (
     Router,
@@ -10,8 +11,10 @@ from fairseq_hash.moe.routers.registry import (
     statistics_of,
 )
 from fairseq_hash.moe.routers.switch import SwitchRouter
+from fairseq_hash.moe.routing_stats import statistic
 
 __all__ = [
+    "Assignment",
     "BaseRouter",
     "Router",
     "RouterSettings",
@@ -19,5 +22,6 @@ __all__ = [
     "register_router",
     "router_class",
     "router_names",
+    "statistic",
     "statistics_of",
 ]

@@ -5,10 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-import fairseq_hash  # noqa: F401 (registers the model)
-from fairseq_hash.moe.assignment import Assignment
-from fairseq_hash.moe.routers import register_router
-from fairseq_hash.moe.routing_stats import statistic
+from fairseq_hash.moe.routers import Assignment, register_router, statistic
 
 
 @dataclass(frozen=True)

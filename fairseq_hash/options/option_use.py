@@ -142,6 +142,13 @@ def check_criterion(kind: type, config: Mapping[str, Any], options: SparseOption
     Raises:
         UserError: if an option cannot act, or a router needs another criterion.
     """
+    for statistics in _statistics(options):
+        for loss, weight in loss_weights(statistics).items():
+            if isinstance(weight, str) and weight not in CRITERION:
+                raise UserError(
+                    f"the loss {loss} of {statistics.__name__} has the weight {weight!r}, which is no option of the "
+                    "criterion hash_moe; give load_balance_weight, z_loss_weight or a number"
+                )
     name = config["_name"]
     if not issubclass(kind, SparseCriterion):
         if any(map(loss_weights, _statistics(options))):

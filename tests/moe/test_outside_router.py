@@ -1,6 +1,7 @@
 """A router from outside (`support/outside_router`, 30 lines) is trained, logged and reported as ours are."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import counting_router
@@ -16,7 +17,7 @@ from plugin import command, records, train_arguments
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.export.config import _check_exportable
-from fairseq_hash.moe.routers import register_router
+from fairseq_hash.moe.routers import register_router, statistic
 from fairseq_hash.options.sparse_options import SparseOptions
 from fairseq_hash.reporting.report import write_report
 
@@ -108,3 +109,13 @@ def test_the_export_refuses_it():
         UserError, match="a.pt has --router random_top2; the exported model has none, hash, switch, base"
     ):
         _check_exportable("a.pt", {}, SparseOptions(router="hash,random_top2", sparse_layers="0,1"))
+
+
+def test_a_loss_weight_that_is_no_option_is_refused(data, monkeypatch):
+    @dataclass(frozen=True)
+    class Wrong:
+        score_margin: torch.Tensor = statistic("", loss_weight="balance_weight")
+
+    monkeypatch.setattr(outside_router.RandomTop2, "statistics", Wrong)
+    with pytest.raises(SystemExit, match="score_margin of Wrong has the weight 'balance_weight', which is no option"):
+        recorded.make_trainer(data, (*EXACT, "--router", "random_top2"))

@@ -62,6 +62,7 @@ class SparseLayer(nn.Module):
         self.segments = segments
         self.top_k = top_k if router is None else router.top_k
         self.statistics: type = NoStatistics if router is None else router.statistics
+        self.router_sees_tokens: bool = getattr(router, "sees_tokens", False)
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
         held = experts.shell if isinstance(experts, MappedExperts) else experts
@@ -70,7 +71,7 @@ class SparseLayer(nn.Module):
     def route(self, x_TD: Tensor, context: RoutingContext) -> tuple[Assignment, DispatchPlan, Tensor]:
         """Return which experts serve the tokens `x_TD`, how their rows lie, and the sums of the report."""
         if self.hash_route is None:
-            assignment = self.router(x_TD)
+            assignment = self.router(x_TD, *((context.tokens,) if self.router_sees_tokens else ()))
             factor = self.capacity_factor if self.training else self.eval_capacity_factor
             plan = self.dispatcher.begin(assignment.expert_TK, factor).plan
             return assignment, plan, RoutingReport.of(assignment, plan, self.statistics).sums

@@ -43,6 +43,19 @@ class HashRoute:
 
 
 @dataclass(frozen=True)
+class RoutedTokens:
+    """What a router may see of a batch beside the activations. Padding is left out; positions come first.
+
+    Attributes:
+        id_T: int64, token ids.
+        sentence_T: int64, the sentence of each token, from 0 to B - 1.
+    """
+
+    id_T: Tensor
+    sentence_T: Tensor
+
+
+@dataclass(frozen=True)
 class RoutingContext:
     """What the sparse layers of one forward pass share.
 
@@ -51,17 +64,27 @@ class RoutingContext:
             flattened); None where nothing is padding.
         hash_routes: one for each hash table.
         reports: each sparse layer's report, by its number and its router's name; filled in as the layers run.
+        token_BL: int64, the token ids, padding included; None if no router sees them.
     """
 
     place_T: "Tensor | None"
     hash_routes: list[HashRoute] = field(default_factory=list)
     reports: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    token_BL: "Tensor | None" = None
 
     @classmethod
     def of_tokens(cls, token_BL: Tensor, padding: int) -> "RoutingContext":
         """Make the context for token ids `[B, L]`, leaving out the padding."""
         real_N = token_BL.t().flatten() != padding
-        return cls(None if real_N.all() else real_N.nonzero().squeeze(1))
+        return cls(None if real_N.all() else real_N.nonzero().squeeze(1), token_BL=token_BL)
+
+    @cached_property
+    def tokens(self) -> RoutedTokens:
+        """The tokens, for routers that see them."""
+        if self.token_BL is None:
+            raise ValueError("this router sees tokens; make the context with RoutingContext.of_tokens")
+        sentence_B = torch.arange(len(self.token_BL), device=self.token_BL.device)
+        return RoutedTokens(self.select(self.token_BL), self.select(sentence_B.unsqueeze(1).expand_as(self.token_BL)))
 
     def select(self, value_BL: Tensor) -> Tensor:
         """Return `[T]`: the values of the tokens that are no padding, position first."""

@@ -11,7 +11,7 @@ from fairseq_hash.moe.experts import ExpertFeedForward, ExpertStack
 from fairseq_hash.moe.layer import SparseLayer
 from fairseq_hash.moe.routers import BaseRouter, SwitchRouter
 from fairseq_hash.moe.routing_context import HashRoute, RoutingContext
-from fairseq_hash.moe.routing_stats import RoutingReport, names_of
+from fairseq_hash.moe.routing_stats import NoStatistics, RoutingReport, names_of
 from fairseq_hash.moe.token_dispatcher import LocalDispatcher
 from fairseq_hash.parallel.groups import ExpertParallel
 
@@ -213,3 +213,25 @@ def test_initial_weights_depend_on_the_seed_alone():
     assert experts.fc2_weight.abs().max() <= bound and linear.weight.abs().max() <= bound
     # 3,000 draws: the standard deviation of their standard deviation is under 1 %.
     torch.testing.assert_close(experts.fc2_weight.std(), linear.weight.std(), rtol=0.05, atol=0)
+
+
+class ByTokens(torch.nn.Module):
+    """A router that sees token ids and sentences, and nothing else."""
+
+    top_k, statistics, sees_tokens = 1, NoStatistics, True
+
+    def forward(self, x_TD, tokens):
+        return Assignment(((tokens.id_T + 3 * tokens.sentence_T) % 4).unsqueeze(1))
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_router_may_see_the_tokens(padded):
+    token_BL, x_LBD, _, _ = make_batch(4, padded, 0.0, seed=1)
+    experts = ExpertFeedForward(range(4), WIDTH, HIDDEN, F.gelu, 0.0, (0,))
+    layer = SparseLayer(ByTokens(), experts, LocalDispatcher(ExpertParallel(4)))
+    context = RoutingContext.of_tokens(token_BL, PAD)
+    assignment, _, _ = layer.route(context.drop_padding(x_LBD), context)
+    places = [(i, b) for i in range(7) for b in range(3) if token_BL[b, i] != PAD]
+    assert assignment.expert_TK.flatten().tolist() == [(token_BL[b, i].item() + 3 * b) % 4 for i, b in places]
+    with pytest.raises(ValueError, match="of_tokens"):
+        layer.route(context.drop_padding(x_LBD), RoutingContext(context.place_T))

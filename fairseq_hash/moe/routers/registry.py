@@ -43,15 +43,18 @@ class Router(Protocol):
     """A module that picks experts for tokens. It knows nothing of ranks' experts, of capacity or of padding.
 
     Attributes:
-        top_k: K, experts of a token.
+        top_k: K, experts of a token; of the class, or of each router where an option says it.
         statistics: the dataclass of what it wants logged (`routing_stats.statistic`), or `NoStatistics`.
+
+    A router may have a class attribute `sees_tokens = True`. It is then called with a second argument, the
+    `RoutedTokens` of the batch: token ids and sentences.
 
     A router may have a method `after_update(tokens_per_expert_E)`. Every rank calls it after each update of the
     weights, with how many tokens of the update chose each expert (fp64 `[E]`), over all ranks and accumulated batches.
     What it keeps in buffers is saved and loaded with the model.
     """
 
-    top_k: ClassVar[int]
+    top_k: int
     statistics: ClassVar[type]
 
     @classmethod

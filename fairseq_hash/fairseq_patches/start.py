@@ -1,5 +1,7 @@
 """What a training or an evaluation says when it starts: no warnings that its user cannot act on, no wrong numbers."""
 
+import ast
+import contextlib
 import logging
 import warnings
 import weakref
@@ -7,8 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from fairseq.dataclass.configs import FairseqConfig
 from fairseq.distributed import FullyShardedDataParallel
-from omegaconf import DictConfig
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from fairseq_hash.fairseq_patches.command_log import CommandLog
@@ -32,23 +36,38 @@ def _ignore_warnings(original: list[Any]) -> list[Any]:
 
 
 @override("fairseq.dataclass.utils", "initialize")
-def _initialize_quietly(original: Callable[..., Any], config_path: str) -> Any:
-    """Leave out Hydra's advice to the authors of fairseq.
-
-    Upstream: `convert_namespace_to_omegaconf`, by which fairseq's commands read their flags, asks Hydra as one asks its
-    version 1.0. It does what it did, and Hydra 1.3 says twenty lines about it.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return original(config_path=config_path, caller_stack_depth=3)  # Hydra takes the path from its caller's folder
+def _leave_out_hydra(original: Callable[..., Any], config_path: str) -> Any:
+    """Do nothing: `_compose_by_assignment` does without Hydra."""
+    return contextlib.nullcontext()
 
 
 @override("fairseq.dataclass.utils", "compose")
-def _compose_quietly(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Leave out Hydra's advice, as `_initialize_quietly` does."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return original(*args, **kwargs)
+def _compose_by_assignment(
+    original: Callable[..., Any], config_name: str, overrides: list[str], strict: bool
+) -> DictConfig:
+    """Put a command's flags into the configuration one by one: the same configuration, in a tenth of the time.
+
+    Upstream: `convert_namespace_to_omegaconf` writes some 330 flags as text, and Hydra parses this and merges what it
+    finds. That is most of the processor time of a short command. Hydra 1.3 also gives twenty lines of advice.
+    """
+    store, config = ConfigStore.instance(), OmegaConf.structured(FairseqConfig)
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if "." in key:
+            OmegaConf.update(config, key, _read_value(value), merge=False)
+        else:
+            config[key] = store.load(f"{key}/{value}.yaml").node
+    return config
+
+
+def _read_value(text: str) -> Any:
+    """Return the value that fairseq has written for Hydra: a text in quotes, null, or as Python writes it."""
+    if text.startswith("'"):
+        return text[1:-1].replace(r"\'", "'")
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return None if text == "null" else text  # a name of a choice, or inf, which the field makes a number
 
 
 @replacement("fairseq_cli.train", "logger")

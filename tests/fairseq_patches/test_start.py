@@ -4,11 +4,17 @@ import json
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from importlib import metadata
 from pathlib import Path
 
+import fairseq
+import hydra
 import plugin
 import pytest
+from fairseq import options
+from fairseq.dataclass import utils
+from omegaconf import DictConfig, OmegaConf
 
 from fairseq_hash.fairseq_patches.start import Corrections
 
@@ -45,6 +51,41 @@ def test_a_sparse_training_and_its_evaluation(data, tmp_path):
     shape = ["--tokens-per-sample", "16", "--max-tokens", "256", "--cpu", "--user-dir", plugin.USER_DIR]
     done = plugin.command("eval_lm", data, "--path", tmp_path / "checkpoint_best.pt", "--gen-subset", "valid", *shape)
     assert_lines_of_a_log(done.stdout + done.stderr)
+
+
+def flat(config):
+    """Return a configuration as lists, in which the order counts."""
+    if isinstance(config, Namespace):
+        config = vars(config)
+    elif isinstance(config, DictConfig):
+        config = OmegaConf.to_container(config)
+    return [(key, flat(value)) for key, value in config.items()] if isinstance(config, dict) else [type(config), config]
+
+
+TYPED = ("--optimizer", "adam", "--lr", "1e-5,0.5", "--clip-norm", "inf", "--fp16", "--update-freq", "2,3")
+TEXTS = ("--restore-file", "it's here = \\x, [1].pt", "--bpe", "sentencepiece", "--ddp-backend", "legacy_ddp")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "parser, words",
+    [
+        ("training", (*plugin.TINY, "--router", "none")),
+        ("training", (*plugin.TINY, *SPARSE, *TYPED)),
+        ("training", (*plugin.TINY, *plugin.ROUTERS["switch"], *TEXTS, "--lr-scheduler", "inverse_sqrt")),
+        ("training", ("--arch", "transformer_lm_gpt", "--optimizer", "adafactor", "--lr-scheduler", "cosine")),
+        ("eval_lm", ("--path", "a:b", "--model-overrides", "{'map_experts': True, 'x': \"y's\"}")),
+        ("generation", ("--path", "a b", "--beam", "5", "--lenpen", "0.5", "--sampling-topp", "0.9")),
+    ],
+)
+def test_flags_make_the_configuration_that_hydra_makes_of_them(data, monkeypatch, parser, words):
+    words = [str(data), "--task", "language_modeling", *words]
+    args = options.parse_args_and_arch(getattr(options, f"get_{parser}_parser")(), words)
+    ours = flat(utils.convert_namespace_to_omegaconf(args))
+    folder = str(Path(fairseq.__file__).parent / "config")
+    monkeypatch.setattr(utils, "initialize", lambda config_path: hydra.initialize_config_dir(folder))
+    monkeypatch.setattr(utils, "compose", lambda name, overrides, strict: hydra.compose(name, overrides))
+    assert flat(utils.convert_namespace_to_omegaconf(args)) == ours
 
 
 def test_a_dense_training_says_nothing_of_experts(data, tmp_path):

@@ -73,10 +73,21 @@ OF_THE_RELEASE = {"fairseq.utils.import_user_module": "15f30ce5c978f783"}
 def source_hash(original: Any) -> str:
     """Return the hash of a function's or class's source; "" if its source is not there."""
     try:
-        source = inspect.getsource(original)
+        return hash_of(inspect.getsource(original) if inspect.isclass(original) else function_source(original))
     except OSError:
         return ""
-    return hash_of(source)
+
+
+def function_source(function: Any) -> str:
+    """Return the lines of a function, found by their indentation: `inspect` takes 0.2 s for all, at every start."""
+    lines, start = inspect.findsource(inspect.unwrap(function))
+    indent = len(lines[start]) - len(lines[start].lstrip())
+    header = next(place for place in range(start, len(lines)) if lines[place].lstrip().startswith("def "))
+    for end in range(header + 1, len(lines)):
+        is_inside = lines[end][: indent + 1].isspace() or lines[end].lstrip().startswith(")")
+        if not is_inside:
+            return "".join(lines[start:end])
+    return "".join(lines[start:])
 
 
 def hash_of(text: str) -> str:

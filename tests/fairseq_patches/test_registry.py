@@ -1,9 +1,9 @@
 """The overrides: recorded at import, applied once, in the order that is written down."""
 
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 from fairseq.trainer import Trainer
 
 import fairseq_hash
@@ -38,8 +38,8 @@ print(before == imported, same, applied == values())
 
 
 def run(program, *arguments):
-    """Return what a program prints in a Python of its own that has nothing imported."""
-    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=300)
+    """Return the last line that a program prints in a Python without fairseq."""
+    done = forked.run_program(program, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-1]
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 import fairseq_hash
@@ -24,11 +25,15 @@ def check():
 ALL, NONE = str((True,) * 5), str((False,) * 5)
 
 
-def run(program, *arguments):
-    """Return what a program prints in a Python of its own that has nothing imported."""
-    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=300)
+def run(program, python=forked.run_program):
+    """Return what a program prints in a Python without fairseq."""
+    done = python(program)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+def in_an_empty_python(program):
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +41,8 @@ def run(program, *arguments):
 )
 def test_light_imports(name):
     heavy = ("torch", "fairseq", "numpy", "pandas", "matplotlib", "rich", "hydra")
-    assert run(f"import sys, {name}; print([name for name in {heavy} if name in sys.modules])") == "[]"
+    program = f"import sys, {name}; print([name for name in {heavy} if name in sys.modules])"
+    assert run(program, in_an_empty_python) == "[]"
 
 
 @pytest.mark.parametrize(
@@ -47,7 +53,7 @@ def test_a_missing_checkpoint_is_named_without_torch(words, tmp_path):
     (tmp_path / "x").write_text("a\n")
     program = f"import os, sys; os.chdir({str(tmp_path)!r}); sys.modules['torch'] = None\n"
     program += f"from fairseq_hash.cli import main; sys.stderr = sys.stdout; print(main({words}))"
-    assert run(program) == "fairseq-hash: no.pt does not exist; give the file of a checkpoint\n1"
+    assert run(program, in_an_empty_python) == "fairseq-hash: no.pt does not exist; give the file of a checkpoint\n1"
 
 
 def test_imports_without_fairseq():

@@ -90,6 +90,25 @@ def _python(words, cwd):
         runpy.run_path(words[0], run_name="__main__")
 
 
+def run_program(program, *arguments, timeout=300, **environment):
+    """Return the finished process of a program's text in a Python that has torch imported, but no fairseq."""
+    with tempfile.TemporaryDirectory(prefix="said ") as name:
+        out, err = Path(name, "out"), Path(name, "err")
+        process = start(_program, (program, list(map(str, arguments))), out, err, **environment)
+        process.join(timeout)
+        process.kill()
+        process.join()
+        return subprocess.CompletedProcess(program, process.exitcode, out.read_text(), err.read_text())
+
+
+def _program(program, arguments):
+    sys.argv = ["-c", *arguments]
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("fairseq", "fairseq_cli", "fairscale")]:
+        del sys.modules[name]
+    main = sys.modules["__main__"] = type(sys)("__main__")
+    exec(compile(program, "<string>", "exec"), main.__dict__)
+
+
 def run_python(words, timeout=300, cwd=None, **environment):
     """Return the finished process of `python WORDS`, with its output as text.
 

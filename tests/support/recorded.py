@@ -13,7 +13,7 @@ from plugin import build
 
 from fairseq_hash.moe.layer import SparseLayer
 
-UPDATES = 12
+UPDATES = 8
 """More than an epoch of any number of ranks (7 updates of two), at whose end some rank has no batch."""
 
 

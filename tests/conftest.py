@@ -32,6 +32,11 @@ def pytest_configure():
     torch.set_num_threads(1)
 
 
+def pytest_xdist_auto_num_workers():
+    """Return one process more than there are cores: while one waits for time to pass, all cores have work."""
+    return (os.cpu_count() or 1) + 1  # --maxprocesses limits it
+
+
 def pytest_addoption(parser):
     """Declare what tests/gpu asks for; pytest reads options from here only."""
     parser.addoption("--gpu-device", choices=("cpu", "cuda"), help="what tests/gpu runs on (default: cuda, or skip)")

@@ -25,13 +25,6 @@ TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 
 GLOO = ("--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp")
 
 
-def run(*arguments, **environment):
-    """Run Python itself in a session of its own; return the finished process. `run_python` does so in less time."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, start_new_session=True)
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(data, tmp_path_factory):
     """The losses of eight updates of two batches each, in one process."""
@@ -53,7 +46,7 @@ def test_sigterm_to_all_processes_of_a_job_saves_once(data, tmp_path, uninterrup
 def test_all_ranks_stop_where_one_is_signalled(data, tmp_path, uninterrupted):
     folder = tmp_path / "saved"
     given = train_arguments(data, folder, *SPARSE, *GLOO)
-    done = run(*TWO_RANKS, SIGNALLED, "SIGUSR2", "1", "3", *given)
+    done = run_python([*TWO_RANKS, SIGNALLED, "SIGUSR2", "1", "3", *given], OMP_NUM_THREADS="1")
     said = done.stdout + done.stderr
     assert f"stopped by SIGUSR2 at update 3; saved {folder}/checkpoint_last.pt" in said, said[-3000:]
     # The launcher has a status of its own, and says that of the rank that ended first.
@@ -94,7 +87,7 @@ def test_all_ranks_stop_for_a_ctrl_c(data, tmp_path, uninterrupted):
 
 
 def test_ctrl_c_before_training_is_one_line(data, tmp_path):
-    done = run(SIGNALLED, "SIGINT", "0", "0", *train_arguments(data, tmp_path, *SPARSE))
+    done = run_python([SIGNALLED, "SIGINT", "0", "0", *train_arguments(data, tmp_path, *SPARSE)])
     assert done.returncode == -signal.SIGINT
     assert done.stderr.splitlines()[-1] == "fairseq_hash: interrupted"
     assert "Traceback" not in done.stdout + done.stderr and "train_inner" not in done.stdout + done.stderr

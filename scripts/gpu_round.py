@@ -94,10 +94,9 @@ def stages_on_cuda(out: Path, scratch: Path, data: str) -> list[Stage]:
 def stages_on_cpu(out: Path, scratch: Path, data: str) -> list[Stage]:
     """Return the same round, small: it shows that every stage runs."""
     sizes = ("--layers", "2", "--width", "64", "--hidden", "64", "--sparse-layers", "1", "--experts", "4")
-    training = ("--data", data, *sizes, "--tokens", "128", "--no-decoding", "--updates", "2")
+    training = ("--data", data, *sizes, "--tokens", "128", "--no-decoding", "--updates", "2", "--candidates", "hash")
     layer = ("benchmarks/layer.py", "--width", "16", "--hidden", "32", "--tokens", "64", "--experts", "4")
     layer += ("--rounds", "2", "--threads", "1", "--candidates", "dense", "hash", *files(out, scratch, "layer"))
-    training += ("--candidates", "dense", "hash")
     trained = ("benchmarks/train.py", *training, "plain", *files(out, scratch, "train"))
     profiled = ("benchmarks/profile_step.py", *training, *files(out, scratch, "profile"))
     small = ("model.decoder_layers=2", "model.decoder_embed_dim=32", "model.decoder_ffn_embed_dim=64")

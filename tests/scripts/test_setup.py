@@ -126,44 +126,31 @@ def assert_untouched(result, project):
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
+    """One environment, whose life the next tests are, in their order; in a path with spaces, used from elsewhere."""
     return make_project(tmp_path_factory.mktemp("set up") / "a project")
 
 
-def test_makes_uses_and_remakes(project):
-    """One environment through its life, in a path with spaces, run from another folder."""
-    assert_made(use(project), project, "there is none yet")
-    assert_untouched(use(project), project)
-    # PYTHON and torch need not be given again, whichever Python is first on PATH.
-    assert_untouched(use(project, PYTHON=""), project)
-
-    site = next(project.glob(".venv/lib/python3*/site-packages"))
-    (site / "torch" / "deep" / "data.txt").unlink()
-    assert_made(use(project, FAIRSEQ_HASH_TORCH="2.14.0"), project, "it was made with torch 2.13.0")
-    assert (site / "torch-2.14.0.dist-info").is_dir()
-    assert_untouched(use(project), project)
-
-    (site / "torch" / "deep" / "data.txt").unlink()
-    assert_made(use(project), project, "torch/deep/data.txt is missing")
-    assert (site / "torch-2.14.0.dist-info").is_dir()
-
-
-def test_two_at_once_and_a_killed_one(tmp_path):
-    project = make_project(tmp_path / "project")
+def test_an_end_in_the_middle_is_mended_by_the_next_run(project):
+    """Killed while another one waits."""
     (project / "hold").touch()
     first = start(project)
     wait_for(project / "reached")
     second = start(project)
     assert second.stderr.readline() == "setup: another set-up of this folder is running; waiting for it\n"
     with pytest.raises(subprocess.TimeoutExpired):  # it waits for as long as the first one runs
-        second.wait(timeout=3)
+        second.wait(timeout=2)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     # The second goes on once the first is dead, and finds what the first left behind.
     (project / "hold").unlink()
     output, errors = second.communicate(timeout=120)
     assert_made((second.returncode, output, errors), project, "the last set-up was not completed")
+    assert_untouched(use(project), project)
+    # PYTHON and torch need not be given again, whichever Python is first on PATH.
+    assert_untouched(use(project, PYTHON=""), project)
 
-    # While a script uses the environment no other one may replace it.
+
+def test_what_is_used_is_not_replaced(project):
     (project / "stop").touch()
     user = start(project, "bash", "-c", f"while [ -e '{project}/stop' ]; do sleep 0.05; done")
     assert user.stdout.readline().startswith("ready")
@@ -177,20 +164,31 @@ def test_two_at_once_and_a_killed_one(tmp_path):
     assert user.wait(timeout=300) == 0
 
 
-def test_an_end_in_the_middle_is_mended_by_the_next_run(tmp_path):
-    """Ctrl-C, then a failing pip, then a moved folder."""
-    project = make_project(tmp_path / "project")
+def test_another_torch_and_a_file_that_is_missing(project):
+    site = next(project.glob(".venv/lib/python3*/site-packages"))
+    (site / "torch" / "deep" / "data.txt").unlink()
+    assert_made(use(project, FAIRSEQ_HASH_TORCH="2.14.0"), project, "it was made with torch 2.13.0")
+    assert (site / "torch-2.14.0.dist-info").is_dir()
+    assert_untouched(use(project), project)
+
+    (site / "torch" / "deep" / "data.txt").unlink()
+    (project / "reached").unlink()
     (project / "hold").touch()
     process = start(project)
     wait_for(project / "reached")
     os.killpg(process.pid, signal.SIGINT)
     output, errors = process.communicate(timeout=300)
     assert process.returncode != 0 and output == ""
+    assert f"setup: making the environment in {project}/.venv: torch/deep/data.txt is missing" in errors
     assert errors.splitlines()[-1] == "setup: interrupted; the next run makes the environment anew"
     (project / "hold").unlink()
 
+
+def test_a_failing_pip_and_a_moved_folder(tmp_path):
+    project = make_project(tmp_path / "project")
     status, output, errors = use(project, FAIRSEQ_HASH_TORCH="2.99.0")
     assert (status, output) == (1, "")
+    assert f"setup: making the environment in {project}/.venv: there is none yet" in errors
     assert "No matching distribution found for torch==2.99.0" in errors
     assert errors.splitlines()[-1] == (
         f"setup: the step `packages` failed; its last lines stand above, all are in {project}/.venv/logs/packages.txt"

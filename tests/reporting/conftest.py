@@ -1,0 +1,11 @@
+"""What the tests of figures share."""
+
+import pytest
+
+from fairseq_hash.reporting import drawing
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures instead of PNGs."""
+    monkeypatch.setattr(drawing, "png", lambda figure: figure)

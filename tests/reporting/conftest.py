@@ -9,3 +9,9 @@ from fairseq_hash.reporting import drawing
 def drawn(monkeypatch):
     """Figures instead of PNGs."""
     monkeypatch.setattr(drawing, "png", lambda figure: figure)
+
+
+@pytest.fixture
+def unrendered(monkeypatch):
+    """Figures are made, but not rendered, which takes most of a report's time."""
+    monkeypatch.setattr(drawing, "png", lambda figure: b"a picture")

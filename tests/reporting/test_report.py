@@ -12,6 +12,8 @@ from fairseq_hash.cli import main
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.reporting.report import write_report
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 
 def strict_json(path):
     """Read JSON as browsers do: no NaN, no Infinity."""

@@ -67,7 +67,7 @@ def files(write):
     return [layer, write("b.json", "train", train_rows())]
 
 
-def test_everything_is_written(files, tmp_path):
+def test_everything_is_written(files, unrendered, tmp_path):
     """Tables in Markdown, and a CSV that has every number."""
     note = tmp_path / "note.txt"
     note.write_text("On a laptop.")

@@ -14,6 +14,7 @@ from fairseq_hash.reporting.comparison_table import for_readers
 from fairseq_hash.reporting.report import write_report
 from fairseq_hash.reporting.runs import load_run
 
+pytestmark = pytest.mark.usefixtures("unrendered")
 CURVE = {2: "40.5 A", 4: "30.25 M", 9: "9.5 S"}
 HASH = {"name": "Hash", "table": "t", "vocabulary": 100}
 HASH["published"] = {"valid": "23.16 A", "test": "23.20 S", "valid_by_update": CURVE}

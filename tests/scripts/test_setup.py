@@ -74,25 +74,16 @@ def fairseq_version():
 
 def environment(project, **changes):
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "FAIRSEQ_HASH_"))}
-    variables.update(
-        PYTHON=PYTHON, PIP_NO_INDEX="1", PIP_FIND_LINKS=(project / "index").as_uri(), PIP_CONFIG_FILE=os.devnull
-    )
-    return {**variables, **changes}
+    index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": (project / "index").as_uri(), "PIP_CONFIG_FILE": os.devnull}
+    return {**variables, "PYTHON": PYTHON, **index, **changes}
 
 
 def start(project, *command, **changes):
-    return subprocess.Popen(
-        ["bash", str(project / "use.sh"), *command],
-        cwd="/",
-        env=environment(project, **changes),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-        # Where these tests run in the background, they ignore Ctrl-C, and so would what they start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    streams = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+    # Where these tests run in the background, they ignore Ctrl-C, and so would what they start.
+    alone = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    words = ["bash", str(project / "use.sh"), *command]
+    return subprocess.Popen(words, cwd="/", env=environment(project, **changes), **streams, **alone)
 
 
 def use(project, *command, **changes):
@@ -178,7 +169,6 @@ def test_two_at_once_and_a_killed_one(tmp_path):
 
 
 def test_an_end_in_the_middle_is_mended_by_the_next_run(tmp_path):
-    """Ctrl-C, then a failing pip, then a moved folder."""
     project = make_project(tmp_path / "project")
     (project / "hold").touch()
     process = start(project)
@@ -229,10 +219,8 @@ def test_refuses_a_wrong_python(tmp_path, text):
     """A Python out of range fails the check of its version as `exit 1` does."""
     fake_command(tmp_path / "bin", "python", text)
     line = refusal(make_project(tmp_path / "project"), PYTHON=str(tmp_path / "bin" / "python"))
-    assert (
-        line
-        == f"setup: PYTHON={tmp_path}/bin/python is not a Python 3.10 to 3.13 that runs; set it to one, or unset it"
-    )
+    wrong = f"PYTHON={tmp_path}/bin/python is not a Python 3.10 to 3.13 that runs"
+    assert line == f"setup: {wrong}; set it to one, or unset it"
 
 
 def test_refuses_a_machine_without_python(tmp_path, tools):

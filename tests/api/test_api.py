@@ -9,7 +9,7 @@ import reference
 import small_models
 import torch
 from fairseq import checkpoint_utils
-from plugin import USER_DIR, command
+from plugin import evaluate
 from small_models import OPTIONS, checkpoint, loaded
 
 import fairseq_hash
@@ -19,6 +19,7 @@ from fairseq_hash.core.errors import UserError
 TEXT = "word3 word1 word7 word0 word0 word12 word5"
 SPARSE = [name for name in OPTIONS if name != "none"]
 EOS, PAD = 2, 1
+EMBEDDING = "decoder.embed_tokens.weight"
 
 
 def valid_lines(data):
@@ -59,9 +60,7 @@ def test_logits_are_fairseqs_own(data, name):
 def test_probabilities_are_those_of_eval_lm(data):
     """Each word's log-probability, and the loss over all of valid, line by line."""
     model = loaded(data, "mixed")
-    words = ("--user-dir", USER_DIR, "--path", checkpoint(data, "mixed"), "--gen-subset", "valid", "--cpu")
-    words += ("--tokens-per-sample", "16", "--sample-break-mode", "eos", "--output-word-probs")
-    done = command("eval_lm", data, *words)
+    done = evaluate(data, checkpoint(data, "mixed"), "--sample-break-mode", "eos", "--output-word-probs")
     said = done.stdout + done.stderr
     scores = {}
     for sample, line in re.findall(r"\| (\d+) (\S+ \[-?[\d.]+\].*)", said):
@@ -272,11 +271,10 @@ def test_a_model_is_loaded_without_its_data(data, tmp_path, monkeypatch):
     assert (folder / "experts").is_dir()
     expected = fairseq_hash.load(path).logits(TEXT)
     (tmp_path / "data").rename(tmp_path / "moved")
-    with pytest.raises(
-        UserError, match=r"its dictionary is not there \(.*/data/dict.txt or .*; give its folder as data"
-    ):
+    missing = r"its dictionary is not there \("
+    with pytest.raises(UserError, match=missing + ".*/data/dict.txt or .*; give its folder as data"):
         fairseq_hash.load(path)
-    with pytest.raises(UserError, match=r"its dictionary is not there \(.*nowhere/dict.txt\)"):
+    with pytest.raises(UserError, match=missing + r".*nowhere/dict.txt\)"):
         fairseq_hash.load(path, data=tmp_path / "nowhere")
     assert torch.equal(fairseq_hash.load(path, data=tmp_path / "moved").logits(TEXT), expected)
     shutil.copy(tmp_path / "moved" / "dict.txt", folder)
@@ -305,10 +303,7 @@ def test_what_is_no_language_model_is_refused(data, tmp_path):
         "nothing.pt": ({"model": {}, "cfg": None}, "does not say how its model was made"),
         "bare.pt": ({"model": {}, "cfg": state["cfg"]}, "is not a checkpoint of fairseq-train: it lacks 'best_loss'"),
         "other.pt": ({"model": {}, "cfg": {"task": {"_name": "translation"}}}, "trained for the task translation"),
-        "sizes.pt": (
-            {**state, "model": {**state["model"], "decoder.embed_tokens.weight": torch.ones(3, 3)}},
-            "does not fit",
-        ),
+        "sizes.pt": ({**state, "model": state["model"] | {EMBEDDING: torch.ones(3, 3)}}, "does not fit"),
     }
     for name, (content, message) in cases.items():
         if isinstance(content, str):

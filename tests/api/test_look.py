@@ -13,6 +13,7 @@ import pytest
 import small_models
 import torch
 from called import call, refused
+from html_page import contrast
 from rich.console import Console
 from small_models import checkpoint, loaded
 
@@ -110,16 +111,10 @@ def test_the_page_is_self_contained_and_says_without_colour_what_colours_say(dat
     assert html.count("<tr>") == len(routes)  # of the table's body: for screen readers, and to copy
 
 
-def luminance(rgb):
-    parts = [int(rgb[at : at + 2], 16) / 255 for at in (1, 3, 5)]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
 def test_ink_is_readable_on_every_colour():
     """WCAG 2.1: a contrast of 4.5 and more."""
     for expert in range(512):
-        assert (luminance(color(expert)) + 0.05) / (luminance(INK) + 0.05) >= 4.5
+        assert contrast(color(expert), INK) >= 4.5
     assert len({color(expert) for expert in range(64)}) == 64
 
 
@@ -143,10 +138,8 @@ def test_samples_of_several_kinds(data):
     assert done(*words, "--map-experts") == done(*words)
     assert done("sample", checkpoint(data, "none"), "--length", 2).strip()
     model = loaded(data, "switch")
-    assert (
-        done(*words, "--temperature", 0.5, "--top-p", 0.8).strip()
-        == model.sample(TEXT, length=4, temperature=0.5, top_p=0.8)[0].text
-    )
+    (sample,) = model.sample(TEXT, length=4, temperature=0.5, top_p=0.8)
+    assert done(*words, "--temperature", 0.5, "--top-p", 0.8).strip() == sample.text
 
 
 def test_by_layer_marks_what_was_given(data):
@@ -218,18 +211,16 @@ def test_experts_of_a_text_are_its_routes(data, name, tmp_path):
 
 def test_experts_reads_standard_input(data, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(f"{TEXT}\n".encode())))
-    assert done("experts", checkpoint(data, "hash"), "-") == done(
-        "experts", checkpoint(data, "hash"), text_file(tmp_path, [TEXT])
-    )
+    words = ("experts", checkpoint(data, "hash"))
+    assert done(*words, "-") == done(*words, text_file(tmp_path, [TEXT]))
 
 
 def test_a_reader_that_leaves_is_no_error(data, tmp_path):
     path = text_file(tmp_path, (data.parent / "train.txt").read_text().splitlines()[:400])
     program = "import sys; from fairseq_hash.cli import main; sys.exit(main(sys.argv[1:]))"
     command = shlex.join([sys.executable, "-c", program, "experts", str(checkpoint(data, "hash")), str(path)])
-    ran = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", f"{command} | head -n 1"], capture_output=True, text=True, timeout=300
-    )
+    piped = ["bash", "-o", "pipefail", "-c", f"{command} | head -n 1"]
+    ran = subprocess.run(piped, capture_output=True, text=True, timeout=300)
     assert ran.stdout.startswith("position\ttoken") and (ran.returncode, ran.stderr) == (0, "")
 
 

@@ -92,16 +92,11 @@ def test_show(data, saved, merged):
     experts = EXPERTS * len(LAYERS) * per_expert
     total, active = count_parameters(model)
     assert found["parameters"] == {"total": total, "dense": active - len(LAYERS) * per_expert, "experts": experts}
-    sizes = {
-        part: sum(path.stat().st_size for path in (saved / SHARDS).glob(f"update-2.*.{part}.*"))
-        for part in ("weights", "optimizer")
-    }
-    size = (saved / "two.pt").stat().st_size
-    assert found["bytes"] == {
-        "main_file": size,
-        "weights_shards": sizes["weights"],
-        "optimizer_shards": sizes["optimizer"],
-    }
+    sizes = {"main_file": (saved / "two.pt").stat().st_size}
+    for part in ("weights", "optimizer"):
+        files = (saved / SHARDS).glob(f"update-2.*.{part}.*")
+        sizes[f"{part}_shards"] = sum(path.stat().st_size for path in files)
+    assert found["bytes"] == sizes
     assert found["shards"] == manifest["shards"] and len(found["shards"]) == 4
     assert found["provenance"] == manifest["provenance"] and found["provenance"]["fairseq_hash"] == __version__
     expected = {"kind": "sharded", "update": 2, "epoch": 1, "router": "hash", "experts": EXPERTS}
@@ -154,7 +149,6 @@ def test_table(data, saved, merged, tmp_path):
 
 
 def test_refusals(saved, merged, tmp_path):
-    """One line, and nothing is written."""
     out = ("--out", tmp_path / "out.pt")
     torch.save({"model": {"decoder.embed_tokens.weight": torch.ones(2, 2)}}, tmp_path / "dense.pt")
     state = load(merged / "two.pt")
@@ -207,9 +201,8 @@ def test_what_fails_leaves_nothing(saved, merged, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(convert, "write_main", full)
-        assert "cannot be written" in refused(
-            "checkpoint", "split", saved / "two.pt", "--shards", 2, "--out", out / "o.pt"
-        )
+        line = refused("checkpoint", "split", saved / "two.pt", "--shards", 2, "--out", out / "o.pt")
+        assert "cannot be written" in line
     assert [path.name for path in out.iterdir()] == ["training.lock"]
 
     def interrupted_after(state, path, write=convert.write_main):

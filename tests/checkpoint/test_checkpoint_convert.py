@@ -7,7 +7,7 @@ import pytest
 import recorded
 import torch
 from called import refused
-from plugin import USER_DIR, command
+from plugin import evaluate
 from saved_checkpoints import EXPERTS, LAYERS, assert_equal, done, in_shards, load, plain, state_of, tensors, words
 
 from fairseq_hash.checkpoint.directory import SHARDS
@@ -54,10 +54,9 @@ def test_fairseq_goes_on_from_what_was_made(data, saved, merged, tmp_path):
 
 def test_eval_lm_gives_one_loss(data, saved, merged, tmp_path):
     done("merge", merged / "four.pt", "--no-optimizer", "--out", tmp_path / "weights.pt")
-    options = ("--user-dir", USER_DIR, "--cpu", "--gen-subset", "valid", "--tokens-per-sample", "16")
     losses = set()
     for path in (saved / "four.pt", tmp_path / "weights.pt"):
-        evaluated = command("eval_lm", data, *options, "--path", path)
+        evaluated = evaluate(data, path)
         (line,) = [line for line in evaluated.stderr.splitlines() if "Loss (base 2)" in line]
         losses.add(line.partition("Loss")[2])
     assert len(losses) == 1
@@ -148,9 +147,8 @@ def test_average_in_half_precision_without_a_manifest(merged, tmp_path):
     for path, first in zip(paths, (2048, 1, 1), strict=True):
         state = load(merged / "two.pt")
         del state["fairseq_hash"]
-        state["model"] = {
-            name: value.half() if value.dtype.is_floating_point else value for name, value in state["model"].items()
-        }
+        model = state["model"]
+        model.update({name: value.half() for name, value in model.items() if value.dtype.is_floating_point})
         state["model"]["decoder.layers.0.sparse.experts.fc1_bias"][2, 3] = first
         torch.save(state, path)
     done("average", *paths, "--out", tmp_path / "a.pt")
@@ -173,9 +171,8 @@ def test_average_refusals(merged, tmp_path):
     table = "decoder.hash_tables.0.expert"
     assert f"{table} differs in" in changed(lambda state: state["model"][table].add_(1))
     name = "decoder.layers.1.sparse.experts.fc2_bias"
-    assert f"{name} has shape [3, 16] in" in changed(
-        lambda state: state["model"].update({name: state["model"][name][:3]})
-    )
+    line = changed(lambda state: state["model"].update({name: state["model"][name][:3]}))
+    assert f"{name} has shape [3, 16] in" in line
     assert f"has {name} and " in changed(lambda state: state["model"].pop(name))
     for key, value, text in (
         ("num_experts", 8, "has experts 8, "),

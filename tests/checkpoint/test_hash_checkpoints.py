@@ -47,10 +47,9 @@ def test_its_facts_its_evaluation_and_its_tables(data, saved, tmp_path):
     lines = [[line for line in r.stdout.splitlines() + r.stderr.splitlines() if "Perplexity" in line] for r in results]
     assert len(lines[0]) == 1 and lines[0][0].split("|")[-1] == lines[1][0].split("|")[-1]
 
-    assert "has 2 hash tables; choose one by --number 0 to 1" in refused(
-        "checkpoint", "table", path, "--out", tmp_path / "t"
-    )
-    assert "has tables 0 to 1" in refused("checkpoint", "table", path, "--number", "2", "--out", tmp_path / "t")
+    table = ("checkpoint", "table", path, "--out", tmp_path / "t")
+    assert "has 2 hash tables; choose one by --number 0 to 1" in refused(*table)
+    assert "has tables 0 to 1" in refused(*table, "--number", "2")
     known = read_dictionary(data / "dict.txt")
     shape = TableShape(4, 2, feature=Feature("previous"))
     for number, seed in ((0, 42), (1, 44)):

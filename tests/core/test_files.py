@@ -122,10 +122,8 @@ def test_a_full_disc(tmp_path):
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "with output_file(Path(sys.argv[1])) as partial: partial.write_bytes(bytes(1 << 20))"
     )
-    shell = 'ulimit -f 1; exec "$@"'
-    done = subprocess.run(
-        ["bash", "-c", shell, "-", sys.executable, "-c", program, tmp_path / "out"], capture_output=True, text=True
-    )
+    words = ["bash", "-c", 'ulimit -f 1; exec "$@"', "-", sys.executable, "-c", program, tmp_path / "out"]
+    done = subprocess.run(words, capture_output=True, text=True)
     assert re.search(r"UserError: cannot write .*/out \(.*File too large.*\)", done.stderr)
     assert not list(tmp_path.iterdir())
 

@@ -42,7 +42,7 @@ def test_split_rule():
 LINES = st.lists(st.sampled_from([b"\n", b" \t\n", b"\r\n", b"a\n", b" a b\n", b"b\r\n"]))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50)
 @given(lines=LINES, end=st.sampled_from([b"", b"the end", b" "]))
 def test_documents_keep_every_line_with_text(lines, end):
     """No line is lost or moved, none in a document is blank, and there is a blank line wherever one document ends."""
@@ -67,7 +67,7 @@ def small_rounds(monkeypatch):
     monkeypatch.setattr(corpora, "DOCUMENTS_A_ROUND", 10)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=ONE_FOLDER)
+@settings(max_examples=25, suppress_health_check=ONE_FOLDER)
 @given(spare=st.integers(0, 1000))
 def test_max_bytes_takes_whole_documents_from_the_beginning(tmp_path, small_rounds, spare):
     texts = documents(35)
@@ -110,7 +110,7 @@ def test_max_bytes_without_sense(tmp_path):
     fails(CORPORA["cc100-en"], tmp_path / "text", f"{tmp_path} whole", local=tmp_path, max_bytes=9)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=ONE_FOLDER)
+@settings(max_examples=50, suppress_health_check=ONE_FOLDER)
 @given(data=st.data())
 def test_flipped_bit_in_an_xz(tmp_path, small_rounds, data):
     content = bytearray(lzma.compress(b"\n".join(documents(35))))
@@ -120,7 +120,7 @@ def test_flipped_bit_in_an_xz(tmp_path, small_rounds, data):
     fails(CORPORA["cc100-en"], tmp_path / "text", "is damaged", "delete it and run again", local=archive)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=ONE_FOLDER)
+@settings(max_examples=25, suppress_health_check=ONE_FOLDER)
 @given(data=st.data())
 def test_truncated_xz(tmp_path, small_rounds, data):
     content = lzma.compress(b"\n".join(documents(35)))

@@ -5,9 +5,6 @@ import os
 import resource
 import zipfile
 from dataclasses import replace
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 
 import pytest
 from archives import ONE_FOLDER, WIKI, documents, fails, fetch, unchecked, whole_or_told, wikitext, xz, zipped
@@ -17,6 +14,13 @@ from hypothesis import strategies as st
 from data_prep import corpora
 from data_prep.corpora import CORPORA, SPLITS
 from data_prep.download import RemoteFile, exclusive
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A function that writes an archive of some texts and returns its corpus and its path."""
+    archive = tmp_path / "archive.zip"
+    return lambda texts=WIKI, method=zipfile.ZIP_DEFLATED: (wikitext(archive, zipped(texts, method)), archive)
 
 
 def test_known_corpora():
@@ -33,60 +37,38 @@ def test_known_corpora():
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED])
-def test_wikitext_goes_out_byte_for_byte(tmp_path, method):
+def test_wikitext_goes_out_byte_for_byte(made, tmp_path, method):
     seen = []
-    archive = tmp_path / "any name.zip"
-    corpus = wikitext(archive, zipped(WIKI, method))
+    corpus, archive = made(method=method)
     folder = tmp_path / "new" / "folder"
     assert fetch(corpus, folder, archive, on_progress=lambda *progress: seen.append(progress)) == WIKI
     size = sum(map(len, WIKI.values()))
     assert seen[-1] == ("unpack", size, size) and seen == sorted(seen)
 
 
-def test_long_text_goes_out_in_blocks(tmp_path, monkeypatch):
+def test_long_text_goes_out_in_blocks(made, tmp_path, monkeypatch):
     monkeypatch.setattr(corpora, "BLOCK", 7)
-    corpus = wikitext(tmp_path / "archive.zip", zipped(WIKI))
-    assert fetch(corpus, tmp_path / "text", tmp_path / "archive.zip") == WIKI
+    corpus, archive = made()
+    assert fetch(corpus, tmp_path / "text", archive) == WIKI
 
 
-@pytest.fixture
-def published(tmp_path, monkeypatch):
-    """A folder on a loopback server and its address."""
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    folder = tmp_path / "published"
-    folder.mkdir()
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as server:
-        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield folder, f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
-
-
-def test_wikitext_is_downloaded_once(tmp_path, published):
-    folder, url = published
-    corpus = wikitext(folder / "wikitext-2-v1.zip", zipped(WIKI))
-    corpus = replace(corpus, file=replace(corpus.file, url=f"{url}/wikitext-2-v1.zip"))
+def test_wikitext_is_downloaded_once(tmp_path, server):
+    server.content = zipped(WIKI)
+    corpus = replace(CORPORA["wikitext-2"], file=server.file(server.content))
     seen = []
     assert fetch(corpus, tmp_path / "text", on_progress=lambda *progress: seen.append(progress)) == WIKI
     size = corpus.file.size
     assert [progress for progress in seen if progress[0] == "download"][-1] == ("download", size, size)
     assert seen[-1][0] == "unpack"
-    (folder / "wikitext-2-v1.zip").unlink()
+    server.faults = [{"status": 404}]
     assert fetch(corpus, tmp_path / "text") == WIKI
     (tmp_path / "text" / corpus.archive).unlink()
     fails(corpus, tmp_path / "text", corpus.file.url, "404", "--local PATH")
 
 
-def test_cc100_is_downloaded(tmp_path, published):
-    folder, url = published
-    xz(folder / "en.txt.xz", documents(2000))
-    corpus = replace(CORPORA["cc100-en"], file=RemoteFile(f"{url}/en.txt.xz", None, None))
+def test_cc100_is_downloaded(tmp_path, server):
+    server.content = xz(tmp_path / "en.txt.xz", documents(2000)).read_bytes()
+    corpus = replace(CORPORA["cc100-en"], file=RemoteFile(server.url, None, None))
     assert fetch(corpus, tmp_path / "text")["test"] == documents(2000)[1999]
 
 
@@ -110,18 +92,16 @@ def test_local_that_does_not_exist(tmp_path):
     fails(CORPORA["wikitext-2"], tmp_path / "text", f"--local {local} does not", "wikitext-2-v1.zip", local=local)
 
 
-def test_missing_member(tmp_path):
-    archive = tmp_path / "archive.zip"
-    corpus = wikitext(archive, zipped({"train": b"a\n", "valid": b"b\n"}))
+def test_missing_member(made, tmp_path):
+    corpus, archive = made({"train": b"a\n", "valid": b"b\n"})
     missing = f"{archive} has no wikitext-2/wiki.test.tokens; use --local PATH"
     fails(corpus, tmp_path / "text", missing, local=archive)
 
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("text", [b"", b" \n\n \r\n"])
-def test_member_without_text(tmp_path, split, text):
-    archive = tmp_path / "archive.zip"
-    corpus = wikitext(archive, zipped({**WIKI, split: text}))
+def test_member_without_text(made, tmp_path, split, text):
+    corpus, archive = made({**WIKI, split: text})
     fails(corpus, tmp_path / "text", f"wiki.{split}.tokens in {archive} has no text", local=archive)
 
 
@@ -142,7 +122,7 @@ def test_encrypted_looking_zip(tmp_path):
     fails(corpus, tmp_path / "text", "is damaged", "encrypted", "delete it and run again", local=archive)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=ONE_FOLDER)
+@settings(max_examples=50, suppress_health_check=ONE_FOLDER)
 @given(data=st.data())
 def test_flipped_bit_in_a_zip(tmp_path, data):
     """zip's own checksums tell, even where none of the archive is published."""
@@ -153,7 +133,7 @@ def test_flipped_bit_in_a_zip(tmp_path, data):
     whole_or_told(corpus, tmp_path / "text", archive, WIKI)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=ONE_FOLDER)
+@settings(max_examples=25, suppress_health_check=ONE_FOLDER)
 @given(data=st.data())
 def test_truncated_zip(tmp_path, data):
     content = zipped(WIKI)
@@ -198,30 +178,27 @@ def test_unpacked_file_without_text(tmp_path):
     fails(CORPORA["cc100-en"], tmp_path / "text", f"{tmp_path / 'valid.txt'} has no text", local=tmp_path)
 
 
-def test_earlier_text_is_replaced_only_by_whole_text(tmp_path):
-    archive, folder = tmp_path / "archive.zip", tmp_path / "text"
-    corpus = wikitext(archive, zipped(WIKI))
+def test_earlier_text_is_replaced_only_by_whole_text(made, tmp_path):
+    (corpus, archive), folder = made(), tmp_path / "text"
     fetch(corpus, folder, archive)
-    fails(wikitext(archive, zipped({**WIKI, "test": b""})), folder, "no text", local=archive)
+    fails(made({**WIKI, "test": b""})[0], folder, "no text", local=archive)
     assert {split: (folder / f"{split}.txt").read_bytes() for split in SPLITS} == WIKI
     (folder / ".train.txt.0123abcd.partial").write_bytes(b"left by a killed process")
     changed = {split: text + b"changed\n" for split, text in WIKI.items()}
-    assert fetch(wikitext(archive, zipped(changed)), folder, archive) == changed
+    assert fetch(made(changed)[0], folder, archive) == changed
     assert len(os.listdir(folder)) == 3
 
 
-def test_two_at_once(tmp_path):
-    archive, folder = tmp_path / "archive.zip", tmp_path / "text"
-    corpus = wikitext(archive, zipped(WIKI))
+def test_two_at_once(made, tmp_path):
+    (corpus, archive), folder = made(), tmp_path / "text"
     folder.mkdir()
     with exclusive(folder / "unpack.lock"):
         fails(corpus, folder, "in use by another process", local=archive)
 
 
-def test_disk_that_is_full(tmp_path):
+def test_disk_that_is_full(made, tmp_path):
     """A limit on file sizes stands in for the disk's."""
-    archive, folder = tmp_path / "archive.zip", tmp_path / "text"
-    corpus = wikitext(archive, zipped(WIKI))
+    (corpus, archive), folder = made(), tmp_path / "text"
     folder.mkdir()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(WIKI["train"]) - 1, hard))
@@ -231,7 +208,6 @@ def test_disk_that_is_full(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_folder_that_cannot_be_made(tmp_path):
-    archive = tmp_path / "archive.zip"
-    corpus = wikitext(archive, zipped(WIKI))
+def test_folder_that_cannot_be_made(made, tmp_path):
+    corpus, archive = made()
     fails(corpus, archive / "text", "Not a directory", "run again", local=archive)

@@ -14,6 +14,7 @@ from data_prep.dialogue import count
 from fairseq_hash.core.errors import UserError
 
 SPLITS = ("train", "valid", "test")
+pytestmark = pytest.mark.usefixtures("in_one_process")
 DIALOGUES = [
     ["user: a table for two", "system: where do you want to dine ?", "user: here", "system: "],
     ["user: play a song", "system: which one ?"],

@@ -1,5 +1,6 @@
 """The embedded corpus: hand-worked paragraphs, the split, and one whole build."""
 
+import json
 import os
 import random
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 from data_prep import embedded
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.provenance import sha256_of_file
 
 DOCUMENTED = '''
 """What this module is for.
@@ -278,10 +280,13 @@ def test_the_whole_corpus(corpus):
         assert line == " ".join(line.split()) and line.isascii() and len(line.split()) >= 3
 
 
-def test_the_corpus_is_the_same_in_another_process(corpus, tmp_path):
-    program = "import pathlib; from data_prep import embedded; embedded.write_embedded_corpus(pathlib.Path('.'))"
+def test_the_corpus_becomes_the_same_data_in_another_process(corpus, tmp_path):
+    """By the command that the demo uses."""
     root = str(Path(embedded.__file__).parents[1])
     environment = {**os.environ, "PYTHONHASHSEED": "1", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONPATH": root}
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path, env=environment)
-    for path in corpus[0].values():
-        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+    command = [sys.executable, "-m", "data_prep", "embedded", "--out", tmp_path / "data", "--vocab-size", "2000"]
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment)
+    record = json.loads((tmp_path / "data" / "provenance.json").read_text())
+    for split, path in corpus[0].items():
+        assert [source["sha256"] for source in record["sources"][split]] == [sha256_of_file(path)]
+        assert record["splits"][split]["words"] == len(path.read_text("utf-8").split())

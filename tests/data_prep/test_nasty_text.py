@@ -74,7 +74,7 @@ def written_and_read(lines, model, folder):
 
 
 @given(train=LINES, valid=LINES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40)
 @example(train=["a a madeupword0000"], valid=["madeupword0001"])  # rare, and one that fills up the dictionary
 def test_words_written_are_words_read(train, valid):
     with tempfile.TemporaryDirectory() as folder:
@@ -87,7 +87,7 @@ def test_words_written_are_words_read(train, valid):
 
 
 @given(train=LINES, valid=LINES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40)
 def test_pieces_written_are_pieces_read(model, train, valid):
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     with tempfile.TemporaryDirectory() as folder:
@@ -139,8 +139,8 @@ def write_files(folder):
 
 
 @pytest.mark.parametrize("ways", [("--words",), ("--vocab-size", "320")], ids=["words", "pieces"])
-def test_the_command_keeps_every_token(tmp_path, capsys, ways):
-    """The real command: as many tokens in .idx as were written, words as Python splits."""
+def test_the_command_keeps_every_token(tmp_path, in_one_process, capsys, ways):
+    """The command: as many tokens in .idx as were written, words as Python splits."""
     files = write_files(tmp_path)
     out = tmp_path / "data"
     assert main(["text", *files, "--out", str(out), "--workers", "1", *ways]) == 0
@@ -215,7 +215,7 @@ def test_a_torn_file_is_refused(tmp_path):
         check_counts(data, dictionary, totals, counted=True)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40)
 @given(lines=LINES)
 @example(lines=["a\x85b </s> <pad>\v<s>"])
 def test_a_loaded_model_reads_text_as_the_data_was_made(model, lines):

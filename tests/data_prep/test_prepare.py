@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from prepared import SPLITS, arguments, lines_of, write_text
 
 from data_prep import prepare as preparation
 from data_prep.cli import main
+from data_prep.corpora import CORPORA
+from data_prep.prepare import Options, prepare
 from data_prep.sources import GivenText, PublicText
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.hashing import dictionary_fingerprint
@@ -61,7 +64,7 @@ def test_text_to_data_and_back(tmp_path):
     assert other.returncode == 1 and "holds something else; give another folder, or delete it" in other.stderr
 
 
-def test_words_and_a_second_corpus_like_the_first(tmp_path, capsys):
+def test_words_and_a_second_corpus_like_the_first(in_one_process, tmp_path, capsys):
     """Words as they stand; --like keeps the dictionary, and what it lacks is unknown and counted."""
     files = write_text(tmp_path / "text")
     out = tmp_path / "data"
@@ -120,7 +123,7 @@ def test_a_killed_worker_is_one_line(tmp_path, monkeypatch, capsys, ways):
     assert capsys.readouterr().err == f"data_prep: {killed}\n" and not (tmp_path / "data").exists()
 
 
-def test_a_killed_preparation_goes_on(tmp_path):
+def test_a_killed_preparation_goes_on(in_one_process, tmp_path):
     """Killed after each step that is written down, the next call repeats none of them and makes the same data."""
     files = write_text(tmp_path / "text", lines=3000)
     whole, out = tmp_path / "whole", tmp_path / "stopped"
@@ -143,7 +146,7 @@ def test_a_killed_preparation_goes_on(tmp_path):
     assert one["sha256"] == other["sha256"]
 
 
-def test_what_an_earlier_call_left_of_something_else_is_not_used(tmp_path):
+def test_what_an_earlier_call_left_of_something_else_is_not_used(in_one_process, tmp_path):
     files = write_text(tmp_path / "text")
     work = tmp_path / "data.partial"
     (work / "text").mkdir(parents=True)
@@ -157,7 +160,7 @@ def test_two_calls_at_once_do_not_mix(tmp_path):
     files = write_text(tmp_path / "text")
     lock, refused = tmp_path / "data.partial.lock", "in use by another process"
     with preparation.exclusive(lock), pytest.raises(UserError, match=refused):
-        preparation.prepare(GivenText(files), tmp_path / "data", preparation.Options(words=True))
+        prepare(GivenText(files), tmp_path / "data", Options(words=True))
 
 
 def test_a_sample_is_taken_from_large_text(tmp_path, monkeypatch):
@@ -167,7 +170,7 @@ def test_a_sample_is_taken_from_large_text(tmp_path, monkeypatch):
     samples = []
     for seed in (1, 1, 2):
         (tmp_path / "work").mkdir(exist_ok=True)
-        options = preparation.Options(seed=seed)
+        options = Options(seed=seed)
         steps = preparation.Preparation(GivenText(files), tmp_path / "work", options, {"seed": len(samples)})
         steps.files, steps.bytes = files, {"train": files["train"][0].stat().st_size}
         with preparation.Display(1.0) as display:
@@ -194,8 +197,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("more, message", BAD, ids=[message[:30] for _, message in BAD])
-def test_bad_input_ends_in_one_line(tmp_path, capsys, more, message):
-    """One line, and nothing under the final name."""
+def test_bad_input_ends_in_one_line(in_one_process, tmp_path, capsys, more, message):
     files = write_text(tmp_path / "text")
     assert main(arguments(files, tmp_path / "data", *more)) == 1
     error = capsys.readouterr().err
@@ -204,7 +206,7 @@ def test_bad_input_ends_in_one_line(tmp_path, capsys, more, message):
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"caf\xe9\n"])
-def test_bad_text_ends_in_one_line(tmp_path, capsys, content):
+def test_bad_text_ends_in_one_line(in_one_process, tmp_path, capsys, content):
     files = write_text(tmp_path / "text")
     files["valid"][0].write_bytes(content)
     assert main(arguments(files, tmp_path / "data", "--words")) == 1
@@ -218,13 +220,8 @@ def test_an_unknown_corpus_is_refused_in_one_line():
     assert done.returncode == 2 and "wikitext-2" in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_wikitext_by_words_is_checked_against_its_published_figures(tmp_path, capsys):
+def test_wikitext_by_words_is_checked_against_its_published_figures(in_one_process, tmp_path, capsys):
     """A local stand-in of the archive's files, with figures of its own: right ones pass, wrong ones are refused."""
-    from dataclasses import replace
-
-    from data_prep.corpora import CORPORA
-    from data_prep.prepare import Options, prepare
-
     local = tmp_path / "wikitext"
     local.mkdir()
     text = " \n = Title = \n \n A <unk> text of words . \n"
@@ -243,12 +240,3 @@ def test_wikitext_by_words_is_checked_against_its_published_figures(tmp_path, ca
     assert PublicText(right, tmp_path / "downloads", local, None, False).expected_tokens is None
     assert main(["wikitext-2", "--local", str(tmp_path / "nowhere"), "--out", str(tmp_path / "x")]) == 1
     assert "nowhere does not exist" in capsys.readouterr().err
-
-
-def test_the_embedded_corpus_becomes_data(tmp_path):
-    """The default corpus, by the command that the demo uses."""
-    done = run("embedded", "--out", tmp_path / "data", "--vocab-size", "2000")
-    assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "data" / "provenance.json").read_text())
-    assert sum(record["splits"][split]["words"] for split in SPLITS) >= 400_000
-    assert record["splits"]["train"]["words"] > 10 * record["splits"]["valid"]["words"]

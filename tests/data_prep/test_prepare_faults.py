@@ -14,6 +14,7 @@ from data_prep import prepare as preparation
 from data_prep.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.usefixtures("in_one_process")
 
 
 def processes_of(group):

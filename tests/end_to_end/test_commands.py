@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra_configs import needs_current_hydra
-from plugin import ROUTERS, USER_DIR, command, losses, on_ranks, records, train, train_arguments
+from plugin import ROUTERS, USER_DIR, command, evaluate, losses, on_ranks, records, train, train_arguments
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.experiments.compose import compose
@@ -28,14 +28,7 @@ def test_dense_and_one_expert_train_as_transformer_lm(data, tmp_path):
     has no gradient but rounding noise, which Adam scales up to full steps.)
     """
     sizes = "--decoder-input-dim 16 --decoder-output-dim 16 --dropout 0 --share-decoder-input-output-embed"
-    original = (
-        "--arch",
-        "transformer_lm",
-        "--criterion",
-        "cross_entropy",
-        *sizes.split(),
-        "--decoder-normalize-before",
-    )
+    original = f"--arch transformer_lm --criterion cross_entropy {sizes} --decoder-normalize-before".split()
     runs = {
         "transformer_lm": original,
         "none": (),
@@ -68,9 +61,7 @@ def test_train_stop_resume_evaluate(data, tmp_path, router):
 
     valid = records(whole, "valid")[-1]
     assert "valid_layer1_load_max" in valid and "valid_layer1_dropped" in valid
-    options = ("--user-dir", USER_DIR, "--path", tmp_path / "whole" / "checkpoint_last.pt", "--cpu")
-    options += ("--gen-subset", "valid", "--tokens-per-sample", "16", "--max-tokens", "256")
-    evaluated = command("eval_lm", data, *options)
+    evaluated = evaluate(data, tmp_path / "whole" / "checkpoint_last.pt")
     loss = re.search(r"Loss \(base 2\): ([\d.]+)", evaluated.stdout + evaluated.stderr).group(1)
     # The trainer prints three decimals.
     assert float(loss) == pytest.approx(float(valid["valid_loss"]), abs=1.1e-3)
@@ -152,7 +143,6 @@ def test_two_processes_train_as_one_and_one_evaluates(data, tmp_path):
     loads = [[r["layer1_load_max"] for r in records(run, "train_inner")] for run in (done, one)]
     assert loads[0] == loads[1]
     path = tmp_path / "two" / "checkpoint_last.pt"
-    options = ["--user-dir", USER_DIR, "--path", path, "--gen-subset", "valid", "--tokens-per-sample", "16", "--cpu"]
-    evaluated = command("eval_lm", data, *options)
+    evaluated = evaluate(data, path)
     perplexity = float(re.search(r"Perplexity: ([\d.]+)", evaluated.stdout + evaluated.stderr)[1])
     assert perplexity == pytest.approx(float(records(done, "valid")[-1]["valid_ppl"]), abs=0.02)

@@ -29,7 +29,8 @@ OF_MANY = ("hash, 6 experts, adam", "hash, 8 experts, adam", "switch, 4 experts,
 
 def cases(world_size):
     """Return the arguments of all cases of a world, by name."""
-    made = {}
+    made, inserted = {}, ("--sparse-placement", "insert", "--expert-sublayers", "2")
+    torch_ddp, by_fairscale = ("--ddp-backend", "pytorch_ddp"), ("--expert-dispatch", "fairscale")
     for experts in (2 * world_size, world_size, *([world_size // 2] if world_size % 2 == 0 else [])):
         for router in ("hash", "switch"):
             for optimizer in OPTIMIZERS:
@@ -37,29 +38,22 @@ def cases(world_size):
     made["one rank gets no rows"] = arguments("hash", world_size, "sgd", "--hash-table", "{all_to_first}")
     made["several batches a rank"] = arguments("hash", world_size, "sgd", "--update-freq", "2")
     made["checkpointed activations"] = arguments("hash", world_size, "sgd", "--checkpoint-activations")
-    made["pytorch_ddp"] = arguments("hash", world_size, "adam", "--ddp-backend", "pytorch_ddp")
+    made["pytorch_ddp"] = arguments("hash", world_size, "adam", *torch_ddp)
     made["pytorch_ddp, several batches a rank"] = arguments(
-        "switch", world_size, "sgd", "--ddp-backend", "pytorch_ddp", "--update-freq", "2"
+        "switch", world_size, "sgd", *torch_ddp, "--update-freq", "2"
     )
     made["switch with capacity"] = arguments("switch", 2 * world_size, "sgd", "--capacity-factor", "1.0")
     made["base, each rank's own batch balanced"] = arguments("base", world_size, "sgd", "--base-balance", "local")
-    made["dispatch by fairscale"] = arguments("switch", 2 * world_size, "sgd", "--expert-dispatch", "fairscale")
-    made["inserted stacks of hash layers"] = arguments(
-        "hash", world_size, "sgd", "--sparse-placement", "insert", "--expert-sublayers", "2"
-    )
+    made["dispatch by fairscale"] = arguments("switch", 2 * world_size, "sgd", *by_fairscale)
+    made["inserted stacks of hash layers"] = arguments("hash", world_size, "sgd", *inserted)
     if world_size == 2:
         learned = ("--experts-per-token", "2", "--hash-weights", "learned", "--shared-expert", "--hash-scale", "1.5")
         bigrams = ("--hash-feature", "bigram", "--hash-table", "random")
         made["learned weights of two experts, a shared one"] = arguments("hash", 4, "sgd", *learned, *bigrams)
-        made["two experts by fairscale"] = arguments(
-            "hash", 4, "sgd", "--experts-per-token", "2", "--expert-dispatch", "fairscale"
-        )
-        made["four segments, a table for each layer"] = arguments(
-            "hash", 4, "adam", "--multi-hash", "4", "--hash-per-layer"
-        )
-        made["segments by fairscale"] = arguments(
-            "hash", 2, "sgd", "--multi-hash", "2", "--expert-dispatch", "fairscale"
-        )
+        tables = ("--multi-hash", "4", "--hash-per-layer")
+        made["two experts by fairscale"] = arguments("hash", 4, "sgd", "--experts-per-token", "2", *by_fairscale)
+        made["four segments, a table for each layer"] = arguments("hash", 4, "adam", *tables)
+        made["segments by fairscale"] = arguments("hash", 2, "sgd", "--multi-hash", "2", *by_fairscale)
         made["gated, hash then switch"] = arguments("hash,switch", 4, "sgd", "--expert-form", "swiglu")
     if world_size == 4:
         made["groups of two"] = arguments("hash", 8, "adam", "--expert-parallel-size", "2")

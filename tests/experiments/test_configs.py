@@ -1,5 +1,6 @@
-"""Every experiment of `configs/`: it composes, its model has the published size, and it is what its name says.
+"""The experiments of `configs/`: each composes, its model has the published size, and it is what its name says.
 
+By default these are a few of each table (`FEW`); with `-m slow` all of them.
 The reference for sizes is arithmetic written out here, from the widths and numbers in the configuration alone.
 """
 
@@ -24,6 +25,14 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 pytestmark = needs_current_hydra
 NAMES = experiment_names(CONFIGS)
 SPECIAL_SYMBOLS = 4  # of fairseq's dictionaries
+FEW = ["laptop/dense", "laptop/hash", "laptop/switch", "laptop/finetune", "one_gpu/hash", "cc100_en/hash_3x_4.5b"]
+FEW += ["reddit/dense", "reddit/hash_5x16", "reddit/multi_hash_4_1x64", "stablemoe/dense", "stablemoe/base"]
+FEW += ["wikitext103/hash_words", "hash_first/hash_top2_learned"]
+
+
+def few(names):
+    """Return parameters of a test: names of experiments, of which all but a few are slow."""
+    return [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -66,30 +75,22 @@ def by_hand(model, vocabulary):
     return total, active
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES))
 def test_the_model_has_the_parameters_that_its_numbers_make(name, composed):
-    """Total and active, to the last one."""
     experiment, of = composed(name)
     assert (of.total, of.active) == by_hand(experiment.config.model, experiment.about["vocabulary"])
 
 
-@pytest.mark.parametrize(
-    ("sparse", "dense", "published"),
-    [
-        ("reddit/hash_1x64", "reddit/dense", 529),
-        ("reddit/switch_1x64", "reddit/dense", 529),
-        ("reddit/hash_1x128", "reddit/dense", 1066),
-        ("reddit/switch_1x128", "reddit/dense", 1066),
-        ("reddit/hash_5x16", "reddit/dense", 630),
-        ("reddit/switch_5x16", "reddit/dense", 630),
-        ("reddit/deeper", "reddit/dense", 529),
-        ("reddit/wider", "reddit/dense", 529),
-        ("cc100_en/hash_1x64", "cc100_en/dense", 529),
-    ],
-)
-def test_published_differences_to_dense(sparse, dense, published, composed):
+PUBLISHED = {"hash_1x64": 529, "switch_1x64": 529, "deeper": 529, "wider": 529, "hash_1x128": 1066}
+PUBLISHED |= {"switch_1x128": 1066, "hash_5x16": 630, "switch_5x16": 630}
+
+
+@pytest.mark.parametrize("name", few([*(f"reddit/{name}" for name in PUBLISHED), "cc100_en/hash_1x64"]))
+def test_published_differences_to_dense(name, composed):
     """In millions, as published; a router's own weights are at most 0.1."""
-    assert (composed(sparse)[1].total - composed(dense)[1].total) / 1e6 == pytest.approx(published, abs=0.51)
+    table, of = name.split("/")
+    more = composed(name)[1].total - composed(f"{table}/dense")[1].total
+    assert more / 1e6 == pytest.approx(PUBLISHED[of], abs=0.51)
 
 
 def test_without_its_experts_a_model_is_the_dense_one(composed):
@@ -98,19 +99,18 @@ def test_without_its_experts_a_model_is_the_dense_one(composed):
     assert sizes(dense_twin(composed("stablemoe/base")[0])).total == composed("stablemoe/dense")[1].total
 
 
-@pytest.mark.parametrize("name", ["base_4.5b", "hash_4.5b", "hash_3x_4.5b"])
+@pytest.mark.parametrize("name", few([name for name in NAMES if name.endswith("4.5b")]))
 def test_published_4_5_billion(name, composed):
-    """To the published rounding."""
-    assert f"{composed(f'cc100_en/{name}')[1].total / 1e9:.1f}" == "4.5"
+    assert f"{composed(name)[1].total / 1e9:.1f}" == "4.5"
 
 
-@pytest.mark.parametrize("name", ["hash", "switch", "base", "deeper", "wider"])
+@pytest.mark.parametrize("name", few([name for name in NAMES if "stablemoe" in name and "dense" not in name]))
 def test_published_578_million(name, composed):
     """StableMoE's table 2."""
-    assert f"{composed(f'stablemoe/{name}')[1].total / 1e6:.0f}" == "578"
+    assert f"{composed(name)[1].total / 1e6:.0f}" == "578"
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "hash" in name.split("/")[1] and "first" not in name])
+@pytest.mark.parametrize("name", few([name for name in NAMES if "hash" in name.split("/")[1] and "first" not in name]))
 def test_a_hash_layer_works_as_much_as_the_dense_one(name, composed):
     """In place of an FFN a hash layer does the dense layer's products; inserted ones do as much as one another."""
     table = name.partition("/")[0]
@@ -123,7 +123,7 @@ def test_a_hash_layer_works_as_much_as_the_dense_one(name, composed):
     assert (mine.tokens_per_update, mine.updates) == (other.tokens_per_update, other.updates)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.split("/")[1].split("_")[0] in ("switch", "base")])
+@pytest.mark.parametrize("name", few([n for n in NAMES if n.split("/")[1].split("_")[0] in ("switch", "base")]))
 def test_a_learned_router_adds_its_own_products_only(name, composed):
     """E x D multiply-adds a layer more than the hash layer of the same name."""
     if name == "hash_first/switch":
@@ -155,13 +155,7 @@ def test_work_is_what_pytorch_counts(router):
     assert counter.get_total_flops() == token_BL.numel() * (of.flops_per_token + of.attention_flops_per_token)
 
 
-FEW = ("laptop/switch", "one_gpu/hash", "reddit/multi_hash_4_1x64", "cc100_en/hash_3x_4.5b", "stablemoe/base")
-FEW += ("wikitext103/hash_words", "hash_first/hash_top2_learned", "laptop/finetune")
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
-)
+@pytest.mark.parametrize("name", few(NAMES))
 def test_flags_make_the_same_configuration(name, composed):
     """What fairseq-train makes of the flags is what fairseq-hydra-train composes, option by option."""
     experiment, _ = composed(name)
@@ -172,21 +166,26 @@ def test_flags_make_the_same_configuration(name, composed):
     assert {key: value for key, value in by_flags.items() if value} == {k: v for k, v in by_hydra.items() if v}
 
 
-def test_a_batch_is_the_same_in_a_table(composed):
+SOME_AND_ALL = pytest.mark.parametrize("names", [FEW, pytest.param(NAMES, marks=pytest.mark.slow)], ids=["few", "all"])
+
+
+@SOME_AND_ALL
+def test_a_batch_is_the_same_in_a_table(names, composed):
     """All experiments of a folder, fine-tuning apart, learn from as many tokens: what the comparison is about."""
     budgets = {}
-    for name in NAMES:
-        of = composed(name)[1]
+    for name in names:
         if name.endswith("finetune"):
             continue
+        of = composed(name)[1]
         kind = name.partition("/")[0] + (" 4.5b" if name.endswith("4.5b") else "")
         budgets.setdefault(kind, set()).add((of.tokens_per_update, of.updates))
     assert {kind: len(found) for kind, found in budgets.items()} == dict.fromkeys(budgets, 1)
 
 
-def test_published_figures_have_their_mark(composed):
+@SOME_AND_ALL
+def test_published_figures_have_their_mark(names, composed):
     """Only figures marked A (the authors' own) or S (secondary, agreeing) are beside results."""
-    for name in NAMES:
+    for name in names:
         published = dict(composed(name)[0].about["published"])
         by_update = published.pop("valid_by_update", {})
         for text in [*published.values(), *by_update.values()]:

@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from called import call, refused
 from hydra_configs import needs_current_hydra
 
-from fairseq_hash.cli import main
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.experiments.checks import check_data, check_experiment
 from fairseq_hash.experiments.compose import compose, experiment_names
@@ -37,7 +37,6 @@ pytestmark = needs_current_hydra
     ],
 )
 def test_what_does_not_compose_is_named_in_one_line(override, line):
-    """The option, the nearest that exist, or the value."""
     with pytest.raises(UserError) as error:
         compose(CONFIGS, "laptop/hash", [override])
     assert line in str(error.value)
@@ -45,7 +44,6 @@ def test_what_does_not_compose_is_named_in_one_line(override, line):
 
 
 def test_unknown_experiments_and_folders():
-    """The nearest experiments are named."""
     with pytest.raises(UserError, match="has no experiment laptop/hsh; near: laptop/hash"):
         compose(CONFIGS, "laptop/hsh")
     with pytest.raises(UserError, match="nowhere is no folder"):
@@ -68,7 +66,6 @@ def test_folders_of_runs():
 
 
 def test_data_that_is_not_there(tmp_path, data):
-    """The first missing file is named."""
     check_data(str(data), ("train", "valid"))
     with pytest.raises(UserError, match=f"task.data={tmp_path} holds no dict.txt"):
         check_data(str(tmp_path), ("train",))
@@ -97,14 +94,12 @@ def test_data_that_is_not_there(tmp_path, data):
     ],
 )
 def test_what_would_not_start_is_said_before_it_does(name, overrides, ranks, line, data):
-    """Options, a world that experts or batches do not fit, and files that are to be made first."""
     experiment = compose(CONFIGS, name, [f"task.data='{data}'", *overrides])
     with pytest.raises(UserError, match=line):
         check_experiment(experiment, ranks)
 
 
 def test_what_can_start(data):
-    """Ranks that share the batches and the experts."""
     for name, ranks in (("laptop/hash", 1), ("reddit/hash_1x64", 64), ("stablemoe/base", 4)):
         check_experiment(compose(CONFIGS, name, [f"task.data='{data}'"]), ranks)
 
@@ -120,64 +115,51 @@ def test_an_update_has_as_many_batches_on_any_number_of_ranks(freq, meant_for, r
 
 
 def test_an_update_that_ranks_cannot_share():
-    """The numbers of ranks that can are named."""
     with pytest.raises(UserError, match="of 6 batches .* which 4 ranks cannot share; use 1, 2, 3, 6 ranks"):
         scaled_update_freq([3], 2, 4)
     with pytest.raises(UserError, match="use 1, 2 ranks"):
         scaled_update_freq([1, 3], 2, 3)
 
 
-def test_a_plan_of_another_criterion_and_of_none(tmp_path, capsys):
+def test_a_plan_of_another_criterion_and_of_none(tmp_path):
     """Another one has no --update-freq-ranks, so that the batch grows with the ranks; none is one line."""
     folder = tmp_path / "configs"
     shutil.copytree(CONFIGS, folder)
-    plan = ["plan", "--config-dir", str(folder), "--config-name", "laptop/dense", "--ranks", "3"]
+    plan = ("plan", "--config-dir", folder, "--config-name", "laptop/dense", "--ranks", "3")
     base, training = folder / "base.yaml", folder / "training" / "laptop.yaml"
     text = base.read_text()
     base.write_text(re.sub(r"  _name: hash_moe\n  log_expert_loads: true", "  _name: cross_entropy", text))
     training.write_text(re.sub(r"criterion:\n  update_freq_ranks: 1.*\n", "", training.read_text()))
-    assert main(plan) == 0
-    assert re.search(r"Batch +12,288 tokens", capsys.readouterr().out)
+    status, out, _ = call(*plan)
+    assert status == 0 and re.search(r"Batch +12,288 tokens", out)
     training.write_text(training.read_text() + "criterion:\n")
-    assert main(plan) == 1
-    assert "laptop/dense: criterion is empty; give one (criterion: {_name: ...})" in capsys.readouterr().err
-    assert main([*plan, "optimizer=null"]) == 1
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert "laptop/dense: criterion is empty; give one (criterion: {_name: ...})" in refused(*plan)
+    refused(*plan, "optimizer=null")
 
 
-def test_plan_prints_sizes_and_what_is_missing(capsys):
-    """The table of one experiment, for people."""
-    assert main(["plan", "--config-dir", str(CONFIGS), "--config-name", "reddit/hash_1x64", "--ranks", "8"]) == 0
-    text = capsys.readouterr().out
-    assert "637,772,800, of which experts 537,198,592" in text and "108,967,936" in text
+def test_plan_prints_sizes_and_what_is_missing():
+    status, text, _ = call("plan", "--config-dir", CONFIGS, "--config-name", "reddit/hash_1x64", "--ranks", "8")
+    assert status == 0 and "637,772,800, of which experts 537,198,592" in text and "108,967,936" in text
     assert "valid 23.16 A, test 23.23 S" in text
     assert "not yet: task.data=data/reddit holds no dict.txt" in text
     # 3 x (2 x products + attention) x 524,288 tokens x 100,000 updates
     assert f"{3 * (217681920 + 4 * 1024 * 512 * 8) * 524288 * 100000:.3g} FLOPs" in text
 
 
-def test_plan_for_launchers(capsys, data):
+def test_plan_for_launchers(data):
     """Only what a script needs: a folder, flags, or a status and one line."""
-    plan = ["plan", "--config-dir", str(CONFIGS), "--config-name", "laptop/hash"]
-    assert main([*plan, f"task.data='{data}'", "--check"]) == 0
-    assert capsys.readouterr().out == ""
-    assert main([*plan, "--check"]) == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "task.data=data/laptop holds no dict.txt" in error
-    assert main([*plan, "common.seed=7", "--run-dir"]) == 0
-    assert capsys.readouterr().out == "runs/laptop/hash/seed7\n"
-    split = [*plan[:3], "model.num_experts=8", *plan[3:], "--run-dir", "common.seed=3"]
-    assert main(split) == 0
-    assert capsys.readouterr().out == "runs/laptop/hash/model.num_experts=8/seed3\n"
-    with pytest.raises(SystemExit) as stop:
-        main([*plan, "--no-such-option"])
-    assert stop.value.code == 2
-    assert "unrecognized arguments: --no-such-option" in capsys.readouterr().err
-    assert main([*plan, "--flags"]) == 0
-    assert "--router hash --sparse-layers 1,3" in capsys.readouterr().out
-    assert main(["plan", "--config-dir", str(CONFIGS), "--list"]) == 0
-    assert "laptop/hash\n" in capsys.readouterr().out
-    assert main(["plan", "--config-dir", str(CONFIGS)]) == 1
-    assert "--config-name is missing" in capsys.readouterr().err
-    assert main([*plan, "--ranks", "0"]) == 1
-    assert "--ranks takes a number of 1 or more" in capsys.readouterr().err
+    folder = ("plan", "--config-dir", CONFIGS)
+    plan = (*folder, "--config-name", "laptop/hash")
+    assert call(*plan, f"task.data='{data}'", "--check")[:2] == (0, "")
+    assert "task.data=data/laptop holds no dict.txt" in refused(*plan, "--check")
+    assert call(*plan, "common.seed=7", "--run-dir")[:2] == (0, "runs/laptop/hash/seed7\n")
+    split = (*plan[:3], "model.num_experts=8", *plan[3:], "--run-dir", "common.seed=3")
+    assert call(*split)[:2] == (0, "runs/laptop/hash/model.num_experts=8/seed3\n")
+    status, _, error = call(*plan, "--no-such-option")
+    assert status == 2 and "unrecognized arguments: --no-such-option" in error
+    shows = ((*plan, "--flags"), "--router hash --sparse-layers 1,3"), ((*folder, "--list"), "laptop/hash\n")
+    for words, said in shows:
+        status, out, _ = call(*words)
+        assert status == 0 and said in out
+    assert "--config-name is missing" in refused(*folder)
+    assert "--ranks takes a number of 1 or more" in refused(*plan, "--ranks", "0")

@@ -65,11 +65,8 @@ class Naive:
 
     def nats(self, stream):
         stream, width = [2] * (self.order - 1) + list(stream), self.order - 1
-        terms = [
-            -math.log(self.probability(tuple(stream[end - width : end]), stream[end]))
-            for end in range(width, len(stream))
-        ]
-        return math.fsum(terms) / len(terms)
+        found = [self.probability(tuple(stream[end - width : end]), stream[end]) for end in range(width, len(stream))]
+        return -math.fsum(map(math.log, found)) / len(found)
 
 
 def drawn(seed, tokens, vocabulary):
@@ -156,9 +153,8 @@ def of_fairseq(data, subset):
     """The targets of fairseq's samples, and the first token that it gives a model."""
     symbols = Dictionary.load(str(data / "dict.txt"))
     lines = data_utils.load_indexed_dataset(str(data / subset), symbols)
-    blocks = TokenBlockDataset(
-        lines, lines.sizes, 32, pad=1, eos=symbols.eos(), break_mode="none", include_targets=True
-    )
+    cut = {"pad": 1, "eos": symbols.eos(), "break_mode": "none", "include_targets": True}
+    blocks = TokenBlockDataset(lines, lines.sizes, 32, **cut)
     samples = [blocks[number] for number in range(len(blocks))]
     targets = [token for _, target, _ in samples for token in target.tolist()]
     return targets, int(samples[0][0][0]), len(symbols)
@@ -173,9 +169,8 @@ def written(data, tmp_path, *options):
 def test_command_predicts_what_fairseq_predicts(data, tmp_path):
     record, out, err = written(data, tmp_path, "--subset", "valid", "test", "--tokens", 1000)
     training = of_fairseq(data, "train")[0][:1000]
-    assert [(line["subset"], line["order"]) for line in record["lines"]] == [
-        (subset, order) for subset in ("valid", "test") for order in (1, 2, 3)
-    ]
+    lines = [(line["subset"], line["order"]) for line in record["lines"]]
+    assert lines == [(subset, order) for subset in ("valid", "test") for order in (1, 2, 3)]
     for line in record["lines"]:
         held_out, first, vocabulary = of_fairseq(data, line["subset"])
         assert first == 2 and record["vocabulary"] == vocabulary
@@ -204,22 +199,20 @@ def test_all_training_tokens_unless_told(data, tmp_path):
 
 
 def test_bad_input_gets_one_line(data, tmp_path, monkeypatch):
-    for tokens in (0, -3):
-        assert refused("ngrams", data, "--tokens", tokens) == (
-            f"fairseq-hash: --tokens is {tokens}; give the number of tokens of train to count, 1 or more"
-        )
     assert "invalid int value: 'many'" in refused("ngrams", data, "--tokens", "many", status=2)
-    assert refused("ngrams", tmp_path / "none") == (
-        f"fairseq-hash: {tmp_path / 'none'} is no folder; give one that fairseq-preprocess or data_prep wrote"
-    )
+    missing = tmp_path / "none" / "lines.json"
+    number = "give the number of tokens of train to count, 1 or more"
+    for words, line in (
+        ((data, "--tokens", 0), f"--tokens is 0; {number}"),
+        ((data, "--tokens", -3), f"--tokens is -3; {number}"),
+        ((tmp_path / "none",), f"{tmp_path}/none is no folder; give one that fairseq-preprocess or data_prep wrote"),
+        ((data, "--json", missing), f"--json {missing} cannot be written; give a file in a folder that exists"),
+    ):
+        assert refused("ngrams", *words) == f"fairseq-hash: {line}"
     assert f"{tmp_path / 'dict.txt'} does not exist" in refused("ngrams", tmp_path)
     assert f"{data} has no dev.idx" in refused("ngrams", data, "--subset", "valid", "dev")
     for name in ("valid.bin", "valid.idx", "dict.txt"):
         shutil.copy(data / name, tmp_path)
     assert f"{tmp_path} has no train.idx" in refused("ngrams", tmp_path)
-    missing = tmp_path / "none" / "lines.json"
-    assert refused("ngrams", data, "--json", missing) == (
-        f"fairseq-hash: --json {missing} cannot be written; give a file in a folder that exists"
-    )
     monkeypatch.setattr(dictionary, "read_dictionary", lambda path: (["many"] * (1 << 21), []))
     assert "n-grams of 3 tokens are counted for at most 2,097,151" in refused("ngrams", data)

@@ -51,11 +51,8 @@ def test_the_place_is_that_of_the_run(as_rank):
                     continue
                 place = place_of(config, world_size)
                 assert place.describe() == run.describe()
-                assert (place.size, place.expert_ids, place.saved_experts) == (
-                    run.size,
-                    run.expert_ids,
-                    run.saved_experts,
-                )
+                for what in ("size", "expert_ids", "saved_experts"):
+                    assert getattr(place, what) == getattr(run, what)
                 assert (run.replicas is None) == (run.size in (1, world_size))
                 shared += run.size > 1
     assert shared > 200
@@ -93,24 +90,20 @@ def held_bytes(config, vocabulary):
     tensors = [*model.parameters(), *model.buffers(), *(parameter.grad for parameter in trained)]
     for parameter in getattr(optimizer, "fp32_params", ()):
         tensors += [parameter, parameter.grad]
-    inner = (
-        optimizer.fp32_optimizer if wraps is optim.FP16Optimizer else getattr(optimizer, "wrapped_optimizer", optimizer)
-    )
+    inner = getattr(optimizer, "fp32_optimizer", getattr(optimizer, "wrapped_optimizer", optimizer))
     for state in inner.optimizer.state.values():
         tensors += [value for value in state.values() if torch.is_tensor(value) and value.dim()]
     return sum(tensor.nbytes for tensor in {tensor.data_ptr(): tensor for tensor in tensors if tensor.numel()}.values())
 
 
+GATED = ("expert_form=swiglu", "shared_expert=true", "experts_per_token=2")
 CASES = {
     "hash": ("laptop/hash", []),
     "hash, one set of experts a rank": ("laptop/hash", ["+model.expert_parallel_size=1"]),
     "switch, replicas": ("laptop/switch", ["+model.expert_parallel_size=2"]),
     "by fairscale": ("laptop/switch", ["+model.expert_dispatch=fairscale"]),
     "inserted BASE": ("laptop/base", ["+model.sparse_placement=insert", "+model.expert_sublayers=3"]),
-    "gated, shared, several experts": (
-        "laptop/hash",
-        ["+model.expert_form=swiglu", "+model.shared_expert=true", "+model.experts_per_token=2"],
-    ),
+    "gated, shared, several experts": ("laptop/hash", [f"+model.{option}" for option in GATED]),
     "frozen experts": ("laptop/hash", ["+model.freeze=experts"]),
     "frozen but experts": ("laptop/base", ["+model.freeze=all-but-experts"]),
     "bf16": ("laptop/hash", ["common.bf16=true"]),

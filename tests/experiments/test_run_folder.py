@@ -9,6 +9,9 @@ from hydra_configs import needs_current_hydra
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fairseq_hash.experiments.compose import compose
+from fairseq_hash.experiments.run_folder import folder_name
+
 pytestmark = needs_current_hydra
 CONFIGS = Path(__file__).parents[2] / "configs"
 GIVEN = st.lists(st.one_of(st.sampled_from("[]'\" =,*?${}()~#&;|<>!\\`:/"), st.text(max_size=9)), max_size=60)
@@ -25,15 +28,11 @@ GIVEN = st.lists(st.one_of(st.sampled_from("[]'\" =,*?${}()~#&;|<>!\\`:/"), st.t
     ],
 )
 def test_names_tell_what_was_given(overrides, name):
-    from fairseq_hash.experiments.run_folder import folder_name
-
     assert folder_name(overrides) == name
 
 
 @given(GIVEN.map("".join), GIVEN.map("".join))
 def test_no_name_needs_quotes_and_none_is_that_of_another_run(one, other):
-    from fairseq_hash.experiments.run_folder import folder_name
-
     for overrides in (one, other):
         name = folder_name(overrides)
         assert not name or shlex.quote(name) == name
@@ -44,11 +43,6 @@ def test_no_name_needs_quotes_and_none_is_that_of_another_run(one, other):
 
 def test_experiments_have_such_folders():
     """Where the package is and where the data is do not name a run."""
-    import fairseq_hash
-
-    fairseq_hash.register()
-    from fairseq_hash.experiments.compose import compose
-
     given = ["optimization.update_freq=[4]", "common.seed=3", "task.data=/a b", "common.user_dir=/some/where"]
     assert str(compose(CONFIGS, "laptop/hash", given).folder) == "runs/laptop/hash/optimization.update_freq=4/seed3"
     assert compose(CONFIGS, "laptop/hash").folder == Path("runs/laptop/hash/seed1")

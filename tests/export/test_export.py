@@ -69,7 +69,16 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS, ids=list(MODELS))
+# Those whose parts other models of the list have, in another combination.
+SLOW = {"hash, modulo", "hash, round-robin", "hash, named tables", "hash, history 2", "hash, two experts, scattered"}
+SLOW |= {"hash, bigram, a table for each layer", "hash, 2 segments", "hash, 2 segments, capacity"}
+SLOW |= {"hash, inserted, a table for each layer", "switch, swiglu, shared", "switch, inserted"}
+SLOW |= {"one of each, inserted", "experts at the end only"}
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW), id=name) for name in MODELS]
+)
 def pair(request, data, tmp_path_factory):
     """A model of fairseq's and the same by transformers."""
     folder = tmp_path_factory.mktemp("a model")

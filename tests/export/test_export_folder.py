@@ -38,11 +38,17 @@ def saved(data, tmp_path_factory):
     return save(data, tmp_path_factory.mktemp("saved") / "run", *feature("bigram"))
 
 
+@pytest.fixture(scope="module")
+def exported(saved, tmp_path_factory):
+    """The folder of its export."""
+    return export(saved[0], tmp_path_factory.mktemp("exported") / "my model")
+
+
 @torch.no_grad()
-def test_the_loss_is_the_criterions(saved, tmp_path):
+def test_the_loss_is_the_criterions(saved, exported):
     """The mean over tokens in nats; what is not to be predicted is left out. `logits_to_keep` and tuples, too."""
-    checkpoint, ours, task = saved
-    theirs = load(export(checkpoint, tmp_path / "out"))
+    _, ours, task = saved
+    theirs = load(exported)
     token_BL, padded_BL = sentences(task)
     labels = padded_BL.masked_fill(padded_BL == PADDING, -100)
     output = theirs(input_ids=padded_BL, labels=labels)
@@ -58,10 +64,10 @@ def test_the_loss_is_the_criterions(saved, tmp_path):
 
 
 @torch.no_grad()
-def test_training_goes_on_there(saved, tmp_path):
+def test_training_goes_on_there(saved, exported, tmp_path):
     """Every weight has the gradient that it has in fairseq; transformers saves what it loads."""
-    checkpoint, ours, task = saved
-    theirs = load(export(checkpoint, tmp_path / "out"))
+    _, ours, task = saved
+    theirs = load(exported)
     token_BL, _ = sentences(task)
     with torch.enable_grad():
         ours.zero_grad()
@@ -78,10 +84,10 @@ def test_training_goes_on_there(saved, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
-def test_half_precision(saved, tmp_path, dtype):
+def test_half_precision(saved, exported, dtype):
     """Tables stay whole numbers."""
-    checkpoint, ours, task = saved
-    theirs = load(export(checkpoint, tmp_path / "out"), dtype=dtype)
+    _, ours, task = saved
+    theirs = load(exported, dtype=dtype)
     assert theirs.decoder.hash_tables[0].expert.dtype == torch.int64
     token_BL, _ = sentences(task)
     logits = theirs(input_ids=token_BL).logits
@@ -90,18 +96,17 @@ def test_half_precision(saved, tmp_path, dtype):
 
 
 @torch.no_grad()
-def test_a_cache_without_the_prefix(saved, data, tmp_path):
+def test_a_cache_without_the_prefix(saved, exported, data, tmp_path):
     """Where a table looks at earlier tokens it is asked for, otherwise only their number counts."""
-    checkpoint, _, task = saved
-    token_BL, _ = sentences(task)
-    looking = load(export(checkpoint, tmp_path / "bigram"))
+    token_BL, _ = sentences(saved[2])
+    looking = load(exported)
     made = looking(input_ids=token_BL[:, :6], use_cache=True)
     cache = getattr(made, "cache", None) or made.past_key_values
     with pytest.raises(ValueError, match="--hash-feature bigram looks at earlier tokens: give all 6 cached ones and"):
         looking(input_ids=token_BL[:, 6:], past_key_values=cache)
     with pytest.raises(ValueError, match="give input_ids: hash tables look tokens up"):
         looking(inputs_embeds=torch.zeros(1, 2, 32))
-    checkpoint, _, task = save(data, tmp_path / "run", *hash_layers())
+    checkpoint, _, _ = save(data, tmp_path / "run", *hash_layers())
     plain = load(export(checkpoint, tmp_path / "token"))
     made = plain(input_ids=token_BL[:, :6], use_cache=True)
     cache = getattr(made, "cache", None) or made.past_key_values
@@ -131,16 +136,15 @@ def test_more_tokens_than_positions(data, tmp_path):
         theirs(input_ids=torch.full((1, POSITIONS + 1), 5))
 
 
-def test_what_is_in_the_folder(saved, data, tmp_path):
+def test_what_is_in_the_folder(saved, exported):
     """All of it, and nothing of fairseq or of this package is imported there."""
-    checkpoint, ours, task = saved
-    folder = export(checkpoint, tmp_path / "my model")
+    (_, ours, task), folder = saved, exported
     names = {path.name for path in folder.iterdir()}
     assert names == {
         *("config.json", "generation_config.json", "model.safetensors", "README.md", "special_tokens_map.json"),
         *("modeling_fairseq_hash.py", "tokenization_fairseq_hash.py", "tokenizer_config.json", "vocab.json"),
     }
-    assert not list(tmp_path.glob(".*"))
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     for path in folder.glob("*.py"):
         assert "import fairseq" not in path.read_text() and "from fairseq" not in path.read_text()
     _, report = load(folder, output_loading_info=True)
@@ -169,9 +173,8 @@ def test_weights_in_several_files(saved, tmp_path):
     files = sorted(folder.glob("model-*.safetensors"))
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert len(files) > 3 and {path.name for path in files} == set(index["weight_map"].values())
-    assert (
-        files[0].name == f"model-00001-of-{len(files):05}.safetensors" and not (folder / "model.safetensors").exists()
-    )
+    assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    assert not (folder / "model.safetensors").exists()
     total = 0
     for path in files:
         with safe_open(path, "pt") as file:
@@ -197,7 +200,6 @@ def test_a_plain_checkpoint_gives_the_same_files(saved, tmp_path):
 
 
 def test_refusals(saved, data, tmp_path):
-    """One line each, before anything is written."""
     checkpoint, _, _ = saved
     out = tmp_path / "out"
 
@@ -214,12 +216,10 @@ def test_refusals(saved, data, tmp_path):
     assert line(to=".").endswith(". exists; give a folder that does not exist yet")
     assert line(to=tmp_path / "no" / "out").endswith(f"the folder {tmp_path / 'no'} does not exist; make it first")
     for size in ("five", "0", "-1GB", "5TB"):
-        assert f"--shard-size {size} is no size; give bytes, or a number with KB, MB or GB" in line(
-            f"--shard-size={size}"
-        )
-    assert "there/dict.txt does not exist; give the folder of the training's data by --data" in line(
-        "--data", tmp_path / "there"
-    )
+        said = line(f"--shard-size={size}")
+        assert f"--shard-size {size} is no size; give bytes, or a number with KB, MB or GB" in said
+    said = line("--data", tmp_path / "there")
+    assert "there/dict.txt does not exist; give the folder of the training's data by --data" in said
     (tmp_path / "there" / "dict.txt").write_text("a 5\n")
     assert "is not the dictionary with which" in line("--data", tmp_path / "there")
     file = tmp_path / "there" / "dict.txt"
@@ -249,9 +249,8 @@ def test_half_precision_stays(saved, tmp_path):
     """A checkpoint of bfloat16 weights has a folder of such, and is loaded as such."""
     assert call("checkpoint", "merge", saved[0], "--no-optimizer", "--out", tmp_path / "plain.pt")[0] == 0
     state = torch.load(tmp_path / "plain.pt", weights_only=True)
-    state["model"] = {
-        name: value.bfloat16() if value.is_floating_point() else value for name, value in state["model"].items()
-    }
+    model = state["model"]
+    model.update({name: value.bfloat16() for name, value in model.items() if value.is_floating_point()})
     torch.save(state, tmp_path / "half.pt")
     folder = export(tmp_path / "half.pt", tmp_path / "out")
     assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "bfloat16"

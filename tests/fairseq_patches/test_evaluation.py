@@ -8,7 +8,6 @@ import re
 import sys
 
 import pytest
-import torch
 from fairseq.logging import metrics
 from fairseq.models.fairseq_model import BaseFairseqModel
 from fairseq_cli import eval_lm, validate
@@ -106,30 +105,24 @@ def test_an_oracle_is_named_in_its_own_result_alone(data, trained, evaluate, tmp
 
 
 def test_a_part_of_the_text_is_no_result(trained, evaluate):
-    """Each in one line with the remedy."""
     blocks = trained["blocks"]
     assert re.fullmatch(
         r"fairseq_hash: (\d) of \1 samples of test, with (\d+) of \2 tokens, are longer than 16 tokens \(the positions "
         r"of the model\); cut them by --tokens-per-sample 16 or less",
         evaluate.refused(blocks, "--tokens-per-sample", "200"),
     )
-    assert re.search(
-        r"longer than 12 tokens \(.* model, less --context-window\); cut them by --tokens-per-sample 16 or less$",
-        evaluate.refused(blocks, "--tokens-per-sample", "20", "--context-window", "4"),
-    )
+    line = r"longer than 12 tokens \(.* model, less --context-window\); cut them by --tokens-per-sample 16 or less$"
+    assert re.search(line, evaluate.refused(blocks, "--tokens-per-sample", "20", "--context-window", "4"))
     assert re.search(
         r"(\d+) of \d+ samples of test, with \d+ of \d+ tokens, .*; cut them by --sample-break-mode none "
         "--tokens-per-sample 16$",
         evaluate.refused(blocks, "--sample-break-mode", "complete", "--tokens-per-sample", "20"),
     )
-    assert (
-        "longer than 8 tokens (--max-tokens); cut them by --tokens-per-sample 8 or less, or give --max-tokens 16 "
-        in (evaluate.refused(blocks, "--max-tokens", "8"))
-    )
+    line = "longer than 8 tokens (--max-tokens); cut them by --tokens-per-sample 8 or less, or give --max-tokens 16 "
+    assert line in evaluate.refused(blocks, "--max-tokens", "8")
     assert "evaluate in one process, without --num-shards" in evaluate.refused(blocks, "--num-shards", "2")
-    assert "--context-window 16 leaves no token to score of --tokens-per-sample 16" in (
-        evaluate.refused(blocks, "--context-window", "16")
-    )
+    line = "--context-window 16 leaves no token to score of --tokens-per-sample 16"
+    assert line in evaluate.refused(blocks, "--context-window", "16")
 
 
 @pytest.mark.parametrize("value", ["-inf", "nan"])
@@ -152,10 +145,8 @@ def test_validate_is_an_evaluation_too(trained, evaluate):
     options = ("--task", "language_modeling", "--valid-subset", "test", "--max-tokens", "256")
     evaluate(trained["sentences"], *options, **command)
     short = (*options, "--max-target-positions", "8", "--tokens-per-sample", "8")
-    assert re.search(
-        r"longer than 8 tokens .*leave them out by --skip-invalid-size-inputs-valid-test$",
-        (evaluate.refused(trained["sentences"], *short, **command)),
-    )
+    line = r"longer than 8 tokens .*leave them out by --skip-invalid-size-inputs-valid-test$"
+    assert re.search(line, evaluate.refused(trained["sentences"], *short, **command))
 
 
 def test_a_training_refuses_its_validation_before_it_starts(data, tmp_path, monkeypatch, caplog):
@@ -192,12 +183,8 @@ def test_what_training_leaves_out_is_named(data, caplog):
     sizes = [len(line.split()) + 1 for line in (data.parent / "valid.txt").read_text().splitlines()]
     long = [size for size in sizes if size > 8]
     with caplog.at_level(logging.WARNING):
-        iterator = task.get_batch_iterator(
-            task.dataset("valid"), max_tokens=64, max_positions=model.max_positions(), ignore_invalid_inputs=True
-        )
+        limits = {"max_tokens": 64, "max_positions": model.max_positions(), "ignore_invalid_inputs": True}
+        iterator = task.get_batch_iterator(task.dataset("valid"), **limits)
     assert sum(batch["ntokens"] for batch in iterator.next_epoch_itr(shuffle=False)) == sum(sizes) - sum(long)
-    assert (
-        f"{len(long)} of 60 samples of valid, with {sum(long)} of {sum(sizes)} tokens, are longer than 8 tokens (the "
-        "positions of the model) and left out"
-    ) in caplog.messages
-    assert torch.is_tensor(next(model.parameters()))
+    shares = f"{len(long)} of 60 samples of valid, with {sum(long)} of {sum(sizes)} tokens"
+    assert f"{shares}, are longer than 8 tokens (the positions of the model) and left out" in caplog.messages

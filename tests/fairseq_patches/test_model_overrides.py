@@ -74,7 +74,6 @@ def test_by_the_commands(data, tmp_path):
         done = command(*words, *wrong, check=False)
         last = done.stderr.strip().splitlines()[-1]
         assert done.returncode == 1 and "Traceback" not in done.stderr
-        assert last.startswith(
-            "fairseq_hash: --model-overrides: hash_tabel is no option of this checkpoint; near: hash_table"
-        )
+        line = "fairseq_hash: --model-overrides: hash_tabel is no option of this checkpoint; near: hash_table"
+        assert last.startswith(line)
     command(*validation, "--no-progress-bar")

@@ -39,19 +39,10 @@ def alone_name(model):
 
 def stop_and_go_on(data, device, folder, cases, more=()):
     """Return three processes: each model without a group, all cases to where they save, and on from there."""
-    jobs = {
-        name: train(
-            data,
-            device,
-            folder / name,
-            SAVED,
-            *backend(device),
-            *case.model,
-            *case.options,
-            forced=(*case.forced, *more),
-        )
-        for name, case in cases.items()
-    }
+    jobs = {}
+    for name, case in cases.items():
+        words = (*backend(device), *case.model, *case.options)
+        jobs[name] = train(data, device, folder / name, SAVED, *words, forced=(*case.forced, *more))
     alone = {
         alone_name(model): train(data, device, folder / "alone", UPDATES, "--no-save", *model)
         for model in {case.model for case in cases.values()}

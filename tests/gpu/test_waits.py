@@ -84,7 +84,6 @@ def test_dropout(cuda):
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_features(name, cuda):
-    """Rows of a table, and the experts in them."""
     token_BL = tokens_with_padding().to(cuda)
     index = {key: value.to(cuda) for key, value in index_of(name).items()}
     lookup_rows(FEATURES[name], token_BL, PAD, KEYS, index)

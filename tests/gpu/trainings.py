@@ -71,14 +71,10 @@ def environment(device, **more):
 
 def launch(words, device, out, **more):
     """Start `python WORDS`; what it says goes to a file."""
+    words, own = [sys.executable, *map(str, words)], environment(device, **more)
     with out.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, *map(str, words)],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=environment(device, **more),
-        )
+        streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(words, env=own, **streams)
     process.out = out
     return process
 

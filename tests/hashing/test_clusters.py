@@ -119,24 +119,20 @@ def test_dispersed_is_balanced(columns):
 
 def test_wrong_input_is_refused_in_one_line():
     embedding_HD, _ = blobs(20)
-    with pytest.raises(UserError, match="21 clusters of 20 keys; give 1 to 20"):
-        cluster_keys(embedding_HD, 21)
-    with pytest.raises(UserError, match="21 clusters of 20 keys; give 1 to 20"):
-        clustered_experts(embedding_HD, 21)
-    with pytest.raises(UserError, match="0 clusters of 20 keys"):
-        cluster_keys(embedding_HD, 0)
-    with pytest.raises(UserError, match=r"shape \(20, 16\), the dictionary 19 symbols"):
-        check_embedding(embedding_HD, 19)
-    with pytest.raises(UserError, match=r"shape \(20,\), the dictionary 20 symbols"):
-        check_embedding(embedding_HD[:, 0], 20)
-    with pytest.raises(UserError, match="4 distinct experts per token of 3 experts"):
-        clustered_experts(embedding_HD, 3, 4)
-    for value in (float("nan"), float("inf")):
-        wrong = embedding_HD.clone()
-        wrong[7, 3] = value
-        with pytest.raises(UserError, match="row 7 of the embedding is not finite"):
-            cluster_keys(wrong, 3)
-    with pytest.raises(UserError, match="fall into 2 clusters, not 3; give 2 or fewer"):
-        cluster_keys(torch.tensor([[0.0], [1.0]]).repeat(5, 1), 3)
-    with pytest.raises(UserError, match="3 keys with clusters, but 2 counts; give both for each key"):
-        dispersed_experts([0, 0, 0], [2, 2], 2)
+    nan_HD, infinite_HD = embedding_HD.clone(), embedding_HD.clone()
+    nan_HD[7, 3], infinite_HD[7, 3] = float("nan"), float("inf")
+    two_HD = torch.tensor([[0.0], [1.0]]).repeat(5, 1)
+    for build, wrong, line in (
+        (cluster_keys, (embedding_HD, 21), "21 clusters of 20 keys; give 1 to 20"),
+        (clustered_experts, (embedding_HD, 21), "21 clusters of 20 keys; give 1 to 20"),
+        (cluster_keys, (embedding_HD, 0), "0 clusters of 20 keys"),
+        (check_embedding, (embedding_HD, 19), r"shape \(20, 16\), the dictionary 19 symbols"),
+        (check_embedding, (embedding_HD[:, 0], 20), r"shape \(20,\), the dictionary 20 symbols"),
+        (clustered_experts, (embedding_HD, 3, 4), "4 distinct experts per token of 3 experts"),
+        (cluster_keys, (nan_HD, 3), "row 7 of the embedding is not finite"),
+        (cluster_keys, (infinite_HD, 3), "row 7 of the embedding is not finite"),
+        (cluster_keys, (two_HD, 3), "fall into 2 clusters, not 3; give 2 or fewer"),
+        (dispersed_experts, ([0, 0, 0], [2, 2], 2), "3 keys with clusters, but 2 counts; give both for each key"),
+    ):
+        with pytest.raises(UserError, match=line):
+            build(*wrong)

@@ -1,5 +1,6 @@
 """Spread tables: the few tokens that overload an expert are spread by the token before them."""
 
+import functools
 import random
 
 import numpy as np
@@ -37,6 +38,7 @@ def build(text, vocabulary, num_experts, columns, most_pairs=None):
     return base, counts, pairs, spread_table(base, counts, pairs, most_pairs)
 
 
+@functools.cache
 def made_text(size, vocabulary, seed=0):
     """A text of Zipf's law in which a token depends on the one before it, as in natural text."""
     generator = random.Random(seed)
@@ -49,9 +51,8 @@ def made_text(size, vocabulary, seed=0):
     return drawn
 
 
-texts = st.tuples(st.lists(st.integers(0, 4), min_size=20, max_size=80), st.lists(st.integers(0, 29), max_size=30)).map(
-    lambda parts: [*parts[0], *parts[1], 2, 2, 2]
-)
+few = st.lists(st.integers(0, 4), min_size=20, max_size=80)
+texts = st.builds(lambda one, other: [*one, *other, 2, 2, 2], few, st.lists(st.integers(0, 29), max_size=30))
 shapes = st.integers(1, 9).flatmap(lambda experts: st.tuples(st.just(experts), st.integers(1, min(experts, 3))))
 
 
@@ -163,11 +164,9 @@ def test_file_keeps_a_spread_table(tmp_path):
 def test_wrong_input_is_refused_in_one_line():
     text = made_text(2000, 50)
     base, counts, pairs, table = build(text, 50, 16, 1)
-    for wrong in (
-        table,
-        base_table(random_experts(50, 16), 16, feature="position"),
-        base_table(random_experts(50, 16), 16, is_multi_hash=True),
-    ):
+    plain = random_experts(50, 16)
+    positions, segments = base_table(plain, 16, feature="position"), base_table(plain, 16, is_multi_hash=True)
+    for wrong in (table, positions, segments):
         with pytest.raises(UserError, match="starts from a table of token ids to distinct experts"):
             spread_table(wrong, counts, pairs)
     with pytest.raises(UserError, match="49 counts for a hash table of 50 rows"):

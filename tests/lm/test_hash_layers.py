@@ -5,21 +5,16 @@ import pytest
 import recorded
 import torch
 from hash_variants import HASH, K3, VARIANTS, words_of
+from passes import assert_padding_is_not_routed, assert_steps_give_the_full_pass, sample_of, tokens_of
 from plugin import build, evaluate, records, train
 
 from fairseq_hash import hashing
 from fairseq_hash.hashing.builders import random_experts
 from fairseq_hash.moe.layer import SparseLayer
 from fairseq_hash.moe.parameter_counts import count_parameters
-from fairseq_hash.moe.routers import statistics_of
 from fairseq_hash.moe.routing_stats import RoutingReport
 
 ALL = [*VARIANTS, "spread", "word"]
-
-
-def tokens_of(task, rows=3, length=12, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(4, len(task.source_dictionary), (rows, length), generator=generator)
 
 
 def randomise(model):
@@ -33,37 +28,14 @@ def randomise(model):
 def test_step_by_step_gives_the_logits_of_the_full_pass(data, tmp_path, variant):
     _, task, model, _ = build(data, *words_of(variant, data, tmp_path))
     randomise(model)
-    model.eval()
-    token_BL = tokens_of(task)
-    full, _ = model(token_BL)
-    state = {}
-    steps = [model.decoder(token_BL[:, : n + 1], incremental_state=state)[0] for n in range(token_BL.shape[1])]
-    # One position at a time: the products are of other shapes and sum in another order.
-    torch.testing.assert_close(torch.cat(steps, dim=1), full, rtol=1e-4, atol=1e-5)
+    assert_steps_give_the_full_pass(model.eval(), tokens_of(task))
 
 
 @pytest.mark.parametrize("variant", ALL)
 def test_padding_is_never_routed_or_counted(data, tmp_path, variant):
-    """Behind a sequence, and before it: logits and reports are those of the sequences alone."""
     _, task, model, _ = build(data, *words_of(variant, data, tmp_path))
     randomise(model)
-    model.eval()
-    token_BL = tokens_of(task)
-    (one, extra_one), (other, extra_other) = model(token_BL[:1, :5]), model(token_BL[1:2])
-    pad = task.source_dictionary.pad()
-    for place in (slice(0, 5), slice(7, 12)):
-        both = torch.cat([torch.full((1, 12), pad), token_BL[1:2]])
-        both[0, place] = token_BL[0, :5]
-        logits, extra = model(both)
-        torch.testing.assert_close(logits[0, place], one[0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(logits[1], other[0], rtol=1e-4, atol=1e-5)
-        for (number, router), sums in extra["routing"].items():
-            assert RoutingReport(sums).tokens == 5 + 12
-            parts = [
-                RoutingReport(e["routing"][number, router], statistics_of(router)).tokens_per_expert_E
-                for e in (extra_one, extra_other)
-            ]
-            assert torch.equal(RoutingReport(sums, statistics_of(router)).tokens_per_expert_E, sum(parts))
+    assert_padding_is_not_routed(model.eval(), task)
 
 
 @pytest.mark.parametrize("variant", ALL)
@@ -73,9 +45,7 @@ def test_every_variant_trains_is_saved_and_is_evaluated_alike(data, tmp_path, va
     torch.manual_seed(1)
     _, task, model, criterion = build(data, *arguments)
     token_BL = tokens_of(task)
-    net_input = {"src_tokens": token_BL, "src_lengths": torch.full((3,), 12)}
-    sample = {"net_input": net_input, "target": token_BL.roll(-1, 1), "ntokens": 36}
-    loss, _, log = criterion(model, sample)
+    loss, _, log = criterion(model, sample_of(task))
     loss.backward()
     if "switch" not in variant:  # a hash layer adds nothing to the objective
         assert loss == log["nll_loss"]
@@ -242,10 +212,7 @@ def test_a_model_that_predicts_gives_the_keys(data, tmp_path):
     context = model.decoder.routing_context(token_BL)
     table = model.decoder.hash_tables[0].expert
     assert torch.equal(context.hash_routes[0].assignment.expert_TK, table[predicted_BL.t().flatten()])
-    full, _ = model(token_BL)
-    state = {}
-    steps = [model.decoder(token_BL[:, : n + 1], incremental_state=state)[0] for n in range(token_BL.shape[1])]
-    torch.testing.assert_close(torch.cat(steps, dim=1), full, rtol=1e-4, atol=1e-5)
+    assert_steps_give_the_full_pass(model, token_BL)
 
     done = train(data, tmp_path / "hash", *arguments, "--max-update", "2")
     assert len(records(done, "train_inner")) == 2
@@ -309,11 +276,9 @@ def test_tables_that_do_not_fit_are_refused(data, tmp_path):
             hashing.TableShape(4, feature=hashing.Feature("previous")),
             "is a table of previous, but the model",
         ),
-        "ngram": (
-            hashing.TableShape(4, feature=hashing.Feature("ngram", 3), num_keys=64),
-            "give --hash-feature ngram --hash-length 3",
-        ),
     }
+    ngram = hashing.TableShape(4, feature=hashing.Feature("ngram", 3), num_keys=64)
+    shapes["ngram"] = ngram, "give --hash-feature ngram --hash-length 3"
     for name, (shape, message) in shapes.items():
         hashing.save_table(hashing.build_table("random", *known, shape, 0), tmp_path / name)
         with pytest.raises(SystemExit, match=message):

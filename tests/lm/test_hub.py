@@ -102,18 +102,9 @@ def test_fairseq_interactive_goes_on_from_lines(data, tmp_path):
 
 def test_fairseq_interactive_reads_pieces(data, tmp_path):
     path, folder = small_models.checkpoint_of_pieces(data)
-    words = (
-        "--bpe",
-        "sentencepiece",
-        "--sentencepiece-model",
-        folder / "sentencepiece.model",
-        "--beam",
-        2,
-        "--nbest",
-        2,
-    )
-    sampling = ("--sampling", "--sampling-topp", "0.9", "--max-len-b", "12", "--seed", "4")
-    said = interactive(folder, path, ["word3 a"], tmp_path, *words, *sampling)
+    options = "--bpe sentencepiece --beam 2 --nbest 2 --sampling --sampling-topp 0.9 --max-len-b 12 --seed 4".split()
+    words = ("--sentencepiece-model", folder / "sentencepiece.model", *options)
+    said = interactive(folder, path, ["word3 a"], tmp_path, *words)
     found = re.findall(r"^D-0\t(\S+)\t(.*)$", said, re.M)
     assert len(found) == 2 and all(text.startswith("word3 a") for _, text in found)
 

@@ -13,11 +13,8 @@ from fairseq_hash.moe.hash_weights import SCORES, HashWeights
 from fairseq_hash.moe.token_dispatcher import combine, dispatch
 from fairseq_hash.parallel.groups import ExpertParallel
 
-theirs = pytest.importorskip(
-    "transformers.models.deepseek_v4.modeling_deepseek_v4",
-    reason="needs transformers with DeepSeek-V4",
-    exc_type=ImportError,
-)
+MODULE, WHY = "transformers.models.deepseek_v4.modeling_deepseek_v4", "needs transformers with DeepSeek-V4"
+theirs = pytest.importorskip(MODULE, reason=WHY, exc_type=ImportError)
 
 WIDTH, HIDDEN, EXPERTS, VOCABULARY, SCALE = 16, 24, 8, 40, 1.5
 LIMIT = 0.8  # of values up to about 4
@@ -27,21 +24,13 @@ TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 
 def build_theirs(score, choices):
     """One of their sparse blocks with random weights and a random table."""
-    config = theirs.DeepseekV4Config(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        moe_intermediate_size=HIDDEN,
-        num_hidden_layers=1,
-        mlp_layer_types=["hash_moe"],
-        layer_types=["heavily_compressed_attention"],
-        n_routed_experts=EXPERTS,
-        num_experts_per_tok=choices,
-        # Their table of activations knows no softmax, which their configuration names: it is put in below.
-        scoring_func={"softmax": "sigmoid", "sqrt-softplus": "sqrtsoftplus"}.get(score, score),
-        routed_scaling_factor=SCALE,
-        swiglu_limit=LIMIT,
-        experts_implementation="eager",
-    )
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "moe_intermediate_size": HIDDEN, "num_hidden_layers": 1}
+    sizes |= {"n_routed_experts": EXPERTS, "num_experts_per_tok": choices}
+    types = {"mlp_layer_types": ["hash_moe"], "layer_types": ["heavily_compressed_attention"]}
+    # Their table of activations knows no softmax, which their configuration names: it is put in below.
+    function = {"softmax": "sigmoid", "sqrt-softplus": "sqrtsoftplus"}.get(score, score)
+    scales = {"scoring_func": function, "routed_scaling_factor": SCALE, "swiglu_limit": LIMIT}
+    config = theirs.DeepseekV4Config(**sizes, **types, **scales, experts_implementation="eager")
     block = theirs.DeepseekV4SparseMoeBlock(config, 0)
     if score == "softmax":
         block.gate.score_fn = nn.Softmax(dim=-1)
@@ -62,17 +51,11 @@ def copy_into(ours, **weights):
 def build_ours(block, score):
     """The same weights in our modules: hash weights, experts, and the shared expert as experts of one."""
     gate = copy_into(HashWeights(WIDTH, EXPERTS, score, SCALE), weight=block.gate.weight)
-    experts = copy_into(
-        GatedFeedForward(range(EXPERTS), WIDTH, HIDDEN, LIMIT, 0.0, (0,)),
-        gate_up_weight=block.experts.gate_up_proj,
-        down_weight=block.experts.down_proj,
-    )
-    shared = copy_into(
-        GatedFeedForward([0], WIDTH, HIDDEN, LIMIT, 0.0, (1,)),
-        gate_up_weight=shared_gate_up(block, "weight"),
-        down_weight=block.shared_experts.down_proj.weight.unsqueeze(0),
-    )
-    return gate, experts, shared
+    routed = {"gate_up_weight": block.experts.gate_up_proj, "down_weight": block.experts.down_proj}
+    experts = copy_into(GatedFeedForward(range(EXPERTS), WIDTH, HIDDEN, LIMIT, 0.0, (0,)), **routed)
+    down = block.shared_experts.down_proj.weight.unsqueeze(0)
+    alone = {"gate_up_weight": shared_gate_up(block, "weight"), "down_weight": down}
+    return gate, experts, copy_into(GatedFeedForward([0], WIDTH, HIDDEN, LIMIT, 0.0, (1,)), **alone)
 
 
 def shared_gate_up(block, what):

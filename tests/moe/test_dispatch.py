@@ -24,7 +24,6 @@ def assignments(draw):
 
 @given(assignments(), st.sampled_from([0.0, 0.3, 1.0, 1.25, 100.0]))
 def test_plan_keeps_the_first_choices_of_each_expert(assignment, capacity_factor):
-    """The plan against a loop over the choices in order."""
     expert_TK, num_experts = assignment
     plan = make_dispatcher(ExpertParallel(num_experts)).begin(expert_TK, capacity_factor).plan
     chosen = expert_TK.flatten().tolist()

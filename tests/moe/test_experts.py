@@ -29,11 +29,8 @@ def choices(tokens, num_experts, columns, seed=0):
 def through_segments(experts, x_TD, expert_TN, num_experts):
     """Each token through its N segments: what a sparse layer does with N hash functions."""
     segments = expert_TN.shape[1]
-    plan = (
-        make_dispatcher(ExpertParallel(num_experts * segments))
-        .begin(expert_TN * segments + torch.arange(segments))
-        .plan
-    )
+    dispatcher = make_dispatcher(ExpertParallel(num_experts * segments))
+    plan = dispatcher.begin(expert_TN * segments + torch.arange(segments)).plan
     return combine(experts(dispatch(x_TD, plan), plan.rows_per_expert), plan, None)
 
 
@@ -61,10 +58,8 @@ def test_multi_hash_equals_naive_loop(segments, num_experts, tokens, activation)
     y_TD = through_segments(experts, x_TD, expert_TN, num_experts)
 
     x_ref, parameters = x_TD.detach().clone().requires_grad_(), copies(experts)
-    rows = [
-        reference.multi_hash(x_D, e_N, *parameters.values(), activation)
-        for x_D, e_N in zip(x_ref, expert_TN.tolist(), strict=True)
-    ]
+    pairs = zip(x_ref, expert_TN.tolist(), strict=True)
+    rows = [reference.multi_hash(x_D, e_N, *parameters.values(), activation) for x_D, e_N in pairs]
     y_ref = torch.stack(rows) if rows else torch.zeros(0, WIDTH, dtype=torch.float64)
     torch.testing.assert_close(y_TD, y_ref, **TOLERANCE)
     y_TD.sum().backward(retain_graph=True)  # without rows, too, every parameter gets a gradient
@@ -170,11 +165,10 @@ def test_gated_experts_equal_naive_loop(limit, columns, num_experts, tokens):
         assert (gate < -limit).any()
     y_ref = torch.zeros(tokens, WIDTH, dtype=torch.float64)
     for t, e_K in enumerate(expert_TK.tolist()):
-        rows = [
-            weight_ref[t, k] * reference.gated_feed_forward(x_ref[t], *(p[e] for p in parameters.values()), limit)
-            for k, e in enumerate(e_K)
-        ]
-        y_ref = y_ref.index_put((torch.tensor([t]),), sum(rows).unsqueeze(0))
+        of_experts = ([p[e] for p in parameters.values()] for e in e_K)
+        y_K = [reference.gated_feed_forward(x_ref[t], *own, limit) for own in of_experts]
+        y_D = sum(weight * y for weight, y in zip(weight_ref[t], y_K, strict=True))
+        y_ref = y_ref.index_put((torch.tensor([t]),), y_D.unsqueeze(0))
     torch.testing.assert_close(y_TD, y_ref, **TOLERANCE)
     ours = gradients(y_TD, [x_TD, weight_TK, *experts.parameters()])
     refs = gradients(y_ref, [x_ref, weight_ref, *parameters.values()])

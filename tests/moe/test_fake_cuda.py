@@ -62,9 +62,8 @@ def waits_of(options, dtype, parallel):
     if options.capacity_factor:  # how many rows are left
         rows -= 5
         waits.append((MASK, rows))
-    if (
-        parallel.is_shared or dtype != torch.bfloat16
-    ):  # the split sizes, once for each plan: an all-to-all takes them from the host
+    # An all-to-all takes the split sizes from the host, once for each plan; and the host cuts out each expert's rows.
+    if parallel.is_shared or dtype != torch.bfloat16:
         waits.append((EVENT, rows))
     return waits
 
@@ -87,10 +86,8 @@ def run(router, form, dtype, device, parallel):
         x_LBD = torch.zeros(LENGTH, BATCH, WIDTH, dtype=dtype, device=device, requires_grad=device == "meta")
         y_LBD, report = layer(x_LBD, context)
         assert (y_LBD.shape, y_LBD.dtype, y_LBD.device.type) == (x_LBD.shape, dtype, device)
-        assert (
-            report.shape == (2 + len(names_of(layer.statistics)) + parallel.num_experts,)
-            and report.device.type == device
-        )
+        numbers = 2 + len(names_of(layer.statistics)) + parallel.num_experts
+        assert report.shape == (numbers,) and report.device.type == device
         if device == "meta":
             (y_LBD.square().sum() + report.sum()).backward()
             for tensor in (x_LBD, *layer.parameters()):

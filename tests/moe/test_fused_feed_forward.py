@@ -53,9 +53,8 @@ def naive(inputs, function, sizes, mask_RF=None, dropout=0.0):
     for group, size in enumerate(sizes):
         second = fc2[group // segments].chunk(segments, dim=1)[group % segments]
         for _ in range(size):
-            hidden = FUNCTIONS[function](
-                F.linear(rows[row : row + 1], fc1[group], None if bias1 is None else bias1[group])
-            )
+            before = F.linear(rows[row : row + 1], fc1[group], None if bias1 is None else bias1[group])
+            hidden = FUNCTIONS[function](before)
             if mask_RF is not None:
                 hidden = hidden * mask_RF[row] / (1 - dropout)
             outputs.append(F.linear(hidden, second, None if bias2 is None else bias2[group]))
@@ -195,7 +194,6 @@ def test_ways_of_a_gpu_equal_fused(way, function, recompute, bias, segments):
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_padded_equals_naive(sizes, function, bias, product, monkeypatch):
-    """With more, fewer and no rows beyond the batch."""
     monkeypatch.setattr(padded_mm, "PRODUCT", product)
     inputs, grad = problem(sizes, function, bias=bias)
     hidden = HiddenLayer(FUNCTIONS[function])
@@ -217,10 +215,8 @@ def test_a_gradient_that_is_one_number_for_all(way, bias):
     sizes = (5, 0, 8, 8)
     inputs, _ = problem(sizes, "gelu", 1, bias, torch.float32)
     weights, grad = Weights(*inputs[1:]), torch.ones(1, 1).expand(sum(sizes), WIDTH)
-    got, want = (
-        results(WAYS[name](inputs[0], weights, HiddenLayer(F.gelu), GroupSizes(sizes)), inputs, grad)
-        for name in (way, "loop")
-    )
+    outs = (WAYS[name](inputs[0], weights, HiddenLayer(F.gelu), GroupSizes(sizes)) for name in (way, "loop"))
+    got, want = (results(out, inputs, grad) for out in outs)
     same(got, want, rtol=1e-4, atol=1e-4)
 
 
@@ -316,12 +312,10 @@ class TestThreads:
         """Which thread serves which group is chance; a product on two threads differs from one on one thread."""
         sizes = (5,) * 12
         inputs, grad = problem(sizes, "gated")
-        runs = [
-            results(fused_feed_forward(inputs[0], Weights(*inputs[1:]), HiddenLayer(gated), sizes), inputs, grad)
-            for _ in range(20)
-        ]
-        for again in runs[1:]:
-            same(again, runs[0], rtol=0, atol=0)
+        run = partial(fused_feed_forward, inputs[0], Weights(*inputs[1:]), HiddenLayer(gated), sizes)
+        first, *others = (results(run(), inputs, grad) for _ in range(20))
+        for again in others:
+            same(again, first, rtol=0, atol=0)
 
     @pytest.mark.parametrize("sizes", [(20, 1, 1), (5,), (0, 0), ()])
     def test_uneven_work_is_not_shared_out(self, sizes, on_threads):
@@ -339,9 +333,8 @@ class TestThreads:
 
     def test_a_forked_process_has_threads_of_its_own(self, on_threads):
         for_each_group(lambda *_: None, (1,) * 8, 1, on_cpu=True)
-        process = multiprocessing.get_context("fork").Process(
-            target=for_each_group, args=(lambda *_: None, (1,) * 8, 1, True)
-        )
+        given = (lambda *_: None, (1,) * 8, 1, True)
+        process = multiprocessing.get_context("fork").Process(target=for_each_group, args=given)
         process.start()
         process.join(30)
         assert process.exitcode == 0

@@ -34,10 +34,8 @@ def test_weights_equal_naive_loop(score, std, num_experts, choices, tokens):
 
     x_ref = x_TD.detach().double().requires_grad_()
     weight_ref = module.weight.detach().double().requires_grad_()
-    rows = [
-        torch.stack(reference.hash_weights(x_D, e_K, weight_ref, score, 1.5))
-        for x_D, e_K in zip(x_ref, expert_TK.tolist(), strict=True)
-    ]
+    pairs = zip(x_ref, expert_TK.tolist(), strict=True)
+    rows = [torch.stack(reference.hash_weights(x_D, e_K, weight_ref, score, 1.5)) for x_D, e_K in pairs]
     factor_TK = torch.randn(tokens, choices)
     (weight_TK * factor_TK).sum().backward()
     if not tokens:
@@ -52,7 +50,6 @@ def test_weights_equal_naive_loop(score, std, num_experts, choices, tokens):
 
 @pytest.mark.parametrize("score", SCORES)
 def test_all_experts_weigh_the_same_at_the_start(score):
-    """The weight starts at zero, and learns from there."""
     module = HashWeights(WIDTH, 8, score, 2.0)
     assert not module.weight.any()
     weight_TK = module(torch.randn(10, WIDTH), torch.arange(40).view(10, 4) % 8)

@@ -81,9 +81,8 @@ def test_every_expert_is_held_once_in_each_group_and_saved_once():
 
 
 def test_log_says_who_holds_what():
-    assert ExpertParallel(6, 2, 0, 4).describe() == (
-        "2 groups of 2 ranks share 6 experts: rank 0, 2: 0 to 2; rank 1, 3: 3 to 5"
-    )
+    two = "2 groups of 2 ranks share 6 experts: rank 0, 2: 0 to 2; rank 1, 3: 3 to 5"
+    assert ExpertParallel(6, 2, 0, 4).describe() == two
     assert ExpertParallel(64, 32, 0, 32).describe() == (
         "32 ranks share 64 experts: rank 0: 0 to 1; rank 1: 2 to 3; rank 2: 4 to 5; rank 3: 6 to 7; rank 4: 8 to 9; "
         "rank 5: 10 to 11; ...; rank 31: 62 to 63"

@@ -12,7 +12,6 @@ import pytest
 from made_runs import NAMES, raw
 from matplotlib.colors import to_rgb
 
-from fairseq_hash.reporting import drawing
 from fairseq_hash.reporting.curves import learning_charts
 from fairseq_hash.reporting.drawing import draw
 from fairseq_hash.reporting.loads import load_charts
@@ -23,12 +22,6 @@ from fairseq_hash.reporting.theme import COLOURS, DARK, LIGHT
 
 def models_of(folder, names=NAMES):
     return group_by_model(load_runs([folder / name for name in names]))
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """Figures instead of PNGs."""
-    monkeypatch.setattr(drawing, "png", lambda figure: figure)
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +98,6 @@ def test_loads_are_the_mean_of_sorted_shares(made, drawn):
 
 
 def test_no_figure_without_loads(made, copies):
-    """Dense models have none; without --log-expert-loads there are none."""
     assert draw(load_charts(models_of(made, ["dense5", "dense6"])), LIGHT) is None
     log = copies / "switch5" / "train.log"
     log.write_text(re.sub(r', "(valid_|train_)?layer1_load": \[[^]]*\]', "", log.read_text()))

@@ -5,7 +5,7 @@ import re
 from datetime import datetime, timedelta
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_runs import raw
 
@@ -51,9 +51,8 @@ def test_a_training_of_two_sessions_by_hand():
     """The second session replaces what the first did after update 1, validation included; its time counts from there by
     the clock, 5 seconds at update 1, as fairseq's own stands still after it loaded a checkpoint."""
     log = read_training(read(TRAINING))
-    assert log.configs == [
-        {"common.seed": 7, "optimization.lr": [0.5], "optimization.max_update": stop} for stop in (3, 4)
-    ]
+    given = {"common.seed": 7, "optimization.lr": [0.5]}
+    assert log.configs == [given | {"optimization.max_update": stop} for stop in (3, 4)]
     assert log.config is log.configs[-1]
     assert log.model == {"router": "switch"}
     assert log.intervals == {
@@ -194,9 +193,8 @@ def test_a_real_training(made, name):
     assert log.config["common.seed"] == 5 and log.config["optimization.max_update"] == 8
     assert log.config["task.tokens_per_sample"] == 16 and log.config["common.log_format"] == "json"
     assert log.wall_seconds == float(raw(made / name, "train")[-1]["train_wall"])
-    stamp = re.search(
-        r"(\S+ \S+) \| INFO \| fairseq_cli.train \| done training", (made / name / "train.log").read_text()
-    )
+    end = r"(\S+ \S+) \| INFO \| fairseq_cli.train \| done training"
+    stamp = re.search(end, (made / name / "train.log").read_text())
     assert str(log.finished) == stamp[1]
 
 
@@ -221,6 +219,7 @@ def test_a_real_training_by_hydra(made, name):
     assert list(log.validations) == [2]
 
 
+@settings(max_examples=25)
 @given(cut=st.floats(0, 1))
 def test_a_log_cut_anywhere(made, tmp_path_factory, cut):
     """It tells a part of what the whole log tells, whatever the process was writing; so it does with a next session

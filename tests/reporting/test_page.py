@@ -9,11 +9,14 @@ import re
 import shutil
 
 import pandas as pd
+import pytest
 from html_page import Page
-from made_runs import markdown_table, model_record
+from made_runs import markdown_table, model_record, write_run
 
 from fairseq_hash.reporting import page
 from fairseq_hash.reporting.report import write_report
+
+pytestmark = pytest.mark.usefixtures("unrendered")
 
 
 def test_the_page_shows_the_same_table(reported):
@@ -69,10 +72,10 @@ def test_names_are_text_on_the_page(copies, tmp_path):
     assert [str(copies / f"{name} 2"), f"same options and seed as {folder}"] in [r for t in seen.tables for r in t]
 
 
-def test_every_left_out_run_is_named(copies, tmp_path):
+def test_every_left_out_run_is_named(tmp_path):
     """Many, with long names: no table is cut short."""
-    many = [shutil.copytree(copies / "hydra", copies / f"{'long-' * 30}{number}") for number in range(70)]
-    write_report([copies / "dense5", *many], tmp_path / "out", "T")
+    many = [write_run(tmp_path / f"{'long-' * 30}{number}") for number in range(70)]
+    write_report(many, tmp_path / "out", "T")
     rows = [row for table in Page.of(tmp_path / "out" / "index.html").tables for row in table]
     text = (tmp_path / "out" / "results.md").read_text()
     for folder in many[1:]:

@@ -33,13 +33,8 @@ def pages(tmp_path_factory):
         falls = end + 900 * np.exp(-np.arange(40) / 2) + rng.random(40)
         return [{"ppl": round(float(value), 3), **(loads if experts > 1 else {})} for value in falls]
 
-    for router, experts, end in (
-        ("none", 1, 104),
-        ("hash", 4, 97),
-        ("hash", 16, 89),
-        ("hash", 64, 84),
-        ("switch", 16, 100),
-    ):
+    models = ("none", 1, 104), ("hash", 4, 97), ("hash", 16, 89), ("hash", 64, 84), ("switch", 16, 100)
+    for router, experts, end in models:
         experiment = {"name": f"{router.title()} 1x{experts}", "table": "t", "vocabulary": 100}
         experiment["published"] = {"valid": f"{end - 2}.5 A", "test": f"{end - 1}.5 S"}
         for seed in (1, 2):
@@ -168,7 +163,6 @@ def test_all_of_a_tip_is_in_sight(look):
 
 
 def test_values_by_keys(look):
-    """Each key's value is said; the plot can be reached by Tab."""
     tab = look("several")
     chart = tab.locator("figure.chart").first
     plot, said = chart.locator(".plot"), chart.locator("[aria-live=polite]")
@@ -275,22 +269,15 @@ def test_tables_are_sorted(look):
     assert column(0)[0] == "Hash 1x64"
     assert press("Valid perplexity") == "descending" and column(0)[0] == "None 1x1"
     assert press("Valid perplexity") == "none" and column(0) == before
-    assert press("Model") == "ascending" and column(0) == [
-        "Hash 1x4",
-        "Hash 1x16",
-        "Hash 1x64",
-        "None 1x1",
-        "Switch 1x16",
-    ]
+    by_name = ["Hash 1x4", "Hash 1x16", "Hash 1x64", "None 1x1", "Switch 1x16"]
+    assert press("Model") == "ascending" and column(0) == by_name
     press("Max load, training")
     assert press("Max load, training") == "descending" and column(0)[-1] == "None 1x1"
     button = table.get_by_role("button", name="Parameters", exact=True)
     button.focus()
     tab.keyboard.press("Enter")
-    assert (
-        column(0)[0] == "None 1x1"
-        and [h.get_attribute("aria-sort") for h in table.locator("th").all()].count("ascending") == 1
-    )
+    ascending = [h for h in table.locator("th").all() if h.get_attribute("aria-sort") == "ascending"]
+    assert column(0)[0] == "None 1x1" and len(ascending) == 1
 
 
 def test_names_do_nothing(look):
@@ -317,7 +304,6 @@ def test_a_gap_is_no_point(look):
 
 
 def test_without_scripts(look):
-    """The pictures stand in the charts' place."""
     tab = look("several", java_script_enabled=False)
     assert tab.locator("noscript img, img").count() == 1
     assert all(not chart.is_visible() for chart in tab.locator("figure.chart").all())

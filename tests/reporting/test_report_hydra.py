@@ -72,15 +72,9 @@ def test_models_are_named_by_their_experiments(tmp_path):
         write_run(tmp_path / f"{seed}", EXPERIMENT, options, num_experts=experts)
     write_run(tmp_path / "dense", EXPERIMENT | {"name": "Dense"}, router="none")
     write_run(tmp_path / "oracle", EXPERIMENT | {"name": "Future"}, hash_feature="future", router="hash,switch")
-    assert models(tmp_path) == (
-        {
-            "Hash 1x4 num_experts=4 lr=[4]": ["0"],
-            "Hash 1x4 num_experts=8 lr=[8]": ["1", "2"],
-            "Dense": ["dense"],
-            "Future (oracle: sees the next token)": ["oracle"],
-        },
-        {},
-    )
+    expected = {"Hash 1x4 num_experts=4 lr=[4]": ["0"], "Hash 1x4 num_experts=8 lr=[8]": ["1", "2"]}
+    expected |= {"Dense": ["dense"], "Future (oracle: sees the next token)": ["oracle"]}
+    assert models(tmp_path) == (expected, {})
 
 
 def second_session(folder, old, new):
@@ -117,7 +111,6 @@ def test_a_preempted_run_is_one_run(tmp_path):
     ],
 )
 def test_a_run_that_became_another_is_listed(tmp_path, old, new, key):
-    """Resumed with another seed, batch or model."""
     run = write_run(tmp_path / "run", EXPERIMENT, sessions=2)
     write_run(tmp_path / "whole", EXPERIMENT, {"common.seed": 2})
     second_session(run, old, new)
@@ -132,18 +125,13 @@ def test_a_run_resumed_on_other_ranks_for_the_same_batch(tmp_path):
 
 
 def test_other_data_and_missing_evaluations_by_hydra(tmp_path):
-    """As for runs by flags: listed with the reason."""
     for name, seed in (("a", 1), ("b", 2), ("c", 3), ("d", 4)):
         write_run(tmp_path / name, EXPERIMENT, {"common.seed": seed})
     edit(tmp_path / "b" / "eval-test.log", "Evaluated 900", "Evaluated 901")
     (tmp_path / "c" / "eval-valid.log").unlink()
-    assert models(tmp_path) == (
-        {"Hash 1x4": ["a", "d"]},
-        {
-            "b": "the number of test tokens is 901, in the other runs 900",
-            "c": "not evaluated on valid, as another run of its model is",
-        },
-    )
+    reasons = {"b": "the number of test tokens is 901, in the other runs 900"}
+    reasons["c"] = "not evaluated on valid, as another run of its model is"
+    assert models(tmp_path) == ({"Hash 1x4": ["a", "d"]}, reasons)
 
 
 def test_run_folders_below(tmp_path):

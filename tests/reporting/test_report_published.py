@@ -14,42 +14,35 @@ from fairseq_hash.reporting.comparison_table import for_readers
 from fairseq_hash.reporting.report import write_report
 from fairseq_hash.reporting.runs import load_run
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+CURVE = {2: "40.5 A", 4: "30.25 M", 9: "9.5 S"}
 HASH = {"name": "Hash", "table": "t", "vocabulary": 100}
-HASH |= {
-    "published": {"valid": "23.16 A", "test": "23.20 S", "valid_by_update": {2: "40.5 A", 4: "30.25 M", 9: "9.5 S"}}
-}
+HASH["published"] = {"valid": "23.16 A", "test": "23.20 S", "valid_by_update": CURVE}
 SWITCH = {"name": "Switch", "table": "t", "vocabulary": 100, "published": {"valid": "31.41 M", "test": "27.18 C"}}
 
 
 def test_only_figures_with_a_mark_of_the_authors_or_of_notes(tmp_path):
     """By hand; what is from memory or arithmetic is none."""
     runs = [load_run(write_run(tmp_path / "hash", HASH)), load_run(write_run(tmp_path / "switch", SWITCH))]
-    figures = published.figures_of(runs[:1])
-    assert {name: (figure.perplexity, figure.mark) for name, figure in figures.items()} == {
-        "valid": (23.16, "A"),
-        "test": (23.20, "S"),
-    }
-    curve = published.curve_of(runs[:1])
-    assert {update: (figure.perplexity, figure.mark) for update, figure in curve.items()} == {
-        2: (40.5, "A"),
-        9: (9.5, "S"),
-    }
+    for found, expected in (
+        (published.figures_of(runs[:1]), {"valid": (23.16, "A"), "test": (23.20, "S")}),
+        (published.curve_of(runs[:1]), {2: (40.5, "A"), 9: (9.5, "S")}),
+    ):
+        assert {name: (figure.perplexity, figure.mark) for name, figure in found.items()} == expected
     assert published.figures_of(runs[1:]) == published.curve_of(runs[1:]) == {}
 
 
 @pytest.mark.parametrize("text", ["23.16", "A 23.16", "about 23 A", "23.16 a", 23.16])
 def test_a_figure_without_its_mark_is_refused(tmp_path, text):
     run = load_run(write_run(tmp_path / "run", HASH | {"published": {"valid": text}}))
-    with pytest.raises(
-        UserError, match=r"/run: experiment\.published\.valid is '.*'; a published .* '23\.16 A'$"
-    ) as caught:
+    line = r"/run: experiment\.published\.valid is '.*'; a published .* '23\.16 A'$"
+    with pytest.raises(UserError, match=line) as caught:
         published.figures_of([run])
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("nothing", [{}, None, {"valid": None}, {"valid_by_update": {}}])
 def test_no_published_figures(tmp_path, nothing):
-    """No column, no legend."""
     comparison = compare([write_run(tmp_path / "run", HASH | {"published": nothing})], "T")
     assert comparison.legend == "" and not [name for name in comparison.of_models if "published" in name]
     assert list(for_readers(comparison.of_models)["Model"]) == ["Hash"]
@@ -65,11 +58,9 @@ def test_columns_marks_and_legend_in_every_file(tmp_path):
     names = ("Valid perplexity", "Test perplexity", "Published valid", "Published test")
     assert [shown["Hash"][name] for name in names] == ["20.00", "21.00", "23.16 (A)", "23.20 (S)"]
     assert [shown["Switch"][name] for name in names] == ["20.00", "21.00", "–", "–"]
+    legend = "Published perplexities were not measured by this project. Their marks: A: the authors' own"
     for content in (text, re.sub("<[^>]*>", "", page)):
-        assert (
-            "Published perplexities were not measured by this project. Their marks: A: the authors' own"
-            in content.replace("&#x27;", "'")
-        )
+        assert legend in content.replace("&#x27;", "'")
         assert "S: secondary notes" in content and "do not compare with these runs" not in content
     rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
     assert [(row["published_valid"], row["published_valid_mark"]) for row in rows] == [("23.16", "A"), ("", "")]
@@ -85,9 +76,6 @@ def test_another_dictionary_is_told(tmp_path):
     """104 symbols, 4 of them fairseq's own, are near 100 and 96, not 8,000."""
     runs = [load_run(write_run(tmp_path / str(size), HASH | {"vocabulary": size})) for size in (100, 96, 8000)]
     assert [published.is_comparable(run) for run in runs] == [True, True, False]
-    words = published.legend({"Hash": runs[2:]})
-    assert words.endswith(
-        "They do not compare with these runs, whose dictionary has 104 symbols and not 8,000, and are left out of the "
-        "figures."
-    )
+    words = "They do not compare with these runs, whose dictionary has 104 symbols and not 8,000, and are left out of"
+    assert published.legend({"Hash": runs[2:]}).endswith(f"{words} the figures.")
     assert published.legend({"Hash": runs[:1]}).endswith("wherever both have a figure.")

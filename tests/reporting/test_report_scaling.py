@@ -21,12 +21,6 @@ MEASURED = {("hash", 4): [30, 32], ("hash", 8): [28, 29], ("hash", 16): [27], ("
 
 
 @pytest.fixture
-def drawn(monkeypatch):
-    """Figures instead of PNGs."""
-    monkeypatch.setattr(drawing, "png", lambda figure: figure)
-
-
-@pytest.fixture
 def runs(tmp_path):
     """Two routers at some numbers of experts, a dense model, and a table of its own; Hash 1x8 has a published one."""
     for (router, experts), values in MEASURED.items():
@@ -57,10 +51,8 @@ def test_a_line_for_models_that_differ_in_their_experts_only(runs, drawn):
         assert [*means.get_ydata()] == [statistics.fmean(expected[experts]) for experts in sorted(expected)]
         ends = [(low, high) for (_, low), (_, high) in whiskers.get_segments()]
         assert ends == [(min(expected[experts]), max(expected[experts])) for experts in sorted(expected)]
-    hollow = [line for line in axes.lines if line.get_markerfacecolor() == "none"]
-    assert [(line.get_color(), [*line.get_xdata()], [*line.get_ydata()]) for line in hollow] == [
-        (solid[0].get_color(), [8], [28.25])
-    ]
+    (line,) = [line for line in axes.lines if line.get_markerfacecolor() == "none"]
+    assert (line.get_color(), [*line.get_xdata()], [*line.get_ydata()]) == (solid[0].get_color(), [8], [28.25])
     level = [line for line in axes.lines if len(set(line.get_ydata())) == 1 and len(line.get_xdata()) == 2]
     assert [line.get_ydata()[0] for line in level] == [35, 33.5]
     assert {text.get_text() for text in axes.texts} == {"Hash 1xE 27.0", "Switch 1xE 26.0", "Dense 35.0"}
@@ -77,7 +69,6 @@ def test_no_line_of_one_point(runs, drawn):
 
 
 def test_lines_without_experiments_are_named_by_router(tmp_path, drawn):
-    """Two tables of one router are told apart."""
     for table in ("balanced", "random"):
         for experts in (4, 8):
             write_run(tmp_path / f"{table}{experts}", None, {"model.hash_table": table}, num_experts=experts)

@@ -34,9 +34,8 @@ def test_means_and_deviations_by_statistics(rows):
         if len(values) == 1:
             assert math.isnan(row["test_perplexity_sd"])
         else:
-            assert row["test_perplexity_sd"] == pytest.approx(
-                statistics.stdev(values), rel=1e-9, abs=1e-9 * max(values)
-            )
+            deviation = pytest.approx(statistics.stdev(values), rel=1e-9, abs=1e-9 * max(values))
+            assert row["test_perplexity_sd"] == deviation
         loads = [load for model, _, load in rows if model == row["model"] and load is not None]
         expected = statistics.fmean(loads) if loads else math.nan
         assert row["load_max_train"] == pytest.approx(expected, rel=1e-9, nan_ok=True)
@@ -44,11 +43,8 @@ def test_means_and_deviations_by_statistics(rows):
 
 @given(st.lists(st.tuples(st.floats(100, 110), st.floats(0, 10), st.integers(2, 9)), min_size=2, max_size=4))
 def test_pairs_within_two_standard_errors_are_named(models):
-    rows = [
-        {"model": f"M{i}", "test_perplexity": m, "test_perplexity_sd": s, "runs": n}
-        for i, (m, s, n) in enumerate(models)
-    ]
-    words = words_on_noise(pd.DataFrame(rows))
+    frame = pd.DataFrame(models, columns=["test_perplexity", "test_perplexity_sd", "runs"])
+    words = words_on_noise(frame.assign(model=[f"M{i}" for i in range(len(models))]))
     assert words.startswith(f"With {min(n for _, _, n in models)} seeds a model, ")
     pairs = [(i, j) for i in range(len(models)) for j in range(i + 1, len(models))]
     for i, j in pairs:
@@ -60,17 +56,14 @@ def test_pairs_within_two_standard_errors_are_named(models):
 
 
 def test_words_where_there_is_nothing_to_compare():
-    """One seed; no perplexity; one model; validation only."""
     frame = pd.DataFrame({"model": ["A", "B", "C"], "runs": [1, 1, 2], "valid_perplexity": [9.0, 8.0, 7.0]})
     frame["valid_perplexity_sd"] = [math.nan, math.nan, 0.1]
     assert words_on_noise(frame).startswith("One seed only of A and B: ")
     assert words_on_noise(frame.drop(columns=["valid_perplexity"])) == "These runs were not evaluated."
     assert words_on_noise(frame[2:]) == "2 seeds of C; there is no other model to compare it with."
     frame["runs"], frame["valid_perplexity_sd"] = 2, 0.1
-    assert (
-        words_on_noise(frame)
-        == "With 2 seeds a model, every difference in valid perplexity exceeds two standard errors."
-    )
+    every = "With 2 seeds a model, every difference in valid perplexity exceeds two standard errors."
+    assert words_on_noise(frame) == every
 
 
 @pytest.mark.parametrize(("count", "left_out"), [(1, 0), (2, 1), (3, 1), (14, 1), (16, 2), (30, 3), (100, 10)])

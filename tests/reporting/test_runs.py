@@ -37,19 +37,15 @@ def without(path, text):
 def test_what_a_run_holds(made):
     run = load_run(made / "dense6")
     assert run.seed == 6 and run.folder == made / "dense6" and run.record == {}
-    assert {name: one.perplexity for name, one in run.evaluations.items()} == {
-        subset: perplexity(made / "dense6", subset) for subset in ("valid", "test")
-    }
+    printed = {subset: perplexity(made / "dense6", subset) for subset in ("valid", "test")}
+    assert {name: one.perplexity for name, one in run.evaluations.items()} == printed
     assert all(one.checkpoint == "checkpoint_last.pt" and one.tokens > 500 for one in run.evaluations.values())
     assert run.options == load_run(made / "dense5").options != load_run(made / "hash5").options
 
 
 def test_complete_runs_are_compared(made):
+    """One that was not evaluated by its validations; only of one model all runs are evaluated alike."""
     assert reasons(made) == (list(NAMES), {})
-
-
-def test_a_run_that_was_not_evaluated(made):
-    """It is compared with others by its validations; only of one model all runs are evaluated alike."""
     assert reasons(made, [*NAMES, "hydra"]) == ([*NAMES, "hydra"], {})
     assert reasons(made, ["hydra"]) == (["hydra"], {})
 
@@ -104,10 +100,9 @@ SPOILED = {
 }
 
 
-@pytest.mark.parametrize("name", ["dense6", "switch5"])
+@pytest.mark.parametrize("name", ["dense6", pytest.param("switch5", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", SPOILED)
 def test_a_spoiled_run_is_left_out_with_the_reason(copies, name, how):
-    """All others are compared as before."""
     spoil, reason = SPOILED[how]
     spoil(copies / name)
     compared, left_out = reasons(copies)
@@ -117,14 +112,9 @@ def test_a_spoiled_run_is_left_out_with_the_reason(copies, name, how):
 
 def of_nothing(log, scored="0", skipped=38):
     """Make an evaluation one that left samples out, in the words that fairseq itself has for it."""
-    warning = (
-        r"\1WARNING | fairseq.tasks.fairseq_task | {} samples have invalid sizes and will be skipped, max_positions=16"
-    )
-    text = re.sub(
-        r"(?m)^(.*)INFO \| (.*Evaluated )[\d,]+",
-        warning.format(skipped) + r"\n\1INFO | \g<2>" + scored,
-        log.read_text(),
-    )
+    said = f"{skipped} samples have invalid sizes and will be skipped, max_positions=16"
+    lines = rf"\1WARNING | fairseq.tasks.fairseq_task | {said}\n\1INFO | \g<2>{scored}"
+    text = re.sub(r"(?m)^(.*)INFO \| (.*Evaluated )[\d,]+", lines, log.read_text())
     log.write_text(re.sub("Perplexity: .*", "Perplexity: 1.00", text))
 
 
@@ -220,36 +210,26 @@ def test_a_training_that_is_shorter_than_a_log_interval(copies):
         assert values[key] == float(epoch[f"train_{key}"])
 
 
+EPOCHS = {"optimization.max_update": 0, "optimization.max_epoch": 3}
+STOPPED = "[2026-01-02 03:30:00,123][fairseq_hash.seams.stopping][INFO] - stopped by SIGTERM at update 4; saved"
+CRASHED = "Traceback (most recent call last):\n  File\nOSError: [Errno 28] No space left on device"
+
+
 @pytest.mark.parametrize(
     ("options", "end", "age", "reason"),
     [
         ({}, "", 30, r"its training is at update 4 of 8: its log grew \d+ s ago, so it seems to run still"),
         ({"optimization.max_update": 4}, "", 30, r"its training is at update 4 of 4: its log grew \d+ s ago, so it .*"),
         ({"optimization.max_update": 4}, "", 1e4, r"its training did not end after update 4, its last one, and its .*"),
-        (
-            {"optimization.max_update": 0, "optimization.max_epoch": 3},
-            "",
-            1e4,
-            r"its training broke off at update 4 \(3 epochs are wanted\), and its log has not .*",
-        ),
+        (EPOCHS, "", 1e4, r"its training broke off at update 4 \(3 epochs are wanted\), and its log has not .*"),
         (
             {},
-            "[2026-01-02 03:30:00,123][fairseq_hash.seams.stopping][INFO] - stopped by SIGTERM at update 4; saved",
+            STOPPED,
             1,
             "its training was stopped by SIGTERM at update 4 of 8; its command, given again, goes on from its last .*",
         ),
-        (
-            {},
-            "Traceback (most recent call last):\n  File\nOSError: [Errno 28] No space left on device",
-            1,
-            r"its training failed at update 4 of 8: OSError: \[Errno 28\] No space left on device",
-        ),
-        (
-            {},
-            "fairseq_hash: give another one",
-            1,
-            "its training failed at update 4 of 8: fairseq_hash: give another one",
-        ),
+        ({}, CRASHED, 1, r"its training failed at update 4 of 8: OSError: \[Errno 28\] No space left on device"),
+        ({}, "fairseq_hash: no room", 1, "its training failed at update 4 of 8: fairseq_hash: no room"),
     ],
 )
 def test_how_a_training_ended(tmp_path, options, end, age, reason):
@@ -312,10 +292,8 @@ def test_a_file_a_session(copies):
 def test_a_session_in_two_files(copies):
     """A redirection and a launcher's own file; and training and evaluations in one file."""
     whole = load_run(copies / "dense6")
-    everything = "".join(
-        (copies / "dense6" / f"{name}.log").read_text() for name in ("train", "eval-valid", "eval-test")
-    )
-    (copies / "dense6" / "job.out").write_text(everything)
+    logs = [copies / "dense6" / f"{name}.log" for name in ("train", "eval-valid", "eval-test")]
+    (copies / "dense6" / "job.out").write_text("".join(log.read_text() for log in logs))
     assert load_run(copies / "dense6") == whole
     for path in (copies / "dense6").glob("*.log"):
         path.unlink()
@@ -339,7 +317,6 @@ def refused(*folders):
 
 
 def test_refusals(copies, tmp_path):
-    """Each in one line that names the folder."""
     run, other = copies / "dense5", copies / "hash5"
     assert refused(run, other, copies / "." / "dense5").startswith(f"{run} was given twice; ")
     (tmp_path / "link").symlink_to(run)

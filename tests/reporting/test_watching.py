@@ -7,10 +7,10 @@ import sys
 import time
 
 import pytest
+from called import call
 from html_page import Page
 from made_runs import write_run
 
-from fairseq_hash.cli import main
 from fairseq_hash.reporting import watching
 from fairseq_hash.reporting.watching import current_page
 
@@ -123,7 +123,7 @@ def test_long_logs_are_read_less_often(log, tmp_path, monkeypatch):
     assert waited == [18, 5]
 
 
-def test_wrong_calls_are_one_line(log, tmp_path, capsys):
+def test_wrong_calls_are_one_line(log, tmp_path):
     out = tmp_path / "out"
     (tmp_path / "file").touch()
     for arguments, status, message in (
@@ -134,10 +134,6 @@ def test_wrong_calls_are_one_line(log, tmp_path, capsys):
         (("--benchmarks", "a.json", "--out", out, "--watch"), 2, r"--watch does not go with --benchmarks"),
         ((tmp_path / "runs", "--out", out, "--watch", "--note", "none.txt"), 1, r"cannot read --note none\.txt"),
     ):
-        try:
-            found = main(["report", *map(str, arguments)])
-        except SystemExit as end:
-            found = end.code
-        err = capsys.readouterr().err
+        found, _, err = call("report", *arguments)
         assert found == status and re.search(message, err) and err.count("\n") == 1, err
     assert not out.exists()

@@ -148,10 +148,8 @@ def test_another_file_is_refused_before_it_is_opened(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     done = run_script("--out", tmp_path / "out", "--sdist", tmp_path / "none.tar.gz")
     assert done.returncode == 1
-    assert done.stderr.splitlines() == [
-        f"build_fairseq: {tmp_path}/none.tar.gz does not exist; give the released fairseq-0.12.2.tar.gz or leave "
-        "--sdist out"
-    ]
+    remedy = "give the released fairseq-0.12.2.tar.gz or leave --sdist out"
+    assert done.stderr.splitlines() == [f"build_fairseq: {tmp_path}/none.tar.gz does not exist; {remedy}"]
 
 
 @pytest.mark.parametrize("version", [(3, 9, 18), (3, 14, 0), (4, 0, 0)])
@@ -291,6 +289,5 @@ def test_a_user_dir_that_is_not_there_is_one_line(tmp_path):
     program = Path(sys.executable).with_name("fairseq-train")
     done = subprocess.run([program, "data", "--user-dir", "nowhere"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.splitlines() == [
-        "fairseq: --user-dir nowhere is no folder here; give that of a plugin, as $(fairseq-hash user-dir) prints it"
-    ]
+    remedy = "give that of a plugin, as $(fairseq-hash user-dir) prints it"
+    assert done.stderr.splitlines() == [f"fairseq: --user-dir nowhere is no folder here; {remedy}"]

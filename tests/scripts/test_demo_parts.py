@@ -114,10 +114,8 @@ def test_whatever_ends_the_demo_ends_the_child(process, tmp_path, monkeypatch, e
 
 def test_a_child_may_end_in_order(process, tmp_path):
     """SIGTERM comes first."""
-    program = (
-        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(open('ended', 'w').close()))\n"
-    )
-    program += "print(flush=True); time.sleep(60)"
+    program = "import signal, sys, time; end = lambda *_: sys.exit(open('ended', 'w').close())\n"
+    program += "signal.signal(signal.SIGTERM, end); print(flush=True); time.sleep(60)"
     with pytest.raises(ZeroDivisionError):
         process.run_logged(python(program), tmp_path / "a.log", tmp_path, lambda line: 1 / 0)
     assert (tmp_path / "ended").exists()
@@ -125,9 +123,8 @@ def test_a_child_may_end_in_order(process, tmp_path):
 
 def test_a_terminated_demo_ends_its_child(tmp_path):
     """As demo.py arranges it: SIGTERM becomes an exit."""
-    program = (
-        f"import sys, signal; sys.path.insert(0, {str(SCRIPTS)!r}); import demo_process; from pathlib import Path\n"
-    )
+    program = f"import sys, signal; sys.path.insert(0, {str(SCRIPTS)!r})\n"
+    program += "import demo_process; from pathlib import Path\n"
     program += "signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))\n"
     program += "show = lambda line: print(line, flush=True)\n"
     program += "demo_process.run_logged(sys.argv[1:], Path('a.log'), Path('.'), show)\n"
@@ -204,9 +201,8 @@ def test_the_time_left_is_in_proportion(progress, monkeypatch):
         display.advance(0.5, "half")
         display.end("done")
         display.begin("b", 50)
-    assert shown.file.getvalue().splitlines() == [
-        *("a: begins after 60 s", "  a: half, about 3 min left", "a: done", "b: begins after 60 s")
-    ]
+    lines = ["a: begins after 60 s", "  a: half, about 3 min left", "a: done", "b: begins after 60 s"]
+    assert shown.file.getvalue().splitlines() == lines
 
 
 def test_a_slow_step_tells_where_it_is_every_half_minute(progress, monkeypatch):

@@ -228,7 +228,6 @@ def test_the_models_differ_in_their_routers_only(demo_runs, monkeypatch, tmp_pat
 
 
 def test_evaluations_are_of_the_best_checkpoint_on_both_subsets(demo_runs, monkeypatch, tmp_path):
-    """With the context that the model was trained with."""
     monkeypatch.chdir(ROOT)
     steps = demo_runs.steps_of(tmp_path, tmp_path, demo_runs.train_arguments(300, "hash", 1), 300)
     assert [step.name for step in steps] == ["train", "valid", "test"]

@@ -74,25 +74,16 @@ def fairseq_version():
 
 def environment(project, **changes):
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "FAIRSEQ_HASH_"))}
-    variables.update(
-        PYTHON=PYTHON, PIP_NO_INDEX="1", PIP_FIND_LINKS=(project / "index").as_uri(), PIP_CONFIG_FILE=os.devnull
-    )
-    return {**variables, **changes}
+    index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": (project / "index").as_uri(), "PIP_CONFIG_FILE": os.devnull}
+    return {**variables, "PYTHON": PYTHON, **index, **changes}
 
 
 def start(project, *command, **changes):
-    return subprocess.Popen(
-        ["bash", str(project / "use.sh"), *command],
-        cwd="/",
-        env=environment(project, **changes),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-        # Where these tests run in the background, they ignore Ctrl-C, and so would what they start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    streams = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+    # Where these tests run in the background, they ignore Ctrl-C, and so would what they start.
+    alone = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    words = ["bash", str(project / "use.sh"), *command]
+    return subprocess.Popen(words, cwd="/", env=environment(project, **changes), **streams, **alone)
 
 
 def use(project, *command, **changes):
@@ -124,14 +115,15 @@ def assert_untouched(result, project):
     assert result == (0, f"ready {project}/.venv/bin/python\n", "")
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    """One environment, whose life the next tests are, in their order; in a path with spaces, used from elsewhere."""
-    return make_project(tmp_path_factory.mktemp("set up") / "a project")
+def test_one_environment_through_its_life(tmp_path):
+    """In a path with spaces, run from another folder."""
+    project = make_project(tmp_path / "a project")
+    is_mended_by_the_run_that_waited(project)
+    is_not_replaced_while_it_is_used(project)
+    is_made_anew_for_another_torch_and_a_missing_file(project)
 
 
-def test_an_end_in_the_middle_is_mended_by_the_next_run(project):
-    """Killed while another one waits."""
+def is_mended_by_the_run_that_waited(project):
     (project / "hold").touch()
     first = start(project)
     wait_for(project / "reached")
@@ -150,7 +142,7 @@ def test_an_end_in_the_middle_is_mended_by_the_next_run(project):
     assert_untouched(use(project, PYTHON=""), project)
 
 
-def test_what_is_used_is_not_replaced(project):
+def is_not_replaced_while_it_is_used(project):
     (project / "stop").touch()
     user = start(project, "bash", "-c", f"while [ -e '{project}/stop' ]; do sleep 0.05; done")
     assert user.stdout.readline().startswith("ready")
@@ -164,7 +156,7 @@ def test_what_is_used_is_not_replaced(project):
     assert user.wait(timeout=300) == 0
 
 
-def test_another_torch_and_a_file_that_is_missing(project):
+def is_made_anew_for_another_torch_and_a_missing_file(project):
     site = next(project.glob(".venv/lib/python3*/site-packages"))
     (site / "torch" / "deep" / "data.txt").unlink()
     assert_made(use(project, FAIRSEQ_HASH_TORCH="2.14.0"), project, "it was made with torch 2.13.0")
@@ -227,10 +219,8 @@ def test_refuses_a_wrong_python(tmp_path, text):
     """A Python out of range fails the check of its version as `exit 1` does."""
     fake_command(tmp_path / "bin", "python", text)
     line = refusal(make_project(tmp_path / "project"), PYTHON=str(tmp_path / "bin" / "python"))
-    assert (
-        line
-        == f"setup: PYTHON={tmp_path}/bin/python is not a Python 3.10 to 3.13 that runs; set it to one, or unset it"
-    )
+    wrong = f"PYTHON={tmp_path}/bin/python is not a Python 3.10 to 3.13 that runs"
+    assert line == f"setup: {wrong}; set it to one, or unset it"
 
 
 def test_refuses_a_machine_without_python(tmp_path, tools):

@@ -1,7 +1,19 @@
-"""A page as its reader gets it, taken apart."""
+"""A page as its reader gets it, taken apart; and the contrast of colours."""
 
 import json
 from html.parser import HTMLParser
+
+
+def contrast(one, other):
+    """Return WCAG 2's contrast of two colours such as #1c2024."""
+
+    def luminance(colour):
+        channels = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    low, high = sorted(map(luminance, (one, other)))
+    return (high + 0.05) / (low + 0.05)
 
 
 class Page(HTMLParser):

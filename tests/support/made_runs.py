@@ -15,7 +15,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from plugin import USER_DIR, command, train
+from plugin import USER_DIR, command, evaluate, train
 
 from fairseq_hash.reporting.report import write_report
 
@@ -80,9 +80,8 @@ def _train(data, folder, *arguments):
 def _evaluate(data, folder):
     """Evaluate a run's last checkpoint as the README tells, into `eval-SUBSET.log`."""
     for subset in ("valid", "test"):
-        options = ["--user-dir", USER_DIR, "--path", folder / "checkpoint_last.pt", "--cpu", "--max-tokens", "256"]
-        options += ["--gen-subset", subset, "--tokens-per-sample", "16"]
-        _append(folder / f"eval-{subset}.log", command("eval_lm", data, *options))
+        done = evaluate(data, folder / "checkpoint_last.pt", "--gen-subset", subset)
+        _append(folder / f"eval-{subset}.log", done)
 
 
 def _append(log, done):

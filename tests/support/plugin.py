@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import forked
@@ -37,6 +38,14 @@ def build(data, *arguments, on_cpu=True, for_evaluation=False):
     else:
         model = task.build_model(cfg.model, for_evaluation)
     return cfg, task, model, task.build_criterion(cfg.criterion)
+
+
+def swap_words(data, folder):
+    """Copy a corpus, with the first two words of its dictionary in each other's place; return the folder."""
+    shutil.copytree(data, folder)
+    words = (data / "dict.txt").read_text().splitlines(keepends=True)
+    (folder / "dict.txt").write_text("".join([*words[1::-1], *words[2:]]))
+    return folder
 
 
 def command(name, *arguments, check=True):

@@ -14,7 +14,7 @@ import pytest
 import reference
 import torch
 from called import call, shown, write_dictionary
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_tables import FILES, assert_figures, done, embeddings, judged, naive_loads, rows_of, stream_of
 
@@ -58,6 +58,7 @@ def test_it_is_the_table_that_a_model_builds(dictionary, tmp_path):
             assert loaded.record.counts_fingerprint == built.record.counts_fingerprint
 
 
+@settings(max_examples=25)
 @given(
     st.lists(st.integers(0, 10**9), min_size=5, max_size=5),
     st.integers(1, 9),
@@ -98,29 +99,12 @@ def test_every_builder_on_held_out_text(data, tmp_path, columns):
     checkpoint = embeddings(tmp_path / "dense.pt", symbols)
     train, valid = (stream_of(data.parent / f"{split}.txt", symbols) for split in ("train", "valid"))
     text, k = ["--text", data], ["--experts-per-token", columns]
-    of_builder = {
-        "balanced": text,
-        "scattered": text,
-        "random": [],
-        "modulo": [],
-        "round-robin": [],
-        "clusters": ["--embeddings", checkpoint],
-        "dispersed": ["--embeddings", checkpoint, "--clusters", 5, *text],
-        "spread": text,
-    }
+    of_builder = {"balanced": text, "scattered": text, "random": [], "modulo": [], "round-robin": []}
+    of_builder["clusters"] = ["--embeddings", checkpoint]
+    of_builder |= {"dispersed": [*of_builder["clusters"], "--clusters", 5, *text], "spread": text}
     for builder, more in of_builder.items():
-        out = done(
-            "build",
-            data / "dict.txt",
-            "--builder",
-            builder,
-            "--num-experts",
-            24,
-            *k,
-            *more,
-            "--out",
-            tmp_path / builder,
-        )
+        given = ("--builder", builder, "--num-experts", 24, *k, *more, "--out", tmp_path / builder)
+        out = done("build", data / "dict.txt", *given)
         assert ("only the number of its symbols was checked" in out) == (builder in ("clusters", "dispersed"))
     files = [tmp_path / builder for builder in of_builder]
     out = done("compare", *files, data / "dict.txt", *text, "--held-out", data, "--out", tmp_path / "out")
@@ -146,9 +130,8 @@ def test_a_spread_table_can_start_from_a_scattered_one(data, tmp_path):
     """All rows but those of pairs are the scattered table's, and the record says so."""
     options = ("--num-experts", 24, "--experts-per-token", 2, "--text", data, "--seed", 3)
     done("build", data / "dict.txt", "--builder", "scattered", *options, "--out", tmp_path / "base")
-    done(
-        "build", data / "dict.txt", "--builder", "spread", "--base", "scattered", *options, "--out", tmp_path / "spread"
-    )
+    spread = ("--builder", "spread", "--base", "scattered", "--out", tmp_path / "spread")
+    done("build", data / "dict.txt", *spread, *options)
     base, spread = load_table(tmp_path / "base"), load_table(tmp_path / "spread")
     assert np.array_equal(spread.expert_HK[: len(base.expert_HK)], base.expert_HK) and len(spread.index["pair"])
     assert (spread.record.builder, spread.record.seed, spread.record.settings["base"]) == ("spread", 3, "scattered")
@@ -190,6 +173,14 @@ def test_embeddings_of_this_dictionary(data, tmp_path):
     assert f"{path} belongs to dictionary 000000000000" in err
 
 
+def run_without(module, calls):
+    """Run `fairseq-hash tables` several times in a process where a module cannot be imported."""
+    program = f"import sys\nsys.modules[{module!r}] = None\nfrom fairseq_hash.cli import main\n"
+    program += "\n".join(f"assert main({['tables', *map(str, words)]}) == 0" for words in calls)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_it_needs_no_fairseq(data, tmp_path):
     """Everything, of binarized text as well, where fairseq cannot be imported."""
     symbols, _ = read_dictionary(data / "dict.txt")
@@ -201,10 +192,7 @@ def test_it_needs_no_fairseq(data, tmp_path):
         ["show", out, listed, "--held-out", data, "--out", tmp_path / "folder"],
         ["export", out, "--out", tmp_path / "t.npy"],
     ]
-    program = "import sys\nsys.modules['fairseq'] = None\nfrom fairseq_hash.cli import main\n"
-    program += "\n".join(f"assert main({['tables', *map(str, words)]}) == 0" for words in calls)
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
+    run_without("fairseq", calls)
     assert len(np.load(tmp_path / "t.npy")) == len(symbols)
 
 
@@ -219,10 +207,7 @@ def test_tables_of_a_dictionary_need_no_torch(data, tmp_path):
         ["export", tmp_path / "random", "--out", tmp_path / "t.safetensors"],
         ["import", tmp_path / "t.safetensors", listed, "--num-experts", 4, "--out", tmp_path / "back"],
     ]
-    program = "import sys\nsys.modules['torch'] = None\nfrom fairseq_hash.cli import main\n"
-    program += "\n".join(f"assert main({['tables', *map(str, words)]}) == 0" for words in calls)
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
+    run_without("torch", calls)
     assert load_table(tmp_path / "back").fingerprint == load_table(tmp_path / "random").fingerprint
 
 

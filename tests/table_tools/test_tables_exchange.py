@@ -32,9 +32,8 @@ def test_round_trip(built, tmp_path, suffix, scored):
     order = symbols.copy()
     random.Random(1).shuffle(order)
     vocabulary = tmp_path / "v.vocab"
-    vocabulary.write_text(
-        "".join(f"{symbol}\t-{row}.5\n" if scored else f"{symbol}\n" for row, symbol in enumerate(order))
-    )
+    lines = [f"{symbol}\t-{row}.5\n" if scored else f"{symbol}\n" for row, symbol in enumerate(order)]
+    vocabulary.write_text("".join(lines))
     out = tmp_path / f"out.{suffix}"
     assert done("export", table, listed, "--vocabulary", vocabulary, "--out", out) == f"wrote {out}\n"
     expert_VK = load_table(table).expert_HK
@@ -61,18 +60,14 @@ def test_without_a_vocabulary(built, tmp_path):
     done("import", tmp_path / "a", listed, "--num-experts", 7, "--out", tmp_path / "b")
     expert_VK = load_table(table).expert_HK
     assert np.array_equal(load_table(tmp_path / "b").expert_HK, expert_VK)
-    narrow = {
-        "layers.0.gate.tid2eid": expert_VK.astype(np.int32),
-        "layers.0.gate.weight": np.zeros(2, dtype=np.float32),
-    }
+    narrow = {"layers.0.gate.tid2eid": expert_VK.astype(np.int32), "layers.0.gate.weight": np.zeros(2, np.float32)}
     save_file(narrow, tmp_path / "c")
     done("import", tmp_path / "c", listed, "--num-experts", 7, "--out", tmp_path / "b", "--overwrite")
     assert np.array_equal(load_table(tmp_path / "b").expert_HK, expert_VK)
     save_file({**narrow, "layers.1.gate.tid2eid": (expert_VK + 1) % 7}, tmp_path / "c")
     message = refused("tables", "import", tmp_path / "c", listed, "--num-experts", 7, "--out", tmp_path / "d")
-    assert (
-        "has 2 tensors (layers.0.gate.tid2eid, layers.1.gate.tid2eid) whose name ends in tid2eid; name one" in message
-    )
+    both = "layers.0.gate.tid2eid, layers.1.gate.tid2eid"
+    assert f"has 2 tensors ({both}) whose name ends in tid2eid; name one" in message
     name = ["--tensor", "layers.1.gate.tid2eid"]
     done("import", tmp_path / "c", listed, "--num-experts", 7, *name, "--out", tmp_path / "d")
     assert np.array_equal(load_table(tmp_path / "d").expert_HK, (expert_VK + 1) % 7)
@@ -136,7 +131,6 @@ def test_tensors_that_are_no_table(built, tmp_path, kind, message):
 
 
 def test_import_refusals(built, tmp_path):
-    """A file that is missing, none, or without such a tensor; vocabularies that cannot be."""
     listed, table = built
 
     def message(file, *more, experts=7):
@@ -163,9 +157,8 @@ def test_import_refusals(built, tmp_path):
         vocabulary.write_text(content)
         assert expected in message(table, "--tensor", "expert", "--vocabulary", vocabulary)
     vocabulary.write_bytes(b"caf\xe9\n")
-    assert "is no vocabulary: it is not text in UTF-8" in message(
-        table, "--tensor", "expert", "--vocabulary", vocabulary
-    )
+    said = message(table, "--tensor", "expert", "--vocabulary", vocabulary)
+    assert "is no vocabulary: it is not text in UTF-8" in said
     assert not (tmp_path / "o").exists()
 
 
@@ -182,9 +175,8 @@ def test_only_tables_of_token_ids_are_exported(built, tmp_path):
     for name, (options, message) in kinds.items():
         done("build", listed, "--num-experts", 4, *options, "--out", tmp_path / name)
         assert message in refused("tables", "export", tmp_path / name, "--out", tmp_path / "o")
-    assert "--vocabulary needs DICT, too" in refused(
-        "tables", "export", table, "--vocabulary", listed, "--out", tmp_path / "o"
-    )
+    said = refused("tables", "export", table, "--vocabulary", listed, "--out", tmp_path / "o")
+    assert "--vocabulary needs DICT, too" in said
     assert "does not exist; give a table file" in refused("tables", "export", tmp_path / "no", "--out", tmp_path / "o")
     assert "--out " in refused("tables", "export", table, "--out", table)
     assert call("tables", "export", table, "--out", table, "--overwrite")[0] == 0

@@ -58,18 +58,8 @@ def test_equal_counts_balance_nothing(data, equal, tmp_path, capsys):
         error = refused(*words, "--out", tmp_path / "no.table")
         assert f"dictionary dict.txt {line.format(f'builder {builder}')}" in error and not list(tmp_path.iterdir())
     build(equal, *HASH, "--hash-table", "random")
-    given = [
-        "tables",
-        "build",
-        equal / "dict.txt",
-        "--text",
-        equal,
-        "--num-experts",
-        "4",
-        "--out",
-        tmp_path / "a.table",
-    ]
-    assert main([*map(str, given)]) == 0
+    given = ("build", equal / "dict.txt", "--text", equal, "--num-experts", "4", "--out", tmp_path / "a.table")
+    assert main(["tables", *map(str, given)]) == 0
     assert "note:" not in capsys.readouterr().out
     build(equal, *HASH, "--hash-table", tmp_path / "a.table")
     symbols = [*SPECIAL, *(f"s{number}" for number in range(60))]
@@ -103,14 +93,12 @@ def test_what_is_wrong_with_loads():
         idle, far = loads.count(0), max(loads) / np.mean(loads)
         assert (f"{idle} of {experts} experts get no token" in (text or "")) == (idle > 0)
         if far > 2.2 or far < 1.8:  # 200 keys can be balanced to well below that
-            assert (f"the largest load is {far:.2f} times the mean, and a table could have" in (text or "")) == (
-                far > 2.2
-            )
+            line = f"the largest load is {far:.2f} times the mean, and a table could have"
+            assert (line in (text or "")) == (far > 2.2)
         assert (text is None) == (idle == 0 and far <= 2.2) or 1.8 <= far <= 2.2
 
 
 def test_a_table_that_sends_all_to_one_expert_is_named(data, tmp_path, capsys, caplog):
-    """Imported, shown, and trained with."""
     _, task, _, _ = build(data)
     symbols = task.source_dictionary.symbols
     np.save(tmp_path / "one.npy", np.zeros((len(symbols), 1), dtype=np.int64))
@@ -156,7 +144,6 @@ ABSURD = [
 
 @pytest.mark.parametrize(("arguments", "message"), ABSURD, ids=[message[:30] for _, message in ABSURD])
 def test_absurd_sizes_end_before_anything_is_allocated(data, arguments, message, monkeypatch):
-    """In one line, with the memory that they would take."""
     monkeypatch.setattr("fairseq_hash.core.memory.machine_bytes", lambda: 64e9)
     with pytest.raises(SystemExit, match=message) as ended:
         build(data, *arguments)
@@ -164,7 +151,6 @@ def test_absurd_sizes_end_before_anything_is_allocated(data, arguments, message,
 
 
 def test_absurd_tables_are_not_built(data, tmp_path):
-    """By tables build and import."""
     words = ("tables", "build", data / "dict.txt", "--out", tmp_path / "no.table", "--num-experts")
     assert "100,000,000 experts are more than the 64 entries" in refused(*words, 10**8)
     random = (*words, "4", "--builder", "random")
@@ -177,18 +163,12 @@ def test_absurd_tables_are_not_built(data, tmp_path):
 
 
 def test_memory_of_this_machine():
-    """What fits passes; units are of a thousand."""
     assert 1e8 < machine_bytes() < 1e16
     check_fits(machine_bytes(), "a thing", "make it smaller")
     with pytest.raises(UserError, match="a thing would take .* of memory, this machine has .*; make it smaller"):
         check_fits(machine_bytes() + 1, "a thing", "make it smaller")
-    assert [in_words(n) for n in (12, 1.5e6, 2e9, 1.23e14, 5e21)] == [
-        "12 bytes",
-        "1.5 MB",
-        "2 GB",
-        "123 TB",
-        "5,000,000 PB",
-    ]
+    sizes = {12: "12 bytes", 1.5e6: "1.5 MB", 2e9: "2 GB", 1.23e14: "123 TB", 5e21: "5,000,000 PB"}
+    assert [*map(in_words, sizes)] == [*sizes.values()]
     check_table_size(64, 1, 64)
     check_table_size(64, 2, 128)
     with pytest.raises(UserError, match="129 experts are more than the 128 entries"):
@@ -203,12 +183,9 @@ def test_a_dictionary_that_repeats_a_symbol_ends_training_in_one_line(data, tmp_
     (folder / "dict.txt").write_text(text + "word3 5\n")
     done = train(folder, tmp_path / "run", *HASH, check=False)
     last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and last.startswith(
-        f"fairseq_hash: {folder}/dict.txt is no fairseq dictionary: line 61"
-    )
-    assert (
-        "repeats the symbol 'word3'; end that line with #fairseq:overwrite" in last and "Traceback" not in done.stderr
-    )
+    assert last.startswith(f"fairseq_hash: {folder}/dict.txt is no fairseq dictionary: line 61")
+    assert "repeats the symbol 'word3'; end that line with #fairseq:overwrite" in last
+    assert done.returncode == 1 and "Traceback" not in done.stderr
     (folder / "dict.txt").write_text(text + "word3 5 #fairseq:overwrite\n")
     build(folder, *HASH)
     (folder / "dict.txt").write_text(text + "nothing\n")

@@ -5,12 +5,11 @@ Real processes of `fairseq-train` whose ranks share experts. No test looks at th
 """
 
 import re
-import shutil
 
 import pytest
 from failing_ranks import FAILURES, SHARED, assert_one_line, finish, messages, run_ranks, start
 from fairseq.data import Dictionary
-from plugin import train_arguments
+from plugin import swap_words, train_arguments
 
 from fairseq_hash.hashing import TableShape, build_table, save_table
 
@@ -68,37 +67,21 @@ def test_a_failing_rank_ends_the_job_under_a_launcher(data, tmp_path):
 @pytest.mark.parametrize(
     ("world_size", "arguments", "message"),
     [
-        (
-            2,
-            ("--num-experts", "3"),
-            "--expert-parallel-size 2 does not divide both the 2 ranks and the 3 experts; use ",
-        ),
-        (3, (), "--expert-parallel-size 2 does not divide both the 3 ranks and the 6 experts; use one of 1, 3, or "),
-        (
-            2,
-            ("--fp16",),
-            "--fp16 flattens all gradients into one, experts and others; add --fp16-no-flatten-grads, or ",
-        ),
-        (2, ("--ddp-backend", "slowmo"), "--ddp-backend slowmo does not go with shared experts; use "),
-        (
-            2,
-            ("--ddp-backend", "fully_sharded"),
-            "--ddp-backend fully_sharded needs CUDA; use legacy_ddp or pytorch_ddp ",
-        ),
+        (2, "--num-experts 3", "--expert-parallel-size 2 does not divide both the 2 ranks and the 3 experts; use "),
+        (3, "", "--expert-parallel-size 2 does not divide both the 3 ranks and the 6 experts; use one of 1, 3, or "),
+        (2, "--fp16", "--fp16 flattens all gradients into one, experts and others; add --fp16-no-flatten-grads, or "),
+        (2, "--ddp-backend slowmo", "--ddp-backend slowmo does not go with shared experts; use "),
+        (2, "--ddp-backend fully_sharded", "--ddp-backend fully_sharded needs CUDA; use legacy_ddp or pytorch_ddp "),
     ],
     ids=["experts", "world", "fp16", "backend", "fully_sharded"],
 )
 def test_options_that_do_not_go_end_all_ranks(data, tmp_path, world_size, arguments, message):
-    said = run_ranks(tmp_path, [data] * world_size, "--expert-parallel-size", "2", *arguments)
+    said = run_ranks(tmp_path, [data] * world_size, "--expert-parallel-size", "2", *arguments.split())
     assert_one_line(said, re.escape(message) + ".*")
 
 
 def test_a_rank_with_another_dictionary_ends_all_ranks(data, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(data, other)
-    words = (data / "dict.txt").read_text().splitlines(keepends=True)
-    (other / "dict.txt").write_text("".join([*words[1::-1], *words[2:]]))
-    said = run_ranks(tmp_path, [data, other])
+    said = run_ranks(tmp_path, [data, swap_words(data, tmp_path / "other")])
     assert_one_line(said, r"rank 1 has dictionary_fingerprint \w+, rank 0 has \w+; start every rank with the same .*")
 
 

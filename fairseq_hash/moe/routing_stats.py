@@ -21,6 +21,7 @@ from fairseq_hash.moe.assignment import Assignment
 from fairseq_hash.moe.dispatch_plan import DispatchPlan
 
 COUNTS = ("tokens", "dropped")  # of every layer, before its router's own statistics
+OF_ALL_LAYERS = ("load", "load_max", "load_min", "load_cv", "dropped")  # logged of every layer, under these names
 
 
 def statistic(meaning: str, loss_weight: "str | float | None" = None) -> Any:

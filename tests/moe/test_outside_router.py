@@ -98,6 +98,15 @@ def test_names_that_are_refused(name, line):
         register_router(name)
 
 
+def test_a_statistic_of_a_name_that_every_layer_logs_is_refused():
+    @dataclass(frozen=True)
+    class Wrong:
+        load_max: torch.Tensor = statistic("")
+
+    with pytest.raises(UserError, match="a statistic of the router 'wrong' is called load_max, as one of every layer"):
+        register_router("wrong")(type("Router", (), {"statistics": Wrong}))
+
+
 def test_an_unknown_router_is_named_with_those_that_are_there(data):
     with pytest.raises(SystemExit, match="--router top3.*none, hash, base, switch, random_top2, counting"):
         recorded.make_trainer(data, (*EXACT, "--router", "top3"))

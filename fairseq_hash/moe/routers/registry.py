@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.moe.assignment import Assignment
-from fairseq_hash.moe.routing_stats import NoStatistics
+from fairseq_hash.moe.routing_stats import OF_ALL_LAYERS, NoStatistics, names_of
 from fairseq_hash.parallel.groups import ExpertParallel
 
 RESERVED = ("none", "hash")  # no routers: a dense model, and layers whose tables choose
 
-Class = TypeVar("Class", bound=type)
+Class = TypeVar("Class", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ def register_router(name: str) -> Callable[[Class], Class]:
     """Make a class known as `--router NAME`.
 
     Raises:
-        UserError: if the name is taken, or not made of small letters, digits, `_` and `-`.
+        UserError: if the name is taken, or not made of small letters, digits, `_` and `-`, or if a statistic has a
+            name that is logged of every layer.
     """
     if name in (*RESERVED, *_ROUTERS):
         raise UserError(f"a router {name!r} is there already; give the new one another name")
@@ -80,6 +81,8 @@ def register_router(name: str) -> Callable[[Class], Class]:
         raise UserError(f"{name!r} cannot be a router's name; use small letters, digits, _ and -")
 
     def register(router: Class) -> Class:
+        for taken in set(names_of(router.statistics)) & set(OF_ALL_LAYERS):
+            raise UserError(f"a statistic of the router {name!r} is called {taken}, as one of every layer; rename it")
         _ROUTERS[name] = router
         return router
 

@@ -14,13 +14,11 @@ from fairseq_hash.checkpoint.convert import take_running_average
 from fairseq_hash.checkpoint.mainfile import read_main
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.fairseq_patches.registry import override
-from fairseq_hash.parallel.collectives import one_line_errors
 
 logger = logging.getLogger(__name__)
 
 
-@override("fairseq.trainer.Trainer", "__init__")
-@one_line_errors
+@override("fairseq.trainer.Trainer", "__init__", one_line=True)
 def _check_average(original: Callable[..., None], trainer: Trainer, cfg: Any, *args: Any, **kwargs: Any) -> None:
     """Refuse an average of weights that no rank has whole.
 
@@ -75,8 +73,7 @@ def go_on_averaging(trainer: Trainer, extra_state: Mapping[str, Any]) -> None:
         trainer.ema.build_fp32_params(extra_state.get("ema_fp32_params"))
 
 
-@override("fairseq.checkpoint_utils", "load_ema_from_checkpoint")
-@one_line_errors
+@override("fairseq.checkpoint_utils", "load_ema_from_checkpoint", one_line=True)
 def _read_average(original: Callable[..., Any], fpath: str) -> dict[str, Any]:
     """Read a checkpoint whose weights are the running average.
 

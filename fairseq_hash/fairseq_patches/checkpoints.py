@@ -18,11 +18,10 @@ from fairseq_hash.checkpoint.mainfile import duplicate, not_here, write_main
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.fairseq_patches.averaging import go_on_averaging
 from fairseq_hash.fairseq_patches.registry import override, replaced, replacement
-from fairseq_hash.parallel.collectives import gather, one_line_errors, run_on_all_ranks
+from fairseq_hash.parallel.collectives import gather, run_on_all_ranks
 
 
-@override("fairseq.checkpoint_utils", "load_checkpoint")
-@one_line_errors
+@override("fairseq.checkpoint_utils", "load_checkpoint", one_line=True)
 def _start_knowingly(original: Callable[..., Any], cfg: Any, trainer: Trainer, **kwargs: Any) -> Any:
     """Keep other trainings out of the folder, clean it, and refuse to start anew where there are checkpoints.
 
@@ -32,8 +31,7 @@ def _start_knowingly(original: Callable[..., Any], cfg: Any, trainer: Trainer, *
     return original(cfg, trainer, **kwargs)
 
 
-@override("fairseq.trainer.Trainer", "load_checkpoint")
-@one_line_errors
+@override("fairseq.trainer.Trainer", "load_checkpoint", one_line=True)
 def _load_on_every_rank(
     original: Callable[..., Any], trainer: Trainer, filename: str, reset_optimizer: bool = False, *args: Any, **kw: Any
 ) -> Any:
@@ -68,8 +66,7 @@ class _TorchThatHasLoaded:
         return getattr(torch, name)
 
 
-@override("fairseq.checkpoint_utils", "load_checkpoint_to_cpu")
-@one_line_errors
+@override("fairseq.checkpoint_utils", "load_checkpoint_to_cpu", one_line=True)
 def _read_without_running_code(
     original: Callable[..., Any], path: str, arg_overrides: Any = None, load_on_all_ranks: bool = False
 ) -> Any:
@@ -85,8 +82,7 @@ def _read_without_running_code(
         return original(path, arg_overrides, load_on_all_ranks)
 
 
-@override("fairseq.checkpoint_utils", "load_model_ensemble_and_task")
-@one_line_errors
+@override("fairseq.checkpoint_utils", "load_model_ensemble_and_task", one_line=True)
 def _load_weights_only(original: Callable[..., Any], filenames: list[str], *args: Any, **kwargs: Any) -> Any:
     """Load models for evaluation and generation without the optimizer's state; name a file that does not exist.
 
@@ -102,8 +98,7 @@ def _load_weights_only(original: Callable[..., Any], filenames: list[str], *args
             raise UserError(f"--path {not_here(missing)}") from error
 
 
-@override("fairseq.options", "parse_args_and_arch")
-@one_line_errors
+@override("fairseq.options", "parse_args_and_arch", one_line=True)
 def _require_path(
     original: Callable[..., Any],
     parser: argparse.ArgumentParser,
@@ -121,8 +116,7 @@ def _require_path(
     return parsed
 
 
-@override("fairseq.trainer.Trainer", "_build_optimizer")
-@one_line_errors
+@override("fairseq.trainer.Trainer", "_build_optimizer", one_line=True)
 def _load_own_optimizer_state(original: Callable[..., None], trainer: Trainer) -> None:
     """Give the optimizer the state of this rank's experts when it loads a checkpoint."""
     original(trainer)
@@ -132,8 +126,7 @@ def _load_own_optimizer_state(original: Callable[..., None], trainer: Trainer) -
         trainer._optimizer.load_state_dict = trainer.hash_state.checkpoints.loading_own_state(trainer._optimizer)
 
 
-@override("fairseq.checkpoint_utils", "save_checkpoint")
-@one_line_errors
+@override("fairseq.checkpoint_utils", "save_checkpoint", one_line=True)
 def _save_together(
     original: Callable[..., None], cfg: Any, trainer: Trainer, epoch_itr: Any, val_loss: "float | None"
 ) -> None:

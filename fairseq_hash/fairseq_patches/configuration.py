@@ -11,11 +11,9 @@ from omegaconf.errors import ConfigKeyError, ValidationError
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.fairseq_patches.registry import apply, override
 from fairseq_hash.hashing.dictionary import read_dictionary
-from fairseq_hash.parallel.collectives import one_line_errors
 
 
-@override("fairseq.dataclass.utils", "merge_with_parent")
-@one_line_errors
+@override("fairseq.dataclass.utils", "merge_with_parent", one_line=True)
 def _name_unknown_options(original: Callable[..., Any], known: Any, given: Any, *args: Any, **kwargs: Any) -> Any:
     """Say in one line which option of a Hydra configuration does not exist, or has a value of another type.
 
@@ -34,8 +32,7 @@ def _name_unknown_options(original: Callable[..., Any], known: Any, given: Any, 
         raise UserError(f"{given._get_full_key(error.key)}={given.get(error.key)}: {line}") from error
 
 
-@override("fairseq.utils", "import_user_module")
-@one_line_errors
+@override("fairseq.utils", "import_user_module", one_line=True)
 def _know_this_package(original: Callable[..., None], args: Any) -> None:
     """Take `--user-dir fairseq_hash` for this package, which has been imported, wherever the command runs.
 
@@ -53,8 +50,7 @@ def _know_this_package(original: Callable[..., None], args: Any) -> None:
     return None
 
 
-@override("fairseq.tasks.language_modeling.LanguageModelingTask", "setup_dictionary")
-@one_line_errors
+@override("fairseq.tasks.language_modeling.LanguageModelingTask", "setup_dictionary", one_line=True)
 def _name_missing_data(original: Callable[..., Any], cfg: Any, **kwargs: Any) -> Any:
     """Say in one line that a folder holds no binarized data, or a dictionary that cannot be read.
 
@@ -74,8 +70,7 @@ def _name_missing_data(original: Callable[..., Any], cfg: Any, **kwargs: Any) ->
         raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
 
-@override("fairseq.tasks.language_modeling.LanguageModelingTask", "load_dataset")
-@one_line_errors
+@override("fairseq.tasks.language_modeling.LanguageModelingTask", "load_dataset", one_line=True)
 def _name_missing_subset(original: Callable[..., Any], task: Any, split: str, *args: Any, **kwargs: Any) -> Any:
     """Say in one line that a folder lacks a subset; upstream it is a traceback."""
     try:

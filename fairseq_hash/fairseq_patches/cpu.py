@@ -54,8 +54,7 @@ def meet_over_gloo(cfg: Any, is_asked_for: bool) -> None:
             logger.info("%s: the processes run on CPUs, and talk over gloo in place of nccl", why)
 
 
-@override("fairseq.distributed.utils", "_infer_slurm_init")
-@one_line_errors
+@override("fairseq.distributed.utils", "_infer_slurm_init", one_line=True)
 def _count_tasks(original: Callable[..., None], cfg: Any, *args: Any) -> None:
     """Say in one line that the tasks of a SLURM job are not the processes that the options mean.
 

@@ -18,7 +18,6 @@ from fairseq_hash.core.errors import UserError
 from fairseq_hash.fairseq_patches.command_log import CommandLog
 from fairseq_hash.fairseq_patches.lengths import check_lengths
 from fairseq_hash.fairseq_patches.registry import override, replaced, replacement
-from fairseq_hash.parallel.collectives import one_line_errors
 
 ORACLE = "Perplexity of an oracle, which sees the next token:"
 # How a training cut its text into samples, which its model knows and no other cut does it justice.
@@ -46,8 +45,7 @@ class _Result:
     is_oracles = False
 
 
-@override("fairseq.options", "parse_args_and_arch")
-@one_line_errors
+@override("fairseq.options", "parse_args_and_arch", one_line=True)
 def _cut_as_trained(
     original: Callable[..., Any],
     parser: argparse.ArgumentParser,
@@ -95,8 +93,7 @@ def _options_of_training(path: "str | None") -> dict[str, Any]:
     return dict((saved.get("cfg") or {}).get("task") or {})
 
 
-@override("fairseq.tasks.language_modeling.LanguageModelingTask", "eval_lm_dataloader")
-@one_line_errors
+@override("fairseq.tasks.language_modeling.LanguageModelingTask", "eval_lm_dataloader", one_line=True)
 def _evaluate_all_of_it(
     original: Callable[..., Any], task: LanguageModelingTask, dataset: MonolingualDataset, *args: Any, **kwargs: Any
 ) -> Any:
@@ -114,8 +111,7 @@ def _evaluate_all_of_it(
     return original(task, dataset, *args, **kwargs)
 
 
-@override("fairseq_cli.eval_lm", "eval_lm")
-@one_line_errors
+@override("fairseq_cli.eval_lm", "eval_lm", one_line=True)
 def _score_every_token(original: Callable[..., Any], models: "list[nn.Module]", *args: Any, **kwargs: Any) -> Any:
     """Refuse a perplexity where a token has no finite score, and name that of an oracle.
 

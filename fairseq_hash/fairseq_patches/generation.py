@@ -5,11 +5,9 @@ from typing import Any
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.fairseq_patches.registry import override
-from fairseq_hash.parallel.collectives import one_line_errors
 
 
-@override("fairseq.tasks.language_modeling.LanguageModelingTask", "filter_indices_by_size")
-@one_line_errors
+@override("fairseq.tasks.language_modeling.LanguageModelingTask", "filter_indices_by_size", one_line=True)
 def _name_too_long_texts(
     original: Callable[..., Any],
     task: Any,

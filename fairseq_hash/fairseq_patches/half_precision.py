@@ -12,7 +12,7 @@ import torch
 from fairseq.optim import FairseqOptimizer
 from torch import Tensor, nn
 
-from fairseq_hash.fairseq_patches.registry import override, replacement
+from fairseq_hash.fairseq_patches.registry import override, replaced, replacement
 
 
 def _alike(tensors: Iterable[Tensor]) -> "list[tuple[list[int], list[Tensor]]]":
@@ -47,11 +47,8 @@ def _leave_zeros_to_the_next_copy(original: Callable[..., None], optimizer: Any)
     if optimizer.has_flat_params:
         original(optimizer)
         return
-    fp32_params, optimizer.fp32_params = optimizer.fp32_params, []
-    try:
+    with replaced(optimizer, "fp32_params", []):
         original(optimizer)
-    finally:
-        optimizer.fp32_params = fp32_params
     optimizer.fp32_grads_are_old = True
 
 

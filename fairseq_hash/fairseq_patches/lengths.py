@@ -11,13 +11,11 @@ from fairseq.trainer import Trainer
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.fairseq_patches.registry import override
-from fairseq_hash.parallel.collectives import one_line_errors
 
 logger = logging.getLogger(__name__)
 
 
-@override("fairseq.tasks.language_modeling.LanguageModelingTask", "get_batch_iterator")
-@one_line_errors
+@override("fairseq.tasks.language_modeling.LanguageModelingTask", "get_batch_iterator", one_line=True)
 def _leave_nothing_out_unasked(
     original: Callable[..., Any],
     task: LanguageModelingTask,
@@ -38,8 +36,7 @@ def _leave_nothing_out_unasked(
     return original(task, dataset, max_tokens, max_sentences, max_positions, ignore_invalid_inputs, *args, **kwargs)
 
 
-@override("fairseq.trainer.Trainer", "get_train_iterator")
-@one_line_errors
+@override("fairseq.trainer.Trainer", "get_train_iterator", one_line=True)
 def _check_validation_first(original: Callable[..., Any], trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
     """Refuse what a validation would stop at before the first update.
 

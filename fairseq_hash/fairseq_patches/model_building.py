@@ -1,14 +1,14 @@
 """Building a model."""
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from typing import Any
 
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY, MODEL_REGISTRY, transformer_lm
 
-from fairseq_hash.fairseq_patches.registry import override
+from fairseq_hash.fairseq_patches.registry import override, replaced
 
 
 class ForEvaluation:
@@ -37,19 +37,13 @@ def _say_what_for(original: Callable[..., Any], cfg: Any, task: Any, from_checkp
     return original(cfg, ForEvaluation(task) if from_checkpoint and is_ours else task, from_checkpoint)
 
 
-@contextmanager
-def language_model_decoder(decoder_class: type) -> Iterator[None]:
+def language_model_decoder(decoder_class: Callable[..., Any]) -> AbstractContextManager[None]:
     """Let `TransformerLanguageModel.build_model` build `decoder_class`.
 
     Upstream: fairseq/models/transformer_lm.py names `TransformerDecoder` in the body of `build_model`, between forty
     lines about embeddings and positions that a subclass wants unchanged. Copying them would fork them.
     """
-    original = transformer_lm.TransformerDecoder
-    transformer_lm.TransformerDecoder = decoder_class
-    try:
-        yield
-    finally:
-        transformer_lm.TransformerDecoder = original
+    return replaced(transformer_lm, "TransformerDecoder", decoder_class)
 
 
 def allow_bf16_without_tpu(args: Namespace) -> None:

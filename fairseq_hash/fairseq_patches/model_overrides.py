@@ -11,7 +11,6 @@ from omegaconf import DictConfig, open_dict
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.fairseq_patches.registry import override
 from fairseq_hash.options.sparse_options import SparseOptions
-from fairseq_hash.parallel.collectives import one_line_errors
 
 _from_hub = False
 
@@ -27,8 +26,7 @@ def _hub_has_options_of_its_own(original: Callable[..., Any], *args: Any, **kwar
         _from_hub = before
 
 
-@override("fairseq.checkpoint_utils", "overwrite_args_by_name")
-@one_line_errors
+@override("fairseq.checkpoint_utils", "overwrite_args_by_name", one_line=True)
 def _name_unknown_overrides(original: Callable[..., None], config: DictConfig, overrides: Mapping[str, Any]) -> None:
     """Refuse an override that is no option of the checkpoint; one of ours that is newer than the checkpoint acts.
 

@@ -13,13 +13,11 @@ from fairseq_hash.core.errors import UserError
 from fairseq_hash.fairseq_patches.registry import override
 from fairseq_hash.options import option_use
 from fairseq_hash.options.sparse_options import SparseOptions
-from fairseq_hash.parallel.collectives import one_line_errors
 
 logger = logging.getLogger("fairseq_hash.model")
 
 
-@override("fairseq.trainer.Trainer", "__init__")
-@one_line_errors
+@override("fairseq.trainer.Trainer", "__init__", one_line=True)
 def _check_criterion(
     original: Callable[..., None],
     trainer: Trainer,

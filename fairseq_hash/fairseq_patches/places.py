@@ -9,11 +9,10 @@ from fairseq_hash.checkpoint.mainfile import is_url, not_here
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.places import require_file, require_folder
 from fairseq_hash.fairseq_patches.registry import override
-from fairseq_hash.parallel.collectives import one_line_errors, run_on_all_ranks
+from fairseq_hash.parallel.collectives import run_on_all_ranks
 
 
-@override("fairseq_cli.train", "add_defaults")
-@one_line_errors
+@override("fairseq_cli.train", "add_defaults", one_line=True)
 def _check_places(original: Callable[..., None], cfg: Any) -> None:
     """Check what the training reads and writes before anything is built.
 

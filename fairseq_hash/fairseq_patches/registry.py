@@ -14,6 +14,7 @@ from typing import Any
 
 from fairseq_hash.fairseq_patches import ORDER
 from fairseq_hash.fairseq_patches.upstream import changed_line, is_known, missing_line
+from fairseq_hash.parallel.collectives import one_line_errors
 
 logger = logging.getLogger(__name__)
 
@@ -68,14 +69,16 @@ _recorded: list[Override] = []
 _originals: dict[tuple[Any, Override], Any] = {}  # of what has been replaced
 
 
-def override(owner: str, name: str) -> Callable[[Function], Function]:
+def override(owner: str, name: str, one_line: bool = False) -> Callable[[Function], Function]:
     """Record that the decorated function takes a function's place; it gets the original before all other arguments.
 
     Args:
         owner: dotted path of the module or class. A command (`fairseq_cli.train`) is not imported for it.
         name: the function's name there.
+        one_line: whether a `UserError`, which every rank then has to raise, ends the command as `one_line_errors` does.
     """
-    return _recording(owner, name, makes_value=False)
+    record = _recording(owner, name, makes_value=False)
+    return (lambda function: record(one_line_errors(function))) if one_line else record
 
 
 def replacement(owner: str, name: str) -> Callable[[Function], Function]:

@@ -7,11 +7,9 @@ import torch.distributed as dist
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.fairseq_patches.registry import override
-from fairseq_hash.parallel.collectives import one_line_errors
 
 
-@override("fairseq_cli.train", "add_defaults")
-@one_line_errors
+@override("fairseq_cli.train", "add_defaults", one_line=True)
 def _ask_for_a_group(original: Callable[..., None], cfg: Any) -> None:
     """Refuse `--ddp-backend fully_sharded` in one process without a process group.
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from fairseq_hash.checkpoint.trainer_checkpoints import TrainingCheckpoints
 from fairseq_hash.fairseq_patches.registry import override
 from fairseq_hash.options.criterion_options import SparseCriterion
-from fairseq_hash.parallel.collectives import one_line_errors
 from fairseq_hash.training.router_updates import update_routers
 from fairseq_hash.training.shared_experts import SharedTraining, scaled_update_freq
 from fairseq_hash.training.trainer_state import TrainerState
@@ -20,8 +19,7 @@ from fairseq_hash.training.trainer_state import TrainerState
 logger = logging.getLogger(__name__)
 
 
-@override("fairseq.trainer.Trainer", "__init__")
-@one_line_errors
+@override("fairseq.trainer.Trainer", "__init__", one_line=True)
 def _train_with_shared_experts(
     original: Callable[..., None],
     trainer: Trainer,

@@ -23,12 +23,9 @@ def say(text: str) -> None:
 
 
 class Steps:
-    """Steps of one set-up, each with the seconds since it began.
+    """Steps of one set-up, `count` in all, each with the seconds since it began.
 
-    Args:
-        folder: where commands are run.
-        logs: folder for their output, NAME.txt for the command NAME; made by the first step.
-        count: how many steps there will be.
+    Commands are run in `folder`; the output of the command NAME goes to NAME.txt in `logs`, which the first step makes.
     """
 
     def __init__(self, folder: Path, logs: Path, count: int) -> None:

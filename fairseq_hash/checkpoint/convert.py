@@ -18,7 +18,7 @@ from fairseq_hash.checkpoint.directory import SHARDS, lock, shard_name
 from fairseq_hash.checkpoint.expert_state import take_moments
 from fairseq_hash.checkpoint.loading import loading_weights_only, read_checkpoint
 from fairseq_hash.checkpoint.mainfile import cannot_write, read_main, write_main
-from fairseq_hash.checkpoint.manifest import KEY, Manifest, expert_tensors
+from fairseq_hash.checkpoint.manifest import KEY, Manifest, expert_tensors, require_all_experts
 from fairseq_hash.checkpoint.sharded_tensor import SavedExperts, take
 from fairseq_hash.checkpoint.shards import write_shard
 from fairseq_hash.core.errors import UserError
@@ -30,9 +30,7 @@ OPTIMIZER = "last_optimizer_state"  # fairseq's key
 def read(path: Path, with_optimizer: bool = True) -> tuple[dict[str, Any], "Manifest | None"]:
     """Read a checkpoint whose experts, where they are in shards, stand as `SavedExperts`, and its manifest.
 
-    Args:
-        path: its main file.
-        with_optimizer: otherwise the optimizer's state is left out; its shards may be missing then.
+    Without `with_optimizer` the optimizer's state is left out; its shards may be missing then.
 
     Raises:
         UserError: if a file is missing or damaged, or is one rank's share of a checkpoint.
@@ -40,11 +38,7 @@ def read(path: Path, with_optimizer: bool = True) -> tuple[dict[str, Any], "Mani
     with loading_weights_only(is_needed=not with_optimizer):
         state = read_checkpoint(path)
     manifest = Manifest.of(state, path)
-    if manifest is None and KEY in state:
-        raise UserError(
-            f"{path} has the experts of one rank only, as --ddp-backend fully_sharded saves them; give a checkpoint of "
-            "all experts, such as a training with another --ddp-backend saves"
-        )
+    require_all_experts(state, manifest, path)
     state["model"] = dict(state["model"])  # plain, as torch loads nothing else without running code
     if not with_optimizer or not state.get(OPTIMIZER):
         state.pop(OPTIMIZER, None)  # as --no-save-optimizer-state leaves it out
@@ -55,11 +49,8 @@ def read(path: Path, with_optimizer: bool = True) -> tuple[dict[str, Any], "Mani
 def merge(source: Path, out: Path, with_optimizer: bool, is_average: bool = False) -> None:
     """Write a plain checkpoint, which holds all experts itself.
 
-    Args:
-        source: main file of the checkpoint.
-        out: file to write.
-        with_optimizer: whether the optimizer's state goes into it, too.
-        is_average: take the running average of the weights (`--store-ema`) in place of the weights.
+    With `is_average` its weights are the running average of the weights (`--store-ema`), and no optimizer's state is
+    written.
 
     Raises:
         UserError: if the source cannot be used or has no such average, or `out` cannot be written.

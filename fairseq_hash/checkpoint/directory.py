@@ -117,10 +117,7 @@ def _manifest(path: Path, *_facts: int) -> "Manifest | None":
 def check_start(folder: Path, path: Path, is_chosen: bool) -> None:
     """Check that a training that finds no checkpoint at `path` really is a new one.
 
-    Args:
-        folder: `--save-dir`.
-        path: the checkpoint that the training goes on from.
-        is_chosen: whether the user named it.
+    `path` is the checkpoint that it goes on from, `is_chosen` whether the user named it.
 
     Raises:
         UserError: where a chosen file does not exist, or where the folder has other checkpoints.

@@ -31,10 +31,7 @@ def take_own_experts(layer: nn.Module, parallel: ExpertParallel, shapes: Mapping
 
     A state that fully sharded data parallel made holds what the rank holds, under another name: it is left as it is.
 
-    Args:
-        layer: a module with experts.
-        parallel: who shares them.
-        shapes: its parameters `[e, ...]` by name, before anything wraps them.
+    `shapes` are those of its parameters, `[e, ...]` by name, before anything wraps them.
     """
 
     def take_own(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

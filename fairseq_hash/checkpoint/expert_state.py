@@ -58,10 +58,7 @@ def take_moments(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return an optimizer's state dict without the experts' moments, and these: `parameter/moment` to `[e, ...]`.
 
-    Args:
-        state: the state dict, which is left as it is.
-        numbers: see `expert_numbers`.
-        shapes: of the parameters, by name.
+    The state dict itself is left as it is; for `numbers` see `expert_numbers`.
     """
     kept, moments = dict(state["state"]), {}
     for name, number in numbers.items():

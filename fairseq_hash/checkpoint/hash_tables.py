@@ -21,10 +21,7 @@ def as_array(tensor: Tensor) -> np.ndarray:
 def tables_of(model: Mapping[str, Any], options: Mapping[str, Any], num_experts: int) -> list[HashTable]:
     """Return the tables of a checkpoint's model in the order of its hash layers, none where it has no such layers.
 
-    Args:
-        model: the model's state.
-        options: the model's options, which say of what feature the tables are.
-        num_experts: E.
+    `model` is the model's state; its options say of what feature the tables are.
 
     Raises:
         UserError: where a table is damaged.

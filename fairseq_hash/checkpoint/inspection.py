@@ -14,9 +14,7 @@ from fairseq_hash.hashing.table import fingerprint_of_tables
 def facts(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     """Return what `show` prints, ready for JSON; None where a checkpoint does not say.
 
-    Args:
-        path: the main file.
-        state: what `read_checkpoint` returned for it.
+    `state` is what `read_checkpoint` returned for the main file at `path`.
     """
     model, manifest = state["model"], state["model"].manifest
     options = model_options(state)

@@ -46,9 +46,7 @@ class SavedState(dict):
 def read_checkpoint(path: "str | os.PathLike[str]", is_checked: bool = True) -> dict[str, Any]:
     """Read a checkpoint's main file and open its shards; no expert is read yet.
 
-    Args:
-        path: the main file, or a plain checkpoint that holds its experts itself.
-        is_checked: compare the main file with its checksums first.
+    A plain checkpoint holds its experts itself. With `is_checked` the file is compared with its checksums first.
 
     Raises:
         UserError: where a file is missing, damaged or another one.

@@ -20,10 +20,8 @@ from fairseq_hash.core.files import atomic_write
 def write_main(state: Mapping[str, Any], path: "str | os.PathLike[str]") -> None:
     """Write a checkpoint's main file: on disc and whole under its name, or not at all.
 
-    Args:
-        state: what to write; of the options in `cfg`, namespaces become dictionaries, as fairseq's older optimizers
-            have them and no file can be read back with them unless code from it is run.
-        path: the file.
+    Of the options in `cfg`, namespaces become dictionaries, as fairseq's older optimizers have them and no file can be
+    read back with them unless code from it is run.
 
     Raises:
         UserError: if it cannot be written; what had this name before is still there, and nothing else is.
@@ -88,9 +86,7 @@ def not_here(path: "str | os.PathLike[str]") -> str:
 def read_main(path: "str | os.PathLike[str]", is_checked: bool = True) -> dict[str, Any]:
     """Read a main file, or any checkpoint of fairseq: tensors and plain values, memory-mapped.
 
-    Args:
-        path: the file.
-        is_checked: compare all of it with its checksums first (CRC-32, which torch writes).
+    With `is_checked` all of it is compared with its checksums first (CRC-32, which torch writes).
 
     Raises:
         UserError: if it is missing, damaged, no checkpoint, or needs code from the file to be run.

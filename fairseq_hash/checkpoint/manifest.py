@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
+from types import UnionType
+from typing import Any, get_origin, get_type_hints
 
 from fairseq_hash.checkpoint.shards import Shard
 from fairseq_hash.core.errors import UserError
@@ -65,9 +66,8 @@ class Manifest:
         except (KeyError, TypeError) as error:
             raise UserError(f"{path} has a damaged manifest ({error}); use another checkpoint") from None
         for record in (manifest, *manifest.shards):
-            if wrong := [
-                name for name, kind in KINDS[type(record)].items() if not isinstance(vars(record)[name], kind)
-            ]:
+            kinds = get_type_hints(type(record))
+            if wrong := [name for name, kind in kinds.items() if not _is_of(vars(record)[name], kind)]:
                 raise UserError(f"{path} has a damaged manifest (its {wrong[0]}); use another checkpoint")
         for shard in manifest.shards:
             if PurePosixPath(shard.file).is_absolute() or ".." in PurePosixPath(shard.file).parts:
@@ -110,25 +110,15 @@ def expert_tensors(model: Mapping[str, Any], manifest: "Manifest | None") -> set
     return {name for name in model if ".experts." in name}
 
 
-# What the fields of a manifest and of its shards are, as a file may say anything.
-KINDS: "dict[type, dict[str, tuple[type, ...]]]" = {
-    Manifest: {
-        "save": (str,),
-        "update": (int,),
-        "num_experts": (int,),
-        "router": (str,),
-        "dictionary_fingerprint": (str,),
-        "table_fingerprint": (str, type(None)),
-        "numbers": (Mapping,),
-        "experts": (tuple,),
-        "provenance": (Mapping,),
-    },
-    Shard: {
-        "file": (str,),
-        "part": (str,),
-        "first": (int,),
-        "experts": (int,),
-        "bytes": (int,),
-        "header_sha256": (str,),
-    },
-}
+def require_all_experts(state: Mapping[str, Any], manifest: "Manifest | None", path: object) -> None:
+    """Raise `UserError` for a main file that has one rank's share of the experts, and so no manifest."""
+    if manifest is None and KEY in state:
+        raise UserError(
+            f"{path} has the experts of one rank only, as --ddp-backend fully_sharded saves them; give a checkpoint of "
+            "all experts, such as a training with another --ddp-backend saves"
+        )
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Return whether a value is of a field's type, as a file may say anything; what it contains is not looked at."""
+    return isinstance(value, kind if isinstance(kind, UnionType) else get_origin(kind) or kind)

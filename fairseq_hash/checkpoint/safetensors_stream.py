@@ -36,11 +36,8 @@ def write_safetensors(
 ) -> bytes:
     """Write tensors to an open file; return its header.
 
-    Args:
-        file: what to write to.
-        tensors: by name: of any device, or anything else with `shape` and `dtype`.
-        metadata: the text in the header.
-        rows: returns the tensors that one of `tensors` consists of; one of them at a time is in memory.
+    `tensors` are on any device, or anything else with `shape` and `dtype`. `rows` returns the tensors that one of them
+    consists of; one of these at a time is in memory.
     """
     # Wide types first: every tensor then begins at a multiple of its element's size.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)

@@ -97,11 +97,6 @@ class Saver:
     def write_experts(self, folder: Path, update: int, with_optimizer: bool) -> None:
         """Write the shards of a checkpoint; rank 0 calls this inside of `run`, and all others do the same.
 
-        Args:
-            folder: that of the main file.
-            update: number of updates done.
-            with_optimizer: whether to save the optimizer's state, too.
-
         Raises:
             UserError: where a rank cannot write, or writes to another disc than rank 0.
         """

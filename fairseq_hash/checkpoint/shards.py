@@ -59,13 +59,8 @@ def write_shard(
 ) -> Shard:
     """Write a shard: on disc and whole under its name, or nothing.
 
-    Args:
-        folder: that of the main file.
-        file: path of the shard, relative to it.
-        part: `weights` or `optimizer`.
-        experts: ids of the experts, which are the tensors' rows.
-        tensors: `[e, ...]` by name, on any device.
-        about: further facts for the header (JSON).
+    `folder` is that of the main file, and `file` relative to it. `tensors`, `[e, ...]` by name, on any device, have a
+    row for each of `experts`. `about` are further facts for the header (JSON).
 
     Raises:
         OSError: if the file cannot be written.

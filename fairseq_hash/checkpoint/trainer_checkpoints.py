@@ -41,10 +41,7 @@ class TrainingCheckpoints:
         self.saver = Saver(model, parallel, facts, lambda: trainer.optimizer)
 
     def begin(self, cfg: Any) -> None:
-        """Check and clean the folder before anything is loaded.
-
-        Args:
-            cfg: fairseq's `checkpoint` options.
+        """Check and clean the folder before anything is loaded, as fairseq's `checkpoint` options say.
 
         Raises:
             UserError: on every rank: another training is in the folder; or there is no checkpoint to go on from where
@@ -75,9 +72,7 @@ class TrainingCheckpoints:
     def check_file(self, path: str, with_optimizer: bool) -> None:
         """Raise `UserError` on every rank where a checkpoint has other experts or an optimizer of other parameters.
 
-        Args:
-            path: the file that is about to be loaded; none is there at the start of a new training.
-            with_optimizer: whether the optimizer's state is loaded, too.
+        At the start of a new training there is no file. `with_optimizer`: whether the optimizer's state is loaded, too.
         """
         run_on_all_ranks(lambda: self._check_file(path, with_optimizer))
 

@@ -46,13 +46,11 @@ def start_from_dense(model: Any, path: str) -> None:
             for name, parameter in module.feed_forward.named_parameters():
                 if name.endswith("fc2_bias"):
                     nn.init.zeros_(parameter)
+        elif isinstance(module, SparseLayer) and module.shared is not None:  # the routed experts are what the FFN was
+            shared: Any = module.shared
+            nn.init.zeros_(shared.fc2_weight)
+            nn.init.zeros_(shared.fc2_bias)
     options = model.decoder.options
-    if options.shared_expert:
-        for module in model.modules():
-            if isinstance(module, SparseLayer):  # the routed experts are what the FFN was
-                shared: Any = module.shared
-                nn.init.zeros_(shared.fc2_weight)
-                nn.init.zeros_(shared.fc2_bias)
     weighs = options.hash_scale != 1 or set(options.routers) != {"hash"}
     if options.sparse_placement == "replace" and weighs:
         logger.warning("the router weighs what the experts return: the first loss is not that of the dense model")

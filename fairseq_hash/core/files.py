@@ -46,9 +46,7 @@ def atomic_write(path: "str | os.PathLike[str]", is_durable: bool = False) -> It
     Whatever fails, what had the name before is still there, and nothing else is. A process that is killed leaves
     `.NAME.xxxxxxxx.partial`.
 
-    Args:
-        path: the name that it gets.
-        is_durable: for a file: have it on disc before it has its name, and then the name, too.
+    With `is_durable` a file is on disc before it has its name, and then the name, too.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")

@@ -9,10 +9,7 @@ from typing import Any, get_args, get_type_hints
 def option(default: Any = MISSING, help: str = "", **more: Any) -> Any:
     """Return a dataclass field with a help text. Without a default the option is required.
 
-    Args:
-        default: of the field.
-        help: as the command shows it.
-        more: further keywords for argparse, such as `metavar`; `flag`, if the argument is not named as the field is.
+    `more` are further keywords for argparse, such as `metavar`; `flag`, if the argument is not named as the field is.
     """
     return field(default=default, metadata={"help": help, **more})
 

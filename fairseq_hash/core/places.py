@@ -10,11 +10,7 @@ PROBE = 1 << 20  # bytes; the first file of any training is larger
 
 
 def require_folder(option: str, folder: "str | os.PathLike[str]") -> None:
-    """Make a folder, and write a file of 1 MiB there that is gone afterwards.
-
-    Args:
-        option: what the user gave it as, such as `--save-dir`.
-        folder: made with its parents where it is not there.
+    """Make a folder and its parents, given as an `option`, and write a file of 1 MiB there that is gone afterwards.
 
     Raises:
         UserError: where that fails: no permission, a read-only or full disc, a file in its place.
@@ -35,11 +31,7 @@ def require_folder(option: str, folder: "str | os.PathLike[str]") -> None:
 
 
 def require_file(option: str, path: "str | os.PathLike[str]") -> None:
-    """Open a file to append to it, as a log is; it is there afterwards.
-
-    Args:
-        option: what the user gave it as, such as `--log-file`.
-        path: the file.
+    """Open a file, given as an `option`, to append to it, as a log is; it is there afterwards.
 
     Raises:
         UserError: where that fails.

@@ -88,10 +88,7 @@ class KneserNey:
     def __init__(self, id_S: np.ndarray, order: int, vocabulary: int) -> None:
         """Count a stream. `</s>` are put before its first token, so that every token has a full context.
 
-        Args:
-            id_S: integers `[S]`, 0 to V - 1, at least one.
-            order: number of tokens in an n-gram.
-            vocabulary: V.
+        `id_S` are integers `[S]`, 0 to V - 1, at least one.
 
         Raises:
             UserError: if n-grams of this many symbols do not fit into int64.

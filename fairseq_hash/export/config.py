@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fairseq_hash.checkpoint.hash_tables import NAME
 from fairseq_hash.checkpoint.inspection import model_options
-from fairseq_hash.checkpoint.manifest import KEY
+from fairseq_hash.checkpoint.manifest import require_all_experts
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.export.tensors import Value
 from fairseq_hash.options.sparse_options import SparseOptions
@@ -31,7 +32,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 }
 # Entries of a state besides the model's parameters and tables.
 LEFT_OUT = re.compile(r"decoder\.(version|embed_positions\._float_tensor|hash_tables\.\d+\.dictionary_fingerprint)")
-TABLE = re.compile(r"decoder\.hash_tables\.(\d+)\.(\w+)")
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,7 @@ def model_of(path: object, state: Mapping[str, Any]) -> Model:
     Raises:
         UserError: if it is not a language model, or one that cannot be exported.
     """
-    if state["model"].manifest is None and KEY in state:
-        raise UserError(
-            f"{path} has the experts of one rank only, as --ddp-backend fully_sharded saves them; give a checkpoint of "
-            "all experts, such as a training with another --ddp-backend saves"
-        )
+    require_all_experts(state, state["model"].manifest, path)
     given = model_options(state)
     tensors = {name: value for name, value in state["model"].items() if not LEFT_OUT.fullmatch(name)}
     if not given or "decoder_embed_dim" not in given or any(not name.startswith("decoder.") for name in tensors):
@@ -142,7 +138,7 @@ def _sparse(
 ) -> dict[str, Any]:
     tables: dict[int, dict[str, list[int]]] = {}
     for name, value in tensors.items():
-        if found := TABLE.fullmatch(name):
+        if found := re.fullmatch(NAME, name):
             tables.setdefault(int(found[1]), {})[found[2]] = list(value.shape)
     places, hash_layers = [], 0
     for layer, router in options.layer_routers(given["decoder_layers"]).items():

@@ -9,11 +9,9 @@ class CommandLog:
     """A command's logger, for its module alone."""
 
     def __init__(self, logger: logging.Logger, corrected: Callable[[Any], Any]) -> None:
-        """Correct what `logger` is given at level INFO.
+        """Correct what the command's `logger` is given at level INFO.
 
-        Args:
-            logger: the command's.
-            corrected: returns what to say in place of a message; None: nothing.
+        `corrected` returns what to say in place of a message; None: nothing.
         """
         self._logger = logger
         self._corrected = corrected

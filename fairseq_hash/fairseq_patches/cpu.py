@@ -31,9 +31,8 @@ def _let_cpus_meet(original: Callable[..., None], cfg: Any, main: Callable[..., 
 def meet_over_gloo(cfg: Any, is_asked_for: bool) -> None:
     """Choose what several processes on CPUs need; leave one process alone.
 
-    Args:
-        cfg: fairseq's `distributed_training` options, which are changed.
-        is_asked_for: whether `--cpu` was given. Otherwise there is no GPU.
+    `cfg` has fairseq's `distributed_training` options, which are changed. `is_asked_for`: whether `--cpu` was given;
+    otherwise there is no GPU.
 
     Raises:
         UserError: where several processes are asked for, and nothing starts them.

@@ -27,9 +27,7 @@ def _check_places(original: Callable[..., None], cfg: Any) -> None:
 def check_places(cfg: Any, is_first: bool) -> None:
     """Raise `UserError` where an option of a training cannot be followed.
 
-    Args:
-        cfg: fairseq's configuration.
-        is_first: whether this is the rank that writes checkpoints and TensorBoard's files.
+    `is_first`: whether this is the rank that writes checkpoints and TensorBoard's files.
     """
     if cfg.dataset.max_tokens is None and cfg.dataset.batch_size is None:
         raise UserError("how large a batch is has to be given: --max-tokens N, or --batch-size N")

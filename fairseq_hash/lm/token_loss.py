@@ -32,8 +32,6 @@ def token_cross_entropy(logits_NV: Tensor, target_N: Tensor, ignore_index: int, 
     Args:
         logits_NV: of any floating type; rows are copied, a chunk at a time, where they are not contiguous.
         target_N: int64, each from 0 to V - 1 or `ignore_index`.
-        ignore_index: the target of tokens that do not count.
-        reduce: whether to add up.
     """
     return _TokenCrossEntropy.apply(logits_NV, target_N, ignore_index, reduce)
 
@@ -60,9 +58,7 @@ def adaptive_cross_entropy(
     Args:
         softmax: the model's, in training or evaluation.
         feature_ND: what it multiplies.
-        target_N: int64, each from 0 to V - 1 or `ignore_index`.
-        ignore_index: the target of tokens that do not count; it is of the head.
-        reduce: whether to add up.
+        target_N: int64, each from 0 to V - 1 or `ignore_index`, which is of the head.
     """
     logits, targets = softmax(feature_ND, target_N)
     loss_N = F.cross_entropy(logits[0].float(), targets[0], ignore_index=ignore_index, reduction="none")

@@ -41,11 +41,9 @@ class HashWeights(nn.Module):
 
 
 def log_score(logits: Tensor, score: str) -> Tensor:
-    """Return the logarithm of a score, up to a constant; finite with finite gradients wherever the logits are finite.
+    """Return the logarithm of a score of `SCORES`, up to a constant, for logits (fp32, any shape).
 
-    Args:
-        logits: fp32, any shape.
-        score: one of `SCORES`.
+    It is finite, with finite gradients, wherever the logits are.
     """
     if score == "softmax":
         return logits

@@ -149,9 +149,7 @@ def planned(num_experts: int, size: int, rank: int, world_size: int) -> ExpertPa
 def expert_parallel(num_experts: int, size: int) -> ExpertParallel:
     """Return this rank's place, and make its process groups: every rank has to call this, with the same arguments.
 
-    Args:
-        num_experts: E.
-        size: P, or 0 for the largest that fits.
+    `size` is P, or 0 for the largest that fits.
 
     Raises:
         UserError: as `planned`.
@@ -223,12 +221,8 @@ def norm_of_shards(norm: Tensor) -> Tensor:
 def norm_with_experts(dense_norm: Tensor, expert_gradients: Iterable[Tensor], parallel: ExpertParallel) -> Tensor:
     """Return the norm (fp32 scalar) of the dense gradients and those of all experts, the same on every rank.
 
-    Every rank of the group has to call this.
-
-    Args:
-        dense_norm: the norm of the dense gradients, the same on every rank.
-        expert_gradients: of this rank's experts, after `reduce_expert_gradients`.
-        parallel: who shares the experts.
+    Every rank of the group has to call this, with the same norm of the dense gradients, and with the gradients of its
+    own experts after `reduce_expert_gradients`.
     """
     squares = [torch.linalg.vector_norm(g, dtype=torch.float32).square() for g in expert_gradients]
     own = torch.stack(squares).sum() if squares else dense_norm.new_zeros((), dtype=torch.float32)

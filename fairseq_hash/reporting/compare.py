@@ -26,9 +26,7 @@ USUAL = ("checkpoint_best.pt", "checkpoint_last.pt")
 def sort_out(runs: Sequence[Run], unfinished: bool = False) -> tuple[list[Run], dict[Path, str]]:
     """Return the runs that may be compared, and for each other run, by folder, the reason why not.
 
-    Args:
-        runs: runs with one dictionary.
-        unfinished: whether runs may be compared whose training is not done.
+    The runs have one dictionary. `unfinished`: whether runs may be compared whose training is not done.
     """
     reasons = {run.folder: reason for run in runs if (reason := why_incomplete(run, unfinished))}
     for left_out in (_odd_ones, _not_evaluated_as_their_like, _repeated):
@@ -75,11 +73,8 @@ def _repeated(runs: Sequence[Run]) -> dict[Path, str]:
 def _changed_on_resuming(configs: Sequence[dict[str, Any]]) -> set[str]:
     """Return the options that differ between sessions. The seed counts, too: one training has one seed."""
     sessions = [{**stable(config), "common.seed": config.get("common.seed")} for config in configs]
-    return {key for session in sessions for key in _differences(session, sessions[-1])}
-
-
-def _differences(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
-    return {key for key in {*one, *other} if one.get(key) != other.get(key)}
+    keys = {key for session in sessions for key in session}
+    return {key for key in keys if any(session.get(key) != sessions[-1].get(key) for session in sessions)}
 
 
 def _odd_ones(runs: Sequence[Run]) -> dict[Path, str]:

@@ -40,9 +40,7 @@ FIGURES = {
 def comparison_page(comparison: Comparison, figures: dict[str, list[bytes]]) -> str:
     """Return the page as HTML.
 
-    Args:
-        comparison: the comparison to show.
-        figures: by file name, each figure for light and for dark screens, for browsers without scripts.
+    `figures` are, by file name, those for light and for dark screens, for browsers without scripts.
     """
     return page.render(comparison.title, subtitle(comparison.runs), sections(comparison, figures))
 

@@ -14,11 +14,8 @@ ERROR = re.compile(r"(fairseq_hash: |\w[\w.]*(Error|Exception|Interrupt)\b|slurm
 def why_not_done(training: TrainingLog, grown: float, error: "str | None", now: float) -> "str | None":
     """Return why a training is not done, None if it is.
 
-    Args:
-        training: its log.
-        grown: when its log last grew, in seconds since 1970.
-        error: the error with which its log ends (`last_error`).
-        now: the current time, in seconds since 1970.
+    `grown` is when its log last grew, and `now` the current time, in seconds since 1970; `error` is the error with
+    which its log ends (`last_error`).
     """
     if training.finished is not None:
         return None

@@ -70,12 +70,9 @@ def paragraphs(text: str) -> str:
 
 
 def table(content: pd.DataFrame, words: bool = False, label: str = "Table") -> str:
-    """Return a table whose headings sort it, in a box that scrolls by itself.
+    """Return a table of text whose headings sort it, in a box that scrolls by itself.
 
-    Args:
-        content: cells of text.
-        words: whether all columns are left-aligned.
-        label: the name of the box for screen readers.
+    `words`: whether all columns are left-aligned; `label` is the name of the box for screen readers.
     """
     head = "".join(f'<th scope="col">{escape(str(name))}</th>' for name in content.columns)
     columns = [[sort_value(str(cell)) for cell in content.iloc[:, column]] for column in range(content.shape[1])]

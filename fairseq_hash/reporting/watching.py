@@ -28,13 +28,8 @@ def watch(
     Runs whose training is not done are compared as far as they are. If no run can be reported yet, the page and `tell`
     say why, once for each reason, and reading continues: a half-written log will be completed.
 
-    Args:
-        folders: run folders, or folders with run folders below them.
-        out: folder for the page.
-        title: its heading.
-        note: what the runs can show, in the user's words.
-        seconds: time between two pages; longer if reading the logs takes long.
-        tell: called with a line for the terminal.
+    `seconds` is the time between two pages; it is longer if reading the logs takes long. `tell` is called with a line
+    for the terminal.
 
     Raises:
         UserError: for a path that is not a folder, or if the page cannot be written.

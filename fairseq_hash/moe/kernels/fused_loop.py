@@ -225,8 +225,6 @@ def fused_feed_forward(rows_RD: Tensor, weights: Weights, hidden: HiddenLayer, s
 
     Args:
         rows_RD: rows by group, any floating dtype, that of the weights.
-        weights: of all groups.
-        hidden: what stands between the two maps.
         sizes: how many rows each group has; zeros are allowed.
     """
     tensors = (rows_RD, weights.fc1_GHD, weights.bias1_GH, weights.fc2_EDF, weights.bias2_GD)

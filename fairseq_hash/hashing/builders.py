@@ -14,9 +14,9 @@ import numpy as np
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.hashing.balance import expert_loads
+from fairseq_hash.hashing.dictionary import SPECIAL
 from fairseq_hash.hashing.mixing import Integers, draws
 
-SPECIAL_SYMBOLS = 4  # in every fairseq dictionary
 FEWEST_SYMBOLS = 16
 
 
@@ -109,8 +109,6 @@ def best_of(
 
     `build(n)` makes table n, from 0 to `restarts` - 1.
     """
-    if restarts < 1:
-        raise UserError(f"the best of {restarts} tables cannot be built; give 1 or more")
 
     def badness(expert_HK: np.ndarray) -> tuple[int, int]:
         loads = expert_loads(expert_HK, counts, num_experts).tolist()
@@ -141,7 +139,7 @@ def equal_count(counts: Integers) -> "int | None":
     four special symbols come first and have no counts in any dictionary; words that pad it count 0. Counts of 1 carry
     no information, which `check_counts` reports.
     """
-    own = np.asarray(counts, dtype=np.int64)[SPECIAL_SYMBOLS:]
+    own = np.asarray(counts, dtype=np.int64)[len(SPECIAL) :]
     own = own[own > 0]
     return int(own[0]) if len(own) >= FEWEST_SYMBOLS and 1 < own.min() == own.max() else None
 

@@ -23,19 +23,6 @@ if TYPE_CHECKING:
 BLOCK = 4096  # rows at a time, which bounds memory
 
 
-def check_embedding(embedding_HD: "Tensor", num_keys: int) -> None:
-    """Raise `UserError` unless the embedding is a matrix with one finite row for each of H keys."""
-    if embedding_HD.dim() != 2 or len(embedding_HD) != num_keys:
-        raise UserError(
-            f"the embedding has shape {tuple(embedding_HD.shape)}, the dictionary {num_keys} symbols; "
-            "give the embedding of a model with this dictionary, one row for each symbol"
-        )
-    finite_H = embedding_HD.isfinite().all(dim=1)
-    if not finite_H.all():
-        row = int((~finite_H).nonzero()[0])
-        raise UserError(f"row {row} of the embedding is not finite; give the embedding of a sound model")
-
-
 def cluster_keys(embedding_HD: "Tensor", num_clusters: int, seed: int = 42) -> tuple[np.ndarray, np.ndarray]:
     """Group keys by k-means (scikit-learn's, from one k-means++ start).
 
@@ -44,14 +31,13 @@ def cluster_keys(embedding_HD: "Tensor", num_clusters: int, seed: int = 42) -> t
     keep a clustered table as a file.
 
     Returns the cluster of each key, int64 `[H]`, and the clusters' means, float32 `[clusters, D]`. Raises `UserError`
-    if there are more clusters than keys or than different rows, or a row is not finite.
+    if there are more clusters than keys or than different rows.
     """
     # Here, because importing hashing must not import scikit-learn.
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
-    check_embedding(embedding_HD, len(embedding_HD))
     if not 1 <= num_clusters <= len(embedding_HD):
         raise UserError(f"{num_clusters} clusters of {len(embedding_HD)} keys; give 1 to {len(embedding_HD)}")
     means = KMeans(num_clusters, n_init=1, random_state=seed)

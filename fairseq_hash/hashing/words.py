@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.hashing.dictionary import SPECIAL
 
 BASE = 0x5851F42D4C957F2D  # odd, so that no power of it loses bits
 MOST_PIECES = 16  # after that many pieces of a word, each further piece has its own row
 BEGIN, JOIN = "\u2581", "@@"  # SentencePiece marks the beginning of a word, subword-nmt a piece that continues
-SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 
 
 def word_index(symbols: Sequence[str], words: Sequence[str]) -> dict[str, np.ndarray]:

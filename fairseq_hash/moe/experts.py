@@ -107,9 +107,6 @@ class GatedFeedForward(nn.Module):
     product, silu's argument is cut to at most `limit`, the other factor to between -limit and limit; 0 cuts nothing.
     Gate and up lie in one parameter, gate first: one product in place of two, and the layout of transformers'
     `gate_up_proj`. The start is `nn.Linear`'s, drawn as `ExpertFeedForward` draws.
-
-    Raises:
-        UserError: where `limit` is negative.
     """
 
     def __init__(
@@ -123,8 +120,6 @@ class GatedFeedForward(nn.Module):
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        if not limit >= 0:
-            raise UserError(f"gated experts cannot be cut at a limit of {limit}; use a positive one, or 0 for none")
         self.limit = limit
         self.dropout = dropout
         self.recompute = recompute

@@ -4,8 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fairseq_hash.core.errors import UserError
-
 SCORES = ("softmax", "sigmoid", "sqrt-softplus")
 
 
@@ -17,15 +15,10 @@ class HashWeights(nn.Module):
 
     The weight starts at zero, so that at first all K experts weigh scale / K: a layer whose K experts are copies of a
     dense FFN then computes what the FFN does (at scale 1).
-
-    Raises:
-        UserError: where `score` is none of `SCORES`.
     """
 
     def __init__(self, model_width: int, num_experts: int, score: str, scale: float) -> None:
         super().__init__()
-        if score not in SCORES:
-            raise UserError(f"unknown score {score!r} of hash weights; use one of {', '.join(SCORES)}")
         self.score = score
         self.scale = scale
         self.weight = nn.Parameter(torch.zeros(num_experts, model_width))

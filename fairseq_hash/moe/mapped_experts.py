@@ -1,23 +1,13 @@
 """Evaluation of models whose experts do not fit into memory: they stay in the checkpoint's files."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.moe.kernels.group_sizes import GroupSizes
-
-
-class Saved(Protocol):
-    """A tensor of all experts in a file."""
-
-    def verify(self) -> None:
-        """Check every row."""
-
-    def mapped(self) -> Tensor:
-        """Return all rows, in the file's memory where that is possible."""
 
 
 class MappedExperts(nn.Module):
@@ -38,8 +28,8 @@ class MappedExperts(nn.Module):
         """The experts, without data."""
         return self._shell[0]
 
-    def leave_in_file(self, name: str, saved: "Tensor | Saved") -> None:
-        """Take where a parameter lies: a memory-mapped tensor, or one in shards, whose checksums are looked at here."""
+    def leave_in_file(self, name: str, saved: Any) -> None:
+        """Take where a parameter lies: a mapped tensor, or `SavedExperts`, whose checksums are looked at here."""
         if not isinstance(saved, Tensor):
             saved.verify()
         self._saved[name] = saved

@@ -4,7 +4,7 @@ They know neither routers nor what an expert is. Shape suffixes: see `losses`.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,38 +17,11 @@ from fairseq_hash.parallel.groups import ExpertParallel
 Experts = Callable[[Tensor, "GroupSizes | Sequence[int]"], Tensor]
 
 
-class TokenDispatcher(Protocol):
-    """What a sparse layer needs of a dispatcher.
+class LocalDispatcher:
+    """Every rank serves its own tokens: it holds all experts. Dispatchers that exchange rows derive from this one.
 
     Attributes:
         parallel: who shares the experts.
-    """
-
-    parallel: ExpertParallel
-
-    def in_segments(self, segments: int) -> "TokenDispatcher":
-        """Return the same for E x `segments` groups of rows, as MultiHash has them."""
-
-    def begin(self, expert_TK: Tensor, capacity_factor: float = 0.0) -> PlanUnderWay:
-        """Begin the plan of an assignment (int64); every rank that shares the experts has to call this."""
-
-    def run(self, x_TD: Tensor, assignment: Assignment, plan: DispatchPlan, experts: Experts) -> Tensor:
-        """Return what the experts add to each token, `[T, D]`; zero for a token whose choices were all dropped.
-
-        Every rank that shares the experts has to call this, with any number of tokens.
-
-        Args:
-            x_TD: tokens, any floating dtype.
-            assignment: of these tokens.
-            plan: of this assignment.
-            experts: this rank's: rows `[R, D]`, grouped by expert, and the groups' sizes, to rows.
-        """
-
-
-class LocalDispatcher:
-    """Every rank serves its own tokens: it holds all experts.
-
-    Attributes:
         is_fp32_only: whether it takes tokens in fp32 only.
     """
 
@@ -58,16 +31,23 @@ class LocalDispatcher:
         self.parallel = parallel
 
     def in_segments(self, segments: int) -> "LocalDispatcher":
-        """Return the same for E x `segments` groups of rows."""
+        """Return the same for E x `segments` groups of rows, as MultiHash has them."""
         return self if segments == 1 else type(self)(self.parallel.in_segments(segments))
 
     def begin(self, expert_TK: Tensor, capacity_factor: float = 0.0) -> PlanUnderWay:
-        """Begin the plan of an assignment."""
+        """Begin the plan of an assignment (int64); every rank that shares the experts has to call this."""
         return PlanUnderWay(expert_TK, self.parallel.num_experts, capacity_factor)
 
     def run(self, x_TD: Tensor, assignment: Assignment, plan: DispatchPlan, experts: Experts) -> Tensor:
-        """Return what the experts add to each token."""
+        """Return what the experts add to each token, `[T, D]`; zero for a token whose choices were all dropped.
+
+        Every rank that shares the experts has to call this, with any number of tokens (any floating dtype). `experts`
+        are this rank's: rows `[R, D]`, grouped by expert, and the groups' sizes, to rows.
+        """
         return combine(experts(dispatch(x_TD, plan), plan.sizes), plan, assignment.weight_TK)
+
+
+TokenDispatcher = LocalDispatcher  # what a sparse layer calls: this one, or one that derives from it
 
 
 def dispatch(x_TD: Tensor, plan: DispatchPlan) -> Tensor:

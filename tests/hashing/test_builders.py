@@ -228,8 +228,6 @@ def test_counts_without_information_are_refused(counts):
 def test_wrong_input_is_refused_in_one_line():
     with pytest.raises(UserError, match="a count is -1; a count of 0 or more"):
         balanced_experts([2, -1], 2)
-    with pytest.raises(UserError, match="the best of 0 tables cannot be built; give 1 or more"):
-        best_of(0, lambda number: None, [2], 2)
     for columns in (0, 5):
         of_counts = (partial(balanced_experts, [2] * 10), partial(dispersed_experts, [0] * 10, [2] * 10))
         of_sizes = (partial(build, 10) for build in (modulo_experts, round_robin_experts, random_experts))

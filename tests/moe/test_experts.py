@@ -259,9 +259,3 @@ def test_experts_that_stay_in_a_file(build):
     groups = 4 * getattr(experts, "segments", 1)
     x_TD = torch.randn(2 * groups, WIDTH)
     assert torch.equal(mapped(x_TD, (2,) * groups), experts(x_TD, (2,) * groups))
-
-
-@pytest.mark.parametrize("limit", [-1.0, float("nan")])
-def test_a_limit_that_is_none(limit):
-    with pytest.raises(UserError, match=f"limit of {limit}; use a positive one, or 0 for none"):
-        GatedFeedForward(range(2), WIDTH, HIDDEN, limit, 0.0, (0,))

@@ -4,7 +4,6 @@ import pytest
 import reference
 import torch
 
-from fairseq_hash.core.errors import UserError
 from fairseq_hash.moe.hash_weights import SCORES, HashWeights
 
 WIDTH = 5
@@ -110,8 +109,3 @@ def test_weights_are_computed_in_fp32(score):
     assert low.dtype == torch.float32 and torch.equal(low, exact)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(module(x_TD, expert_TK), exact)
-
-
-def test_an_unknown_score():
-    with pytest.raises(UserError, match="unknown score 'relu' of hash weights; use one of softmax, sigmoid, sqrt-soft"):
-        HashWeights(WIDTH, 4, "relu", 1.0)

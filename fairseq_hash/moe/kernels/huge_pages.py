@@ -84,17 +84,12 @@ def _take(length: int) -> mmap.mmap:
                 needed -= oldest
             else:
                 del _free[oldest]
-    return _map(length)
+    memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a system without huge pages: these are small then
+        memory.madvise(ADVICE)
+    return memory
 
 
 def _keep(memory: mmap.mmap) -> None:
     with _lock:
         _free.setdefault(len(memory), []).append(memory)
-
-
-def _map(length: int) -> mmap.mmap:
-    memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if ADVICE is not None:
-        with contextlib.suppress(OSError):  # a system without huge pages: these are small then
-            memory.madvise(ADVICE)
-    return memory

@@ -31,8 +31,7 @@ class Corpus:
     """A public corpus: its archive and, if published, the figures against which a preparation can be checked.
 
     `members`: the archive's text file for each split; None for an xz stream of documents that we split ourselves.
-    `expected_tokens`: tokens per split, words and one <eos> per line (blank lines too). `expected_vocabulary`:
-    different tokens, including <unk> and <eos>.
+    `expected_tokens`: tokens per split, words and one <eos> per line (blank lines too).
     """
 
     name: str
@@ -41,7 +40,6 @@ class Corpus:
     note: str
     members: dict[str, str] | None = None
     expected_tokens: dict[str, int] | None = None
-    expected_vocabulary: int | None = None
 
     @property
     def archive(self) -> str:
@@ -49,7 +47,7 @@ class Corpus:
         return self.file.url.rpartition("/")[2]
 
 
-def _wikitext(name: str, size: int, sha256: str, train_tokens: int, vocabulary: int) -> Corpus:
+def _wikitext(name: str, size: int, sha256: str, train_tokens: int) -> Corpus:
     return Corpus(
         name=name,
         file=RemoteFile(f"https://wikitext.smerity.com/{name}-v1.zip", size, sha256),
@@ -57,7 +55,6 @@ def _wikitext(name: str, size: int, sha256: str, train_tokens: int, vocabulary: 
         note="Merity et al. 2016, Pointer Sentinel Mixture Models; word-level, rare words are <unk>",
         members={split: f"{name}/wiki.{split}.tokens" for split in SPLITS},
         expected_tokens={"train": train_tokens, "valid": 217_646, "test": 245_569},
-        expected_vocabulary=vocabulary,
     )
 
 
@@ -73,14 +70,12 @@ CORPORA: dict[str, Corpus] = {
             190_229_076,
             "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
             103_227_021,
-            267_735,
         ),
         _wikitext(
             "wikitext-2",
             4_475_746,
             "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
             2_088_628,
-            33_278,
         ),
         # No checksum is published. Damage is found by xz's own check of every block (CRC64 unless its maker chose
         # another) and by a missing end. Nothing shows whether others used the same file, so its fingerprint is

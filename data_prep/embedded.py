@@ -20,8 +20,9 @@ from pathlib import Path
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.files import atomic_write
 
+from .corpora import SPLITS
+
 MINIMUM_WORDS = 400_000
-SPLITS = ("train", "valid", "test")
 
 # Modules, packages and folders that distributions leave out, move or patch (Debian's were compared with the original),
 # that only one platform has, or that are tests or generated tables.

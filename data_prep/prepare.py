@@ -41,7 +41,7 @@ BYTES_A_WORKER = 16 << 20  # from this size on, starting a process pays
 MODEL_WORK, PIECES_WORK, BINARIZE_WORK = 10.0, 40.0, 40.0
 
 
-def prepare(source: Source, out: Path, options: Options, display_for: Callable[[float], Display] = Display) -> bool:
+def prepare(source: Source, out: Path, options: Options) -> bool:
     """Prepare a corpus in the folder `out`. Return False if it was prepared before with the same options.
 
     Raises:
@@ -59,7 +59,7 @@ def prepare(source: Source, out: Path, options: Options, display_for: Callable[[
     with exclusive(lock):
         remove_partials(work)
         steps = Preparation(source, work, options, identity)
-        with display_for(TEXT_WORK + MODEL_WORK + PIECES_WORK + BINARIZE_WORK) as display:
+        with Display(TEXT_WORK + MODEL_WORK + PIECES_WORK + BINARIZE_WORK) as display:
             try:
                 steps.run(display)
             except BrokenProcessPool as error:

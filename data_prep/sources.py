@@ -3,7 +3,7 @@
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.progress import Display
@@ -14,21 +14,6 @@ from .embedded import write_embedded_corpus
 from .text import check_files
 
 TEXT_WORK = 10.0
-
-
-class Source(Protocol):
-    """A corpus. `identity` tells it from others (JSON-ready); `fetch` returns its files by split.
-
-    `expected_tokens`: the published numbers of tokens by split (words and line ends); None if there are none.
-    """
-
-    expected_tokens: "dict[str, int] | None"
-
-    def identity(self) -> dict[str, Any]:
-        """Return the facts that identify this text."""
-
-    def fetch(self, folder: Path, display: Display) -> dict[str, list[Path]]:
-        """Return the files of every split. Files that must be written first go to `folder`."""
 
 
 @dataclass(frozen=True)
@@ -107,3 +92,8 @@ class PublicText:
         paths = fetch_text(self.corpus, self.downloads / self.corpus.name, self.local, self.max_bytes, show)
         display.end(f"{self.corpus.licence}; in {self.downloads / self.corpus.name}")
         return {split: [path] for split, path in paths.items()}
+
+
+# A corpus. `identity` tells it from others (JSON-ready); `fetch` returns its files by split, and writes to the folder
+# those that are not there yet. `expected_tokens`: the published numbers by split (words and line ends), None without.
+Source = GivenText | EmbeddedText | PublicText

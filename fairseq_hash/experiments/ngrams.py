@@ -9,7 +9,7 @@ model.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -191,20 +191,16 @@ def read_stream(blocks: Iterable[np.ndarray], limit: "int | None" = None) -> np.
 
 
 def ngram_lines(
-    training_S: np.ndarray,
-    held_out: Mapping[str, np.ndarray],
-    vocabulary: int,
-    display: Display,
-    orders: Sequence[int] = ORDERS,
+    training_S: np.ndarray, held_out: Mapping[str, np.ndarray], vocabulary: int, display: Display
 ) -> list[Line]:
     """Count a model of each order and evaluate it on each subset.
 
     Tokens are integers `[S]`, 0 to V - 1, V the vocabulary. The display gets one unit of work per order. The lines of
-    the first subset come in the order of `orders`, then those of the next. Raises `UserError` if n-grams of this many
+    the first subset come in the order of `ORDERS`, then those of the next. Raises `UserError` if n-grams of this many
     symbols do not fit into int64.
     """
     lines: dict[str, list[Line]] = {subset: [] for subset in held_out}
-    for order in orders:
+    for order in ORDERS:
         display.begin(f"n-grams of order {order}", 1)
         model = KneserNey(training_S, order, vocabulary)
         for subset, id_S in held_out.items():

@@ -4,9 +4,7 @@ Work is counted in multiply-adds of matrix products (2 FLOPs each), as in PyTorc
 biases, norms and activations are left out.
 """
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,10 +15,16 @@ from torch import nn
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.experiments.compose import Experiment
+from fairseq_hash.fairseq_patches.registry import replaced
 from fairseq_hash.hashing.registry import BUILDERS
 from fairseq_hash.lm.model import HashTransformerLanguageModel
-from fairseq_hash.moe.layer import SparseLayer
-from fairseq_hash.moe.parameter_counts import count_experts, count_parameters, count_trained, count_trained_experts
+from fairseq_hash.moe.parameter_counts import (
+    count_experts,
+    count_parameters,
+    count_trained,
+    count_trained_experts,
+    layers_and_dense,
+)
 
 BACKWARD = 2  # a backward pass has two products for each product of the forward pass
 
@@ -67,7 +71,7 @@ def sizes(experiment: Experiment, ranks: int = 1) -> Sizes:
         UserError: for options that the model refuses, or if the experiment states no vocabulary.
     """
     model = build_on_meta(experiment)
-    config, layers = experiment.config, sparse_layers(model)
+    config, (layers, _) = experiment.config, layers_and_dense(model)
     total, active = count_parameters(model)
     attention = 4 * config.model.decoder_embed_dim * config.task.tokens_per_sample * config.model.decoder_layers
     # Without --update-freq-ranks the batch grows with the ranks.
@@ -93,25 +97,19 @@ def dense_twin(experiment: Experiment) -> Experiment:
     return replace(experiment, config=config)
 
 
-def sparse_layers(model: nn.Module) -> list[SparseLayer]:
-    """Return the sparse layers of a model."""
-    return [module for module in model.modules() if isinstance(module, SparseLayer)]
-
-
 def _multiplications(model: nn.Module) -> int:
     """Return the number of weights with which one token is multiplied.
 
     Every weight matrix counts, except embeddings that no product uses (the output projection may share its weight with
     the embedding). Of a stack of experts, only those that serve one token count.
     """
-    layers = sparse_layers(model)
-    stacked = {id(parameter) for layer in layers for parameter in layer.experts.parameters()}
+    layers, dense = layers_and_dense(model)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     # An adaptive softmax has matrices of its own, and a rare word needs all of them.
     outputs = [] if model.decoder.output_projection is None else [model.decoder.output_projection.weight]
     count = sum(weight.numel() for weight in outputs)
-    counted = stacked | embeddings | {id(weight) for weight in outputs}
-    count += sum(p.numel() for p in model.parameters() if p.dim() == 2 and id(p) not in counted)
+    counted = embeddings | {id(weight) for weight in outputs}
+    count += sum(p.numel() for p in dense if p.dim() == 2 and id(p) not in counted)
     for layer in layers:
         matrices = sum(p[0].numel() for p in layer.experts.parameters() if p.dim() == 3)
         shared = 0 if layer.shared is None else sum(p[0].numel() for p in layer.shared.parameters() if p.dim() == 3)
@@ -135,7 +133,8 @@ def build_on_meta(experiment: Experiment) -> nn.Module:
     if model.hash_predictor:
         model.hash_predictor, model.hash_feature = "", "token"
     model.expert_parallel_size, model.expert_dispatch = 0, "all-to-all"
-    with torch.device("meta"), _quiet():
+    log = logging.getLogger("fairseq_hash.model")  # of a model that is trained; this one is not
+    with torch.device("meta"), replaced(log, "disabled", True):
         return HashTransformerLanguageModel.build_model(model, _task(config, vocabulary))
 
 
@@ -145,14 +144,3 @@ def _task(config: OmegaConf, vocabulary: int) -> LanguageModelingTask:
     dictionary.count += range(vocabulary, 0, -1)
     dictionary.indices.update({symbol: place for place, symbol in enumerate(dictionary.symbols)})
     return LanguageModelingTask(config.task, dictionary)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress the model's own record in the log, because this model is not trained."""
-    logger = logging.getLogger("fairseq_hash.model")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before

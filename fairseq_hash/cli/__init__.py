@@ -1,4 +1,4 @@
-"""The command `fairseq-hash`: each verb is a module with `add_parser`, imported when the verb is called."""
+"""The command `fairseq-hash`: each verb is a module with `add_arguments`, imported when the verb is called."""
 
 import argparse
 import os
@@ -43,10 +43,9 @@ def parser_for(words: Sequence[str]) -> Parser:
     subparsers = parser.add_subparsers(required=True, metavar="VERB")
     called = next((word for word in words if not word.startswith("-")), None)
     for verb, text in VERBS.items():
+        of_verb = subparsers.add_parser(verb, help=text)
         if verb == called:
-            import_module(f"fairseq_hash.cli.{verb.replace('-', '_')}").add_parser(subparsers)
-        else:
-            subparsers.add_parser(verb, help=text)
+            import_module(f"fairseq_hash.cli.{verb.replace('-', '_')}").add_arguments(of_verb)
     return parser
 
 

@@ -10,12 +10,10 @@ from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.files import check_out
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the verb `checkpoint` with its own verbs."""
-    checkpoint = subparsers.add_parser(
-        "checkpoint", description="Show and check checkpoints, and make others from them."
-    )
-    verbs = checkpoint.add_subparsers(dest="checkpoint_verb", required=True, metavar="VERB")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb `checkpoint`, and add its own verbs."""
+    parser.description = "Show and check checkpoints, and make others from them."
+    verbs = parser.add_subparsers(dest="checkpoint_verb", required=True, metavar="VERB")
 
     add = add_verb(verbs, "show", run_show, "show the contents of a checkpoint without reading its experts")
     add("checkpoint", type=Path, metavar="CKPT", help="main file, such as checkpoint_best.pt")

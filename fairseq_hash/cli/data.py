@@ -13,10 +13,10 @@ def preparation() -> ModuleType:
     return import_module(f"{package}.cli")
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the verb `data`."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb `data`, and add its arguments."""
     command = preparation()
-    parser = subparsers.add_parser("data", description=command.DESCRIPTION)
+    parser.description = command.DESCRIPTION
     command.add_arguments(parser)
     parser.set_defaults(run=run)
 

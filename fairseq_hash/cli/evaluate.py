@@ -4,13 +4,12 @@ import argparse
 from pathlib import Path
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the verb `evaluate`."""
-    parser = subparsers.add_parser(
-        "evaluate",
-        description="Evaluate the checkpoint of each run by fairseq-eval-lm, with the run's training options. The "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb `evaluate`, and add its arguments."""
+    parser.description = (
+        "Evaluate the checkpoint of each run by fairseq-eval-lm, with the run's training options. The "
         "output goes to eval-SUBSET.log in the run's folder, where fairseq-hash report finds it. "
-        "Finished evaluations are skipped.",
+        "Finished evaluations are skipped."
     )
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished training")

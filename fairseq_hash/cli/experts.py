@@ -19,12 +19,11 @@ SEPARATORS = {".tsv": "\t", ".csv": ","}
 EXAMPLES = 8
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the verb `experts`."""
-    parser = subparsers.add_parser(
-        "experts",
-        description="Show which experts serve the tokens of a text: one line for each token, sparse layer and expert, "
-        "with tabs between the columns. A long text is cut into blocks as evaluation cuts it.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb `experts`, and add its arguments."""
+    parser.description = (
+        "Show which experts serve the tokens of a text: one line for each token, sparse layer and expert, "
+        "with tabs between the columns. A long text is cut into blocks as evaluation cuts it."
     )
     add = parser.add_argument
     add_model(parser)

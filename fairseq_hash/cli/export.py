@@ -10,15 +10,13 @@ from fairseq_hash.core.errors import UserError
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the verb `export`."""
-    export = subparsers.add_parser(
-        "export",
-        help="write a model for Hugging Face transformers",
-        description="Write a folder that transformers loads (trust_remote_code=True): weights as safetensors, one file "
-        "of plain PyTorch, the tokenizer and a model card. It needs neither fairseq nor fairseq_hash.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb `export`, and add its arguments."""
+    parser.description = (
+        "Write a folder that transformers loads (trust_remote_code=True): weights as safetensors, one file "
+        "of plain PyTorch, the tokenizer and a model card. It needs neither fairseq nor fairseq_hash."
     )
-    add = export.add_argument
+    add = parser.add_argument
     add("checkpoint", type=Path, metavar="CKPT", help="main file, such as checkpoint_best.pt")
     add("--to", choices=("hf",), required=True, help="format: hf (transformers)")
     add("out", type=Path, metavar="DIR", help="folder to write, which must not exist")
@@ -28,7 +26,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add("--sentencepiece", type=Path, metavar="FILE", help=model)
     size = "largest size of one file of weights: bytes, or a number with KB, MB or GB (powers of 1000; default: 5GB)"
     add("--shard-size", default="5GB", metavar="SIZE", help=size)
-    export.set_defaults(run=run)
+    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -12,12 +12,11 @@ if TYPE_CHECKING:
     from fairseq_hash.experiments.ngrams import Line
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the verb `ngrams`."""
-    parser = subparsers.add_parser(
-        "ngrams",
-        description="Count n-grams of 1, 2 and 3 tokens in DATA's training text, smooth them by interpolated modified "
-        "Kneser-Ney (Chen and Goodman 1999), and evaluate them on every token that fairseq-eval-lm predicts.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb `ngrams`, and add its arguments."""
+    parser.description = (
+        "Count n-grams of 1, 2 and 3 tokens in DATA's training text, smooth them by interpolated modified "
+        "Kneser-Ney (Chen and Goodman 1999), and evaluate them on every token that fairseq-eval-lm predicts."
     )
     add = parser.add_argument
     add("data", type=Path, metavar="DATA", help="folder that fairseq-preprocess or data_prep wrote")

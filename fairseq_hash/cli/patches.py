@@ -9,13 +9,12 @@ STATES = {True: "known", False: "changed", None: "not fairseq's"}
 COLUMNS = ("module", "target", "source", "reason")
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the verb `patches`."""
-    parser = subparsers.add_parser(
-        "patches",
-        description="List every place where the plugin changes fairseq, in the order in which the changes are made: "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb `patches`, and add its arguments."""
+    parser.description = (
+        "List every place where the plugin changes fairseq, in the order in which the changes are made: "
         "the module of fairseq_hash/fairseq_patches, what it replaces and why, and whether the source of the installed "
-        "fairseq is the one that the change was written against (known or changed).",
+        "fairseq is the one that the change was written against (known or changed)."
     )
     parser.add_argument("--json", action="store_true", help="write JSON in place of a table")
     parser.set_defaults(run=run)

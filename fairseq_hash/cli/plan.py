@@ -10,13 +10,12 @@ from fairseq_hash.core.errors import UserError
 from fairseq_hash.experiments.names import experiment_names, own_configs
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the verb `plan`."""
-    parser = subparsers.add_parser(
-        "plan",
-        description="Compose a configuration as fairseq-hydra-train does, and print what it means: parameters, work, "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb `plan`, and add its arguments."""
+    parser.description = (
+        "Compose a configuration as fairseq-hydra-train does, and print what it means: parameters, work, "
         "memory. Without one of --list, --all, --check, --flags and --run-dir, print the table of one "
-        "experiment.",
+        "experiment."
     )
     add = parser.add_argument
     add("--config-dir", type=Path, default=own_configs(), metavar="DIR", help="default: the project's own")

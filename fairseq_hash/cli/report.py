@@ -10,13 +10,12 @@ TITLE = "Sparse language models compared"
 BENCHMARKS_TITLE = "Sparse layers and trainings measured"
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the verb `report`."""
-    parser = subparsers.add_parser(
-        "report",
-        description="Compare runs by their own logs. Runs that differ only in their seed are averaged. Runs that are "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb `report`, and add its arguments."""
+    parser.description = (
+        "Compare runs by their own logs. Runs that differ only in their seed are averaged. Runs that are "
         "incomplete, or that were evaluated differently from the others, are left out; stderr and the "
-        "page give the reason. With --benchmarks: show the results of benchmarks as tables and figures.",
+        "page give the reason. With --benchmarks: show the results of benchmarks as tables and figures."
     )
     add = parser.add_argument
     add(

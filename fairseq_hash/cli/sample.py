@@ -13,11 +13,10 @@ if TYPE_CHECKING:
     from fairseq_hash.api import LanguageModel
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the verb `sample`."""
-    parser = subparsers.add_parser(
-        "sample",
-        description="Continue TEXT by fairseq's generator. Each next token is drawn at random unless --beam is given.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb `sample`, and add its arguments."""
+    parser.description = (
+        "Continue TEXT by fairseq's generator. Each next token is drawn at random unless --beam is given."
     )
     add = parser.add_argument
     add_model(parser)

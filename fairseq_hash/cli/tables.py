@@ -12,12 +12,10 @@ from fairseq_hash.hashing.dictionary import read_dictionary, read_vocabulary, to
 from fairseq_hash.table_tools.build_options import Options
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the verb `tables` with its own verbs."""
-    tables = subparsers.add_parser(
-        "tables", description="Build hash tables, judge their balance, exchange them with other frameworks."
-    )
-    verbs = tables.add_subparsers(dest="tables_verb", required=True, metavar="VERB")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb `tables`, and add its own verbs."""
+    parser.description = "Build hash tables, judge their balance, exchange them with other frameworks."
+    verbs = parser.add_subparsers(dest="tables_verb", required=True, metavar="VERB")
     build = verbs.add_parser("build", help="build a table for a dictionary and write it to a file")
     build.add_argument("dictionary", type=Path, metavar="DICT", help="dict.txt of the data, with token counts")
     add_options(build, Options)

@@ -7,11 +7,10 @@ import fairseq_hash
 from fairseq_hash.experiments.names import own_configs
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the verb `user-dir`."""
-    parser = subparsers.add_parser(
-        "user-dir",
-        description='Print the package\'s folder: fairseq-train --user-dir "$(fairseq-hash user-dir)" works anywhere.',
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb `user-dir`, and add its arguments."""
+    parser.description = (
+        'Print the package\'s folder: fairseq-train --user-dir "$(fairseq-hash user-dir)" works anywhere.'
     )
     configs = 'print the folder of its configurations: --config-dir "$(fairseq-hash user-dir --configs)"'
     parser.add_argument("--configs", action="store_true", help=configs)

@@ -52,7 +52,7 @@ TokenDispatcher = LocalDispatcher  # what a sparse layer calls: this one, or one
 
 def dispatch(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
     """Return the rows `[R, D]` for this rank's experts, grouped by expert: each choice's token, from all ranks."""
-    rows_RD = _ToRows.apply(x_TD, plan) if torch.is_grad_enabled() else plan.to_rows(x_TD)
+    rows_RD = _Select.apply(x_TD, plan, True) if torch.is_grad_enabled() else plan.to_rows(x_TD)
     return rows_RD if plan.exchange is None else plan.exchange.there(rows_RD)
 
 
@@ -62,30 +62,20 @@ def combine(rows_RD: Tensor, plan: DispatchPlan, weight_TK: "Tensor | None") -> 
         rows_RD = plan.exchange.back(rows_RD)
     if weight_TK is not None:
         rows_RD = rows_RD * weight_TK.flatten().index_select(0, plan.choice_R).unsqueeze(1).to(rows_RD.dtype)
-    return _ToTokens.apply(rows_RD, plan) if torch.is_grad_enabled() else plan.to_tokens(rows_RD)
+    return _Select.apply(rows_RD, plan, False) if torch.is_grad_enabled() else plan.to_tokens(rows_RD)
 
 
-class _ToRows(torch.autograd.Function):
-    """Tokens to rows. Autograd's gradient of `index_select` would add up row by row what lies in one place each."""
+class _Select(torch.autograd.Function):
+    """Tokens to rows, or rows to tokens; their gradients go the opposite way.
 
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
-        ctx.plan = plan
-        return plan.to_rows(x_TD)
+    Autograd's own gradient of `index_select` would add up row by row what lies in one place each.
+    """
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
-        return ctx.plan.to_tokens(grad_RD), None
-
-
-class _ToTokens(torch.autograd.Function):
-    """Rows to tokens, the opposite way."""
+    def forward(ctx: Any, value_ND: Tensor, plan: DispatchPlan, to_rows: bool) -> Tensor:
+        ctx.plan, ctx.to_rows = plan, to_rows
+        return plan.to_rows(value_ND) if to_rows else plan.to_tokens(value_ND)
 
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, plan: DispatchPlan) -> Tensor:
-        ctx.plan = plan
-        return plan.to_tokens(rows_RD)
-
-    @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
-        return ctx.plan.to_rows(grad_TD), None
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
+        return (ctx.plan.to_tokens if ctx.to_rows else ctx.plan.to_rows)(grad_ND), None, None

@@ -179,13 +179,11 @@ def _page(tables: Sequence[JudgedTable], symbols: list[str], origin: dict[str, A
 
     names = ", ".join(table.name for table in tables)
     title = f"Hash table {names}" if len(tables) == 1 else "Hash tables compared"
+    headings = {**HEADINGS, "overloading_keys": "keys that overload", "counts": "judged on"}
     balance = frame(tables).drop(columns=["entropy"])
-    balance = balance.rename(columns={**HEADINGS, "overloading_keys": "keys that overload", "counts": "judged on"})
-    balance["overloading_share"] = balance["overloading_share"].map("{:.2%}".format)
-    balance = balance.rename(columns={"overloading_share": "their share of all tokens"})
-    balance["tokens"] = balance["tokens"].map("{:,}".format)
-    for heading in HEADINGS.values():
-        balance[heading] = balance[heading].map("{:.4f}".format)
+    for name, form in {**dict.fromkeys(HEADINGS, "{:.4f}"), "overloading_share": "{:.2%}", "tokens": "{:,}"}.items():
+        balance[name] = balance[name].map(form.format)
+    balance = balance.rename(columns={**headings, "overloading_share": "their share of all tokens"})
     caption = "Line and points: the same experts." if len(tables) == 1 else "Each table's experts by its own loads."
     parts = [
         page.section("Balance", page.table(balance), page.paragraphs(MEANING)),

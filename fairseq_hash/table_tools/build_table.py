@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 import numpy as np
 
@@ -20,9 +20,6 @@ from fairseq_hash.hashing.words import word_index
 from fairseq_hash.table_tools.build_options import BUCKETS, Options, check, own_names
 from fairseq_hash.table_tools.count_keys import count_keys, count_pairs
 from fairseq_hash.table_tools.token_streams import Text, open_text
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +50,13 @@ def build(options: Options, say: Callable[[str], object] = print) -> Built:
         num_keys = options.keys or (options.tokens_per_sample if feature.name == "position" else BUCKETS)
     check_table_size(num_keys, options.columns, options.num_experts)
     text = open_text(options.text, options.subset, symbols) if options.text else None
-    embedding_VD = _embeddings(options, symbols, say) if options.embeddings else None
+    embedding_VD = None
+    if options.embeddings:
+        from fairseq_hash.table_tools.embeddings import read_embeddings  # other tables are built without torch
+
+        embedding_VD, is_known = read_embeddings(options.embeddings, symbols)
+        if not is_known:
+            say(f"note: {options.embeddings} does not name its dictionary; only the number of its symbols was checked")
     if feature.is_oracle:
         say("note: --feature future is an oracle: it sees the token that the model is to predict")
     count_H, source = _counts(options, symbols, listed, feature, num_keys, index, text, say)
@@ -87,16 +90,6 @@ def build(options: Options, say: Callable[[str], object] = print) -> Built:
         table = replace(spread, record=replace(spread.record, settings=record.settings | spread.record.settings))
         count_H = count_keys(feature, len(table.expert_HK), table.index, text, options.tokens_per_sample)
     return Built(table, count_H, source)
-
-
-def _embeddings(options: Options, symbols: list[str], say: Callable[[str], object]) -> "Tensor":
-    # Here, because other tables are built without torch.
-    from fairseq_hash.table_tools.embeddings import read_embeddings
-
-    embedding_VD, is_known = read_embeddings(options.embeddings, symbols)
-    if not is_known:
-        say(f"note: {options.embeddings} does not name its dictionary; only the number of its symbols was checked")
-    return embedding_VD
 
 
 def _counts(

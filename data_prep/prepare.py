@@ -4,7 +4,6 @@ Everything is made in `OUT.partial`, which is renamed to `OUT` at the end. The s
 the same call continues a stopped one.
 """
 
-import json
 import os
 import random
 import shutil
@@ -19,7 +18,7 @@ from typing import Any, TypeVar
 from fairseq.data import Dictionary
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.core.files import atomic_write, remove_partials
+from fairseq_hash.core.files import remove_partials, write_json
 from fairseq_hash.core.progress import Display
 from fairseq_hash.hashing import dictionary_fingerprint
 from fairseq_hash.provenance import provenance, sha256_of_file
@@ -114,7 +113,7 @@ class Preparation:
         display.begin(name, work)
         result = make(display)
         self.state[name] = result
-        _write_json(self.work / STATE, self.state)
+        write_json(self.work / STATE, self.state)
         display.end(result)
 
     def _make_model(self, display: Display) -> str:
@@ -236,9 +235,4 @@ class Preparation:
             **{key: self.state[key] for key in ("splits", "symbols", "dictionary_fingerprint", "model")},
             "sha256": {path.name: sha256_of_file(path) for path in made},
         }
-        _write_json(self.work / PROVENANCE, record)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with atomic_write(path) as partial:
-        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        write_json(self.work / PROVENANCE, record)

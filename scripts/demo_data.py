@@ -9,7 +9,6 @@ from typing import Any
 from demo_process import run_logged
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.core.files import atomic_write
 from fairseq_hash.core.progress import Display
 from fairseq_hash.provenance import sha256_of_file
 
@@ -82,9 +81,3 @@ def short_hash(content: Any) -> str:
 def shown(path: Path) -> str:
     """Return a path as the commands get it: from the repository's root where it lies inside."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file whole or not at all."""
-    with atomic_write(path) as partial:
-        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")

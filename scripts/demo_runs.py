@@ -10,10 +10,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from demo_data import ROOT, code_fingerprint, short_hash, shown, write_json
+from demo_data import ROOT, code_fingerprint, short_hash, shown
 from demo_process import run_logged
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.files import write_json
 from fairseq_hash.core.progress import Display
 from fairseq_hash.reporting.logs import parse_line, statistics
 

@@ -1,12 +1,14 @@
 """Output files: checked before work begins, and whole under their names or not there at all."""
 
 import contextlib
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -63,6 +65,12 @@ def atomic_write(path: "str | os.PathLike[str]", is_durable: bool = False) -> It
     if is_durable:
         with contextlib.suppress(OSError):  # not every file system can do that with a folder
             _sync(path.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def _sync(path: Path) -> None:

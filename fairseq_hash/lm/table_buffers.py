@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -46,7 +45,11 @@ class TableBuffers(nn.Module):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of feature, entries and index."""
-        return table_fingerprint(as_array(self.expert), _arrays(self.index), self.feature)
+        return self._fingerprint_of(dict(self.named_buffers()))
+
+    def _fingerprint_of(self, buffers: Mapping[str, Tensor]) -> str:
+        index = {name: as_array(buffer) for name, buffer in buffers.items() if name not in NO_INDEX}
+        return table_fingerprint(as_array(buffers["expert"]), index, self.feature)
 
     def rows(self, token_BL: Tensor, padding: int, predicted_BL: "Tensor | None") -> Tensor:
         """Return the row of each token, `[B, L]`."""
@@ -71,23 +74,12 @@ class TableBuffers(nn.Module):
                 # Built without knowing how many rows there are, and whether tokens are spread.
                 for name, value in saved.items():
                     self.register_buffer(name, torch.empty_like(value, device=self.expert.device))
-            else:
-                self._check_same(saved)
+            elif (own := self.fingerprint) != (other := self._fingerprint_of(saved)):
+                raise UserError(
+                    f"it has hash table {other[:12]}, this model has {own[:12]}; write the checkpoint's by "
+                    "fairseq-hash checkpoint table, and give that file as --hash-table"
+                )
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _check_same(self, saved: dict[str, Tensor]) -> None:
-        own = self.fingerprint
-        index = {name: value for name, value in saved.items() if name not in NO_INDEX}
-        other = table_fingerprint(as_array(saved["expert"]), _arrays(index), self.feature)
-        if own != other:
-            raise UserError(
-                f"it has hash table {other[:12]}, this model has {own[:12]}; write the checkpoint's by "
-                "fairseq-hash checkpoint table, and give that file as --hash-table"
-            )
-
-
-def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    return {name: as_array(tensor) for name, tensor in tensors.items()}
 
 
 def _bytes(fingerprint: str) -> Tensor:

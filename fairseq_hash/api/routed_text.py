@@ -41,14 +41,9 @@ summary { cursor: pointer }
 
 @dataclass(frozen=True)
 class Token:
-    """A token in one layer.
+    """A token in one layer: its experts in the order of their choices, and the weights of their outputs.
 
-    Attributes:
-        symbol: of the dictionary.
-        experts: its experts, in the order of their choices.
-        weights: of their outputs.
-        given: whether the token belongs to the given text.
-        dropped: whether its experts were full.
+    `given`: whether it belongs to the given text; `dropped`: whether its experts were full.
     """
 
     symbol: str

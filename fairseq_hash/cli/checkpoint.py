@@ -130,12 +130,7 @@ def run_verify(arguments: argparse.Namespace) -> None:
 
 
 class Checks:
-    """Checks of files: one line for each file, and counts.
-
-    Attributes:
-        files: number of files checked.
-        wrong: number of files missing or damaged.
-    """
+    """Checks of files: one line for each file, and how many were checked, and missing or damaged."""
 
     def __init__(self, bars: "Progress") -> None:  # noqa: F821
         self.bars, self.files, self.wrong, self.bytes = bars, 0, 0, 0

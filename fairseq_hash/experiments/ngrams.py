@@ -27,9 +27,7 @@ BLOCK = 1 << 20  # tokens that are evaluated at once
 class Discounts:
     """What an order subtracts from the counts of n-grams that occur once, twice, and more often.
 
-    Attributes:
-        values: the three discounts. That of a count k is above 0 and at most k.
-        estimated: whether they were estimated from the counts; otherwise they are FALLBACK.
+    The discount of a count k is above 0 and at most k. If they were not estimated from the counts they are FALLBACK.
     """
 
     values: tuple[float, float, float]
@@ -56,14 +54,10 @@ class Level:
 
 @dataclass(frozen=True)
 class Line:
-    """The result of a model of one order on one subset.
+    """The result of a model of one order on one subset, of which all tokens are predicted.
 
-    Attributes:
-        tokens: number of tokens in the subset; all are predicted.
-        training_tokens: number of training tokens counted.
-        nats: mean of minus the natural logarithm of a token's probability.
-        perplexity: e to that power.
-        discounts: of the orders from 1 up.
+    `nats` is the mean of minus the natural logarithm of a token's probability, and the perplexity e to that power. The
+    discounts are those of the orders from 1 up.
     """
 
     subset: str
@@ -76,13 +70,9 @@ class Line:
 
 
 class KneserNey:
-    """An n-gram model of one order.
+    """An n-gram model of one order, with a level for each order from 1 up.
 
     The highest level uses true counts, lower levels the number of different preceding tokens.
-
-    Attributes:
-        levels: one per order, from 1 up.
-        training_tokens: number of tokens counted.
     """
 
     def __init__(self, id_S: np.ndarray, order: int, vocabulary: int) -> None:

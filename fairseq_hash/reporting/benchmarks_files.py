@@ -18,19 +18,11 @@ VARIANTS = {" decoding": "decoding", ", forward": "forward only"}
 
 @dataclass(frozen=True)
 class Row:
-    """The measurement of one candidate at one size; times in seconds.
+    """The measurement of one candidate at one size, experts of a layer and tokens of a call; times in seconds.
 
-    Attributes:
-        experts: experts per layer.
-        tokens: tokens per call.
-        candidate: its whole name.
-        seconds: the median.
-        low: the first quartile.
-        high: the third.
-        ratio: time divided by that of dense.
-        peak_bytes: peak memory; None if it was not measured.
-        parts: seconds of the parts of a call, {} if it was not split.
-        further: other values in the file.
+    `seconds` is the median, `low` and `high` are the first and the third quartile, `ratio` is the time divided by that
+    of dense. `peak_bytes` is None if it was not measured, `parts` (of a call) {} if it was not split. `further` has the
+    other values in the file.
     """
 
     experts: int

@@ -44,19 +44,11 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over two named axes.
+    """Lines, in the legend's order, over two axes whose labels have their units.
 
-    Attributes:
-        title: the heading.
-        x_label: with the unit.
-        y_label: with the unit.
-        lines: in the legend's order.
-        values: the text beside a name, in the legend or at the line's end.
-        x_range: the range shown before a reader zooms.
-        y_range: the same; above 0 if the axis is logarithmic.
-        log_x: whether the axis is logarithmic (base 2).
-        log_y: the same (base 10).
-        x_ticks: positions of the labels; None for round numbers.
+    The ranges are those shown before a reader zooms, above 0 if the axis is logarithmic (x to base 2, y to base 10).
+    `x_ticks` are the positions of the labels, None for round numbers. `values` are the texts beside the names, in the
+    legend or at the lines' ends.
     """
 
     title: str

@@ -15,6 +15,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 LEAST = 2**23
 """Bytes, below which a tensor is not worth the trouble."""
-ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)
+ADVICE: Any = getattr(mmap, "MADV_HUGEPAGE", None)
 
 _lock = threading.RLock()  # reentrant: a finalizer may run while this thread holds it
 _free: "OrderedDict[int, list[mmap.mmap]]" = OrderedDict()

@@ -248,8 +248,7 @@ def _write_sharded(state: dict[str, Any], manifest: Manifest, ranges: Sequence[r
     weights = {name: state["model"].pop(name) for name in list(state["model"]) if name in names}
     parts: dict[str, dict[str, Any]] = {"weights": weights, "optimizer": {}}
     if manifest.numbers:
-        shapes = {name: value.shape for name, value in weights.items()}
-        state[OPTIMIZER], parts["optimizer"] = take_moments(state[OPTIMIZER], manifest.numbers, shapes)
+        state[OPTIMIZER], parts["optimizer"] = take_moments(state[OPTIMIZER], manifest.numbers, weights)
     about = {"save": save, "update": manifest.update}
     shards = []
     folder = out.parent / SHARDS

@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -66,7 +65,9 @@ def clean(folder: Path) -> None:
 
     Only for who has the lock, and while no rank writes.
     """
-    removed = [*_partial_files(folder), *_unreferenced(folder)]
+    places = [place for place in (folder, folder / SHARDS) if place.is_dir()]
+    partial = [path for place in places for path in place.iterdir() if PARTIAL_NAME.fullmatch(path.name)]
+    removed = [*partial, *_unreferenced(folder)]
     for path in removed:
         path.unlink(missing_ok=True)
     if removed:
@@ -80,12 +81,6 @@ def collect(folder: Path) -> None:
             path.unlink(missing_ok=True)
     except OSError as error:  # they are still there after the next save
         logger.warning("old shards in %s cannot be removed (%s)", folder, error)
-
-
-def _partial_files(folder: Path) -> Iterator[Path]:
-    for place in (folder, folder / SHARDS):
-        if place.is_dir():
-            yield from (path for path in place.iterdir() if PARTIAL_NAME.fullmatch(path.name))
 
 
 def _unreferenced(folder: Path) -> list[Path]:

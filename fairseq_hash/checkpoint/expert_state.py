@@ -54,7 +54,7 @@ def is_per_element(value: Any, shape: torch.Size) -> bool:
 
 
 def take_moments(
-    state: dict[str, Any], numbers: Mapping[str, int], shapes: Mapping[str, torch.Size]
+    state: dict[str, Any], numbers: Mapping[str, int], parameters: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return an optimizer's state dict without the experts' moments, and these: `parameter/moment` to `[e, ...]`.
 
@@ -63,7 +63,7 @@ def take_moments(
     kept, moments = dict(state["state"]), {}
     for name, number in numbers.items():
         for key, value in kept.get(number, {}).items():
-            if is_per_element(value, shapes[name]):
+            if is_per_element(value, parameters[name].shape):
                 moments[f"{name}/{key}"] = value
         if number in kept:
             kept[number] = {key: value for key, value in kept[number].items() if f"{name}/{key}" not in moments}

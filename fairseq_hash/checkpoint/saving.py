@@ -128,8 +128,7 @@ class Saver:
         weights = expert_parameters(self.model)
         parts: dict[str, dict[str, Tensor]] = {"weights": dict(weights)}
         if numbers:
-            shapes = {name: parameter.shape for name, parameter in weights.items()}
-            _, parts["optimizer"] = take_moments(self.optimizer().state_dict(), numbers, shapes)
+            _, parts["optimizer"] = take_moments(self.optimizer().state_dict(), numbers, weights)
         assert self.parallel is not None, "a dense model has no shards"
         experts = self.parallel.saved_experts
         first = experts.start - self.parallel.expert_ids.start
@@ -154,9 +153,8 @@ class Saver:
         for name in weights:
             del state["model"][name]
         if self.manifest.numbers:
-            shapes = {name: parameter.shape for name, parameter in weights.items()}
             optimizer = state["last_optimizer_state"]
-            state["last_optimizer_state"], _ = take_moments(optimizer, self.manifest.numbers, shapes)
+            state["last_optimizer_state"], _ = take_moments(optimizer, self.manifest.numbers, weights)
         state[KEY] = self.manifest.to_plain()
         self.manifest = None
 

@@ -12,8 +12,10 @@ from pkgutil import resolve_name
 from types import ModuleType
 from typing import Any
 
+import fairseq
+
 from fairseq_hash.fairseq_patches import ORDER
-from fairseq_hash.fairseq_patches.upstream import changed_line, is_known, missing_line
+from fairseq_hash.fairseq_patches.upstream import INSTALL, is_known
 from fairseq_hash.parallel.collectives import one_line_errors
 
 logger = logging.getLogger(__name__)
@@ -113,10 +115,13 @@ def apply() -> None:
     new = [(owner, entry) for entry in overrides() for owner in entry.owners() if (owner, entry) not in _originals]
     missing = [entry.target for owner, entry in new if not hasattr(owner, entry.name)]
     if missing:
-        raise SystemExit(missing_line(missing))
+        raise SystemExit(f"fairseq_hash: fairseq {fairseq.__version__} has no {', '.join(missing)}; {INSTALL}")
     changed = [entry.target for owner, entry in new if is_known(entry.target, getattr(owner, entry.name)) is False]
     if changed:
-        logger.warning(changed_line(changed))
+        logger.warning(
+            f"fairseq {fairseq.__version__} has another {', '.join(dict.fromkeys(changed))} than the one that the "
+            f"plugin replaces, so that results may be wrong; {INSTALL}"
+        )
     for owner, entry in new:
         original = _originals[owner, entry] = getattr(owner, entry.name)
         setattr(owner, entry.name, entry.replacement(original))

@@ -46,14 +46,10 @@ OF_LAYER = {
 def description_of(tag: str) -> str:
     """Return what a number's name means, "" where that is not known."""
     if of_layer := re.fullmatch(r"layer(\d+)_(\w+)", tag):
-        known = {**OF_LAYER, **_of_routers()}.get(of_layer[2])
+        own = {name: text for router in router_names() for name, text in meanings(statistics_of(router)).items()}
+        known = {**OF_LAYER, **own}.get(of_layer[2])
         return f"Layer {of_layer[1]} (the first is 0): {known}" if known else ""
     return DESCRIPTIONS.get(tag, "")
-
-
-def _of_routers() -> dict[str, str]:
-    """Return what the statistics of all routers mean, by name."""
-    return {name: text for router in router_names() for name, text in meanings(statistics_of(router)).items()}
 
 
 class DescribingWriter(tensorboard.SummaryWriter):

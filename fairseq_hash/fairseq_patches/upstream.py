@@ -8,7 +8,6 @@ that is named, make the table anew, and put what this prints in its place:
 
 import hashlib
 import inspect
-from collections.abc import Iterable
 from typing import Any
 
 import fairseq
@@ -112,16 +111,3 @@ def require_supported_fairseq() -> None:
     """Raise `SystemExit` with one line unless this fairseq is the release that the plugin was written against."""
     if fairseq.__version__.split("+")[0] != SUPPORTED_FAIRSEQ:
         raise SystemExit(f"fairseq_hash: fairseq {fairseq.__version__} is not supported; {INSTALL}")
-
-
-def missing_line(targets: Iterable[str]) -> str:
-    """Return one line about functions that this fairseq lacks."""
-    return f"fairseq_hash: fairseq {fairseq.__version__} has no {', '.join(targets)}; {INSTALL}"
-
-
-def changed_line(targets: Iterable[str]) -> str:
-    """Return one line about functions that are not those the overrides were written against."""
-    return (
-        f"fairseq {fairseq.__version__} has another {', '.join(dict.fromkeys(targets))} than the one that the plugin "
-        f"replaces, so that results may be wrong; {INSTALL}"
-    )

@@ -44,7 +44,7 @@ def lookup_rows(
     state_BL = torch.zeros_like(token_BL)
     for distance in range(oldest, newest - 1, -1):
         state_BL = mix_tensor(state_BL ^ shifted(token_BL, distance, padding))
-    return remainder(state_BL, num_keys)
+    return (state_BL & torch.iinfo(torch.int64).max) % num_keys
 
 
 def tensors(index: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
@@ -107,11 +107,6 @@ def mix_tensor(key: Tensor) -> Tensor:
     key = (key ^ _shift(key, 30)) * _signed(FIRST)
     key = (key ^ _shift(key, 27)) * _signed(SECOND)
     return key ^ _shift(key, 31)
-
-
-def remainder(key: Tensor, divisor: int) -> Tensor:
-    """Map mixed keys to numbers from 0 to `divisor` - 1."""
-    return (key & torch.iinfo(torch.int64).max) % divisor
 
 
 def _signed(constant: int) -> int:

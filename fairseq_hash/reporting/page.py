@@ -107,13 +107,10 @@ def figure(alternative: str, caption: str, light: bytes, dark: bytes) -> str:
     """Return a figure for browsers that run no scripts, for light and for dark screens."""
     sources = [f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in (light, dark)]
     picture = f'<picture><source media="(prefers-color-scheme: dark)" srcset="{sources[1]}">'
-    picture += f'<img alt="{escape(alternative)}" width="{_width(light)}" src="{sources[0]}"></picture>'
+    # At this width letters of the PNG keep the size in which they were drawn (96 pixels per inch).
+    width = round(int.from_bytes(light[16:20], "big") * 96 / DPI)
+    picture += f'<img alt="{escape(alternative)}" width="{width}" src="{sources[0]}"></picture>'
     return f"<noscript><figure>{picture}<figcaption>{escape(caption)}</figcaption></figure></noscript>"
-
-
-def _width(png: bytes) -> int:
-    """Return the width at which letters of a PNG keep the size in which they were drawn (96 pixels per inch)."""
-    return round(int.from_bytes(png[16:20], "big") * 96 / DPI)
 
 
 def commands(of_run: dict[Path, dict[str, list[str]]]) -> str:

@@ -92,7 +92,10 @@ def describe(table: JudgedTable) -> dict[str, str]:
     return {
         "table": table.name,
         "builder": record.builder if record.seed is None else f"{record.builder}, seed {record.seed}",
-        **{name.replace("_", " "): _setting(name, value) for name, value in record.settings.items()},
+        **{
+            name.replace("_", " "): value[:12] if name.endswith("fingerprint") else _plain(value)
+            for name, value in record.settings.items()
+        },
         "feature": f"{table.table.feature}{oracle}",
         "experts": f"{record.num_experts:,}",
         columns: f"{expert_HK.shape[1]:,}",
@@ -101,10 +104,6 @@ def describe(table: JudgedTable) -> dict[str, str]:
         "rows that an expert serves": f"{int(keys_E.min()):,} to {int(keys_E.max()):,}",
         "fingerprint": table.table.fingerprint[:12],
     }
-
-
-def _setting(name: str, value: Any) -> str:
-    return value[:12] if name.endswith("fingerprint") else _plain(value)
 
 
 def _plain(value: Any) -> str:

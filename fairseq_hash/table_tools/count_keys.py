@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from fairseq_hash.hashing import Feature, HashTable
+from fairseq_hash.hashing import Feature
 from fairseq_hash.hashing.dictionary import PADDING
 from fairseq_hash.hashing.features import MOST_TOKENS
 from fairseq_hash.hashing.spread import NO_PAIRS, add_pairs
@@ -32,11 +32,6 @@ def count_keys(
             row_BL = lookup_rows(feature, torch.from_numpy(token_BL), PADDING, num_keys, index_tensors)
             count_H += np.bincount(row_BL[:, kept].reshape(-1).numpy(), minlength=num_keys)
     return count_H
-
-
-def count_table(table: HashTable, text: Text, tokens_per_sample: int = 0) -> np.ndarray:
-    """Return how often each row of a table is looked up in a text, int64 `[H]`."""
-    return count_keys(table.feature, len(table.expert_HK), table.index, text, tokens_per_sample)
 
 
 def samples(blocks: Iterable[np.ndarray], tokens_per_sample: int) -> Iterator[tuple[np.ndarray, slice]]:

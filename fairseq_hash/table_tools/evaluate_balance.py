@@ -13,7 +13,7 @@ from fairseq_hash.hashing.balance import Balance, judge
 from fairseq_hash.hashing.dictionary import PADDING
 from fairseq_hash.hashing.features import OF_TOKENS
 from fairseq_hash.hashing.table import counts_fingerprint
-from fairseq_hash.table_tools.count_keys import count_keys, count_table
+from fairseq_hash.table_tools.count_keys import count_keys
 from fairseq_hash.table_tools.token_streams import Text
 
 BUILDING, OTHER, UNUSED, HELD_OUT = "building counts", "other counts", "counts", "held-out text"
@@ -179,7 +179,8 @@ class Judge:
     def _count(self, table: HashTable, text: Text) -> np.ndarray:
         if table.record.feature == "token" and not table.index:
             return self._count_tokens(text)
-        return self._said(text, count_table(table, text, self.tokens_per_sample))
+        count_H = count_keys(table.feature, len(table.expert_HK), table.index, text, self.tokens_per_sample)
+        return self._said(text, count_H)
 
     def _count_tokens(self, text: Text) -> np.ndarray:
         if text not in self.token_counts:

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -52,7 +52,11 @@ def run(arguments: argparse.Namespace) -> None:
     blocks = blocks_of(model, text, arguments.tokens_per_sample)
     tables = iter([summary(model, blocks)]) if arguments.summary else blocks
     if out is None:
-        _to_standard_output(lambda file: write_tables(tables, file, "\t"))
+        try:
+            write_tables(tables, sys.stdout, "\t")
+            sys.stdout.flush()
+        except BrokenPipeError:  # `| head` is no error; Python flushes once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
 
     with output_file(out) as partial, partial.open("w", encoding="utf-8", newline="") as file:
@@ -121,12 +125,3 @@ def write_tables(tables: "Iterator[pd.DataFrame]", file: TextIO, separator: str)
     """Write tables below each other, under one header line."""
     for number, table in enumerate(tables):
         table.to_csv(file, sep=separator, index=False, header=number == 0, float_format="%.6g", lineterminator="\n")
-
-
-def _to_standard_output(write: Callable[[TextIO], None]) -> None:
-    """Write to standard output until its reader ends: `| head` is no error."""
-    try:
-        write(sys.stdout)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end

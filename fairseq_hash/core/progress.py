@@ -5,8 +5,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn as EtaColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 # Elsewhere than on a terminal: a line a fifth of a step, and one after so many seconds.
 LINES_A_STEP = 5
@@ -25,7 +24,7 @@ class Display:
             *columns,
             TextColumn("{task.fields[detail]}"),
             TimeElapsedColumn(),
-            EtaColumn(),
+            TimeRemainingColumn(),
             console=self.console,
             disable=not self.console.is_terminal,
         )

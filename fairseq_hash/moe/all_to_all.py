@@ -3,6 +3,7 @@
 Shape suffixes: see `losses`; here also P ranks of a group and e experts of each.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -138,8 +139,5 @@ class AllToAllDispatcher(LocalDispatcher):
 
     def begin(self, expert_TK: Tensor, capacity_factor: float = 0.0) -> PlanUnderWay:
         """Begin the plan of an assignment: the split sizes travel while other work runs."""
-
-        def exchange_sizes(rows_E: Tensor) -> SplitSizes:
-            return SplitSizes(rows_E, self.parallel)
-
+        exchange_sizes = functools.partial(SplitSizes, parallel=self.parallel)
         return PlanUnderWay(expert_TK, self.parallel.num_experts, capacity_factor, exchange_sizes)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fairseq_hash.hashing.features import Feature
@@ -54,14 +55,9 @@ def tensors(index: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 
 def shifted(token_BL: Tensor, distance: int, padding: int) -> Tensor:
     """Return the token `distance` positions before each token (after it, if negative); padding if there is none."""
-    if distance == 0:
-        return token_BL
-    other_BL = torch.full_like(token_BL, padding)
-    if distance > 0:
-        other_BL[:, distance:] = token_BL[:, :-distance]
-    else:
-        other_BL[:, :distance] = token_BL[:, -distance:]
-    return other_BL
+    if abs(distance) >= token_BL.shape[1]:
+        return torch.full_like(token_BL, padding)
+    return F.pad(token_BL, (distance, -distance), value=padding)
 
 
 def spread_rows(index: Mapping[str, Tensor], token_BL: Tensor, previous_BL: Tensor) -> Tensor:
@@ -103,14 +99,10 @@ def word_rows(index: Mapping[str, Tensor], token_BL: Tensor) -> Tensor:
 
 def mix_tensor(key: Tensor) -> Tensor:
     """Mix 64-bit keys in an int64 tensor: the same bits as `mixing.mix`. torch has no unsigned arithmetic."""
-    key = key + _signed(GOLDEN)
-    key = (key ^ _shift(key, 30)) * _signed(FIRST)
-    key = (key ^ _shift(key, 27)) * _signed(SECOND)
+    key = key + (GOLDEN - 2**64)
+    key = (key ^ _shift(key, 30)) * (FIRST - 2**64)
+    key = (key ^ _shift(key, 27)) * (SECOND - 2**64)
     return key ^ _shift(key, 31)
-
-
-def _signed(constant: int) -> int:
-    return constant - 2**64
 
 
 def _shift(key: Tensor, bits: int) -> Tensor:

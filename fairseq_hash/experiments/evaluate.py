@@ -10,8 +10,6 @@ import fairseq_hash
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.reporting.runs import Run, load_run
 
-SUBSETS = ("valid", "test")
-
 
 def evaluation_command(run: Run, checkpoint: Path, subset: str) -> list[str]:
     """Return the command that evaluates a run's checkpoint with the run's own data, context, batch and device."""

@@ -159,7 +159,7 @@ def test_padding_is_never_routed_or_counted(variant, data, device):
             both[0, place] = token_BL[0, :5]
             logits, extra = model(both)
             assert_near(logits[0, place], alone[0].cpu().double(), 10 * FP32, "logits")
-            assert all(RoutingReport.unpack(report.cpu()).tokens == 5 + 16 for report in extra["routing"].values())
+            assert all(RoutingReport(report.cpu()).tokens == 5 + 16 for report in extra["routing"].values())
 
 
 @pytest.mark.parametrize("variant", HASHED)

@@ -79,8 +79,8 @@ def wrapped():
 def shared():
     """Share the experts among the one rank that there is: rows, split sizes and norms go through the process group."""
 
-    def expert_parallel(num_experts, size, dispatch):
-        return ExpertParallel(num_experts, 1, 0, 1, dist.new_group([0]), None, dispatch)
+    def expert_parallel(num_experts, size):
+        return ExpertParallel(num_experts, 1, 0, 1, dist.new_group([0]))
 
     is_shared = property(lambda parallel: parallel.group is not None)
     with (

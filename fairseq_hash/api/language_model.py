@@ -217,4 +217,7 @@ class LanguageModel:
 
     def _require_no_oracle(self) -> None:
         if state_of(self.model).is_oracle:
-            raise UserError("--hash-feature future sees the token that it is to predict; such a model predicts no text")
+            raise UserError(
+                "the model sees the token that it is to predict (--hash-feature future, or a router that sees later "
+                "tokens, such as --base-evaluation balanced); such a model predicts no text"
+            )

@@ -51,9 +51,11 @@ def start_from_dense(model: Any, path: str) -> None:
             nn.init.zeros_(shared.fc2_weight)
             nn.init.zeros_(shared.fc2_bias)
     options = model.decoder.options
-    weighs = options.hash_scale != 1 or set(options.routers) != {"hash"}
+    weighs = options.hash_scale != 1 or (set(options.routers) != {"hash"} and options.gate == "value")
     if options.sparse_placement == "replace" and weighs:
         logger.warning("the router weighs what the experts return: the first loss is not that of the dense model")
+    if options.expert_layer_norm:
+        logger.warning("the dense model has no --expert-layer-norm: the first loss is not that of the dense model")
 
 
 def expand_dense(dense: "dict[str, Tensor]", model: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ MODELING, TOKENIZATION = "modeling_fairseq_hash", "tokenization_fairseq_hash"
 ACTIVATIONS = {"gelu_fast": "gelu_accurate"}  # older names
 ACTIVATIONS.update({name: name for name in ("relu", "gelu", "gelu_accurate", "tanh", "linear")})
 ROUTERS = ("none", "hash", "switch", "base")  # those that the exported code has
-# Options of parts of fairseq's decoder that the exported model does not have, with the values that switch them off.
+# Options that the exported model does not have, most of them of fairseq's decoder, and the values that switch them off.
 REFUSED: dict[str, tuple[Any, ...]] = {
     "adaptive_softmax_cutoff": (None,),
     "adaptive_input": (False,),
@@ -28,6 +28,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "scale_attn": (False, None),
     "scale_heads": (False, None),
     "scale_resids": (False, None),
+    "base_evaluation": ("greedy",),
     "decoder_xformers_att_config": (None, ""),
 }
 # Entries of a state besides the model's parameters and tables.
@@ -151,7 +152,7 @@ def _sparse(
         places.append(place)
     names = ("sparse_placement", "num_experts", "expert_form", "expert_sublayers", "swiglu_limit", "shared_expert")
     names += ("eval_capacity_factor", "hash_feature", "hash_length", "multi_hash", "experts_per_token")
-    names += ("hash_weights", "hash_score", "hash_scale")
+    names += ("hash_weights", "hash_score", "hash_scale", "gate", "expert_layer_norm")
     return {
         **{name: getattr(options, name) for name in names},
         "sparse_layers": places,

@@ -35,7 +35,7 @@ DEFAULTS |= {"scale_embedding": True, "share_embeddings": False, "sparse_placeme
 DEFAULTS |= {"num_experts": 1, "expert_form": "plain", "expert_sublayers": 1, "swiglu_limit": 0.0}
 DEFAULTS |= {"shared_expert": False, "eval_capacity_factor": 0.0, "hash_feature": "token", "hash_length": 0}
 DEFAULTS |= {"multi_hash": 1, "experts_per_token": 1, "hash_weights": "uniform", "hash_score": "softmax"}
-DEFAULTS |= {"hash_scale": 1.0, "tables": ()}
+DEFAULTS |= {"hash_scale": 1.0, "tables": (), "gate": "value", "expert_layer_norm": False}
 SPECIAL = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2}
 
 
@@ -261,6 +261,7 @@ class SparseLayer(nn.Module):
         self.groups = config.num_experts * self.segments
         self.capacity_factor = config.eval_capacity_factor
         self.share = config.hash_scale / config.experts_per_token
+        self.gate = config.gate
         inserted, gated = config.sparse_placement == "insert", config.expert_form == "swiglu"
 
         def build(experts: int, segments: int) -> nn.Module:
@@ -270,6 +271,7 @@ class SparseLayer(nn.Module):
 
         self.experts = build(config.num_experts, self.segments)
         self.shared = build(1, 1) if config.shared_expert else None
+        self.norm = nn.LayerNorm(config.hidden_size) if config.expert_layer_norm else None
         self.router = None
         if not self.is_hash:
             self.router = {"switch": SwitchRouter, "base": BaseRouter}[router](config)
@@ -283,15 +285,19 @@ class SparseLayer(nn.Module):
         x_TD = x_LBD[real_LB]
         if not self.is_hash:
             expert_TK, weight_TK = self.router(x_TD)
+            if self.gate == "one":
+                weight_TK = torch.full_like(weight_TK, 1 / weight_TK.shape[1])
         else:
             expert_TK, weight_TK = expert_BLK.transpose(0, 1)[real_LB], None
             if self.router is not None:
                 weight_TK = self.router(x_TD, expert_TK)
-            elif self.segments == 1 and expert_TK.shape[1] > 1:
+            elif self.share != 1:
                 weight_TK = torch.full(expert_TK.shape, self.share, device=x_TD.device)
         y_TD = self.apply_experts(x_TD, expert_TK, weight_TK)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD, 0)
+        if self.norm is not None:
+            y_TD = self.norm(x_TD + y_TD)
         y_LBD = torch.zeros_like(x_LBD)
         y_LBD[real_LB] = y_TD
         return y_LBD.transpose(0, 1)

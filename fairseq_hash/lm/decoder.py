@@ -24,6 +24,7 @@ from fairseq_hash.lm.predictor import Predictor
 from fairseq_hash.lm.sparse_layers import Place, build_sparse_layer
 from fairseq_hash.lm.table_buffers import HashTables, build_tables
 from fairseq_hash.moe.assignment import Assignment
+from fairseq_hash.moe.layer import SparseLayer
 from fairseq_hash.moe.routing_context import HashRoute, RoutingContext
 from fairseq_hash.moe.token_dispatcher import TokenDispatcher
 from fairseq_hash.options.sparse_options import SparseOptions
@@ -96,11 +97,13 @@ class HashTransformerDecoder(TransformerDecoder):
         *more: Any,
         dispatcher: TokenDispatcher,
         is_evaluation: bool = False,
+        counts: "list[int] | None" = None,
         **named: Any,
     ) -> None:
         """Build the decoder of fairseq's arguments and of `dispatcher`, which brings tokens to the experts.
 
-        `is_evaluation` says whether a checkpoint is loaded next, which has its own hash tables.
+        `is_evaluation` says whether a checkpoint is loaded next, which has its own hash tables. `counts` say how often
+        each symbol occurs in the training text; None: as the dictionary says.
         """
         self.dispatcher = dispatcher
         self.parallel = dispatcher.parallel
@@ -115,12 +118,14 @@ class HashTransformerDecoder(TransformerDecoder):
                 at += 1 + before
                 self.layers.insert(at, _wrap(InsertedLayer(cfg, self.options, self.dispatcher, place), cfg))
             self.layers[at].register_forward_hook(functools.partial(_keep_report, (place.number, place.router)))
+        layers = [module for module in self.modules() if isinstance(module, SparseLayer)]
+        self.router_sees_future = any(getattr(layer.router, "sees_future", False) for layer in layers)
         self.hash_tables: HashTables | None = None
         self.predictor: Predictor | None = None
         hash_layers = sum(place.router == "hash" for place in self.places.values())
         if hash_layers:
             shape = self.options.table_shape(self.options.num_experts, self.max_positions())
-            symbols, counts = dictionary.symbols, dictionary.count
+            symbols, counts = dictionary.symbols, counts or dictionary.count
             self.hash_tables = build_tables(self.options, symbols, counts, shape, hash_layers, is_evaluation)
 
     def _places(self, decoder_layers: int) -> dict[int, Place]:
@@ -162,8 +167,16 @@ class HashTransformerDecoder(TransformerDecoder):
 
     @property
     def is_oracle(self) -> bool:
-        """Whether a hash layer sees the token that the model is to predict."""
-        return self.hash_tables is not None and self.options.feature.is_oracle
+        """Whether a hash layer or a router sees the tokens that the model is to predict."""
+        return bool(self.oracle)
+
+    @property
+    def oracle(self) -> str:
+        """What sees the tokens that the model is to predict, in the words of the command line; "" if nothing does."""
+        if self.hash_tables is not None and self.options.feature.is_oracle:
+            return f"--hash-feature {self.options.hash_feature}"
+        how = " with --base-evaluation balanced" if self.options.base_evaluation == "balanced" else ""
+        return f"--router {self.options.router}{how}" if self.router_sees_future else ""
 
     def routing_context(self, token_BL: Tensor, is_step: bool = False) -> RoutingContext:
         """Return what the sparse layers share for token ids `[B, L]`: the hash routes are made here, for all of them.
@@ -174,8 +187,8 @@ class HashTransformerDecoder(TransformerDecoder):
         if is_step and self.is_oracle:
             # Not an error that ranks wait for each other with: in generation some may have no sentence.
             raise SystemExit(
-                f"fairseq_hash: --hash-feature {self.options.hash_feature} sees the next token, which generation does "
-                "not have; evaluate such a model with fairseq-eval-lm only"
+                f"fairseq_hash: {self.oracle} sees the next token, which generation does not have; evaluate such a "
+                "model with fairseq-eval-lm only"
             )
         seen_BL = token_BL[:, -1:] if is_step else token_BL
         context = RoutingContext.of_tokens(seen_BL, self.padding_idx)
@@ -184,16 +197,17 @@ class HashTransformerDecoder(TransformerDecoder):
         predicted_BL = None if self.predictor is None else self.predictor(token_BL)
         options, columns = self.options, self.options.multi_hash
         factor = options.capacity_factor if self.training else options.eval_capacity_factor
+        drops_randomly = self.training and options.drop_priority == "random"
+        share = options.hash_scale / options.experts_per_token
         for table in self.hash_tables:
             row_BL = table.rows(token_BL, self.padding_idx, predicted_BL)[:, -seen_BL.shape[1] :]
             expert_TK = table(context.select(row_BL))
             if columns > 1:  # of MultiHash: each expert has a group of rows for each segment
                 expert_TK = expert_TK * columns + torch.arange(columns, device=expert_TK.device)
             weight_TK = None
-            if options.experts_per_token > 1:
-                share = options.hash_scale / options.experts_per_token
+            if share != 1:
                 weight_TK = torch.full(expert_TK.shape, share, device=expert_TK.device)
-            plan = self.dispatcher.in_segments(columns).begin(expert_TK, factor)
+            plan = self.dispatcher.in_segments(columns).begin(expert_TK, factor, drops_randomly=drops_randomly)
             context.hash_routes.append(HashRoute(Assignment(expert_TK, weight_TK), plan, columns))
         return context
 

@@ -28,6 +28,7 @@ from fairseq_hash.fairseq_patches.model_building import (
 from fairseq_hash.hashing import dictionary_fingerprint
 from fairseq_hash.lm.decoder import HashTransformerDecoder
 from fairseq_hash.lm.freezing import freeze
+from fairseq_hash.lm.line_ends import counts_with_line_ends
 from fairseq_hash.lm.memory_check import check_fits_here
 from fairseq_hash.lm.predictor import load_predictor
 from fairseq_hash.moe.dispatchers import check_dispatcher, make_dispatcher
@@ -90,14 +91,19 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
             if parallel.is_shared:  # from here on a rank that fails ends the job: the others wait for it
                 watchdog_of(parallel.rank, parallel.world_size)
             dispatcher = make_dispatcher(parallel, options.expert_dispatch)
-            decoder = functools.partial(HashTransformerDecoder, dispatcher=dispatcher, is_evaluation=is_evaluation)
+            counts = None
+            if options.hash_count_eos and not is_evaluation:
+                counts = run_on_all_ranks(functools.partial(counts_with_line_ends, task))
+            decoder = functools.partial(
+                HashTransformerDecoder, dispatcher=dispatcher, is_evaluation=is_evaluation, counts=counts
+            )
             with language_model_decoder(decoder):
                 model = run_on_all_ranks(functools.partial(super().build_model, args, task))
             if options.hash_predictor:
                 load = functools.partial(load_predictor, options.hash_predictor, task)
                 model.decoder.set_predictor(run_on_all_ranks(load))
             if model.decoder.is_oracle:
-                logger.warning("--hash-feature %s sees the next token: its perplexity is an oracle's", options.feature)
+                logger.warning("%s sees the next token: its perplexity is an oracle's", model.decoder.oracle)
             if not is_evaluation:
                 freeze(model, options.freeze)
             model._ddp_params_and_buffers_to_ignore = expert_names(model)  # torch's DistributedDataParallel reads it

@@ -86,6 +86,8 @@ def build_sparse_layer(
         segments=segments,
         top_k=options.experts_per_token if is_hash else 1,
         shared=build_experts(options, cfg, [0], ("shared", place.number)) if options.shared_expert else None,
+        norm=nn.LayerNorm(cfg.decoder.embed_dim) if options.expert_layer_norm else None,
+        drops_randomly=options.drop_priority == "random",
     )
     take_own_experts(layer, parallel, shapes)
     if parallel.is_shared:

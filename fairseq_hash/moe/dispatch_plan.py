@@ -38,7 +38,8 @@ class DispatchPlan:
     """How T tokens with K choices each become rows grouped by expert.
 
     Attributes:
-        choice_R: int64, the place of each of this rank's rows in the flattened `[T, K]`; by expert, then ascending.
+        choice_R: int64, the place of each of this rank's rows in the flattened `[T, K]`; by expert, then ascending, or
+            in the random order in which an expert over its capacity drops.
         sizes: how many rows each expert of this rank gets, from all ranks of the group, after dropping; where there is
             no exchange, how many rows of this rank each of all experts gets.
         tokens_per_expert_E: int64, choices of this rank's tokens for each expert, before dropping.
@@ -104,24 +105,31 @@ class PlanUnderWay:
         num_experts: int,
         capacity_factor: float = 0.0,
         exchange_sizes: "Callable[[Tensor], SplitSizes] | None" = None,
+        drops_randomly: bool = False,
     ) -> None:
         """Begin the plan for an assignment.
 
         An expert over its capacity keeps the choices that come first in `expert_TK`. The layers flatten `[L, B]` with
         the position first, so whether a token is dropped never depends on later positions: a language model sees no
-        future. Capacity is counted over this rank's tokens.
+        future. With `drops_randomly` it keeps those of the tokens that come first in a random order, `torch.randperm`
+        of T on the device of `expert_TK`. Capacity is counted over this rank's tokens.
 
         Args:
             expert_TK: int64, every entry from 0 to E - 1.
             num_experts: E.
             capacity_factor: see `expert_capacity`.
             exchange_sizes: what begins to tell other ranks how many rows each expert gets, `[E]`; None: rows stay here.
+            drops_randomly: for training; it draws nothing without a capacity.
         """
         self.shape_TK = (expert_TK.shape[0], expert_TK.shape[1])
         expert_C = expert_TK.flatten()
         self.tokens_per_expert_E = count_groups(expert_C, num_experts)
-        self.choice_R = expert_C.argsort(stable=True)
         capacity = expert_capacity(len(expert_C), num_experts, capacity_factor)
+        if drops_randomly and capacity is not None:
+            order_C = _random_order(expert_TK)
+            self.choice_R = order_C[expert_C[order_C].argsort(stable=True)]
+        else:
+            self.choice_R = expert_C.argsort(stable=True)
         rows_E = self.tokens_per_expert_E
         if capacity is not None:
             start_E = rows_E.cumsum(0) - rows_E
@@ -146,6 +154,12 @@ def expert_capacity(num_choices: int, num_experts: int, capacity_factor: float) 
         return None
     # 1.1 * 10 / 11 is 1.0000000000000002 in floating point, and means 1.
     return math.ceil(round(num_choices * capacity_factor / num_experts, 6))
+
+
+def _random_order(expert_TK: Tensor) -> Tensor:
+    """Return the choices (int64, `[C]`) by a random order of their tokens."""
+    choice_TK = torch.arange(expert_TK.numel(), device=expert_TK.device).view_as(expert_TK)
+    return choice_TK[torch.randperm(len(expert_TK), device=expert_TK.device)].flatten()
 
 
 def _select(value_ND: Tensor, place_M: Tensor) -> Tensor:

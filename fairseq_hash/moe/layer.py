@@ -16,6 +16,8 @@ class SparseLayer(nn.Module):
     """E experts, this rank's share of them, and what picks among them: a router, or one of the context's hash routes.
 
     `forward` returns what the experts add (zero for padding and for dropped tokens) and the sums of a `RoutingReport`.
+    With a norm it returns that of x plus this sum, and zero for padding: the code of Hash Layers (ParlAI,
+    projects/params_vs_compute/hash_ladder/hash_ladder.py, `HashLayerFFN`) has one norm for all experts of a layer.
     Ranks that share experts have to call it equally often, with any number of tokens.
 
     Attributes:
@@ -36,6 +38,8 @@ class SparseLayer(nn.Module):
         segments: int = 1,
         top_k: int = 1,
         shared: "nn.Module | None" = None,
+        norm: "nn.Module | None" = None,
+        drops_randomly: bool = False,
     ) -> None:
         """Make the layer.
 
@@ -50,12 +54,16 @@ class SparseLayer(nn.Module):
             segments: N, into which MultiHash cuts the experts' hidden width; each is a group of rows.
             top_k: K of a hash layer; a router says its own.
             shared: one more expert, for every token.
+            norm: of x and what the experts add, for a layer that returns LN(x + FFN(x)).
+            drops_randomly: in training, an expert over its capacity drops random tokens; a hash route has its own.
         """
         super().__init__()
         # Checkpoints know the learned weights of a hash layer by the name `router`.
         self.router: Any = router if hash_weights is None else hash_weights
         self.experts = experts
         self.shared = shared
+        self.norm = norm
+        self.drops_randomly = drops_randomly
         self.parallel = dispatcher.parallel
         self.dispatcher = dispatcher.in_segments(segments)
         self.hash_route = hash_route
@@ -73,7 +81,8 @@ class SparseLayer(nn.Module):
         if self.hash_route is None:
             assignment = self.router(x_TD, *((context.tokens,) if self.router_sees_tokens else ()))
             factor = self.capacity_factor if self.training else self.eval_capacity_factor
-            plan = self.dispatcher.begin(assignment.expert_TK, factor).plan
+            drops_randomly = self.training and self.drops_randomly
+            plan = self.dispatcher.begin(assignment.expert_TK, factor, drops_randomly=drops_randomly).plan
             return assignment, plan, RoutingReport.of(assignment, plan, self.statistics).sums
         route = context.hash_routes[self.hash_route]
         assignment = route.assignment
@@ -88,4 +97,6 @@ class SparseLayer(nn.Module):
         y_TD = self.dispatcher.run(x_TD, assignment, plan, self.experts)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD, (len(x_TD),))
+        if self.norm is not None:
+            y_TD = self.norm(x_TD + y_TD)
         return context.restore_padding(y_TD, x_LBD.shape), report

@@ -26,6 +26,11 @@ class HashOptions(FairseqDataclass):
         "each, comma separated",
     )
     hash_seed: int = option(42, "seed of random tables, 0 or more")
+    hash_count_eos: bool = option(
+        False,
+        "for --hash-table balanced and scattered: count </s> once for each line of the binarized train; dict.txt does "
+        "not count it, and balanced tables take its count as 1",
+    )
     hash_per_layer: bool = option(
         False,
         "give each hash layer a table of its own, with another seed; for --hash-table balanced, scattered or random",
@@ -62,7 +67,8 @@ class HashOptions(FairseqDataclass):
     hash_score: str = option("softmax", f"score function of --hash-weights learned: {', '.join(SCORES)}")
     hash_scale: float = option(
         1.0,
-        "sum of the weights of a token's experts, more than 0 (2.5 in DeepSeek-V4); for --experts-per-token 2 or more",
+        "sum of the weights of a token's experts, more than 0 (2.5 in DeepSeek-V4); with one expert per token, or with "
+        "--multi-hash, what multiplies the output",
     )
 
     @property

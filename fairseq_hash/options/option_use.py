@@ -10,8 +10,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.validators import refuse
 from fairseq_hash.hashing.features import OF_BUCKETS
-from fairseq_hash.hashing.registry import BUILDERS, DRAWN
+from fairseq_hash.hashing.registry import BUILDERS, DRAWN, OF_COUNTS
 from fairseq_hash.moe.routers import router_class, router_names, statistics_of
 from fairseq_hash.moe.routing_stats import loss_weights
 from fairseq_hash.options.criterion_options import HashMoECriterionConfig, SparseCriterion
@@ -73,6 +74,9 @@ SWITCH = Statement(lambda options: "switch" in options.routers, "a switch layer 
 BALANCED = Statement(lambda options: _has_loss(options, "load_balance_weight"), "a switch layer (--router switch)")
 Z_LOSS = Statement(lambda options: _has_loss(options, "z_loss_weight"), "a switch layer (--router switch)")
 BASE = Statement(lambda options: "base" in options.routers, "a BASE layer (--router base)")
+GATED = Statement(
+    lambda options: not {"switch", "base"}.isdisjoint(options.routers), "a gate (--router switch or base)"
+)
 SEVERAL = Statement(_weighs_several, "several experts per token (--router hash, --experts-per-token 2 or more)")
 
 MODEL = {
@@ -105,6 +109,10 @@ MODEL = {
         f"a table that is drawn (--router hash, --hash-table {' or '.join(DRAWN)}; balanced with --hash-per-layer or "
         "--multi-hash)",
     ),
+    "hash_count_eos": Statement(
+        lambda options: _has_hash(options) and not set(OF_COUNTS).isdisjoint(_tables(options)),
+        "a table that is built here by counts (--router hash, --hash-table balanced or scattered)",
+    ),
     "hash_per_layer": Statement(
         lambda options: options.hash_layers > 1, "two hash layers or more (--router hash, --sparse-layers 1,3)"
     ),
@@ -121,7 +129,13 @@ MODEL = {
     "hash_score": Statement(
         lambda options: _weighs_several(options) and options.hash_weights == "learned", "--hash-weights learned"
     ),
-    "hash_scale": SEVERAL,
+    "hash_scale": HASH,
+    "gate": GATED,
+    "base_evaluation": BASE,
+    "drop_priority": Statement(
+        lambda options: options.is_sparse and options.capacity_factor > 0, "--capacity-factor above 0"
+    ),
+    "expert_layer_norm": SPARSE,
 }
 CRITERION = {
     "load_balance_weight": Statement(BALANCED.acts, BALANCED.needs, asks_nothing=0),
@@ -161,11 +175,17 @@ def check_criterion(kind: type, config: Mapping[str, Any], options: SparseOption
                 f"--criterion {name} does not count tokens per expert, which --router {options.router} needs after "
                 "each update; use --criterion hash_moe"
             )
-        if _has_hash(options) and options.feature.is_oracle:
-            raise UserError(
-                f"--criterion {name} calls the perplexity of --hash-feature {options.hash_feature}, an oracle, a "
-                "language model's; use --criterion hash_moe"
-            )
+        oracles = {
+            f"--hash-feature {options.hash_feature}": _has_hash(options) and options.feature.is_oracle,
+            "--base-evaluation balanced": BASE.acts(options) and options.base_evaluation == "balanced",
+        }
+        refuse(
+            {
+                f"--criterion {name} calls the perplexity of {oracle}, an oracle, a language model's; use --criterion "
+                "hash_moe": is_one
+                for oracle, is_one in oracles.items()
+            }
+        )
         return []
     return _check(options, {f.name: f.default for f in fields(HashMoECriterionConfig)}, CRITERION, config)
 

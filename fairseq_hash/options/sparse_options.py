@@ -11,6 +11,7 @@ from fairseq_hash.core.validators import check_at_least, check_one_of, check_pro
 from fairseq_hash.moe.dispatchers import DISPATCHERS
 from fairseq_hash.moe.distributed_assignment import BALANCES
 from fairseq_hash.moe.routers import router_names
+from fairseq_hash.options.gate_options import GateOptions
 from fairseq_hash.options.hash_options import HashOptions
 
 PLACEMENTS = ("replace", "insert")
@@ -19,7 +20,7 @@ FREEZES = ("none", "experts", "all-but-experts")
 
 
 @dataclass
-class SparseOptions(HashOptions):
+class SparseOptions(GateOptions, HashOptions):
     """Options of the sparse layers of a `hash_transformer_lm`. `check` raises `UserError` for a value out of range."""
 
     router: str = option(
@@ -188,6 +189,7 @@ class SparseOptions(HashOptions):
         check_at_least("--num-experts", self.num_experts, 1)
         check_at_least("--expert-sublayers", self.expert_sublayers, 1)
         self.check_hash(self.num_experts)
+        self.check_gate()
         check_at_least("--swiglu-limit", self.swiglu_limit, 0)
         if self.multi_hash > 1 and self.expert_form != "plain":
             raise UserError(f"--multi-hash {self.multi_hash} needs --expert-form plain")
@@ -196,6 +198,7 @@ class SparseOptions(HashOptions):
                 f"--multi-hash {self.multi_hash}": self.multi_hash > 1,
                 f"--expert-form {self.expert_form}": self.expert_form != "plain",
                 "--shared-expert": self.shared_expert,
+                "--expert-layer-norm": self.expert_layer_norm,
             }
             instead = "needs experts in place of an FFN; use --sparse-placement replace"
             refuse({f"{name} {instead}": is_given for name, is_given in others.items()})

@@ -45,6 +45,7 @@ def _name(runs: Sequence[Run]) -> str:
     name = next((str(name) for name in given if name), router_name(runs[0]))
     record = runs[0].training.model
     is_oracle = "hash" in record["router"] and record.get("hash_feature") == "future"
+    is_oracle |= "base" in record["router"] and record.get("base_evaluation") == "balanced"
     return f"{name} (oracle: sees the next token)" if is_oracle else name
 
 

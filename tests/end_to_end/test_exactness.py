@@ -54,6 +54,8 @@ def cases(world_size):
         made["two experts by fairscale"] = arguments("hash", 4, "sgd", "--experts-per-token", "2", *by_fairscale)
         made["four segments, a table for each layer"] = arguments("hash", 4, "adam", *tables)
         made["segments by fairscale"] = arguments("hash", 2, "sgd", "--multi-hash", "2", *by_fairscale)
+        fair = ("--gate", "one", "--expert-layer-norm", "--hash-scale", "0.5", "--capacity-factor", "1.0")
+        made["gate one, a norm of the experts, hash then switch"] = arguments("hash,switch", 4, "sgd", *fair)
         made["gated, hash then switch"] = arguments("hash,switch", 4, "sgd", "--expert-form", "swiglu")
     if world_size == 4:
         made["groups of two"] = arguments("hash", 8, "adam", "--expert-parallel-size", "2")

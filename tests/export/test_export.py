@@ -59,6 +59,12 @@ MODELS = {
     "switch, inserted": ("--router", "switch", *SPARSE, *INSERT),
     "base": ("--router", "base", *SPARSE),
     "base, inserted": ("--router", "base", *SPARSE, *INSERT, "--expert-sublayers", "3"),
+    "switch, gate one, norm": ("--router", "switch", *SPARSE, "--gate", "one", "--expert-layer-norm"),
+    "base, gate one": ("--router", "base", *SPARSE, "--gate", "one"),
+    "hash, scaled": hash_layers("--hash-scale", "0.3"),
+    "hash, 2 segments, scaled, norm, shared": hash_layers(
+        "--multi-hash", "2", "--hash-scale", "0.3", "--expert-layer-norm", "--shared-expert"
+    ),
     "one of each": ("--decoder-layers", "4", "--router", "base,hash,switch", "--sparse-layers", "0,1,3")
     + ("--num-experts", "5", "--hash-table", "random"),
     "one of each, inserted": ("--decoder-layers", "3", "--router", "hash,base,hash", "--sparse-layers", "0,1,2")

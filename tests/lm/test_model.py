@@ -82,11 +82,12 @@ def test_incremental_decoding_gives_the_logits_of_the_full_pass(data, router, pl
 @pytest.mark.parametrize("placement", ["replace", "insert"])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_activation_checkpointing_changes_nothing(data, router, placement):
-    """Loss, reports and every gradient, with capacity, jitter, dropout and auxiliary losses on."""
+    """Loss, reports and every gradient, with random drops, jitter, dropout and auxiliary losses on."""
     results = []
     for extra in ((), ("--checkpoint-activations",)):
         torch.manual_seed(1)
         options = ("--capacity-factor", "1", "--expert-dropout", "0.1", "--dropout", "0.1")
+        options += ("--drop-priority", "random")
         options += ("--router-jitter", "0.1") if router == "switch" else ()
         arguments = ("--router", router, *SPARSE, "--sparse-placement", placement, *options, "--z-loss-weight", "0.1")
         _, task, model, criterion = build(data, *arguments, *extra)

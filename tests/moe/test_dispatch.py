@@ -3,9 +3,11 @@
 import math
 
 import pytest
+import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from fairseq_hash.moe.dispatch_plan import expert_capacity
 from fairseq_hash.moe.dispatchers import make_dispatcher
@@ -38,6 +40,42 @@ def test_plan_keeps_the_first_choices_of_each_expert(assignment, capacity_factor
     assert list(plan.rows_per_expert) == [len(group) for group in rows]
     assert plan.tokens_per_expert_E.tolist() == [chosen.count(expert) for expert in range(num_experts)]
     assert plan.dropped == len(chosen) - sum(plan.rows_per_expert)
+
+
+@given(assignments(), st.sampled_from([0.0, 0.3, 1.0]), st.integers(0, 99))
+def test_random_drops_keep_the_first_choices_in_a_random_order(assignment, capacity_factor, seed):
+    """The plan against a loop over the tokens in the order that the seed gives."""
+    expert_TK, num_experts = assignment
+    tokens, choices = expert_TK.shape
+    torch.manual_seed(seed)
+    plan = make_dispatcher(ExpertParallel(num_experts)).begin(expert_TK, capacity_factor, drops_randomly=True).plan
+    torch.manual_seed(seed)
+    order = [token * choices + k for token in torch.randperm(tokens).tolist() for k in range(choices)]
+    chosen = expert_TK.flatten().tolist()
+    kept = reference.kept_under_capacity(chosen, num_experts, capacity_factor, order)
+    assert sorted(plan.choice_R.tolist()) == [choice for choice, is_kept in enumerate(kept) if is_kept]
+    assert [chosen[choice] for choice in plan.choice_R.tolist()] == sorted(chosen[c] for c in plan.choice_R.tolist())
+    assert plan.dropped == kept.count(False)
+    assert plan.tokens_per_expert_E.tolist() == [chosen.count(expert) for expert in range(num_experts)]
+
+
+@pytest.mark.parametrize("drops_randomly", [False, True])
+def test_random_drops_meet_all_positions_alike(drops_randomly):
+    """Drops by sixteenth of a batch, over 400 batches: flat if random (chi-square), rising from 0 if by position."""
+    generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(1)
+    dropped_16 = torch.zeros(16)
+    for _ in range(400):
+        # Expert 0 gets half of the tokens, twice its capacity.
+        expert_TK = torch.randint(-3, 4, (256, 1), generator=generator).clamp(min=0)
+        plan = make_dispatcher(ExpertParallel(4)).begin(expert_TK, 1.0, drops_randomly=drops_randomly).plan
+        dropped_T = torch.ones(256).index_fill(0, plan.choice_R, 0.0)
+        dropped_16 += dropped_T.view(16, 16).sum(dim=1)
+    flat = stats.chisquare(dropped_16.numpy()).pvalue
+    if drops_randomly:
+        assert flat > 0.01
+    else:
+        assert flat < 1e-9 and dropped_16[0] == 0
 
 
 @given(assignments(), st.booleans(), st.sampled_from([0.0, 0.8]))

@@ -50,7 +50,12 @@ EXAMPLES = {
     "experts_per_token": (2, HASH | {"router": "switch,hash"}, BASE),
     "hash_weights": ("learned", TOP_2, HASH),
     "hash_score": ("sigmoid", TOP_2 | {"hash_weights": "learned"}, TOP_2),
-    "hash_scale": (2.5, TOP_2, HASH),
+    "hash_scale": (2.5, HASH, SWITCH),
+    "hash_count_eos": (True, HASH | {"hash_table": "random,scattered"}, HASH | {"hash_table": "random"}),
+    "gate": ("one", HASH | {"router": "hash,switch"}, HASH),
+    "base_evaluation": ("balanced", BASE, SWITCH),
+    "drop_priority": ("random", HASH | {"capacity_factor": 1.0}, HASH | {"eval_capacity_factor": 1.0}),
+    "expert_layer_norm": (True, HASH, None),
 }
 OF_CRITERION = {
     "load_balance_weight": (0.1, SWITCH, HASH),
@@ -117,6 +122,8 @@ def test_a_router_gets_the_criterion_that_it_needs():
             option_use.check_criterion(*other, SparseOptions(**model))
     with pytest.raises(UserError, match="of --hash-feature future, an oracle, a language model's; use --criterion"):
         option_use.check_criterion(*other, SparseOptions(**HASH, hash_feature="future"))
+    with pytest.raises(UserError, match="of --base-evaluation balanced, an oracle, a language model's; use"):
+        option_use.check_criterion(*other, SparseOptions(**BASE, base_evaluation="balanced"))
 
 
 def test_a_checkpoint_of_before_loads_in_evaluation(data, caplog):

@@ -36,6 +36,13 @@ BAD = [
     ((*SWITCH, "--expert-dropout", "1.5"), "--expert-dropout 1.5 is out of range"),
     ((*SWITCH, "--load-balance-weight", "-1"), "--load-balance-weight -1.0 is out of range"),
     ((*SWITCH, "--z-loss-weight", "inf"), "--z-loss-weight inf is out of range"),
+    ((*SWITCH, "--gate", "1"), "--gate 1 is unknown; use one of value, one"),
+    ((*SWITCH, "--base-evaluation", "best"), "--base-evaluation best is unknown; use one of greedy, balanced"),
+    ((*SWITCH, "--drop-priority", "last"), "--drop-priority last is unknown; use one of position, random"),
+    (
+        (*HASH, "--expert-layer-norm", "--sparse-placement", "insert"),
+        "--expert-layer-norm needs experts in place of an FFN; use --sparse-placement replace",
+    ),
     ((*HASH, "--base-layers", "1"), "use --router base --sparse-placement insert"),
     ((*HASH, "--decoder-layerdrop", "0.1"), "--decoder-layerdrop 0.1"),
     ((*HASH, "--decoder-layers-to-keep", "0"), "--decoder-layers-to-keep 0"),

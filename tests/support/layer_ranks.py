@@ -34,14 +34,15 @@ TOLERANCE = {"rtol": 2e-4, "atol": 2e-5}
 
 @st.composite
 def layouts(draw, world_size):
-    """Experts, ranks of a group, tokens of each rank, choices a token, capacity factor, seed."""
+    """Experts, ranks of a group, tokens of each rank, choices a token, capacity factor and who is dropped, seed."""
     size = draw(st.sampled_from([n for n in range(2, world_size + 1) if world_size % n == 0]))
     return {
         "size": size,
         "num_experts": size * draw(st.integers(1, 3)),
         "tokens": draw(st.lists(st.integers(0, 9), min_size=world_size, max_size=world_size)),
         "choices": draw(st.integers(1, 2)),
-        "capacity_factor": draw(st.sampled_from([0.0, 0.0, 0.7])),
+        "capacity_factor": draw(st.sampled_from([0.0, 0.0, 0.7, 0.7])),
+        "drops_randomly": draw(st.booleans()),
         # Which experts get tokens at all: with few of them, whole ranks get none.
         "busy": draw(st.integers(1, 3 * size)),
         "seed": draw(st.integers(0, 2**16)),
@@ -74,6 +75,16 @@ def make_tokens(layout):
     return made
 
 
+def order_of(layout, rank):
+    """Return the order in which a rank's choices come to their experts; None: as they are."""
+    if not layout["drops_randomly"]:
+        return None
+    torch.manual_seed(layout["seed"] + rank)
+    choices = layout["choices"]
+    tokens = torch.randperm(layout["tokens"][rank], device=ranks.device()).tolist()
+    return [token * choices + k for token in tokens for k in range(choices)]
+
+
 def all_experts(num_experts):
     """Return the experts as one process has them."""
     torch.manual_seed(1)
@@ -92,7 +103,9 @@ def check_against_loop(layout):
     x_TD, expert_TK, weight_TK = (value.to(ranks.device()) for value in made[rank])
     x_TD, weight_TK = x_TD.requires_grad_(), weight_TK.requires_grad_()
     with count_sent_bytes(parallel) as sent:
-        route = Assignment(expert_TK, weight_TK), make_dispatcher(parallel).begin(expert_TK, factor)
+        torch.manual_seed(layout["seed"] + rank)
+        under_way = make_dispatcher(parallel).begin(expert_TK, factor, drops_randomly=layout["drops_randomly"])
+        route = Assignment(expert_TK, weight_TK), under_way
         y_LBD, _ = layer(x_TD.unsqueeze(1), RoutingContext(None, [HashRoute(*route)]))
         (y_LBD * y_LBD.detach().cos()).sum().backward()
 
@@ -104,7 +117,8 @@ def check_against_loop(layout):
     for other in range(start, start + parallel.size):
         x, expert, weight = (value.detach() for value in made[other])
         x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
-        kept = reference.kept_under_capacity(expert.flatten().tolist(), layout["num_experts"], factor)
+        chosen = expert.flatten().tolist()
+        kept = reference.kept_under_capacity(chosen, layout["num_experts"], factor, order_of(layout, other))
         homes = [int(e) // parallel.local_experts for e in expert.flatten()]
         for home, is_kept in zip(homes, kept, strict=True):
             sent_rows += is_kept and other == rank and home != parallel.place
@@ -173,7 +187,9 @@ def check_fairscale(layout):
         experts = ExpertFeedForward(parallel.expert_ids, WIDTH, HIDDEN, F.gelu, 0.0, (0,)).to(ranks.device())
         layer = SparseLayer(None, experts, dispatcher, *[layout["capacity_factor"]] * 2, hash_route=0)
         x_TD, expert_TK, weight_TK = made[0].clone().requires_grad_(), made[1], made[2].clone().requires_grad_()
-        route = Assignment(expert_TK, weight_TK), dispatcher.begin(expert_TK, layout["capacity_factor"])
+        capacity, drops_randomly = layout["capacity_factor"], layout["drops_randomly"]
+        under_way = dispatcher.begin(expert_TK, capacity, drops_randomly=drops_randomly)
+        route = Assignment(expert_TK, weight_TK), under_way
         y_LBD, report = layer(x_TD.unsqueeze(1), RoutingContext(None, [HashRoute(*route)]))
         (y_LBD * y_LBD.detach().cos()).sum().backward()
         gradients = [gradient(tensor) for tensor in (x_TD, weight_TK, *experts.parameters())]

@@ -68,16 +68,19 @@ def balanced_value(score_TE):
     return best
 
 
-def kept_under_capacity(experts, num_experts, capacity_factor):
-    """Switch Transformers, section 2.2: an expert takes at most tokens / experts x factor tokens, first come first."""
+def kept_under_capacity(experts, num_experts, capacity_factor, order=None):
+    """Switch Transformers, section 2.2: an expert takes at most tokens / experts x factor tokens, first come first.
+
+    `order` says in which order the choices come; None: one after the other.
+    """
     if capacity_factor == 0:
         return [True] * len(experts)
     capacity = math.ceil(round(len(experts) * capacity_factor / num_experts, 6))
     taken = [0] * num_experts
-    kept = []
-    for e in experts:
-        kept.append(taken[e] < capacity)
-        taken[e] += 1
+    kept = [False] * len(experts)
+    for choice in range(len(experts)) if order is None else order:
+        kept[choice] = taken[experts[choice]] < capacity
+        taken[experts[choice]] += 1
     return kept
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairseq_hash.moe.assignment import Assignment
+from fairseq_hash.moe.gate import gate_weights
 from fairseq_hash.moe.kernels.group_sizes import count_groups
 from fairseq_hash.moe.losses import load_balancing_loss, z_loss
 from fairseq_hash.moe.routers.registry import RouterSettings, register_router
@@ -35,8 +36,9 @@ class SwitchRouter(nn.Module):
     top_k = 1
     statistics = SwitchStatistics
 
-    def __init__(self, model_width: int, num_experts: int, jitter: float, key: int) -> None:
+    def __init__(self, model_width: int, num_experts: int, jitter: float, key: int, gate: str = "value") -> None:
         super().__init__()
+        self.gate = gate
         self.jitter = jitter
         self.weight = nn.Parameter(torch.empty(num_experts, model_width))
         std = math.sqrt(0.1 / model_width)
@@ -48,7 +50,7 @@ class SwitchRouter(nn.Module):
     def build(cls, settings: RouterSettings) -> "SwitchRouter":
         """Make the router of one layer."""
         jitter = settings.options.router_jitter
-        return cls(settings.model_width, settings.num_experts, jitter, settings.layer)
+        return cls(settings.model_width, settings.num_experts, jitter, settings.layer, settings.options.gate)
 
     def forward(self, x_TD: Tensor) -> Assignment:
         """Assign `x_TD` (any floating dtype) to experts."""
@@ -66,4 +68,4 @@ class SwitchRouter(nn.Module):
             statistics = SwitchStatistics(
                 entropy_T.sum() / max(len(entropy_T), 1), load_balancing_loss(probability_TE, rows_E), z_loss(logits_TE)
             )
-            return Assignment(expert_TK, weight_TK, statistics)
+            return Assignment(expert_TK, gate_weights(weight_TK, self.gate), statistics)

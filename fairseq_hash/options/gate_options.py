@@ -1,7 +1,7 @@
 """Options that let routers be compared in one thing at a time. All are off by default: models are then as published.
 
 Hash Layers, Switch and BASE differ in more than who chooses the expert: in the gate that scales its output, in the
-tokens that a full expert drops, in how they are evaluated. `docs/plugin.md` says what each paper has.
+tokens that a full expert drops, in how they are evaluated. `docs/comparison.md` says what each paper has.
 """
 
 from dataclasses import dataclass

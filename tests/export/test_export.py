@@ -79,7 +79,7 @@ MODELS = {
 SLOW = {"hash, modulo", "hash, round-robin", "hash, named tables", "hash, history 2", "hash, two experts, scattered"}
 SLOW |= {"hash, bigram, a table for each layer", "hash, 2 segments", "hash, 2 segments, capacity"}
 SLOW |= {"hash, inserted, a table for each layer", "switch, swiglu, shared", "switch, inserted"}
-SLOW |= {"one of each, inserted", "experts at the end only"}
+SLOW |= {"one of each, inserted", "experts at the end only", "base, gate one", "hash, scaled"}
 
 
 @pytest.fixture(

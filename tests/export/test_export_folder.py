@@ -274,6 +274,7 @@ def changed(checkpoint, path, **options):
         ({"adaptive_input": True}, "was trained with --adaptive-input True, which the exported model does not have"),
         ({"character_embeddings": True}, "was trained with --character-embeddings True, which"),
         ({"base_layers": 1}, "was trained with --base-layers 1, which"),
+        ({"base_evaluation": "balanced"}, "was trained with --base-evaluation balanced, which the exported"),
         ({"scale_heads": True}, "was trained with --scale-heads True, which"),
         ({"quant_noise_pq": 0.1}, "was trained with --quant-noise-pq 0.1, which"),
         ({"activation_fn": "swish"}, "was trained with --activation-fn swish; the exported model has "),

@@ -8,6 +8,7 @@ import re
 import sys
 
 import pytest
+import small_models
 from fairseq.logging import metrics
 from fairseq.models.fairseq_model import BaseFairseqModel
 from fairseq_cli import eval_lm, validate
@@ -102,6 +103,14 @@ def test_an_oracle_is_named_in_its_own_result_alone(data, trained, evaluate, tmp
         said = evaluate(tmp_path / "checkpoint_last.pt")
         assert "Perplexity of an oracle, which sees the next token: " in said and "Perplexity: " not in said
     assert result(evaluate(trained["blocks"])) == before
+
+
+def test_base_is_an_oracle_if_it_is_evaluated_balanced(data, evaluate):
+    """The same checkpoint has a perplexity if it is evaluated as published."""
+    path = small_models.checkpoint(data, "base")
+    assert "Perplexity: " in evaluate(path)
+    said = evaluate(path, "--model-overrides", "{'base_evaluation': 'balanced'}")
+    assert "Perplexity of an oracle, which sees the next token: " in said and "Perplexity: " not in said
 
 
 def test_a_part_of_the_text_is_no_result(trained, evaluate):

@@ -49,6 +49,9 @@ class Router(Protocol):
     A router may have a class attribute `sees_tokens = True`. It is then called with a second argument, the
     `RoutedTokens` of the batch: token ids and sentences.
 
+    A router may have an attribute `sees_future`: whether in evaluation a token's experts depend on later tokens. The
+    perplexity of such a model is called an oracle's, and it generates nothing.
+
     A router may have a method `after_update(tokens_per_expert_E)`. Every rank calls it after each update of the
     weights, with how many tokens of the update chose each expert (fp64 `[E]`), over all ranks and accumulated batches.
     What it keeps in buffers is saved and loaded with the model.

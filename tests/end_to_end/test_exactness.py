@@ -54,6 +54,9 @@ def cases(world_size):
         made["two experts by fairscale"] = arguments("hash", 4, "sgd", "--experts-per-token", "2", *by_fairscale)
         made["four segments, a table for each layer"] = arguments("hash", 4, "adam", *tables)
         made["segments by fairscale"] = arguments("hash", 2, "sgd", "--multi-hash", "2", *by_fairscale)
+        # Some updates of each stage.
+        made["stablemoe"] = arguments("stablemoe", 4, "adam", "--stable-updates", "5", "--load-balance-weight", "0.3")
+        made["random-linear"] = arguments("random-linear", 4, "sgd")
         made["gated, hash then switch"] = arguments("hash,switch", 4, "sgd", "--expert-form", "swiglu")
     if world_size == 4:
         made["groups of two"] = arguments("hash", 8, "adam", "--expert-parallel-size", "2")

@@ -13,7 +13,7 @@ from fairseq_hash.moe.parameter_counts import count_parameters
 from fairseq_hash.moe.routing_stats import RoutingReport
 
 SPARSE = ("--sparse-layers", "0,1", "--num-experts", "4")
-ROUTERS = ("hash", "switch", "base")
+ROUTERS = ("hash", "switch", "base", "stablemoe", "random-linear")
 
 
 def test_without_router_the_parameters_are_those_of_transformer_lm(data):

@@ -71,7 +71,8 @@ class StableRouter(nn.Module):
         self.light_centroids = nn.Parameter(torch.empty(num_experts, light_width))
         for centroids in (self.centroids, self.light_centroids):
             nn.init.orthogonal_(centroids, gain=0.1, generator=generator)
-        self.light_embedding = nn.Parameter(torch.empty(vocabulary, light_width).normal_(generator=generator))
+        embedding_VC = torch.empty(vocabulary, light_width).normal_(generator=generator)
+        self.light_embedding = nn.Embedding.from_pretrained(embedding_VC, freeze=False)
         self.register_buffer("expert_V", torch.full((vocabulary,), -1))  # there is no table in stage 1
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self._updates = 0  # the same on the host: reading the buffer would wait for the device
@@ -120,7 +121,7 @@ class StableRouter(nn.Module):
             return Assignment(expert_T.unsqueeze(1), gate_T.unsqueeze(1), statistics)
 
     def _light_scores(self, id_T: Tensor) -> Tensor:
-        return F.linear(F.embedding(id_T, self.light_embedding).float(), self.light_centroids.float())
+        return F.linear(self.light_embedding(id_T).float(), self.light_centroids.float())
 
     @torch.no_grad()
     def _table(self) -> Tensor:

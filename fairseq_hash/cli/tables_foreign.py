@@ -21,13 +21,14 @@ def describe_foreign(arguments: argparse.Namespace) -> dict[str, HashTable]:
     Raises:
         UserError: if a file cannot be read; at the end, if a table has problems, each of which was printed.
     """
+    if arguments.num_experts is not None:
+        check_at_least("--num-experts", arguments.num_experts, 1)
+    vocabulary, counts = _vocabulary(arguments)
     tables, stated = read_tensors(arguments.table, arguments.tensor)
     num_experts = arguments.num_experts or stated
     if num_experts is None:
         num_experts = 1 + max(int(expert_VK.max()) for expert_VK in tables.values())
         print(f"note: {num_experts} experts, by the largest number in the file; --num-experts states their number")
-    check_at_least("--num-experts", num_experts, 1)
-    vocabulary, counts = _vocabulary(arguments)
     faults = 0
     for name, expert_VK in tables.items():
         rows, columns = expert_VK.shape
@@ -43,7 +44,8 @@ def describe_foreign(arguments: argparse.Namespace) -> dict[str, HashTable]:
     for line in overlaps(tables, num_experts):
         print(line)
     if faults:
-        raise UserError(f"{arguments.table} has {faults} problems, printed above; tables import refuses such a table")
+        what = "1 problem" if faults == 1 else f"{faults} problems"
+        raise UserError(f"{arguments.table} has {what}, printed above; tables import refuses such a table")
     if vocabulary is None:
         return {}
     symbols, _ = read_dictionary(arguments.dictionary)

@@ -10,7 +10,7 @@ def distilled_experts(chosen_VE: np.ndarray, count_V: np.ndarray, columns: int =
 
     A token for which the router chose fewer than K experts, or none because it never occurred, gets the experts with
     the smallest loads among the others. This is done by descending count, as `balanced_experts` does it, and a token
-    that never occurred counts as one, so that such tokens spread over the experts.
+    that never occurred counts as one, so that not all of them go to the same one.
 
     Args:
         chosen_VE: int64, how often each expert was chosen for each token of the dictionary.

@@ -42,8 +42,6 @@ def test_any_counts_by_hand(columns):
     count_V = chosen_VE.sum(axis=1)
     expert_VK = distilled_experts(chosen_VE, count_V, columns)
     assert expert_VK.tolist() == naive(chosen_VE.tolist(), count_V.tolist(), columns)
-    # Tokens that never occurred are on all experts.
-    assert set(np.unique(expert_VK[count_V == 0])) == set(range(5))
     chosen = sum(chosen_VE[token, expert] for token, row in enumerate(expert_VK) for expert in row)
     assert share_of_choices(chosen_VE, expert_VK) == pytest.approx(chosen / chosen_VE.sum())
     assert share_of_choices(chosen_VE, distilled_experts(chosen_VE, count_V, 5)) == 1

@@ -161,7 +161,7 @@ def _judge_files(paths: list[Path], dictionary: Path, arguments: argparse.Namesp
     _judge(tables, dictionary, arguments)
 
 
-def _judge(tables: "dict[str, HashTable]", dictionary: Path, arguments: argparse.Namespace) -> None:
+def _judge(tables: dict[str, HashTable], dictionary: Path, arguments: argparse.Namespace) -> None:
     from fairseq_hash.table_tools.balance_report import show, write
     from fairseq_hash.table_tools.evaluate_balance import Judge
     from fairseq_hash.table_tools.token_streams import open_text

@@ -69,6 +69,9 @@ def test_the_table_stays():
     with torch.no_grad():
         router.light_embedding.weight.neg_()
     assert torch.equal(router(x_TD, tokens).expert_TK, first)
+    later = StableRouter(WIDTH, EXPERTS, VOCABULARY, 99, LIGHT, 0)  # in fine-tuning, say, with more updates of stage 1
+    later.load_state_dict(router.state_dict())
+    assert later.is_fixed and torch.equal(later(x_TD, tokens).expert_TK, first)
     low = router.bfloat16()(x_TD.bfloat16(), tokens)
     assert torch.equal(low.expert_TK, first) and low.weight_TK.dtype == torch.float32
     for updates in (0, 3):

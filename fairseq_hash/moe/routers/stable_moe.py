@@ -134,7 +134,7 @@ class StableRouter(nn.Module):
         return self.expert_V
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load the stage with the weights.
+        """Load the stage with the weights. A table that was made stays, whatever the updates of stage 1 are here.
 
         Raises:
             UserError: if the table should have been made at an update that is past.
@@ -142,7 +142,9 @@ class StableRouter(nn.Module):
         updates, expert_V = (state_dict.get(prefix + name) for name in ("updates", "expert_V"))
         if updates is not None and expert_V is not None:
             self._updates = int(updates)
-            if self._updates > self.learning_updates and (expert_V < 0).any():
+            if (expert_V >= 0).all():
+                self.learning_updates = min(self.learning_updates, self._updates - 1)
+            elif self._updates > self.learning_updates:
                 raise UserError(
                     f"it has {self._updates:,} updates and still learns its routing; give --stable-updates "
                     f"{self._updates} or more"

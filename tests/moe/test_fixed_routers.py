@@ -125,7 +125,7 @@ def test_resuming_before_at_and_after_the_switch(data, tmp_path, saved):
     recorded.run(resumed, epoch_itr, 7)
     for name, value in resumed.get_model().state_dict().items():
         assert torch.equal(value, expected[name]) or name.endswith("_float_tensor"), name
-    assert expected["decoder.layers.0.sparse.router.updates"] == 7
+    assert expected["decoder.layers.0.sparse.router.updates"] == 5  # the first update of stage 2 was the last counted
     if saved == 3:
         shorter = (*options, "--stable-updates", "2")
         with pytest.raises(SystemExit, match="it has 3 updates and still learns its routing; give --stable-updates 3"):

@@ -96,9 +96,13 @@ class StableRouter(nn.Module):
         return self._updates >= self.learning_updates
 
     def after_update(self, tokens_per_expert_E: Tensor) -> None:
-        """Count an update."""
-        self.updates += 1
-        self._updates += 1
+        """Count an update of stage 1, and the first one of stage 2.
+
+        No further ones: checkpoints of stage 2 then differ in nothing that cannot be averaged.
+        """
+        if self._updates <= self.learning_updates:
+            self.updates += 1
+            self._updates += 1
 
     def forward(self, x_TD: Tensor, tokens: RoutedTokens) -> Assignment:
         """Assign `x_TD` (any floating dtype) with the ids in `tokens` to experts."""

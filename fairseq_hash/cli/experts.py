@@ -94,13 +94,9 @@ def blocks_of(model: "LanguageModel", text: str, length: "int | None") -> "Itera
     """
     import torch
 
-    most = model.max_tokens + 1
-    if length is None:
-        length = min(model.task.args.tokens_per_sample or most, most)
-    if not 1 <= length <= most:
-        raise UserError(
-            f"--tokens-per-sample {length} is out of range; give 1 to {most:,}, which the model reads at once"
-        )
+    from fairseq_hash.api.route_counts import sample_length
+
+    length = sample_length(model, length)
     read = torch.cat([torch.tensor([model.start]), model.tokenize(text)])
     return (model.routes_read(read[at : at + length], at) for at in range(0, len(read), length))
 

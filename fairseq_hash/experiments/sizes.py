@@ -101,7 +101,8 @@ def _multiplications(model: nn.Module) -> int:
     """Return the number of weights with which one token is multiplied.
 
     Every weight matrix counts, except embeddings that no product uses (the output projection may share its weight with
-    the embedding). Of a stack of experts, only those that serve one token count.
+    the embedding). So does the matrix of a router that never trains, which is a buffer. Of a stack of experts, only
+    those that serve one token count.
     """
     layers, dense = layers_and_dense(model)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -109,7 +110,8 @@ def _multiplications(model: nn.Module) -> int:
     outputs = [] if model.decoder.output_projection is None else [model.decoder.output_projection.weight]
     count = sum(weight.numel() for weight in outputs)
     counted = embeddings | {id(weight) for weight in outputs}
-    count += sum(p.numel() for p in dense if p.dim() == 2 and id(p) not in counted)
+    weights = [*dense, *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
+    count += sum(weight.numel() for weight in weights if weight.dim() == 2 and id(weight) not in counted)
     for layer in layers:
         matrices = sum(p[0].numel() for p in layer.experts.parameters() if p.dim() == 3)
         shared = 0 if layer.shared is None else sum(p[0].numel() for p in layer.shared.parameters() if p.dim() == 3)

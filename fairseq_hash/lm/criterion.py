@@ -14,6 +14,7 @@ from fairseq.tasks import FairseqTask
 from torch import Tensor, nn
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.options import flag_of
 from fairseq_hash.core.validators import check_at_least
 from fairseq_hash.lm.token_loss import adaptive_cross_entropy, token_cross_entropy
 from fairseq_hash.moe.routers import statistics_of
@@ -41,13 +42,18 @@ class HashMoECriterion(SparseCriterion, CrossEntropyCriterion):
         z_loss_weight: float,
         log_expert_loads: bool,
         update_freq_ranks: int = 0,
+        distill_weight: float = 0.3,
     ) -> None:
         super().__init__(task, sentence_avg)
         check_at_least("--update-freq-ranks", update_freq_ranks, 0)
-        for option, weight in (("--load-balance-weight", load_balance_weight), ("--z-loss-weight", z_loss_weight)):
+        self.loss_weights = {
+            "load_balance_weight": load_balance_weight,
+            "z_loss_weight": z_loss_weight,
+            "distill_weight": distill_weight,
+        }
+        for name, weight in self.loss_weights.items():
             if not 0 <= weight < math.inf:
-                raise UserError(f"{option} {weight} is out of range; give a number of 0 or more")
-        self.loss_weights = {"load_balance_weight": load_balance_weight, "z_loss_weight": z_loss_weight}
+                raise UserError(f"{flag_of(name)} {weight} is out of range; give a number of 0 or more")
         self.log_expert_loads = log_expert_loads
         self.update_freq_ranks = update_freq_ranks
 

@@ -108,7 +108,7 @@ class HashTransformerDecoder(TransformerDecoder):
         self.dispatcher = dispatcher
         self.parallel = dispatcher.parallel
         self.options = SparseOptions.from_config(args)
-        self.places = self._places(args.decoder_layers)
+        self.places = self._places(args.decoder_layers, len(dictionary))
         self._numbers = itertools.count()  # fairseq builds the layers in order and tells none its number
         super().__init__(args, dictionary, *more, **named)
         cfg = TransformerConfig.from_namespace(args)
@@ -128,14 +128,14 @@ class HashTransformerDecoder(TransformerDecoder):
             symbols, counts = dictionary.symbols, counts or dictionary.count
             self.hash_tables = build_tables(self.options, symbols, counts, shape, hash_layers, is_evaluation)
 
-    def _places(self, decoder_layers: int) -> dict[int, Place]:
+    def _places(self, decoder_layers: int, vocabulary: int) -> dict[int, Place]:
         """Return where the sparse layers stand, by the number of their decoder layer."""
         routers = self.options.layer_routers(decoder_layers)
         hash_layers = [number for number, router in routers.items() if router == "hash"]
         routes = dict.fromkeys(hash_layers, 0)
         if self.options.has_table_per_layer:
             routes = {number: route for route, number in enumerate(hash_layers)}
-        return {number: Place(number, router, routes.get(number)) for number, router in routers.items()}
+        return {number: Place(number, router, routes.get(number), vocabulary) for number, router in routers.items()}
 
     def build_decoder_layer(self, cfg: TransformerConfig, no_encoder_attn: bool = False) -> nn.Module:
         """Build the next layer: fairseq's own, or a sparse one in its place."""

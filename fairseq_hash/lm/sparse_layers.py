@@ -23,11 +23,15 @@ from fairseq_hash.parallel.groups import Alone, mark_experts
 
 @dataclass(frozen=True)
 class Place:
-    """Where a sparse layer stands: the number of its decoder layer, its router, and its hash route where it has one."""
+    """Where a sparse layer stands: the number of its decoder layer, its router, and its hash route where it has one.
+
+    `vocabulary` is V, the symbols of the tokens that it gets.
+    """
 
     number: int
     router: str
     hash_route: "int | None" = None
+    vocabulary: int = 0
 
 
 def build_experts(
@@ -71,7 +75,8 @@ def build_sparse_layer(
         experts = MappedExperts(experts)
     router = hash_weights = None
     if not is_hash:
-        settings = RouterSettings(cfg.decoder.embed_dim, options.num_experts, place.number, parallel, options)
+        width, vocabulary = cfg.decoder.embed_dim, place.vocabulary
+        settings = RouterSettings(width, options.num_experts, place.number, parallel, options, vocabulary)
         router = router_class(place.router).build(settings)
     elif options.hash_weights == "learned":
         hash_weights = HashWeights(cfg.decoder.embed_dim, options.num_experts, options.hash_score, options.hash_scale)

@@ -12,10 +12,17 @@ class HashMoECriterionConfig(CrossEntropyCriterionConfig):
     """Weights of the auxiliary losses, relative to the cross-entropy of one token in nats."""
 
     load_balance_weight: float = option(
-        0.01, "weight of the load-balancing loss of each sparse layer with a switch router, 0 or more"
+        0.01,
+        "weight of the load-balancing loss of each sparse layer with a switch or stablemoe router, 0 or more (0.3 in "
+        "StableMoE)",
     )
     z_loss_weight: float = option(
         0.0, "weight of the z-loss of each sparse layer with a switch router, 0 or more (0.001 in ST-MoE)"
+    )
+    distill_weight: float = option(
+        0.3,
+        "weight of the loss with which a stablemoe router distils its routing onto token ids, 0 or more (0.3 in the "
+        "authors' release)",
     )
     log_expert_loads: bool = option(
         False,

@@ -71,8 +71,12 @@ ALWAYS = Statement(lambda options: True)
 SPARSE = Statement(lambda options: options.is_sparse, "experts (--router hash, switch or base)")
 HASH = Statement(_has_hash, "a hash layer (--router hash)")
 SWITCH = Statement(lambda options: "switch" in options.routers, "a switch layer (--router switch)")
-BALANCED = Statement(lambda options: _has_loss(options, "load_balance_weight"), "a switch layer (--router switch)")
+BALANCED = Statement(
+    lambda options: _has_loss(options, "load_balance_weight"),
+    "a layer with a load-balancing loss (--router switch or stablemoe)",
+)
 Z_LOSS = Statement(lambda options: _has_loss(options, "z_loss_weight"), "a switch layer (--router switch)")
+STABLE = Statement(lambda options: "stablemoe" in options.routers, "a StableMoE layer (--router stablemoe)")
 BASE = Statement(lambda options: "base" in options.routers, "a BASE layer (--router base)")
 GATED = Statement(
     lambda options: not {"switch", "base"}.isdisjoint(options.routers), "a gate (--router switch or base)"
@@ -91,6 +95,8 @@ MODEL = {
     "eval_capacity_factor": SPARSE,
     "router_jitter": SWITCH,
     "base_balance": BASE,
+    "stable_updates": STABLE,
+    "stable_width": STABLE,
     "expert_dropout": SPARSE,
     "recompute_hidden": SPARSE,
     "expert_form": SPARSE,
@@ -140,6 +146,7 @@ MODEL = {
 CRITERION = {
     "load_balance_weight": Statement(BALANCED.acts, BALANCED.needs, asks_nothing=0),
     "z_loss_weight": Z_LOSS,
+    "distill_weight": STABLE,
     "log_expert_loads": SPARSE,
     "update_freq_ranks": ALWAYS,
 }
@@ -161,7 +168,7 @@ def check_criterion(kind: type, config: Mapping[str, Any], options: SparseOption
             if isinstance(weight, str) and weight not in CRITERION:
                 raise UserError(
                     f"the loss {loss} of {statistics.__name__} has the weight {weight!r}, which is no option of the "
-                    "criterion hash_moe; give load_balance_weight, z_loss_weight or a number"
+                    "criterion hash_moe; give load_balance_weight, z_loss_weight, distill_weight or a number"
                 )
     name = config["_name"]
     if not issubclass(kind, SparseCriterion):

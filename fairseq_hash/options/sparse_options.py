@@ -13,6 +13,7 @@ from fairseq_hash.moe.distributed_assignment import BALANCES
 from fairseq_hash.moe.routers import router_names
 from fairseq_hash.options.gate_options import GateOptions
 from fairseq_hash.options.hash_options import HashOptions
+from fairseq_hash.options.stable_options import StableOptions
 
 PLACEMENTS = ("replace", "insert")
 FORMS = ("plain", "swiglu")
@@ -20,14 +21,15 @@ FREEZES = ("none", "experts", "all-but-experts")
 
 
 @dataclass
-class SparseOptions(GateOptions, HashOptions):
+class SparseOptions(GateOptions, HashOptions, StableOptions):
     """Options of the sparse layers of a `hash_transformer_lm`. `check` raises `UserError` for a value out of range."""
 
     router: str = option(
         "",
         "router, which picks the expert of each token: none (a dense model, fairseq's transformer_lm), hash (a fixed "
-        "table over a feature of the tokens), switch (learned top-1), base (learned, balanced assignment); one for "
-        "all sparse layers, or one for each, comma separated, such as hash,hash,switch; default: none, with which no "
+        "table over a feature of the tokens), switch (learned top-1), base (learned, balanced assignment), stablemoe "
+        "(learned, then fixed by token id), random-linear (a frozen random projection, for ablations); one for all "
+        "sparse layers, or one for each, comma separated, such as hash,hash,switch; default: none, with which no "
         "other option of experts may be given",
     )
     num_experts: int = option(16, "number of experts of each sparse layer, 1 or more")
@@ -190,6 +192,7 @@ class SparseOptions(GateOptions, HashOptions):
         check_at_least("--expert-sublayers", self.expert_sublayers, 1)
         self.check_hash(self.num_experts)
         self.check_gate()
+        self.check_stable()
         check_at_least("--swiglu-limit", self.swiglu_limit, 0)
         if self.multi_hash > 1 and self.expert_form != "plain":
             raise UserError(f"--multi-hash {self.multi_hash} needs --expert-form plain")

@@ -4,6 +4,7 @@ DeepSeek-V4 gives this name to its table of expert ids by token id; `transformer
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.numpy import save_file
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.files import output_file
 from fairseq_hash.hashing import HashTable, TableRecord, dictionary_fingerprint
-from fairseq_hash.hashing.builders import random_experts
+from fairseq_hash.hashing.builders import random_experts, round_robin_experts
 from fairseq_hash.hashing.dictionary import indices
 from fairseq_hash.hashing.table import check_table_size
 
@@ -54,6 +55,15 @@ def reorder(
     return np.where(missing_W[:, None], drawn_WK, known_WK), int(missing_W.sum())
 
 
+def pad(expert_VK: np.ndarray, multiple: int, num_experts: int) -> np.ndarray:
+    """Return a table with rows added up to a multiple, as frameworks pad the vocabulary; round-robin fills them.
+
+    Tokens of padding never occur, but their rows are read as all others are, and need K distinct experts.
+    """
+    rows, columns = expert_VK.shape
+    return np.concatenate([expert_VK, round_robin_experts(-rows % multiple, num_experts, columns)])
+
+
 def write_tensor(expert_VK: np.ndarray, record: TableRecord, out: Path) -> None:
     """Write the tensor `tid2eid`, in NumPy's format if the name ends in .npy, else as safetensors."""
     with output_file(out) as partial:
@@ -65,12 +75,40 @@ def write_tensor(expert_VK: np.ndarray, record: TableRecord, out: Path) -> None:
             save_file({NAME: np.ascontiguousarray(expert_VK)}, partial, metadata)
 
 
+def is_foreign(path: Path) -> bool:
+    """Return whether a file is a table of another framework: .npy, or safetensors with a tensor `tid2eid`."""
+    if path.suffix == ".npy":
+        return True
+    try:
+        with safe_open(path, framework="np") as file:
+            return any(name.endswith(NAME) for name in file.keys())  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return False
+
+
 def read_tensor(path: Path, name: "str | None") -> tuple[np.ndarray, str]:
     """Read a table of another framework; return int64 `[V, K]` and the tensor's name.
 
     `path` is a .npy file, or safetensors; `name` is that of the tensor, None for the only one whose name ends in
     `tid2eid`. Raises `UserError` if the file is missing or damaged, or has no such tensor, several, or one of another
     kind.
+    """
+    tables, _ = read_tensors(path, name)
+    if len(tables) > 1:
+        raise UserError(
+            f"{path} has {len(tables)} tensors ({', '.join(list(tables)[:4])}) whose name ends in {NAME}; name one by "
+            "--tensor"
+        )
+    ((chosen, expert_VK),) = tables.items()
+    return expert_VK, chosen
+
+
+def read_tensors(path: Path, name: "str | None") -> tuple[dict[str, np.ndarray], "int | None"]:
+    """Read the tables of a file of another framework, those of several layers, too.
+
+    `path` and `name` are as for `read_tensor`; None stands for all tensors whose name ends in `tid2eid`. Returns int64
+    `[V, K]` by the tensors' names, in the order of layers, and the number of experts if the file states it. Raises
+    `UserError` as `read_tensor` does.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a file of safetensors, or .npy")
@@ -81,23 +119,29 @@ def read_tensor(path: Path, name: "str | None") -> tuple[np.ndarray, str]:
             array = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{path} is damaged or no .npy file ({type(error).__name__})") from None
-        return _as_table(array, f"{path}"), path.name
+        return {path.name: _as_table(array, f"{path}")}, None
     try:
         with safe_open(path, framework="np") as file:
             names = list(file.keys())
-            ending = [other for other in names if other.endswith(NAME)]
-            chosen = name if name is not None else ending[0] if len(ending) == 1 else None
-            if chosen is None:
-                what = f"{len(ending)} tensors ({', '.join(ending[:4])})" if ending else "no tensor"
-                raise UserError(f"{path} has {what} whose name ends in {NAME}; name one by --tensor")
-            if chosen not in names:
-                raise UserError(f"{path} has no tensor {chosen}; it has {', '.join(names[:4]) or 'none'}")
-            kind = file.get_slice(chosen).get_dtype()
-            if kind not in ("I32", "I64"):
-                raise UserError(f"{chosen} of {path} is of type {kind}; a table is of int64 or int32")
-            return _as_table(file.get_tensor(chosen), f"{chosen} of {path}"), chosen
+            chosen = [name] if name is not None else [other for other in names if other.endswith(NAME)]
+            if not chosen:
+                raise UserError(f"{path} has no tensor whose name ends in {NAME}; name one by --tensor")
+            if name is not None and name not in names:
+                raise UserError(f"{path} has no tensor {name}; it has {', '.join(names[:4]) or 'none'}")
+            for one in chosen:
+                kind = file.get_slice(one).get_dtype()
+                if kind not in ("I32", "I64"):
+                    raise UserError(f"{one} of {path} is of type {kind}; a table is of int64 or int32")
+            stated = (file.metadata() or {}).get("num_experts", "")
+            tables = {one: _as_table(file.get_tensor(one), f"{one} of {path}") for one in sorted(chosen, key=_numbers)}
+            return tables, int(stated) if stated.isdecimal() else None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or no safetensors file ({type(error).__name__})") from None
+
+
+def _numbers(name: str) -> list["int | str"]:
+    """Return a name with its numbers as numbers, so that layer 10 comes after layer 9."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _as_table(array: np.ndarray, what: str) -> np.ndarray:
@@ -125,6 +169,7 @@ def import_table(
     rows, whose = (len(symbols), "dictionary") if vocabulary is None else (len(vocabulary), "vocabulary")
     if len(expert_WK) != rows:
         hint = "" if vocabulary is not None else ", or the table's own --vocabulary"
+        hint += "" if len(expert_WK) < rows else "; if the last rows are padding, add --padded"
         raise UserError(
             f"{name} has {len(expert_WK)} rows, but the {whose} has {rows} symbols; give the {whose} of this "
             f"table{hint}"

@@ -56,6 +56,9 @@ def cases(world_size):
         made["segments by fairscale"] = arguments("hash", 2, "sgd", "--multi-hash", "2", *by_fairscale)
         fair = ("--gate", "one", "--expert-layer-norm", "--hash-scale", "0.5", "--capacity-factor", "1.0")
         made["gate one, a norm of the experts, hash then switch"] = arguments("hash,switch", 4, "sgd", *fair)
+        # Some updates of each stage.
+        made["stablemoe"] = arguments("stablemoe", 4, "adam", "--stable-updates", "5", "--load-balance-weight", "0.3")
+        made["random-linear"] = arguments("random-linear", 4, "sgd")
         made["gated, hash then switch"] = arguments("hash,switch", 4, "sgd", "--expert-form", "swiglu")
     if world_size == 4:
         made["groups of two"] = arguments("hash", 8, "adam", "--expert-parallel-size", "2")

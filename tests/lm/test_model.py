@@ -13,7 +13,7 @@ from fairseq_hash.moe.parameter_counts import count_parameters
 from fairseq_hash.moe.routing_stats import RoutingReport
 
 SPARSE = ("--sparse-layers", "0,1", "--num-experts", "4")
-ROUTERS = ("hash", "switch", "base")
+ROUTERS = ("hash", "switch", "base", "stablemoe", "random-linear")
 
 
 def test_without_router_the_parameters_are_those_of_transformer_lm(data):
@@ -187,7 +187,9 @@ def test_parameters_counted(data, router):
     dense = sum(p.numel() for p in build(data)[2].parameters())
     _, _, model, _ = build(data, "--router", router, *SPARSE)
     expert = 16 * 32 + 32 + 32 * 16 + 16
-    of_router = 0 if router == "hash" else 2 * 4 * 16
+    of_router = 0 if router in ("hash", "random-linear") else 2 * 4 * 16
+    if router == "stablemoe":  # a narrow embedding of 64 symbols, and its centroids
+        of_router += 2 * (64 + 4) * 50
     assert count_parameters(model) == (dense + 2 * 3 * expert + of_router, dense + of_router)
 
 

@@ -44,6 +44,9 @@ ROUTERS = {
     "switch, capacity": {"router": "switch", "capacity_factor": 1.0},
     "base": {"router": "base"},
     "base, evaluation": {"router": "base"},
+    "stablemoe": {"router": "stablemoe"},
+    "stablemoe, fixed": {"router": "stablemoe"},
+    "random-linear": {"router": "random-linear"},
 }
 FORMS = {
     "plain": {},
@@ -75,14 +78,17 @@ def run(router, form, dtype, device, parallel):
     cfg = TransformerConfig()
     cfg.decoder.embed_dim, cfg.decoder.ffn_embed_dim, cfg.activation_dropout = WIDTH, HIDDEN, 0.1
     is_hash = options.router == "hash"
-    place = Place(0, options.router, 0 if is_hash else None)
+    place = Place(0, options.router, 0 if is_hash else None, vocabulary=99)
     layer = build_sparse_layer(options, cfg, make_dispatcher(parallel), place)
     if router == "base":  # its solver runs on the host
         layer.router.assign = lambda score_TE: score_TE.argmax(dim=1)
+    if "fixed" in router:
+        layer.router._updates = options.stable_updates
     layer.train("evaluation" not in router)
     with pretend(device, *waits_of(options, dtype, parallel)):
         moved(layer, device, dtype)
-        context = RoutingContext(None, [hash_route(options, parallel, device)] if is_hash else [])
+        token_BL = torch.zeros(BATCH, LENGTH, dtype=torch.int64, device=device)
+        context = RoutingContext(None, [hash_route(options, parallel, device)] if is_hash else [], token_BL=token_BL)
         x_LBD = torch.zeros(LENGTH, BATCH, WIDTH, dtype=dtype, device=device, requires_grad=device == "meta")
         y_LBD, report = layer(x_LBD, context)
         assert (y_LBD.shape, y_LBD.dtype, y_LBD.device.type) == (x_LBD.shape, dtype, device)

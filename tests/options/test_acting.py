@@ -17,6 +17,7 @@ from fairseq_hash.options.sparse_options import SparseOptions
 HASH = {"router": "hash", "sparse_layers": "1,3"}
 SWITCH = {"router": "switch", "sparse_layers": "1,3"}
 BASE = {"router": "base", "sparse_layers": "1,3"}
+STABLE = {"router": "stablemoe", "sparse_layers": "1,3"}
 TOP_2 = HASH | {"experts_per_token": 2}
 
 # Of each option a value beside its default, a model in which it acts, and one with experts in which it does not (None
@@ -30,6 +31,8 @@ EXAMPLES = {
     "eval_capacity_factor": (2.0, HASH, None),
     "router_jitter": (0.1, HASH | {"router": "hash,switch"}, BASE),
     "base_balance": ("local", BASE, SWITCH),
+    "stable_updates": (9, STABLE, SWITCH),
+    "stable_width": (9, STABLE, BASE),
     "expert_dropout": (0.1, HASH, None),
     "recompute_hidden": (True, HASH, None),
     "expert_form": ("swiglu", HASH, None),
@@ -60,6 +63,7 @@ EXAMPLES = {
 OF_CRITERION = {
     "load_balance_weight": (0.1, SWITCH, HASH),
     "z_loss_weight": (0.001, SWITCH, BASE),
+    "distill_weight": (0.1, STABLE, SWITCH),
     "log_expert_loads": (True, HASH, None),
 }
 ALWAYS = {"router", "map_experts", "update_freq_ranks"}  # map_experts is refused in training

@@ -16,7 +16,7 @@ HASH = ("--router", "hash", "--sparse-layers", "1", "--num-experts", "4")
 SWITCH = ("--router", "switch", *HASH[2:])
 
 BAD = [
-    (("--router", "hsah"), "--router hsah is unknown; use one of none, hash, base, switch"),
+    (("--router", "hsah"), "--router hsah is unknown; use one of none, hash, base, random-linear, stablemoe, switch"),
     ((*HASH, "--num-experts", "0"), "--num-experts 0 is out of range; give a number of 1 or more"),
     ((*HASH, "--num-experts", "-3"), "--num-experts -3 is out of range"),
     ((*HASH, "--sparse-layers", "2"), "--sparse-layers 2: layer 2 does not exist; the decoder has layers 0 to 1"),
@@ -33,6 +33,13 @@ BAD = [
     ((*SWITCH, "--capacity-factor", "nan"), "--capacity-factor nan is out of range"),
     ((*SWITCH, "--eval-capacity-factor", "-1"), "--eval-capacity-factor -1.0 is out of range"),
     ((*SWITCH, "--router-jitter", "1"), "--router-jitter 1.0 is out of range"),
+    (
+        ("--router", "stablemoe", *HASH[2:], "--stable-updates", "0"),
+        "--stable-updates 0 is out of range",
+    ),
+    (("--router", "stablemoe", *HASH[2:], "--stable-width", "-1"), "--stable-width -1 is out of range"),
+    (("--router", "stablemoe", *HASH[2:], "--distill-weight", "nan"), "--distill-weight nan is out of range"),
+    (("--router", "random-linear", *HASH[2:], "--router-jitter", "0.1"), "--router-jitter 0.1 needs a switch layer"),
     ((*SWITCH, "--expert-dropout", "1.5"), "--expert-dropout 1.5 is out of range"),
     ((*SWITCH, "--load-balance-weight", "-1"), "--load-balance-weight -1.0 is out of range"),
     ((*SWITCH, "--z-loss-weight", "inf"), "--z-loss-weight inf is out of range"),

@@ -42,6 +42,26 @@ def switch_route(x_TD, weight_ED):
     return experts, gates, num_experts * balance, z, sum(entropies) / tokens
 
 
+def stable_route(x_TD, ids, centroid_ED, light_EC, embedding_VC, is_training, table_V=None):
+    """StableMoE, section 3: experts, gates, agreement, balance loss, distillation loss; stage 2 if there is a table."""
+    learned = base_greedy(x_TD, centroid_ED)
+    scores = [[embedding_VC[token] @ centroid_C for centroid_C in light_EC] for token in ids]
+    light = [max(range(len(light_EC)), key=lambda e, s=score: s[e].item()) for score in scores]
+    if table_V is not None:
+        light = [table_V[token] for token in ids]
+    experts = learned if is_training and table_V is None else light
+    gates = base_gate(x_TD, centroid_ED, experts)
+    tokens = len(ids)
+    agreement = sum(one == other for one, other in zip(learned, light, strict=True)) / tokens
+    if table_V is not None:
+        return experts, gates, agreement, 0.0, 0.0
+    mean, balance, distill = tokens / len(centroid_ED), 0.0, 0.0
+    for expert, gate, score, target in zip(experts, gates, scores, learned, strict=True):
+        balance = balance + (experts.count(expert) - mean) / mean * gate / tokens
+        distill = distill - (score[target] - torch.log(sum(torch.exp(value) for value in score))) / tokens
+    return experts, gates, agreement, balance, distill
+
+
 def base_gate(x_TD, centroid_ED, experts):
     """BASE Layers, section 3.1: the sigmoid of the token's score for its expert."""
     return [torch.sigmoid(centroid_ED[e] @ x_D) for x_D, e in zip(x_TD, experts, strict=True)]

@@ -2,6 +2,7 @@
 
 from fairseq_hash.moe.assignment import Assignment
 from fairseq_hash.moe.routers.base import BaseRouter
+from fairseq_hash.moe.routers.random_linear import RandomLinearRouter
 from fairseq_hash.moe.routers.registry import (
     Router,
     RouterSettings,
@@ -10,14 +11,17 @@ from fairseq_hash.moe.routers.registry import (
     router_names,
     statistics_of,
 )
+from fairseq_hash.moe.routers.stable_moe import StableRouter
 from fairseq_hash.moe.routers.switch import SwitchRouter
 from fairseq_hash.moe.routing_stats import statistic
 
 __all__ = [
     "Assignment",
     "BaseRouter",
+    "RandomLinearRouter",
     "Router",
     "RouterSettings",
+    "StableRouter",
     "SwitchRouter",
     "register_router",
     "router_class",

@@ -30,6 +30,7 @@ class RouterSettings:
         layer: number of the decoder layer, from 0; also the key of the router's random numbers (`seeded_generator`).
         parallel: who shares the experts, for routers whose ranks decide together.
         options: the options of the model's sparse layers (`SparseOptions`).
+        vocabulary: V, symbols of the dictionary, for routers that see token ids.
     """
 
     model_width: int
@@ -37,6 +38,7 @@ class RouterSettings:
     layer: int
     parallel: ExpertParallel
     options: Any
+    vocabulary: int = 0
 
 
 class Router(Protocol):

@@ -24,7 +24,9 @@ from fairseq_hash.lm.predictor import Predictor
 from fairseq_hash.lm.sparse_layers import Place, build_sparse_layer
 from fairseq_hash.lm.table_buffers import HashTables, build_tables
 from fairseq_hash.moe.assignment import Assignment
+from fairseq_hash.moe.routers import statistics_of
 from fairseq_hash.moe.routing_context import HashRoute, RoutingContext
+from fairseq_hash.moe.routing_stats import report_size
 from fairseq_hash.moe.token_dispatcher import TokenDispatcher
 from fairseq_hash.options.sparse_options import SparseOptions
 
@@ -114,7 +116,8 @@ class HashTransformerDecoder(TransformerDecoder):
             if self.options.sparse_placement == "insert":
                 at += 1 + before
                 self.layers.insert(at, _wrap(InsertedLayer(cfg, self.options, self.dispatcher, place), cfg))
-            self.layers[at].register_forward_hook(functools.partial(_keep_report, (place.number, place.router)))
+            size = report_size(statistics_of(place.router), self.options.num_experts)
+            self.layers[at].register_forward_hook(functools.partial(_keep_report, (place.number, place.router), size))
         self.hash_tables: HashTables | None = None
         self.predictor: Predictor | None = None
         hash_layers = sum(place.router == "hash" for place in self.places.values())
@@ -147,11 +150,14 @@ class HashTransformerDecoder(TransformerDecoder):
         *more: Any,
         **named: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Return features `[B, L, D]` and fairseq's extra outputs, with `routing`: the report of each sparse layer."""
+        """Return features `[B, L, D]` and fairseq's extra outputs, with `routing`: the report of each sparse layer.
+
+        `update_sums` is what routers want to know after the update.
+        """
         context = self.routing_context(prev_output_tokens, is_step=incremental_state is not None)
         given = {"encoder_out": [context], "encoder_padding_mask": []}
         x, extra = super().extract_features(prev_output_tokens, given, incremental_state, *more, **named)
-        extra["routing"] = context.reports
+        extra["routing"], extra["update_sums"] = context.reports, context.update_sums
         extra["is_oracle"] = self.is_oracle
         return x, extra
 
@@ -198,8 +204,13 @@ class HashTransformerDecoder(TransformerDecoder):
         return context
 
 
-def _keep_report(layer: tuple[int, str], _module: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    inputs[1].reports[layer] = output[2]
+def _keep_report(
+    layer: tuple[int, str], size: int, _module: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]
+) -> None:
+    context: RoutingContext = inputs[1]
+    context.reports[layer], update_sums_N = output[2].tensor_split([size])
+    if len(update_sums_N):
+        context.update_sums[layer] = update_sums_N.detach()
 
 
 def _wrap(layer: nn.Module, cfg: TransformerConfig) -> nn.Module:

@@ -12,10 +12,15 @@ class HashMoECriterionConfig(CrossEntropyCriterionConfig):
     """Weights of the auxiliary losses, relative to the cross-entropy of one token in nats."""
 
     load_balance_weight: float = option(
-        0.01, "weight of the load-balancing loss of each sparse layer with a switch router, 0 or more"
+        0.01,
+        "weight of the load-balancing loss of each sparse layer with a switch router, or a topk router with "
+        "--balancing loss, 0 or more",
     )
     z_loss_weight: float = option(
-        0.0, "weight of the z-loss of each sparse layer with a switch router, 0 or more (0.001 in ST-MoE)"
+        0.0, "weight of the z-loss of each sparse layer with a switch or topk router, 0 or more (0.001 in ST-MoE)"
+    )
+    sequence_loss_weight: float = option(
+        0.0001, "weight of --sequence-loss of each sparse layer with a topk router, 0 or more (0.0001 in DeepSeek-V3)"
     )
     log_expert_loads: bool = option(
         False,

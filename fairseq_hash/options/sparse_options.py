@@ -12,6 +12,7 @@ from fairseq_hash.moe.dispatchers import DISPATCHERS
 from fairseq_hash.moe.distributed_assignment import BALANCES
 from fairseq_hash.moe.routers import router_names
 from fairseq_hash.options.hash_options import HashOptions
+from fairseq_hash.options.topk_options import TopKOptions
 
 PLACEMENTS = ("replace", "insert")
 FORMS = ("plain", "swiglu")
@@ -19,15 +20,15 @@ FREEZES = ("none", "experts", "all-but-experts")
 
 
 @dataclass
-class SparseOptions(HashOptions):
+class SparseOptions(HashOptions, TopKOptions):
     """Options of the sparse layers of a `hash_transformer_lm`. `check` raises `UserError` for a value out of range."""
 
     router: str = option(
         "",
         "router, which picks the expert of each token: none (a dense model, fairseq's transformer_lm), hash (a fixed "
-        "table over a feature of the tokens), switch (learned top-1), base (learned, balanced assignment); one for "
-        "all sparse layers, or one for each, comma separated, such as hash,hash,switch; default: none, with which no "
-        "other option of experts may be given",
+        "table over a feature of the tokens), switch (learned top-1), topk (learned, --experts-per-token of them), "
+        "base (learned, balanced assignment); one for all sparse layers, or one for each, comma separated, such as "
+        "hash,hash,switch; default: none, with which no other option of experts may be given",
     )
     num_experts: int = option(16, "number of experts of each sparse layer, 1 or more")
     sparse_layers: str = option(
@@ -188,6 +189,7 @@ class SparseOptions(HashOptions):
         check_at_least("--num-experts", self.num_experts, 1)
         check_at_least("--expert-sublayers", self.expert_sublayers, 1)
         self.check_hash(self.num_experts)
+        self.check_topk(self.num_experts, self.experts_per_token)
         check_at_least("--swiglu-limit", self.swiglu_limit, 0)
         if self.multi_hash > 1 and self.expert_form != "plain":
             raise UserError(f"--multi-hash {self.multi_hash} needs --expert-form plain")

@@ -6,7 +6,7 @@ from typing import Any
 
 from fairseq_hash.reporting.runs import Run
 
-ROUTER_NAMES = {"none": "Dense", "hash": "Hash", "switch": "Switch", "base": "BASE"}
+ROUTER_NAMES = {"none": "Dense", "hash": "Hash", "switch": "Switch", "base": "BASE", "topk": "Top-k"}
 
 
 def group_by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:

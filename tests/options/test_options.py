@@ -14,6 +14,7 @@ from fairseq_hash.options.sparse_options import SparseOptions
 
 HASH = ("--router", "hash", "--sparse-layers", "1", "--num-experts", "4")
 SWITCH = ("--router", "switch", *HASH[2:])
+TOPK = ("--router", "topk", *HASH[2:])
 
 BAD = [
     (("--router", "hsah"), "--router hsah is unknown; use one of none, hash, base, switch"),
@@ -36,6 +37,22 @@ BAD = [
     ((*SWITCH, "--expert-dropout", "1.5"), "--expert-dropout 1.5 is out of range"),
     ((*SWITCH, "--load-balance-weight", "-1"), "--load-balance-weight -1.0 is out of range"),
     ((*SWITCH, "--z-loss-weight", "inf"), "--z-loss-weight inf is out of range"),
+    ((*TOPK, "--experts-per-token", "5"), "--experts-per-token 5 is out of range; give 1 to 4, the number of experts"),
+    ((*TOPK, "--balancing", "aux"), "--balancing aux is unknown; use one of none, loss, bias, quantile"),
+    ((*TOPK, "--router-score", "relu"), "--router-score relu is unknown; use one of softmax, sigmoid, sqrt-softplus"),
+    ((*TOPK, "--router-scale", "0"), "--router-scale 0.0 is out of range; give a number above 0"),
+    ((*TOPK, "--balancing", "bias", "--bias-step", "nan"), "--bias-step nan is out of range; give a number of 0 or mo"),
+    ((*TOPK, "--balancing", "bias", "--bias-step", "-1"), "--bias-step -1.0 is out of range"),
+    ((*TOPK, "--balancing", "quantile", "--quantile-smoothing", "1"), "--quantile-smoothing 1.0 is out of range"),
+    (
+        (*TOPK, "--balancing", "quantile", "--experts-per-token", "4"),
+        "--balancing quantile needs an expert that is not chosen, and --experts-per-token 4 chooses all 4; give fewer",
+    ),
+    (
+        (*TOPK, "--balancing", "quantile", "--router-score", "sqrt-softplus"),
+        "--balancing quantile needs scores from 0 to 1, which --router-score sqrt-softplus has not; use sigmoid or s",
+    ),
+    ((*TOPK, "--sequence-loss", "--sequence-loss-weight", "-1"), "--sequence-loss-weight -1.0 is out of range"),
     ((*HASH, "--base-layers", "1"), "use --router base --sparse-placement insert"),
     ((*HASH, "--decoder-layerdrop", "0.1"), "--decoder-layerdrop 0.1"),
     ((*HASH, "--decoder-layers-to-keep", "0"), "--decoder-layers-to-keep 0"),

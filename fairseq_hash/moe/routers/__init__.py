@@ -11,6 +11,7 @@ from fairseq_hash.moe.routers.registry import (
     statistics_of,
 )
 from fairseq_hash.moe.routers.switch import SwitchRouter
+from fairseq_hash.moe.routers.topk import TopKRouter
 from fairseq_hash.moe.routing_stats import statistic
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Router",
     "RouterSettings",
     "SwitchRouter",
+    "TopKRouter",
     "register_router",
     "router_class",
     "router_names",

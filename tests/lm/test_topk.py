@@ -4,7 +4,7 @@ import pytest
 import ranks
 import recorded
 import torch
-from biased_ranks import biases
+from biased_ranks import biases, train
 from exactness import SUBSETS, one_process
 from fairseq import checkpoint_utils
 from passes import assert_padding_is_not_routed, assert_steps_give_the_full_pass, sample_of, tokens_of
@@ -52,7 +52,7 @@ def test_the_bias_follows_the_batch_of_all_ranks(data, balancing):
     """
     arguments = (*TRAIN, *balancing, "--update-freq", "2")
     many = ranks.run(2, "biased_ranks:train", str(data), arguments, 9)
-    ((alone,),) = [ranks.run(1, "biased_ranks:train", str(data), one_process(arguments, 2), 9)]
+    alone = train(data, one_process(arguments, 2), 9)
     for made in (*many, alone):
         assert torch.equal(made["after validation"], made["biases"][-1])
         assert made["biases"][0].any() and not torch.equal(made["biases"][0], made["biases"][-1])
@@ -68,7 +68,8 @@ def test_the_bias_follows_the_batch_of_all_ranks(data, balancing):
 
 @pytest.mark.parametrize("precision", [(), ("--memory-efficient-bf16",)], ids=["fp32", "bf16"])
 def test_the_bias_is_in_the_checkpoint_and_in_fp32(data, tmp_path, precision):
-    arguments = (*TRAIN, "--balancing", "bias", "--bias-step", "0.001", "--save-dir", str(tmp_path), *precision)
+    balancing = ("--balancing", "bias", "--bias-step", "0.001")
+    arguments = (*TOP_2, *balancing, *SUBSETS, "--save-dir", str(tmp_path), *precision)
     trainer, epoch_itr = recorded.make_trainer(data, arguments)
     recorded.run(trainer, epoch_itr, 4)
     checkpoint_utils.save_checkpoint(trainer.cfg.checkpoint, trainer, epoch_itr, 1.0)

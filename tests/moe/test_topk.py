@@ -6,6 +6,7 @@ import pytest
 import reference
 import torch
 
+from fairseq_hash.moe.expert_bias import BINS
 from fairseq_hash.moe.hash_weights import SCORES
 from fairseq_hash.moe.routers import SwitchRouter, TopKRouter
 from fairseq_hash.moe.routing_context import RoutedTokens
@@ -65,6 +66,13 @@ def test_router_equals_naive_loop(score, balancing, choices, normalize, scale, l
         (made.weight_TK.sum() + made.statistics.sequence_loss + made.statistics.z_loss).backward()
         assert not router.weight.grad.any()
         return
+
+    if balancing == "quantile":  # an expert is chosen where its bias is more than it needs
+        low, high = float(bias_E.min()) - 1, float(bias_E.max()) + 1
+        bin_E = ((bias_E - low) / (high - low) * BINS).long().tolist()
+        histogram_EN = made.update_sums_N.view(EXPERTS, BINS)
+        loads = [sum(e in best for best in chosen) for e in range(EXPERTS)]
+        assert [histogram_EN[e, : bin_E[e]].sum() for e in range(EXPERTS)] == loads
 
     by_score, *_ = reference.topk_route(*route, torch.zeros(EXPERTS).double(), normalize, scale)
     sequence = 0.0

@@ -6,11 +6,15 @@ import recorded
 import torch
 from biased_ranks import biases, train
 from exactness import SUBSETS, one_process
+from fairscale.nn.wrap.auto_wrap import ConfigAutoWrap
 from fairseq import checkpoint_utils
 from passes import assert_padding_is_not_routed, assert_steps_give_the_full_pass, sample_of, tokens_of
 from plugin import build
 
+from fairseq_hash.core.errors import UserError
+from fairseq_hash.lm import model as hash_model
 from fairseq_hash.moe.expert_bias import BINS
+from fairseq_hash.options.sparse_options import SparseOptions
 
 TOP_2 = ("--router", "topk", "--sparse-layers", "0,1", "--num-experts", "4", "--experts-per-token", "2")
 TOP_2 += ("--router-score", "sigmoid", "--normalize-weights", "--sequence-loss")
@@ -85,3 +89,12 @@ def test_a_frozen_router_keeps_its_bias(data):
     trainer, epoch_itr = recorded.make_trainer(data, (*TRAIN, *BIAS, "--freeze", "all-but-experts"))
     recorded.run(trainer, epoch_itr, 2)
     assert not any(bias.any() for bias in biases(trainer))
+
+
+def test_fully_sharded_data_parallel_is_refused(monkeypatch):
+    """It would round the biases; it builds models in this context, and runs on CUDA only."""
+    monkeypatch.setattr(ConfigAutoWrap, "in_autowrap_context", True)
+    monkeypatch.setattr(hash_model, "check_device", lambda **_: None)
+    options = SparseOptions(router="hash,topk", sparse_layers="0,1", balancing="quantile")
+    with pytest.raises(UserError, match="--balancing quantile does not go with --ddp-backend fully_sharded"):
+        hash_model.check_options(None, options, is_evaluation=False)

@@ -13,12 +13,11 @@ from fairseq.models import BaseFairseqModel, FairseqDecoder
 from fairseq.tasks import FairseqTask
 from torch import Tensor, nn
 
-from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.options import flag_of
 from fairseq_hash.core.validators import check_at_least
 from fairseq_hash.lm.token_loss import adaptive_cross_entropy, token_cross_entropy
 from fairseq_hash.moe.routers import statistics_of
-from fairseq_hash.moe.routing_stats import RoutingReport, log_key, loss_weights, names_of, of_log_key
+from fairseq_hash.moe.routing_stats import RoutingReport, log_key, loss_weights, names_of, of_log_key, update_key
 from fairseq_hash.options.criterion_options import HashMoECriterionConfig, SparseCriterion
 from fairseq_hash.parallel.collectives import one_line_errors
 from fairseq_hash.provenance import peak_gigabytes
@@ -43,6 +42,7 @@ class HashMoECriterion(SparseCriterion, CrossEntropyCriterion):
         log_expert_loads: bool,
         update_freq_ranks: int = 0,
         distill_weight: float = 0.3,
+        sequence_loss_weight: float = 0.0,
     ) -> None:
         super().__init__(task, sentence_avg)
         check_at_least("--update-freq-ranks", update_freq_ranks, 0)
@@ -50,10 +50,10 @@ class HashMoECriterion(SparseCriterion, CrossEntropyCriterion):
             "load_balance_weight": load_balance_weight,
             "z_loss_weight": z_loss_weight,
             "distill_weight": distill_weight,
+            "sequence_loss_weight": sequence_loss_weight,
         }
         for name, weight in self.loss_weights.items():
-            if not 0 <= weight < math.inf:
-                raise UserError(f"{flag_of(name)} {weight} is out of range; give a number of 0 or more")
+            check_at_least(flag_of(name), weight, 0)
         self.log_expert_loads = log_expert_loads
         self.update_freq_ranks = update_freq_ranks
 
@@ -81,6 +81,8 @@ class HashMoECriterion(SparseCriterion, CrossEntropyCriterion):
         }
         for layer, sums in sorted(reports.items()):
             logging_output[log_key(*layer)] = sums.detach().double()
+        for layer, sums_N in sorted(net_output[1].get("update_sums", {}).items()):
+            logging_output[update_key(log_key(*layer))] = sums_N.double()
         if net_output[1].get("is_oracle", False):
             logging_output["_is_oracle"] = 1
         if self.log_expert_loads:

@@ -25,7 +25,9 @@ from fairseq_hash.lm.sparse_layers import Place, build_sparse_layer
 from fairseq_hash.lm.table_buffers import HashTables, build_tables
 from fairseq_hash.moe.assignment import Assignment
 from fairseq_hash.moe.layer import SparseLayer
+from fairseq_hash.moe.routers import statistics_of
 from fairseq_hash.moe.routing_context import HashRoute, RoutingContext
+from fairseq_hash.moe.routing_stats import report_size
 from fairseq_hash.moe.token_dispatcher import TokenDispatcher
 from fairseq_hash.options.sparse_options import SparseOptions
 
@@ -117,7 +119,8 @@ class HashTransformerDecoder(TransformerDecoder):
             if self.options.sparse_placement == "insert":
                 at += 1 + before
                 self.layers.insert(at, _wrap(InsertedLayer(cfg, self.options, self.dispatcher, place), cfg))
-            self.layers[at].register_forward_hook(functools.partial(_keep_report, (place.number, place.router)))
+            size = report_size(statistics_of(place.router), self.options.num_experts)
+            self.layers[at].register_forward_hook(functools.partial(_keep_report, (place.number, place.router), size))
         layers = [module for module in self.modules() if isinstance(module, SparseLayer)]
         self.router_sees_future = any(getattr(layer.router, "sees_future", False) for layer in layers)
         self.hash_tables: HashTables | None = None
@@ -152,11 +155,14 @@ class HashTransformerDecoder(TransformerDecoder):
         *more: Any,
         **named: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Return features `[B, L, D]` and fairseq's extra outputs, with `routing`: the report of each sparse layer."""
+        """Return features `[B, L, D]` and fairseq's extra outputs, with `routing`: the report of each sparse layer.
+
+        `update_sums` is what routers want to know after the update.
+        """
         context = self.routing_context(prev_output_tokens, is_step=incremental_state is not None)
         given = {"encoder_out": [context], "encoder_padding_mask": []}
         x, extra = super().extract_features(prev_output_tokens, given, incremental_state, *more, **named)
-        extra["routing"] = context.reports
+        extra["routing"], extra["update_sums"] = context.reports, context.update_sums
         extra["is_oracle"] = self.is_oracle
         return x, extra
 
@@ -212,8 +218,13 @@ class HashTransformerDecoder(TransformerDecoder):
         return context
 
 
-def _keep_report(layer: tuple[int, str], _module: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    inputs[1].reports[layer] = output[2]
+def _keep_report(
+    layer: tuple[int, str], size: int, _module: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]
+) -> None:
+    context: RoutingContext = inputs[1]
+    context.reports[layer], update_sums_N = output[2].tensor_split([size])
+    if len(update_sums_N):
+        context.update_sums[layer] = update_sums_N.detach()
 
 
 def _wrap(layer: nn.Module, cfg: TransformerConfig) -> nn.Module:

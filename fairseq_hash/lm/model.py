@@ -34,6 +34,7 @@ from fairseq_hash.lm.predictor import load_predictor
 from fairseq_hash.moe.dispatchers import check_dispatcher, make_dispatcher
 from fairseq_hash.moe.layer import SparseLayer
 from fairseq_hash.moe.parameter_counts import count_parameters, count_trained
+from fairseq_hash.moe.routers.topk import BY_BIAS
 from fairseq_hash.options import option_use
 from fairseq_hash.options.sparse_options import SparseOptions
 from fairseq_hash.parallel.collectives import check_same, one_line_errors, run_on_all_ranks
@@ -182,6 +183,11 @@ def check_options(args: Any, options: SparseOptions, is_evaluation: bool) -> Non
         raise UserError(
             f"--freeze {options.freeze} does not go with --ddp-backend fully_sharded, which makes one tensor "
             "of weights that train and others; use legacy_ddp or pytorch_ddp"
+        )
+    if "topk" in options.routers and options.balancing in BY_BIAS and ConfigAutoWrap.in_autowrap_context:
+        raise UserError(
+            f"--balancing {options.balancing} does not go with --ddp-backend fully_sharded, which rounds the biases in "
+            "half precision; use legacy_ddp or pytorch_ddp"
         )
     options.layer_routers(args.decoder_layers)
     if options.from_dense and options.expert_form != "plain":

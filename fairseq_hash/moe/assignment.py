@@ -13,8 +13,11 @@ class Assignment(NamedTuple):
         weight_TK: fp32, differentiable, what scales the experts' outputs; None: they are used as they are.
         statistics: a dataclass of the router's own: named fp32 scalars, means over the tokens (`routing_stats`); None
             if the router has none.
+        update_sums_N: fp32, what else the router's `after_update` wants to know, as sums over the tokens, without
+            gradient; None if it wants nothing.
     """
 
     expert_TK: Tensor
     weight_TK: "Tensor | None" = None
     statistics: Any = None
+    update_sums_N: "Tensor | None" = None

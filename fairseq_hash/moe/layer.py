@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fairseq_hash.moe.assignment import Assignment
@@ -83,7 +84,10 @@ class SparseLayer(nn.Module):
             factor = self.capacity_factor if self.training else self.eval_capacity_factor
             drops_randomly = self.training and self.drops_randomly
             plan = self.dispatcher.begin(assignment.expert_TK, factor, drops_randomly=drops_randomly).plan
-            return assignment, plan, RoutingReport.of(assignment, plan, self.statistics).sums
+            report = RoutingReport.of(assignment, plan, self.statistics).sums
+            if assignment.update_sums_N is not None:
+                report = torch.cat([report, assignment.update_sums_N])
+            return assignment, plan, report
         route = context.hash_routes[self.hash_route]
         assignment = route.assignment
         if self.router is not None:
@@ -91,7 +95,10 @@ class SparseLayer(nn.Module):
         return assignment, route.plan, route.report()
 
     def forward(self, x_LBD: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor]:
-        """Return y of the shape and dtype of `x_LBD`, and the sums of the report (fp32, `[2 + S + E]`)."""
+        """Return y of the shape and dtype of `x_LBD`, and the sums of the report (fp32, `[2 + S + E]`).
+
+        After them come the N sums that the router wants after the update, if it does (`[2 + S + E + N]`).
+        """
         x_TD = context.drop_padding(x_LBD)
         assignment, plan, report = self.route(x_TD, context)
         y_TD = self.dispatcher.run(x_TD, assignment, plan, self.experts)

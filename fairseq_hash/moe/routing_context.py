@@ -54,6 +54,11 @@ class RoutedTokens:
     id_T: Tensor
     sentence_T: Tensor
 
+    @cached_property
+    def sentences(self) -> int:
+        """How many sentences there are, up to the last one with a token; waits for the device, once a batch."""
+        return int(self.sentence_T.max()) + 1 if len(self.sentence_T) else 0
+
 
 @dataclass(frozen=True)
 class RoutingContext:
@@ -65,12 +70,14 @@ class RoutingContext:
         hash_routes: one for each hash table.
         reports: each sparse layer's report, by its number and its router's name; filled in as the layers run.
         token_BL: int64, the token ids, padding included; None if no router sees them.
+        update_sums: what a router wants to know after the update, of each layer that has such a router, as `reports`.
     """
 
     place_T: "Tensor | None"
     hash_routes: list[HashRoute] = field(default_factory=list)
     reports: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     token_BL: "Tensor | None" = None
+    update_sums: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
     @classmethod
     def of_tokens(cls, token_BL: Tensor, padding: int) -> "RoutingContext":

@@ -60,10 +60,20 @@ def log_key(layer: int, router: str) -> str:
     return f"_layer{layer}|{router}"  # the bar cannot be in a router's name
 
 
+def update_key(key: str) -> str:
+    """Return the name of what a layer's router wants to know after an update, beside `log_key`'s."""
+    return f"{key}|update"
+
+
 def of_log_key(key: str) -> "tuple[int, str] | None":
     """Return the layer and the router of a name in fairseq's log; None if it is of something else."""
-    found = re.fullmatch(r"_layer(\d+)\|(.+)", key)
+    found = re.fullmatch(r"_layer(\d+)\|([^|]+)", key)
     return (int(found[1]), found[2]) if found else None
+
+
+def report_size(statistics: type, num_experts: int) -> int:
+    """Return how many sums a `RoutingReport` has."""
+    return len(COUNTS) + len(names_of(statistics)) + num_experts
 
 
 class RoutingReport(NamedTuple):

@@ -13,11 +13,14 @@ class HashMoECriterionConfig(CrossEntropyCriterionConfig):
 
     load_balance_weight: float = option(
         0.01,
-        "weight of the load-balancing loss of each sparse layer with a switch or stablemoe router, 0 or more (0.3 in "
-        "StableMoE)",
+        "weight of the load-balancing loss of each sparse layer with a switch or stablemoe router, or a topk router "
+        "with --balancing loss, 0 or more (0.3 in StableMoE)",
     )
     z_loss_weight: float = option(
-        0.0, "weight of the z-loss of each sparse layer with a switch router, 0 or more (0.001 in ST-MoE)"
+        0.0, "weight of the z-loss of each sparse layer with a switch or topk router, 0 or more (0.001 in ST-MoE)"
+    )
+    sequence_loss_weight: float = option(
+        0.0001, "weight of --sequence-loss of each sparse layer with a topk router, 0 or more (0.0001 in DeepSeek-V3)"
     )
     distill_weight: float = option(
         0.3,

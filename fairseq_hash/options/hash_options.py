@@ -58,7 +58,9 @@ class HashOptions(FairseqDataclass):
         "number of hash functions, each of which picks the expert of one segment of the FFN's hidden layer, 1 or "
         "more; parameters and FLOPs are those of 1",
     )
-    experts_per_token: int = option(1, "number of experts that the table gives each token, 1 to --num-experts")
+    experts_per_token: int = option(
+        1, "number of experts of each token, 1 to --num-experts: those that the table gives, or --router topk chooses"
+    )
     hash_weights: str = option(
         "uniform",
         "weights of the outputs of a token's experts: uniform (their mean) or learned (scores of the activation, "

@@ -40,9 +40,14 @@ def _statistics(options: SparseOptions) -> list[type]:
     return [statistics_of(router) for router in options.routers if router in router_names()]
 
 
-def _has_loss(options: SparseOptions, weight: str) -> bool:
-    """Whether a router has a loss that this option of the criterion weighs."""
-    return any(weight in loss_weights(statistics).values() for statistics in _statistics(options))
+def _has_loss(options: SparseOptions, weight: str, without: str = "") -> bool:
+    """Whether a router has a loss that this option of the criterion weighs; one may be left out."""
+    routers = [router for router in options.routers if router in router_names() and router != without]
+    return any(weight in loss_weights(statistics_of(router)).values() for router in routers)
+
+
+def _has_balance_loss(options: SparseOptions) -> bool:
+    return _has_loss(options, "load_balance_weight", without="" if options.balancing == "loss" else "topk")
 
 
 def _tables(options: SparseOptions) -> list[str]:
@@ -57,6 +62,11 @@ def _weighs_several(options: SparseOptions) -> bool:
     return _has_hash(options) and options.experts_per_token > 1
 
 
+def _has_topk(options: SparseOptions, balancing: str = "") -> bool:
+    """Whether a router is topk; with this balancing, if one is given."""
+    return "topk" in options.routers and balancing in ("", options.balancing)
+
+
 def _draws_tables(options: SparseOptions) -> bool:
     """Whether some table depends on the seed. Of balanced tables all but the first one do."""
     has_further = options.hash_per_layer or options.multi_hash > 1
@@ -68,15 +78,19 @@ def _fills_buckets(options: SparseOptions) -> bool:
 
 
 ALWAYS = Statement(lambda options: True)
-SPARSE = Statement(lambda options: options.is_sparse, "experts (--router hash, switch or base)")
+SPARSE = Statement(lambda options: options.is_sparse, "experts (--router hash, switch, topk or base)")
 HASH = Statement(_has_hash, "a hash layer (--router hash)")
 SWITCH = Statement(lambda options: "switch" in options.routers, "a switch layer (--router switch)")
-BALANCED = Statement(
-    lambda options: _has_loss(options, "load_balance_weight"),
-    "a layer with a load-balancing loss (--router switch or stablemoe)",
-)
-Z_LOSS = Statement(lambda options: _has_loss(options, "z_loss_weight"), "a switch layer (--router switch)")
 STABLE = Statement(lambda options: "stablemoe" in options.routers, "a StableMoE layer (--router stablemoe)")
+BALANCED = Statement(
+    _has_balance_loss,
+    "a layer with a load-balancing loss (--router switch or stablemoe, or topk with --balancing loss)",
+)
+Z_LOSS = Statement(
+    lambda options: _has_loss(options, "z_loss_weight"), "a switch or topk layer (--router switch or topk)"
+)
+TOPK = Statement(_has_topk, "a topk layer (--router topk)")
+SEQUENCE = Statement(lambda options: _has_topk(options) and options.sequence_loss, "--router topk --sequence-loss")
 BASE = Statement(lambda options: "base" in options.routers, "a BASE layer (--router base)")
 GATED = Statement(
     lambda options: not {"switch", "base"}.isdisjoint(options.routers), "a gate (--router switch or base)"
@@ -130,7 +144,9 @@ MODEL = {
     ),
     "hash_predictor": HASH,
     "multi_hash": HASH,
-    "experts_per_token": HASH,
+    "experts_per_token": Statement(
+        lambda options: _has_hash(options) or _has_topk(options), "a hash or topk layer (--router hash or topk)"
+    ),
     "hash_weights": SEVERAL,
     "hash_score": Statement(
         lambda options: _weighs_several(options) and options.hash_weights == "learned", "--hash-weights learned"
@@ -142,11 +158,24 @@ MODEL = {
         lambda options: options.is_sparse and options.capacity_factor > 0, "--capacity-factor above 0"
     ),
     "expert_layer_norm": SPARSE,
+    "balancing": TOPK,
+    "router_score": TOPK,
+    "normalize_weights": Statement(
+        lambda options: _has_topk(options) and options.experts_per_token > 1,
+        "several experts per token (--router topk, --experts-per-token 2 or more)",
+    ),
+    "router_scale": TOPK,
+    "bias_step": Statement(lambda options: _has_topk(options, "bias"), "--router topk --balancing bias"),
+    "quantile_smoothing": Statement(
+        lambda options: _has_topk(options, "quantile"), "--router topk --balancing quantile"
+    ),
+    "sequence_loss": TOPK,
 }
 CRITERION = {
     "load_balance_weight": Statement(BALANCED.acts, BALANCED.needs, asks_nothing=0),
     "z_loss_weight": Z_LOSS,
     "distill_weight": STABLE,
+    "sequence_loss_weight": SEQUENCE,
     "log_expert_loads": SPARSE,
     "update_freq_ranks": ALWAYS,
 }
@@ -168,7 +197,7 @@ def check_criterion(kind: type, config: Mapping[str, Any], options: SparseOption
             if isinstance(weight, str) and weight not in CRITERION:
                 raise UserError(
                     f"the loss {loss} of {statistics.__name__} has the weight {weight!r}, which is no option of the "
-                    "criterion hash_moe; give load_balance_weight, z_loss_weight, distill_weight or a number"
+                    f"criterion hash_moe; give {', '.join(n for n in CRITERION if n.endswith('_weight'))} or a number"
                 )
     name = config["_name"]
     if not issubclass(kind, SparseCriterion):

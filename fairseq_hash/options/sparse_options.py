@@ -14,6 +14,7 @@ from fairseq_hash.moe.routers import router_names
 from fairseq_hash.options.gate_options import GateOptions
 from fairseq_hash.options.hash_options import HashOptions
 from fairseq_hash.options.stable_options import StableOptions
+from fairseq_hash.options.topk_options import TopKOptions
 
 PLACEMENTS = ("replace", "insert")
 FORMS = ("plain", "swiglu")
@@ -21,16 +22,16 @@ FREEZES = ("none", "experts", "all-but-experts")
 
 
 @dataclass
-class SparseOptions(GateOptions, HashOptions, StableOptions):
+class SparseOptions(GateOptions, HashOptions, TopKOptions, StableOptions):
     """Options of the sparse layers of a `hash_transformer_lm`. `check` raises `UserError` for a value out of range."""
 
     router: str = option(
         "",
         "router, which picks the expert of each token: none (a dense model, fairseq's transformer_lm), hash (a fixed "
-        "table over a feature of the tokens), switch (learned top-1), base (learned, balanced assignment), stablemoe "
-        "(learned, then fixed by token id), random-linear (a frozen random projection, for ablations); one for all "
-        "sparse layers, or one for each, comma separated, such as hash,hash,switch; default: none, with which no "
-        "other option of experts may be given",
+        "table over a feature of the tokens), switch (learned top-1), topk (learned, --experts-per-token of them), "
+        "base (learned, balanced assignment), stablemoe (learned, then fixed by token id), random-linear (a frozen "
+        "random projection, for ablations); one for all sparse layers, or one for each, comma separated, such as "
+        "hash,hash,switch; default: none, with which no other option of experts may be given",
     )
     num_experts: int = option(16, "number of experts of each sparse layer, 1 or more")
     sparse_layers: str = option(
@@ -193,6 +194,7 @@ class SparseOptions(GateOptions, HashOptions, StableOptions):
         self.check_hash(self.num_experts)
         self.check_gate()
         self.check_stable()
+        self.check_topk(self.num_experts, self.experts_per_token)
         check_at_least("--swiglu-limit", self.swiglu_limit, 0)
         if self.multi_hash > 1 and self.expert_form != "plain":
             raise UserError(f"--multi-hash {self.multi_hash} needs --expert-form plain")

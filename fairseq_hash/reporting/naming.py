@@ -6,7 +6,8 @@ from typing import Any
 
 from fairseq_hash.reporting.runs import Run
 
-ROUTER_NAMES = {"none": "Dense", "hash": "Hash", "switch": "Switch", "base": "BASE", "stablemoe": "StableMoE"}
+ROUTER_NAMES = {"none": "Dense", "hash": "Hash", "switch": "Switch", "topk": "Top-k", "base": "BASE"}
+ROUTER_NAMES |= {"stablemoe": "StableMoE"}
 
 
 def group_by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -7,7 +7,7 @@ from torch import nn
 
 from fairseq_hash.moe.layer import SparseLayer
 from fairseq_hash.moe.routers import statistics_of
-from fairseq_hash.moe.routing_stats import RoutingReport, of_log_key
+from fairseq_hash.moe.routing_stats import RoutingReport, of_log_key, update_key
 
 
 def update_routers(model: nn.Module, logging_outputs: Sequence[dict[str, Any]]) -> None:
@@ -22,5 +22,7 @@ def update_routers(model: nn.Module, logging_outputs: Sequence[dict[str, Any]]) 
     keys = sorted((key for key in logging_outputs[0] if of_log_key(key)), key=of_log_key)
     for layer, key in zip(layers, keys, strict=True):
         if hasattr(layer.router, "after_update"):
-            sums = sum(output[key] for output in logging_outputs)
-            layer.router.after_update(RoutingReport(sums, statistics_of(of_log_key(key)[1])).tokens_per_expert_E)
+            names = [name for name in (key, update_key(key)) if name in logging_outputs[0]]
+            sums, *update_sums_N = (sum(output[name] for output in logging_outputs) for name in names)
+            chosen_E = RoutingReport(sums, statistics_of(of_log_key(key)[1])).tokens_per_expert_E
+            layer.router.after_update(chosen_E, *update_sums_N)

@@ -59,6 +59,12 @@ def cases(world_size):
         # Some updates of each stage.
         made["stablemoe"] = arguments("stablemoe", 4, "adam", "--stable-updates", "5", "--load-balance-weight", "0.3")
         made["random-linear"] = arguments("random-linear", 4, "sgd")
+        top_2 = ("--experts-per-token", "2", "--router-score", "sigmoid", "--normalize-weights")
+        made["top 2 by bias, a sequence-wise loss"] = arguments(
+            "topk", 4, "sgd", *top_2, "--balancing", "bias", "--bias-step", "0.01", "--sequence-loss"
+        )
+        made["top 2 by quantile"] = arguments("topk", 4, "sgd", *top_2, "--balancing", "quantile")
+        made["top 1 by loss"] = arguments("topk", 4, "adam")
         made["gated, hash then switch"] = arguments("hash,switch", 4, "sgd", "--expert-form", "swiglu")
     if world_size == 4:
         made["groups of two"] = arguments("hash", 8, "adam", "--expert-parallel-size", "2")

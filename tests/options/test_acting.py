@@ -19,6 +19,8 @@ SWITCH = {"router": "switch", "sparse_layers": "1,3"}
 BASE = {"router": "base", "sparse_layers": "1,3"}
 STABLE = {"router": "stablemoe", "sparse_layers": "1,3"}
 TOP_2 = HASH | {"experts_per_token": 2}
+TOPK = {"router": "topk", "sparse_layers": "1,3"}
+BIAS, QUANTILE = TOPK | {"balancing": "bias"}, TOPK | {"balancing": "quantile"}
 
 # Of each option a value beside its default, a model in which it acts, and one with experts in which it does not (None
 # where it acts in all of them).
@@ -59,12 +61,20 @@ EXAMPLES = {
     "base_evaluation": ("balanced", BASE, SWITCH),
     "drop_priority": ("random", HASH | {"capacity_factor": 1.0}, HASH | {"eval_capacity_factor": 1.0}),
     "expert_layer_norm": (True, HASH, None),
+    "balancing": ("bias", TOPK, SWITCH),
+    "router_score": ("sigmoid", TOPK, SWITCH),
+    "normalize_weights": (True, TOPK | {"router": "hash,topk", "experts_per_token": 2}, TOPK),
+    "router_scale": (2.5, TOPK, HASH),
+    "bias_step": (0.01, BIAS, QUANTILE),
+    "quantile_smoothing": (0.9, QUANTILE, BIAS),
+    "sequence_loss": (True, BIAS, BASE),
 }
 OF_CRITERION = {
     "load_balance_weight": (0.1, SWITCH, HASH),
     "z_loss_weight": (0.001, SWITCH, BASE),
     "distill_weight": (0.1, STABLE, SWITCH),
     "log_expert_loads": (True, HASH, None),
+    "sequence_loss_weight": (0.01, BIAS | {"sequence_loss": True}, BIAS),
 }
 ALWAYS = {"router", "map_experts", "update_freq_ranks"}  # map_experts is refused in training
 
@@ -109,11 +119,19 @@ def test_where_an_option_acts_and_where_not(name):
 
 def test_the_defaults_ask_for_nothing():
     """Whatever the router: what is not given cannot be in vain."""
-    for model in ({}, {"router": "none"}, HASH, SWITCH, BASE):
+    for model in ({}, {"router": "none"}, HASH, SWITCH, BASE, TOPK, BIAS, QUANTILE):
         assert option_use.check_model(SparseOptions(**model)) == []
         assert option_use.check_criterion(HashMoECriterion, {"_name": "hash_moe"}, SparseOptions(**model)) == []
     no_loss = {"_name": "hash_moe", "load_balance_weight": 0.0}
     assert option_use.check_criterion(HashMoECriterion, no_loss, SparseOptions(**HASH)) == []
+
+
+def test_the_weight_of_the_balance_loss_needs_a_router_that_has_it():
+    weight = {"_name": "hash_moe", "load_balance_weight": 0.1}
+    for model in (TOPK, BIAS | {"router": "switch,topk"}):
+        assert option_use.check_criterion(HashMoECriterion, weight, SparseOptions(**model)) == []
+    with pytest.raises(UserError, match="--load-balance-weight 0.1 needs a switch layer, or a topk layer with"):
+        option_use.check_criterion(HashMoECriterion, weight, SparseOptions(**BIAS))
 
 
 def test_a_router_gets_the_criterion_that_it_needs():
@@ -142,11 +160,11 @@ def test_a_checkpoint_of_before_loads_in_evaluation(data, caplog):
 def test_trainings_end_before_they_start_or_say_it(data, tmp_path):
     """By the command: a forgotten router, another criterion, and a dense model by name."""
     cases = {
-        "": "--sparse-layers 1 needs experts (--router hash, switch or base), and no --router is",
+        "": "--sparse-layers 1 needs experts (--router hash, switch, topk or base), and no --router is",
         "--router switch --criterion cross_entropy": "--criterion cross_entropy leaves out the load-balancing loss of "
         "--router switch; use --criterion hash_moe",
-        "--router hash --z-loss-weight 0.1": "--z-loss-weight 0.1 needs a switch layer (--router switch), and does "
-        "nothing here, with --router hash",
+        "--router hash --z-loss-weight 0.1": "--z-loss-weight 0.1 needs a switch or topk layer (--router switch or "
+        "topk), and does nothing here, with --router hash",
     }
     for options, line in cases.items():
         done = train(data, tmp_path / "refused", "--sparse-layers", "1", *options.split(), check=False)

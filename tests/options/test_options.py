@@ -14,9 +14,13 @@ from fairseq_hash.options.sparse_options import SparseOptions
 
 HASH = ("--router", "hash", "--sparse-layers", "1", "--num-experts", "4")
 SWITCH = ("--router", "switch", *HASH[2:])
+TOPK = ("--router", "topk", *HASH[2:])
 
 BAD = [
-    (("--router", "hsah"), "--router hsah is unknown; use one of none, hash, base, random-linear, stablemoe, switch"),
+    (
+        ("--router", "hsah"),
+        "--router hsah is unknown; use one of none, hash, base, random-linear, stablemoe, switch, topk",
+    ),
     ((*HASH, "--num-experts", "0"), "--num-experts 0 is out of range; give a number of 1 or more"),
     ((*HASH, "--num-experts", "-3"), "--num-experts -3 is out of range"),
     ((*HASH, "--sparse-layers", "2"), "--sparse-layers 2: layer 2 does not exist; the decoder has layers 0 to 1"),
@@ -50,6 +54,22 @@ BAD = [
         (*HASH, "--expert-layer-norm", "--sparse-placement", "insert"),
         "--expert-layer-norm needs experts in place of an FFN; use --sparse-placement replace",
     ),
+    ((*TOPK, "--experts-per-token", "5"), "--experts-per-token 5 is out of range; give 1 to 4, the number of experts"),
+    ((*TOPK, "--balancing", "aux"), "--balancing aux is unknown; use one of none, loss, bias, quantile"),
+    ((*TOPK, "--router-score", "relu"), "--router-score relu is unknown; use one of softmax, sigmoid, sqrt-softplus"),
+    ((*TOPK, "--router-scale", "0"), "--router-scale 0.0 is out of range; give a number above 0"),
+    ((*TOPK, "--balancing", "bias", "--bias-step", "nan"), "--bias-step nan is out of range; give a number of 0 or mo"),
+    ((*TOPK, "--balancing", "bias", "--bias-step", "-1"), "--bias-step -1.0 is out of range"),
+    ((*TOPK, "--balancing", "quantile", "--quantile-smoothing", "1"), "--quantile-smoothing 1.0 is out of range"),
+    (
+        (*TOPK, "--balancing", "quantile", "--experts-per-token", "4"),
+        "--balancing quantile needs an expert that is not chosen, and --experts-per-token 4 chooses all 4; give fewer",
+    ),
+    (
+        (*TOPK, "--balancing", "quantile", "--router-score", "sqrt-softplus"),
+        "--balancing quantile needs scores from 0 to 1, which --router-score sqrt-softplus has not; use sigmoid or s",
+    ),
+    ((*TOPK, "--sequence-loss", "--sequence-loss-weight", "-1"), "--sequence-loss-weight -1.0 is out of range"),
     ((*HASH, "--base-layers", "1"), "use --router base --sparse-placement insert"),
     ((*HASH, "--decoder-layerdrop", "0.1"), "--decoder-layerdrop 0.1"),
     ((*HASH, "--decoder-layers-to-keep", "0"), "--decoder-layers-to-keep 0"),

@@ -62,6 +62,40 @@ def stable_route(x_TD, ids, centroid_ED, light_EC, embedding_VC, is_training, ta
     return experts, gates, agreement, balance, distill
 
 
+def topk_route(x_TD, weight_ED, choices, score, bias_E, normalize, scale):
+    """DeepSeek-V3, section 2.1.2, equations 12 to 16, for any score: chosen by score + bias, weighted by the score.
+
+    Returns, token by token: experts, their weights, all scores, all scores over their sum, and the log-sum-exp.
+    """
+    chosen, weights, scores, shares, log_sums = [], [], [], [], []
+    for x_D in x_TD:
+        logits = [weight_D @ x_D for weight_D in weight_ED]
+        total = sum(torch.exp(logit) for logit in logits)
+        of_token = {
+            "softmax": lambda logits=logits, total=total: [torch.exp(logit) / total for logit in logits],
+            "sigmoid": lambda logits=logits: [1 / (1 + torch.exp(-logit)) for logit in logits],
+            "sqrt-softplus": lambda logits=logits: [torch.sqrt(torch.log(1 + torch.exp(logit))) for logit in logits],
+        }[score]()
+        best = sorted(range(len(logits)), key=lambda e: -(of_token[e] + bias_E[e]).item())[:choices]
+        below = sum(of_token[e] for e in best) if normalize else 1
+        chosen.append(best)
+        weights.append([of_token[e] / below * scale for e in best])
+        scores.append(of_token)
+        shares.append([s / sum(of_token) for s in of_token])
+        log_sums.append(torch.log(total))
+    return chosen, weights, scores, shares, log_sums
+
+
+def balance_loss(chosen, shares, is_sequence_wise=False):
+    """Switch, section 2.2, summed over the choices; or, of one sequence, DeepSeek-V3, equations 17 to 20."""
+    tokens, num_experts, choices = len(chosen), len(shares[0]), len(chosen[0])
+    loss = 0.0
+    for e in range(num_experts):
+        count = sum(e in best for best in chosen)
+        loss = loss + count / tokens * sum(share[e] for share in shares) / tokens
+    return num_experts * loss / (choices if is_sequence_wise else 1)
+
+
 def base_gate(x_TD, centroid_ED, experts):
     """BASE Layers, section 3.1: the sigmoid of the token's score for its expert."""
     return [torch.sigmoid(centroid_ED[e] @ x_D) for x_D, e in zip(x_TD, experts, strict=True)]

@@ -13,6 +13,7 @@ from fairseq_hash.moe.routers.registry import (
 )
 from fairseq_hash.moe.routers.stable_moe import StableRouter
 from fairseq_hash.moe.routers.switch import SwitchRouter
+from fairseq_hash.moe.routers.topk import TopKRouter
 from fairseq_hash.moe.routing_stats import statistic
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "RouterSettings",
     "StableRouter",
     "SwitchRouter",
+    "TopKRouter",
     "register_router",
     "router_class",
     "router_names",

@@ -56,7 +56,8 @@ class Router(Protocol):
 
     A router may have a method `after_update(tokens_per_expert_E)`. Every rank calls it after each update of the
     weights, with how many tokens of the update chose each expert (fp64 `[E]`), over all ranks and accumulated batches.
-    What it keeps in buffers is saved and loaded with the model.
+    What it keeps in buffers is saved and loaded with the model. If its assignments have `update_sums_N`, the method
+    gets their sum over the same batches as a second argument (fp64 `[N]`).
     """
 
     top_k: int

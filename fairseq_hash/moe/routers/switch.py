@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fairseq_hash.moe.assignment import Assignment
 from fairseq_hash.moe.gate import gate_weights
 from fairseq_hash.moe.kernels.group_sizes import count_groups
-from fairseq_hash.moe.losses import load_balancing_loss, z_loss
+from fairseq_hash.moe.losses import load_balancing_loss, mean_entropy, z_loss
 from fairseq_hash.moe.routers.registry import RouterSettings, register_router
 from fairseq_hash.moe.routing_stats import statistic
 from fairseq_hash.moe.seeding import seeded_generator
@@ -23,6 +23,15 @@ class SwitchStatistics:
     router_entropy: Tensor = statistic("mean entropy of the router's probabilities, in nats; 0: it is certain")
     balance_loss: Tensor = statistic("load-balancing loss, without its weight; 1: balanced", "load_balance_weight")
     z_loss: Tensor = statistic("z-loss, without its weight", "z_loss_weight")
+
+
+def draw_weight(model_width: int, num_experts: int, key: int) -> nn.Parameter:
+    """Return `[E, D]`, drawn from a truncated normal of variance 0.1 / D (section 2.4); `key` is of the numbers."""
+    weight_ED = nn.Parameter(torch.empty(num_experts, model_width))
+    std = math.sqrt(0.1 / model_width)
+    generator = seeded_generator("switch router", key)
+    nn.init.trunc_normal_(weight_ED, std=std, a=-2 * std, b=2 * std, generator=generator)
+    return weight_ED
 
 
 @register_router("switch")
@@ -40,11 +49,7 @@ class SwitchRouter(nn.Module):
         super().__init__()
         self.gate = gate
         self.jitter = jitter
-        self.weight = nn.Parameter(torch.empty(num_experts, model_width))
-        std = math.sqrt(0.1 / model_width)
-        nn.init.trunc_normal_(
-            self.weight, std=std, a=-2 * std, b=2 * std, generator=seeded_generator("switch router", key)
-        )
+        self.weight = draw_weight(model_width, num_experts, key)
 
     @classmethod
     def build(cls, settings: RouterSettings) -> "SwitchRouter":
@@ -64,8 +69,9 @@ class SwitchRouter(nn.Module):
             probability_TE = log_probability_TE.exp()
             weight_TK, expert_TK = probability_TE.max(dim=-1, keepdim=True)
             rows_E = count_groups(expert_TK.flatten(), len(self.weight))
-            entropy_T = -(probability_TE.detach() * log_probability_TE.detach()).sum(dim=-1)
             statistics = SwitchStatistics(
-                entropy_T.sum() / max(len(entropy_T), 1), load_balancing_loss(probability_TE, rows_E), z_loss(logits_TE)
+                mean_entropy(probability_TE, log_probability_TE),
+                load_balancing_loss(probability_TE, rows_E),
+                z_loss(logits_TE),
             )
             return Assignment(expert_TK, gate_weights(weight_TK, self.gate), statistics)

@@ -162,8 +162,8 @@ class HashTransformerDecoder(TransformerDecoder):
 
     @property
     def is_oracle(self) -> bool:
-        """Whether a hash layer sees the token that the model is to predict."""
-        return self.hash_tables is not None and self.options.feature.is_oracle
+        """Whether a sparse layer sees the token that the model is to predict."""
+        return bool(self.options.oracle)
 
     def routing_context(self, token_BL: Tensor, is_step: bool = False) -> RoutingContext:
         """Return what the sparse layers share for token ids `[B, L]`: the hash routes are made here, for all of them.
@@ -174,8 +174,8 @@ class HashTransformerDecoder(TransformerDecoder):
         if is_step and self.is_oracle:
             # Not an error that ranks wait for each other with: in generation some may have no sentence.
             raise SystemExit(
-                f"fairseq_hash: --hash-feature {self.options.hash_feature} sees the next token, which generation does "
-                "not have; evaluate such a model with fairseq-eval-lm only"
+                f"fairseq_hash: {self.options.oracle} sees the next token, which generation does not have; evaluate "
+                "such a model with fairseq-eval-lm only"
             )
         seen_BL = token_BL[:, -1:] if is_step else token_BL
         context = RoutingContext.of_tokens(seen_BL, self.padding_idx)

@@ -13,8 +13,14 @@ class Assignment(NamedTuple):
         weight_TK: fp32, differentiable, what scales the experts' outputs; None: they are used as they are.
         statistics: a dataclass of the router's own: named fp32 scalars, means over the tokens (`routing_stats`); None
             if the router has none.
+        order_C: int64, the places of the choices in the flattened `[T, K]`, in the order in which an expert with a
+            capacity takes them. A place that it leaves out is no choice, whatever `expert_TK` holds there. None: all
+            places, as they stand.
+        over_kept: whether the weights of a token's choices that are not dropped are divided by their sum.
     """
 
     expert_TK: Tensor
     weight_TK: "Tensor | None" = None
     statistics: Any = None
+    order_C: "Tensor | None" = None
+    over_kept: bool = False

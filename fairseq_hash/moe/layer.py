@@ -73,7 +73,9 @@ class SparseLayer(nn.Module):
         if self.hash_route is None:
             assignment = self.router(x_TD, *((context.tokens,) if self.router_sees_tokens else ()))
             factor = self.capacity_factor if self.training else self.eval_capacity_factor
-            plan = self.dispatcher.begin(assignment.expert_TK, factor).plan
+            plan = self.dispatcher.begin(assignment.expert_TK, factor, assignment.order_C).plan
+            if assignment.over_kept:
+                assignment = assignment._replace(weight_TK=plan.over_kept(assignment.weight_TK))
             return assignment, plan, RoutingReport.of(assignment, plan, self.statistics).sums
         route = context.hash_routes[self.hash_route]
         assignment = route.assignment

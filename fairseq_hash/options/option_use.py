@@ -75,6 +75,9 @@ Z_LOSS = Statement(lambda options: _has_loss(options, "z_loss_weight"), "a switc
 BASE = Statement(lambda options: "base" in options.routers, "a BASE layer (--router base)")
 SEVERAL = Statement(_weighs_several, "several experts per token (--router hash, --experts-per-token 2 or more)")
 
+GSHARD = Statement(lambda options: "gshard" in options.routers, "a GShard layer (--router gshard)")
+SINKHORN = Statement(lambda options: "sinkhorn" in options.routers, "a Sinkhorn layer (--router sinkhorn)")
+
 MODEL = {
     "router": ALWAYS,
     "num_experts": SPARSE,
@@ -87,6 +90,10 @@ MODEL = {
     "eval_capacity_factor": SPARSE,
     "router_jitter": SWITCH,
     "base_balance": BASE,
+    "second_expert_policy": GSHARD,
+    "sinkhorn_balance": SINKHORN,
+    "sinkhorn_iterations": SINKHORN,
+    "sinkhorn_tolerance": SINKHORN,
     "expert_dropout": SPARSE,
     "recompute_hidden": SPARSE,
     "expert_form": SPARSE,
@@ -161,10 +168,10 @@ def check_criterion(kind: type, config: Mapping[str, Any], options: SparseOption
                 f"--criterion {name} does not count tokens per expert, which --router {options.router} needs after "
                 "each update; use --criterion hash_moe"
             )
-        if _has_hash(options) and options.feature.is_oracle:
+        if options.oracle:
             raise UserError(
-                f"--criterion {name} calls the perplexity of --hash-feature {options.hash_feature}, an oracle, a "
-                "language model's; use --criterion hash_moe"
+                f"--criterion {name} calls the perplexity of {options.oracle}, an oracle, a language model's; use "
+                "--criterion hash_moe"
             )
         return []
     return _check(options, {f.name: f.default for f in fields(HashMoECriterionConfig)}, CRITERION, config)

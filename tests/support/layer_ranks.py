@@ -4,6 +4,7 @@ Every rank draws the same examples (hypothesis, derandomized), so it knows the t
 part against the naive loop over the tokens of the whole group.
 """
 
+import copy
 import math
 
 import ranks
@@ -22,7 +23,8 @@ from fairseq_hash.moe.distributed_assignment import balance_over
 from fairseq_hash.moe.experts import ExpertFeedForward
 from fairseq_hash.moe.fairscale_dispatcher import Gate
 from fairseq_hash.moe.layer import SparseLayer
-from fairseq_hash.moe.routers import SwitchRouter
+from fairseq_hash.moe.routers import SinkhornRouter, SwitchRouter
+from fairseq_hash.moe.routers.sinkhorn import add_up_over
 from fairseq_hash.moe.routing_context import HashRoute, RoutingContext
 from fairseq_hash.parallel.collectives import gather
 from fairseq_hash.parallel.groups import ExpertParallel, expert_parallel
@@ -237,6 +239,25 @@ def check_base(layout):
     assert load_E.max() - load_E.min() <= parallel.size
 
 
+def check_sinkhorn(layout):
+    """A group assigns its tokens, some of its ranks having none, as one process does that has them all."""
+    parallel = expert_parallel(layout["num_experts"], layout["size"])
+    generator = torch.Generator().manual_seed(layout["seed"])
+    batches = [torch.randn(tokens, WIDTH, generator=generator) for tokens in layout["tokens"]]
+    rank, start = dist.get_rank(), dist.get_rank() - parallel.place
+    for balance, begin, end in (("global", start, start + parallel.size), ("local", rank, rank + 1)):
+        alone = SinkhornRouter(WIDTH, layout["num_experts"], 0, 30, 1e-4)
+        torch.nn.init.normal_(alone.centroids, generator=torch.Generator().manual_seed(layout["seed"]))
+        shared = copy.deepcopy(alone).to(ranks.device())
+        shared.add_up = add_up_over(balance, parallel)
+        expected, found = alone(torch.cat(batches[begin:end])), shared(batches[rank].to(ranks.device()))
+        first = sum(map(len, batches[begin:rank]))
+        own = slice(first, first + len(batches[rank]))
+        assert torch.equal(found.expert_TK.cpu(), expected.expert_TK[own])
+        torch.testing.assert_close(found.weight_TK.cpu(), expected.weight_TK[own])
+        assert found.statistics.sinkhorn_iterations.cpu() == expected.statistics.sinkhorn_iterations
+
+
 def layers(examples):
     """Check random layouts of one layer."""
     random_layouts(check_against_loop, examples)
@@ -245,6 +266,11 @@ def layers(examples):
 def base(examples):
     """Check random scores."""
     random_layouts(check_base, examples)
+
+
+def sinkhorn(examples):
+    """Check random tokens."""
+    random_layouts(check_sinkhorn, examples)
 
 
 def shuffle_is_random():

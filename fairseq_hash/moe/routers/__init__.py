@@ -2,26 +2,34 @@
 
 from fairseq_hash.moe.assignment import Assignment
 from fairseq_hash.moe.routers.base import BaseRouter
+from fairseq_hash.moe.routers.expert_choice import ExpertChoiceRouter
+from fairseq_hash.moe.routers.gshard import GShardRouter
 from fairseq_hash.moe.routers.registry import (
     Router,
     RouterSettings,
     register_router,
     router_class,
     router_names,
+    sees_future,
     statistics_of,
 )
+from fairseq_hash.moe.routers.sinkhorn import SinkhornRouter
 from fairseq_hash.moe.routers.switch import SwitchRouter
 from fairseq_hash.moe.routing_stats import statistic
 
 __all__ = [
     "Assignment",
     "BaseRouter",
+    "ExpertChoiceRouter",
+    "GShardRouter",
     "Router",
     "RouterSettings",
+    "SinkhornRouter",
     "SwitchRouter",
     "register_router",
     "router_class",
     "router_names",
+    "sees_future",
     "statistic",
     "statistics_of",
 ]

@@ -12,7 +12,7 @@ class HashMoECriterionConfig(CrossEntropyCriterionConfig):
     """Weights of the auxiliary losses, relative to the cross-entropy of one token in nats."""
 
     load_balance_weight: float = option(
-        0.01, "weight of the load-balancing loss of each sparse layer with a switch router, 0 or more"
+        0.01, "weight of the load-balancing loss of each sparse layer with a switch or gshard router, 0 or more"
     )
     z_loss_weight: float = option(
         0.0, "weight of the z-loss of each sparse layer with a switch router, 0 or more (0.001 in ST-MoE)"

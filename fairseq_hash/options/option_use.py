@@ -70,7 +70,9 @@ ALWAYS = Statement(lambda options: True)
 SPARSE = Statement(lambda options: options.is_sparse, "experts (--router hash, switch or base)")
 HASH = Statement(_has_hash, "a hash layer (--router hash)")
 SWITCH = Statement(lambda options: "switch" in options.routers, "a switch layer (--router switch)")
-BALANCED = Statement(lambda options: _has_loss(options, "load_balance_weight"), "a switch layer (--router switch)")
+BALANCED = Statement(
+    lambda options: _has_loss(options, "load_balance_weight"), "a switch or GShard layer (--router switch or gshard)"
+)
 Z_LOSS = Statement(lambda options: _has_loss(options, "z_loss_weight"), "a switch layer (--router switch)")
 BASE = Statement(lambda options: "base" in options.routers, "a BASE layer (--router base)")
 SEVERAL = Statement(_weighs_several, "several experts per token (--router hash, --experts-per-token 2 or more)")

@@ -49,9 +49,6 @@ def cases(world_size):
     if world_size == 2:
         second = ("--second-expert-policy", "all", "--capacity-factor", "0.8")
         made["gshard with capacity"] = arguments("gshard", 4, "sgd", *second)
-        made["gshard with capacity by fairscale"] = arguments(
-            "gshard", 4, "sgd", *second, "--expert-dispatch", "fairscale"
-        )
         made["sinkhorn, each rank's own batch balanced"] = arguments(
             "sinkhorn", 4, "sgd", "--sinkhorn-balance", "local", "--checkpoint-activations"
         )

@@ -31,7 +31,7 @@ class BatchRouterOptions(FairseqDataclass):
     sinkhorn_tolerance: float = option(
         1e-4,
         "error that ends the iterations of --router sinkhorn: the largest distance of an expert's soft load from the "
-        "mean, as a share of the mean, 0 or more (0: always --sinkhorn-iterations)",
+        "mean, as a share of the mean, 0 or more (0: as many as --sinkhorn-iterations)",
     )
 
     def check_batch_routers(

@@ -144,20 +144,22 @@ def test_sinkhorn_equals_scaling_rows_and_columns(iterations, scale):
 
     def gates(x_TD, weight_ED):
         score_TE = x_TD @ weight_ED.t()
-        experts, _ = reference.sinkhorn(score_TE.tolist(), iterations)
-        return F.one_hot(torch.tensor(experts), 5) * score_TE.sigmoid(), None, 0
+        entry_TE, _ = reference.sinkhorn(score_TE.tolist(), iterations)
+        return F.one_hot(entry_TE.argmax(dim=1), 5) * score_TE.sigmoid(), None, 0
 
     report = check(layer, scale * x_LBD, context, gates)
     assert report.mean(report.total("sinkhorn_iterations")) == iterations
 
 
 def test_sinkhorn_ends_at_its_tolerance():
-    """After as many iterations as the loop, with soft loads as even as asked for; hard loads become even, too."""
+    """Where the loop does, with its scales and soft loads as even as asked for; hard loads become even, too."""
     generator = torch.Generator().manual_seed(0)
     score_TE = torch.randn(600, 6, generator=generator) + torch.randn(6, generator=generator)
     scale_E, done, error = column_scales(score_TE, 100, 1e-3, lambda sums: None)
-    _, errors = reference.sinkhorn(score_TE.tolist(), done)
+    entry_TE, errors = reference.sinkhorn(score_TE.tolist(), done)
     assert error == pytest.approx(errors[-1], rel=1e-2) and error <= 1e-3 < errors[-2]
+    scaled_TE = entry_TE.log() - score_TE  # the scale of the row plus that of the column
+    torch.testing.assert_close(scale_E - scale_E[0], (scaled_TE[0] - scaled_TE[0, 0]).float(), rtol=0, atol=1e-5)
     load_E = (score_TE + scale_E).softmax(dim=1).mean(dim=0) * 6
     torch.testing.assert_close(load_E, torch.ones(6), rtol=0, atol=1e-3)
     greedy, balanced = (torch.bincount(s.argmax(dim=1), minlength=6) for s in (score_TE, score_TE + scale_E))

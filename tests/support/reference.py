@@ -83,8 +83,7 @@ def gshard_gates(x_TD, weight_ED, capacity_factor, noise_TE=None, uniform_T=None
 def sinkhorn(score_TE, iterations):
     """Scale the rows of exp(scores) to sums of 1 / T, then the columns to 1 / E, in turn.
 
-    Returns the expert of each row's largest entry, and of each iteration how far a column's sum was from 1 / E, times
-    E.
+    Returns the matrix, fp64, and of each iteration how far a column's sum was from 1 / E, times E.
     """
     tokens, num_experts = len(score_TE), len(score_TE[0])
     entries = [[math.exp(score) for score in row] for row in score_TE]
@@ -96,7 +95,7 @@ def sinkhorn(score_TE, iterations):
         entries = [
             [entry / column / num_experts for entry, column in zip(row, columns, strict=True)] for row in entries
         ]
-    return [max(range(num_experts), key=row.__getitem__) for row in entries], errors
+    return torch.tensor(entries, dtype=torch.float64), errors
 
 
 def expert_choice_gates(x_TD, weight_ED, factor):

@@ -12,7 +12,7 @@ import fairseq_hash
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.moe.layer import SparseLayer
 from fairseq_hash.moe.routers import register_router, router_class, sees_future, statistics_of
-from fairseq_hash.moe.routing_stats import RoutingReport
+from fairseq_hash.moe.routing_stats import NoStatistics, RoutingReport
 from fairseq_hash.options.sparse_options import SparseOptions
 
 LAYERS = ("--sparse-layers", "0,1", "--num-experts", "4")
@@ -116,7 +116,7 @@ def test_expert_choice_is_an_oracle_everywhere(data, tmp_path):
 def test_a_router_from_outside_may_be_an_oracle(monkeypatch):
     assert not sees_future("switch") and not sees_future("hash") and not sees_future("no such")
     monkeypatch.setattr("fairseq_hash.moe.routers.registry._ROUTERS", {"switch": router_class("switch")})
-    register_router("mine")(type("Mine", (), {"sees_future": True}))
+    register_router("mine")(type("Mine", (), {"sees_future": True, "statistics": NoStatistics}))
     assert SparseOptions(router="switch,mine", sparse_layers="0,1").oracle == "--router mine"
 
 

@@ -163,7 +163,7 @@ class LanguageModel:
             Columns `token` (str), `id` (int) and `probability` (float).
 
         Raises:
-            UserError: for another `top`, and for `--hash-feature future`, which sees the token that it predicts.
+            UserError: for another `top`, and for an oracle, which sees the token that it predicts.
         """
         self._require_no_oracle()
         size = len(self.task.target_dictionary)
@@ -181,6 +181,7 @@ class LanguageModel:
             symbol), `token` (str), `layer` (int, of the decoder, from 0), `router` (str), `choice` (int: which of the
             token's K experts, or of MultiHash's segments), `expert` (int), `weight` (float, the factor on the expert's
             output) and `dropped` (bool: the expert was full and did not serve the token). No rows for a dense model.
+            With `--router expert-choice`, a token that no expert chose has one row, with `dropped`.
         """
         return route(self.model, self.read(text), self.dictionary)
 
@@ -207,8 +208,7 @@ class LanguageModel:
             Samples, by descending probability. Each ends at the given length or at the end of the line.
 
         Raises:
-            UserError: for options out of range or that do not go together, a text of several lines, and
-                `--hash-feature future`.
+            UserError: for options out of range or that do not go together, a text of several lines, and an oracle.
         """
         self._require_no_oracle()
         sampling = Sampling(**options) if sampling is None else sampling
@@ -216,8 +216,8 @@ class LanguageModel:
         return sample(self.model, self.task, read, sampling, self.detokenize)
 
     def _require_no_oracle(self) -> None:
-        if state_of(self.model).is_oracle:
+        state = state_of(self.model)
+        if state.is_oracle:
             raise UserError(
-                "the model sees the token that it is to predict (--hash-feature future, or a router that sees later "
-                "tokens, such as --base-evaluation balanced); such a model predicts no text"
+                f"{state.options.oracle} sees the token that it is to predict; such a model predicts no text"
             )

@@ -74,7 +74,12 @@ def _of_layer(place: Place, segments: int, decision: Decision, token_L: Tensor, 
     dropped_C = torch.ones(tokens * choices, dtype=torch.bool)
     dropped_C[plan.choice_R.cpu()] = False
     token_C = token_L.cpu()[position_C].tolist()
-    return pd.DataFrame(
+    listed_TK = torch.ones(tokens, choices, dtype=torch.bool)
+    if assignment.order_C is not None:
+        listed_TK = torch.zeros(tokens * choices, dtype=torch.bool).index_fill_(0, assignment.order_C.cpu(), True)
+        listed_TK = listed_TK.view(tokens, choices)
+        listed_TK[:, 0] |= ~listed_TK.any(dim=1)  # a token without a choice: the expert that it suits best
+    table = pd.DataFrame(
         {
             "position": position_C.numpy(),
             "token": [dictionary[token] for token in token_C],
@@ -86,6 +91,7 @@ def _of_layer(place: Place, segments: int, decision: Decision, token_L: Tensor, 
             "dropped": dropped_C.numpy(),
         }
     )
+    return table[listed_TK.flatten().numpy()]
 
 
 def hash_tables(model: nn.Module, dictionary: Dictionary) -> dict[int, pd.DataFrame]:

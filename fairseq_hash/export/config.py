@@ -52,7 +52,7 @@ class Model:
     @property
     def is_oracle(self) -> bool:
         """Whether the model sees the token that it must predict."""
-        return self.options.is_sparse and self.options.feature.is_oracle
+        return bool(self.options.oracle)
 
 
 def model_of(path: object, state: Mapping[str, Any]) -> Model:

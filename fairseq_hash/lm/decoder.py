@@ -24,7 +24,7 @@ from fairseq_hash.lm.predictor import Predictor
 from fairseq_hash.lm.sparse_layers import Place, build_sparse_layer
 from fairseq_hash.lm.table_buffers import HashTables, build_tables
 from fairseq_hash.moe.assignment import Assignment
-from fairseq_hash.moe.layer import SparseLayer
+from fairseq_hash.moe.dispatch_plan import random_order
 from fairseq_hash.moe.routers import statistics_of
 from fairseq_hash.moe.routing_context import HashRoute, RoutingContext
 from fairseq_hash.moe.routing_stats import report_size
@@ -121,8 +121,6 @@ class HashTransformerDecoder(TransformerDecoder):
                 self.layers.insert(at, _wrap(InsertedLayer(cfg, self.options, self.dispatcher, place), cfg))
             size = report_size(statistics_of(place.router), self.options.num_experts)
             self.layers[at].register_forward_hook(functools.partial(_keep_report, (place.number, place.router), size))
-        layers = [module for module in self.modules() if isinstance(module, SparseLayer)]
-        self.router_sees_future = any(getattr(layer.router, "sees_future", False) for layer in layers)
         self.hash_tables: HashTables | None = None
         self.predictor: Predictor | None = None
         hash_layers = sum(place.router == "hash" for place in self.places.values())
@@ -173,16 +171,8 @@ class HashTransformerDecoder(TransformerDecoder):
 
     @property
     def is_oracle(self) -> bool:
-        """Whether a hash layer or a router sees the tokens that the model is to predict."""
-        return bool(self.oracle)
-
-    @property
-    def oracle(self) -> str:
-        """What sees the tokens that the model is to predict, in the words of the command line; "" if nothing does."""
-        if self.hash_tables is not None and self.options.feature.is_oracle:
-            return f"--hash-feature {self.options.hash_feature}"
-        how = " with --base-evaluation balanced" if self.options.base_evaluation == "balanced" else ""
-        return f"--router {self.options.router}{how}" if self.router_sees_future else ""
+        """Whether a sparse layer sees the token that the model is to predict."""
+        return bool(self.options.oracle)
 
     def routing_context(self, token_BL: Tensor, is_step: bool = False) -> RoutingContext:
         """Return what the sparse layers share for token ids `[B, L]`: the hash routes are made here, for all of them.
@@ -193,8 +183,8 @@ class HashTransformerDecoder(TransformerDecoder):
         if is_step and self.is_oracle:
             # Not an error that ranks wait for each other with: in generation some may have no sentence.
             raise SystemExit(
-                f"fairseq_hash: {self.oracle} sees the next token, which generation does not have; evaluate such a "
-                "model with fairseq-eval-lm only"
+                f"fairseq_hash: {self.options.oracle} sees the next token, which generation does not have; evaluate "
+                "such a model with fairseq-eval-lm only"
             )
         seen_BL = token_BL[:, -1:] if is_step else token_BL
         context = RoutingContext.of_tokens(seen_BL, self.padding_idx)
@@ -213,7 +203,8 @@ class HashTransformerDecoder(TransformerDecoder):
             weight_TK = None
             if share != 1:
                 weight_TK = torch.full(expert_TK.shape, share, device=expert_TK.device)
-            plan = self.dispatcher.in_segments(columns).begin(expert_TK, factor, drops_randomly=drops_randomly)
+            order_C = random_order(expert_TK) if drops_randomly and factor else None
+            plan = self.dispatcher.in_segments(columns).begin(expert_TK, factor, order_C)
             context.hash_routes.append(HashRoute(Assignment(expert_TK, weight_TK), plan, columns))
         return context
 

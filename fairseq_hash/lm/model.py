@@ -104,7 +104,7 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
                 load = functools.partial(load_predictor, options.hash_predictor, task)
                 model.decoder.set_predictor(run_on_all_ranks(load))
             if model.decoder.is_oracle:
-                logger.warning("%s sees the next token: its perplexity is an oracle's", model.decoder.oracle)
+                logger.warning("%s sees the next token: its perplexity is an oracle's", options.oracle)
             if not is_evaluation:
                 freeze(model, options.freeze)
             model._ddp_params_and_buffers_to_ignore = expert_names(model)  # torch's DistributedDataParallel reads it
@@ -219,6 +219,7 @@ def model_record(model: nn.Module, args: Any, options: SparseOptions, task: Fair
         **provenance(),
         **{key: value for key, value in asdict(options).items() if key != "_name"},
         "router": options.router or "none",
+        "oracle": options.oracle,
         "num_experts": options.num_experts if sparse else 1,
         "expert_parallel_size": model.decoder.parallel.size if sparse else 1,
         "sparse_layers": list(options.layer_numbers(args.decoder_layers)) if sparse else [],

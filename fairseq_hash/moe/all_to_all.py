@@ -137,7 +137,7 @@ def _arrival(count_Pe: Tensor, rows: int) -> Tensor:
 class AllToAllDispatcher(LocalDispatcher):
     """Ranks that share experts exchange exactly the rows that must move."""
 
-    def begin(self, expert_TK: Tensor, capacity_factor: float = 0.0, *, drops_randomly: bool = False) -> PlanUnderWay:
+    def begin(self, expert_TK: Tensor, capacity_factor: float = 0.0, order_C: "Tensor | None" = None) -> PlanUnderWay:
         """Begin the plan of an assignment: the split sizes travel while other work runs."""
         exchange_sizes = functools.partial(SplitSizes, parallel=self.parallel)
-        return PlanUnderWay(expert_TK, self.parallel.num_experts, capacity_factor, exchange_sizes, drops_randomly)
+        return PlanUnderWay(expert_TK, self.parallel.num_experts, capacity_factor, exchange_sizes, order_C)

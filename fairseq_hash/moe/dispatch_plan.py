@@ -38,13 +38,14 @@ class DispatchPlan:
     """How T tokens with K choices each become rows grouped by expert.
 
     Attributes:
-        choice_R: int64, the place of each of this rank's rows in the flattened `[T, K]`; by expert, then ascending, or
-            in the random order in which an expert over its capacity drops.
+        choice_R: int64, the place of each of this rank's rows in the flattened `[T, K]`; by expert, then in the order
+            in which the expert takes them.
         sizes: how many rows each expert of this rank gets, from all ranks of the group, after dropping; where there is
             no exchange, how many rows of this rank each of all experts gets.
         tokens_per_expert_E: int64, choices of this rank's tokens for each expert, before dropping.
         shape_TK: (T, K).
         exchange: how rows travel between ranks; None where this rank holds all experts, or fairscale moves them.
+        left_out: how many places of the flattened `[T, K]` are no choices.
     """
 
     choice_R: Tensor
@@ -52,6 +53,7 @@ class DispatchPlan:
     tokens_per_expert_E: Tensor
     shape_TK: tuple[int, int]
     exchange: "Exchange | None" = None
+    left_out: int = 0
 
     @property
     def rows_per_expert(self) -> tuple[int, ...]:
@@ -61,7 +63,7 @@ class DispatchPlan:
     @property
     def dropped(self) -> int:
         """Number of this rank's choices that exceed their expert's capacity."""
-        return self.shape_TK[0] * self.shape_TK[1] - len(self.choice_R)
+        return math.prod(self.shape_TK) - self.left_out - len(self.choice_R)
 
     @cached_property
     def token_R(self) -> Tensor:
@@ -71,12 +73,18 @@ class DispatchPlan:
 
     @cached_property
     def row_C(self) -> "Tensor | None":
-        """int64, the row of each choice, the opposite of `choice_R`; None where choices were dropped and have none."""
-        if self.dropped:
+        """int64, the row of each choice, the opposite of `choice_R`; None where a place of `[T, K]` has none."""
+        if len(self.choice_R) < math.prod(self.shape_TK):
             return None
         return torch.empty_like(self.choice_R).scatter_(
             0, self.choice_R, torch.arange(len(self.choice_R), device=self.choice_R.device)
         )
+
+    def over_kept(self, weight_TK: Tensor) -> Tensor:
+        """Return the weights of each token's choices that have a row, divided by their sum; zero for the others."""
+        kept_C = torch.zeros_like(weight_TK).flatten().index_fill_(0, self.choice_R, 1)
+        weight_TK = weight_TK * kept_C.view(self.shape_TK)
+        return weight_TK / weight_TK.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weight_TK.dtype).eps)
 
     def to_rows(self, x_TD: Tensor) -> Tensor:
         """Return `[R, D]`: each row's token."""
@@ -105,44 +113,44 @@ class PlanUnderWay:
         num_experts: int,
         capacity_factor: float = 0.0,
         exchange_sizes: "Callable[[Tensor], SplitSizes] | None" = None,
-        drops_randomly: bool = False,
+        order_C: "Tensor | None" = None,
     ) -> None:
         """Begin the plan for an assignment.
 
         An expert over its capacity keeps the choices that come first in `expert_TK`. The layers flatten `[L, B]` with
         the position first, so whether a token is dropped never depends on later positions: a language model sees no
-        future. With `drops_randomly` it keeps those of the tokens that come first in a random order, `torch.randperm`
-        of T on the device of `expert_TK`. Capacity is counted over this rank's tokens.
+        future. `order_C` is another order. Capacity is counted over this rank's tokens.
 
         Args:
-            expert_TK: int64, every entry from 0 to E - 1.
+            expert_TK: int64, every choice from 0 to E - 1.
             num_experts: E.
             capacity_factor: see `expert_capacity`.
             exchange_sizes: what begins to tell other ranks how many rows each expert gets, `[E]`; None: rows stay here.
-            drops_randomly: for training; it draws nothing without a capacity.
+            order_C: see `Assignment`.
         """
         self.shape_TK = (expert_TK.shape[0], expert_TK.shape[1])
         expert_C = expert_TK.flatten()
+        if order_C is not None:
+            expert_C = expert_C[order_C]
+        self.left_out = expert_TK.numel() - len(expert_C)
         self.tokens_per_expert_E = count_groups(expert_C, num_experts)
-        capacity = expert_capacity(len(expert_C), num_experts, capacity_factor)
-        if drops_randomly and capacity is not None:
-            order_C = _random_order(expert_TK)
-            self.choice_R = order_C[expert_C[order_C].argsort(stable=True)]
-        else:
-            self.choice_R = expert_C.argsort(stable=True)
+        self.choice_R = expert_C.argsort(stable=True)
+        capacity = expert_capacity(expert_TK.numel(), num_experts, capacity_factor)
         rows_E = self.tokens_per_expert_E
         if capacity is not None:
             start_E = rows_E.cumsum(0) - rows_E
             rank_R = torch.arange(len(expert_C), device=expert_C.device) - start_E[expert_C[self.choice_R]]
             self.choice_R = self.choice_R[rank_R < capacity]
             rows_E = rows_E.clamp(max=capacity)
+        if order_C is not None:
+            self.choice_R = order_C[self.choice_R]
         self.sizes: GroupSizes | SplitSizes = GroupSizes(rows_E) if exchange_sizes is None else exchange_sizes(rows_E)
 
     @cached_property
     def plan(self) -> DispatchPlan:
         """The finished plan."""
         exchange, sizes = (None, self.sizes) if isinstance(self.sizes, GroupSizes) else self.sizes.wait()
-        return DispatchPlan(self.choice_R, sizes, self.tokens_per_expert_E, self.shape_TK, exchange)
+        return DispatchPlan(self.choice_R, sizes, self.tokens_per_expert_E, self.shape_TK, exchange, self.left_out)
 
 
 def expert_capacity(num_choices: int, num_experts: int, capacity_factor: float) -> "int | None":
@@ -156,8 +164,8 @@ def expert_capacity(num_choices: int, num_experts: int, capacity_factor: float) 
     return math.ceil(round(num_choices * capacity_factor / num_experts, 6))
 
 
-def _random_order(expert_TK: Tensor) -> Tensor:
-    """Return the choices (int64, `[C]`) by a random order of their tokens."""
+def random_order(expert_TK: Tensor) -> Tensor:
+    """Return the places of the choices in the flattened `[T, K]` (int64), by a random order of their tokens."""
     choice_TK = torch.arange(expert_TK.numel(), device=expert_TK.device).view_as(expert_TK)
     return choice_TK[torch.randperm(len(expert_TK), device=expert_TK.device)].flatten()
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_hash.moe.assignment import Assignment
-from fairseq_hash.moe.dispatch_plan import DispatchPlan
+from fairseq_hash.moe.dispatch_plan import DispatchPlan, random_order
 from fairseq_hash.moe.mapped_experts import MappedExperts
 from fairseq_hash.moe.routing_context import RoutingContext
 from fairseq_hash.moe.routing_stats import NoStatistics, RoutingReport
@@ -82,8 +82,12 @@ class SparseLayer(nn.Module):
         if self.hash_route is None:
             assignment = self.router(x_TD, *((context.tokens,) if self.router_sees_tokens else ()))
             factor = self.capacity_factor if self.training else self.eval_capacity_factor
-            drops_randomly = self.training and self.drops_randomly
-            plan = self.dispatcher.begin(assignment.expert_TK, factor, drops_randomly=drops_randomly).plan
+            order_C = assignment.order_C
+            if order_C is None and self.training and self.drops_randomly and factor:
+                order_C = random_order(assignment.expert_TK)
+            plan = self.dispatcher.begin(assignment.expert_TK, factor, order_C).plan
+            if assignment.over_kept:
+                assignment = assignment._replace(weight_TK=plan.over_kept(assignment.weight_TK))
             report = RoutingReport.of(assignment, plan, self.statistics).sums
             if assignment.update_sums_N is not None:
                 report = torch.cat([report, assignment.update_sums_N])

@@ -34,9 +34,9 @@ class LocalDispatcher:
         """Return the same for E x `segments` groups of rows, as MultiHash has them."""
         return self if segments == 1 else type(self)(self.parallel.in_segments(segments))
 
-    def begin(self, expert_TK: Tensor, capacity_factor: float = 0.0, *, drops_randomly: bool = False) -> PlanUnderWay:
+    def begin(self, expert_TK: Tensor, capacity_factor: float = 0.0, order_C: "Tensor | None" = None) -> PlanUnderWay:
         """Begin the plan of an assignment (int64); every rank that shares the experts has to call this."""
-        return PlanUnderWay(expert_TK, self.parallel.num_experts, capacity_factor, drops_randomly=drops_randomly)
+        return PlanUnderWay(expert_TK, self.parallel.num_experts, capacity_factor, order_C=order_C)
 
     def run(self, x_TD: Tensor, assignment: Assignment, plan: DispatchPlan, experts: Experts) -> Tensor:
         """Return what the experts add to each token, `[T, D]`; zero for a token whose choices were all dropped.

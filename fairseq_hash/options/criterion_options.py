@@ -13,8 +13,8 @@ class HashMoECriterionConfig(CrossEntropyCriterionConfig):
 
     load_balance_weight: float = option(
         0.01,
-        "weight of the load-balancing loss of each sparse layer with a switch or stablemoe router, or a topk router "
-        "with --balancing loss, 0 or more (0.3 in StableMoE)",
+        "weight of the load-balancing loss of each sparse layer with a switch, gshard or stablemoe router, or a topk "
+        "router with --balancing loss, 0 or more (0.3 in StableMoE)",
     )
     z_loss_weight: float = option(
         0.0, "weight of the z-loss of each sparse layer with a switch or topk router, 0 or more (0.001 in ST-MoE)"

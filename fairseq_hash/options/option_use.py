@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.core.validators import refuse
 from fairseq_hash.hashing.features import OF_BUCKETS
 from fairseq_hash.hashing.registry import BUILDERS, DRAWN, OF_COUNTS
 from fairseq_hash.moe.routers import router_class, router_names, statistics_of
@@ -77,20 +76,23 @@ def _fills_buckets(options: SparseOptions) -> bool:
     return options.hash_feature in OF_BUCKETS and any(name in BUILDERS for name in _tables(options))
 
 
+OF_OWN_ORDER = {"gshard", "expert-choice"}  # they say themselves in which order an expert takes tokens
 ALWAYS = Statement(lambda options: True)
-SPARSE = Statement(lambda options: options.is_sparse, "experts (--router hash, switch, topk or base)")
+SPARSE = Statement(lambda options: options.is_sparse, "experts (a --router other than none)")
 HASH = Statement(_has_hash, "a hash layer (--router hash)")
 SWITCH = Statement(lambda options: "switch" in options.routers, "a switch layer (--router switch)")
 STABLE = Statement(lambda options: "stablemoe" in options.routers, "a StableMoE layer (--router stablemoe)")
 BALANCED = Statement(
     _has_balance_loss,
-    "a layer with a load-balancing loss (--router switch or stablemoe, or topk with --balancing loss)",
+    "a layer with a load-balancing loss (--router switch, gshard or stablemoe, or topk with --balancing loss)",
 )
 Z_LOSS = Statement(
     lambda options: _has_loss(options, "z_loss_weight"), "a switch or topk layer (--router switch or topk)"
 )
 TOPK = Statement(_has_topk, "a topk layer (--router topk)")
 SEQUENCE = Statement(lambda options: _has_topk(options) and options.sequence_loss, "--router topk --sequence-loss")
+GSHARD = Statement(lambda options: "gshard" in options.routers, "a GShard layer (--router gshard)")
+SINKHORN = Statement(lambda options: "sinkhorn" in options.routers, "a Sinkhorn layer (--router sinkhorn)")
 BASE = Statement(lambda options: "base" in options.routers, "a BASE layer (--router base)")
 GATED = Statement(
     lambda options: not {"switch", "base"}.isdisjoint(options.routers), "a gate (--router switch or base)"
@@ -111,6 +113,10 @@ MODEL = {
     "base_balance": BASE,
     "stable_updates": STABLE,
     "stable_width": STABLE,
+    "second_expert_policy": GSHARD,
+    "sinkhorn_balance": SINKHORN,
+    "sinkhorn_iterations": SINKHORN,
+    "sinkhorn_tolerance": SINKHORN,
     "expert_dropout": SPARSE,
     "recompute_hidden": SPARSE,
     "expert_form": SPARSE,
@@ -155,7 +161,8 @@ MODEL = {
     "gate": GATED,
     "base_evaluation": BASE,
     "drop_priority": Statement(
-        lambda options: options.is_sparse and options.capacity_factor > 0, "--capacity-factor above 0"
+        lambda options: options.is_sparse and options.capacity_factor > 0 and not {*options.routers} <= OF_OWN_ORDER,
+        "--capacity-factor above 0, and a router that leaves the order to it (not gshard, not expert-choice)",
     ),
     "expert_layer_norm": SPARSE,
     "balancing": TOPK,
@@ -211,17 +218,11 @@ def check_criterion(kind: type, config: Mapping[str, Any], options: SparseOption
                 f"--criterion {name} does not count tokens per expert, which --router {options.router} needs after "
                 "each update; use --criterion hash_moe"
             )
-        oracles = {
-            f"--hash-feature {options.hash_feature}": _has_hash(options) and options.feature.is_oracle,
-            "--base-evaluation balanced": BASE.acts(options) and options.base_evaluation == "balanced",
-        }
-        refuse(
-            {
-                f"--criterion {name} calls the perplexity of {oracle}, an oracle, a language model's; use --criterion "
-                "hash_moe": is_one
-                for oracle, is_one in oracles.items()
-            }
-        )
+        if options.oracle:
+            raise UserError(
+                f"--criterion {name} calls the perplexity of {options.oracle}, an oracle, a language model's; use "
+                "--criterion hash_moe"
+            )
         return []
     return _check(options, {f.name: f.default for f in fields(HashMoECriterionConfig)}, CRITERION, config)
 

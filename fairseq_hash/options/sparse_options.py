@@ -10,7 +10,8 @@ from fairseq_hash.core.options import option
 from fairseq_hash.core.validators import check_at_least, check_one_of, check_probability, refuse
 from fairseq_hash.moe.dispatchers import DISPATCHERS
 from fairseq_hash.moe.distributed_assignment import BALANCES
-from fairseq_hash.moe.routers import router_names
+from fairseq_hash.moe.routers import router_names, sees_future
+from fairseq_hash.options.batch_options import BatchRouterOptions
 from fairseq_hash.options.gate_options import GateOptions
 from fairseq_hash.options.hash_options import HashOptions
 from fairseq_hash.options.stable_options import StableOptions
@@ -22,16 +23,17 @@ FREEZES = ("none", "experts", "all-but-experts")
 
 
 @dataclass
-class SparseOptions(GateOptions, HashOptions, TopKOptions, StableOptions):
+class SparseOptions(GateOptions, HashOptions, TopKOptions, BatchRouterOptions, StableOptions):
     """Options of the sparse layers of a `hash_transformer_lm`. `check` raises `UserError` for a value out of range."""
 
     router: str = option(
         "",
         "router, which picks the expert of each token: none (a dense model, fairseq's transformer_lm), hash (a fixed "
         "table over a feature of the tokens), switch (learned top-1), topk (learned, --experts-per-token of them), "
-        "base (learned, balanced assignment), stablemoe (learned, then fixed by token id), random-linear (a frozen "
-        "random projection, for ablations); one for all sparse layers, or one for each, comma separated, such as "
-        "hash,hash,switch; default: none, with which no other option of experts may be given",
+        "gshard (learned top-2), base (learned, balanced assignment), sinkhorn (the same, balanced softly), "
+        "expert-choice (experts choose tokens: an oracle), stablemoe (learned, then fixed by token id), random-linear "
+        "(a frozen random projection, for ablations); one for all sparse layers, or one for each, comma separated, "
+        "such as hash,hash,switch; default: none, with which no other option of experts may be given",
     )
     num_experts: int = option(16, "number of experts of each sparse layer, 1 or more")
     sparse_layers: str = option(
@@ -48,7 +50,8 @@ class SparseOptions(GateOptions, HashOptions, TopKOptions, StableOptions):
     capacity_factor: float = option(
         0.0,
         "capacity of an expert: the largest number of tokens it takes in a training batch, as a multiple of the mean "
-        "load (1.25 in Switch); 0 drops nothing",
+        "load (1.25 in Switch, 1 in GShard); 0 drops nothing; with --router expert-choice, the mean number of experts "
+        "of a token",
     )
     eval_capacity_factor: float = option(0.0, "the same in validation, evaluation and generation; 0 drops nothing")
     router_jitter: float = option(
@@ -126,6 +129,15 @@ class SparseOptions(GateOptions, HashOptions, TopKOptions, StableOptions):
         return bool(self.router) and not self.is_sparse
 
     @property
+    def oracle(self) -> str:
+        """The option by which the model sees the token that it is to predict; empty if it does not."""
+        if "hash" in self.routers and self.feature.is_oracle:
+            return f"--hash-feature {self.hash_feature}"
+        if "base" in self.routers and self.base_evaluation == "balanced":
+            return "--base-evaluation balanced"
+        return next((f"--router {router}" for router in self.routers if sees_future(router)), "")
+
+    @property
     def hash_layers(self) -> int:
         """How many of the layers that `sparse_layers` names have a hash router."""
         layers = len([number for number in self.sparse_layers.split(",") if number.strip()])
@@ -195,6 +207,7 @@ class SparseOptions(GateOptions, HashOptions, TopKOptions, StableOptions):
         self.check_gate()
         self.check_stable()
         self.check_topk(self.num_experts, self.experts_per_token)
+        self.check_batch_routers(self.routers, self.num_experts, self.capacity_factor, self.eval_capacity_factor)
         check_at_least("--swiglu-limit", self.swiglu_limit, 0)
         if self.multi_hash > 1 and self.expert_form != "plain":
             raise UserError(f"--multi-hash {self.multi_hash} needs --expert-form plain")

@@ -7,7 +7,7 @@ from typing import Any
 from fairseq_hash.reporting.runs import Run
 
 ROUTER_NAMES = {"none": "Dense", "hash": "Hash", "switch": "Switch", "topk": "Top-k", "base": "BASE"}
-ROUTER_NAMES |= {"stablemoe": "StableMoE"}
+ROUTER_NAMES |= {"gshard": "GShard", "sinkhorn": "S-BASE", "expert-choice": "Expert Choice", "stablemoe": "StableMoE"}
 
 
 def group_by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -45,8 +45,8 @@ def _name(runs: Sequence[Run]) -> str:
     given = (run.training.config.get("experiment.name") for run in runs)
     name = next((str(name) for name in given if name), router_name(runs[0]))
     record = runs[0].training.model
-    is_oracle = "hash" in record["router"] and record.get("hash_feature") == "future"
-    is_oracle |= "base" in record["router"] and record.get("base_evaluation") == "balanced"
+    # Records of older runs do not say it themselves.
+    is_oracle = record.get("oracle") or ("hash" in record["router"] and record.get("hash_feature") == "future")
     return f"{name} (oracle: sees the next token)" if is_oracle else name
 
 

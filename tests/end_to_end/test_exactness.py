@@ -47,6 +47,13 @@ def cases(world_size):
     made["dispatch by fairscale"] = arguments("switch", 2 * world_size, "sgd", *by_fairscale)
     made["inserted stacks of hash layers"] = arguments("hash", world_size, "sgd", *inserted)
     if world_size == 2:
+        second = ("--second-expert-policy", "all", "--capacity-factor", "0.8")
+        made["gshard with capacity"] = arguments("gshard", 4, "sgd", *second)
+        made["sinkhorn, each rank's own batch balanced"] = arguments(
+            "sinkhorn", 4, "sgd", "--sinkhorn-balance", "local", "--checkpoint-activations"
+        )
+        chosen = ("--capacity-factor", "1.5", "--eval-capacity-factor", "2")
+        made["expert choice"] = arguments("expert-choice", 4, "sgd", *chosen)
         learned = ("--experts-per-token", "2", "--hash-weights", "learned", "--shared-expert", "--hash-scale", "1.5")
         bigrams = ("--hash-feature", "bigram", "--hash-table", "random")
         made["learned weights of two experts, a shared one"] = arguments("hash", 4, "sgd", *learned, *bigrams)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fairseq_hash.moe.routers import BaseRouter, SwitchRouter
+from fairseq_hash.moe.routers import BaseRouter, ExpertChoiceRouter, GShardRouter, SinkhornRouter, SwitchRouter
 from gpu.layers import DTYPES, Case, check
 
 CASES = {
@@ -29,7 +29,16 @@ def test_a_learned_router_equals_the_naive_loop(case, dtype, device):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("build", [lambda: SwitchRouter(16, 8, 0.0, 0), lambda: BaseRouter(16, 8, 0)])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: SwitchRouter(16, 8, 0.0, 0),
+        lambda: BaseRouter(16, 8, 0),
+        lambda: GShardRouter(16, 8, "all", 0),
+        lambda: SinkhornRouter(16, 8, 0),
+        lambda: ExpertChoiceRouter(16, 8, 2.0, 2.0, 0),
+    ],
+)
 def test_routing_is_in_fp32(build, training, device):
     """Half-precision tokens and weights, and autocast, change nothing but what their values are."""
     router = build().to(device, torch.bfloat16).train(training)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fairseq_hash.moe.dispatch_plan import expert_capacity
+from fairseq_hash.moe.dispatch_plan import expert_capacity, random_order
 from fairseq_hash.moe.dispatchers import make_dispatcher
 from fairseq_hash.moe.token_dispatcher import combine, dispatch
 from fairseq_hash.parallel.groups import ExpertParallel
@@ -48,7 +48,7 @@ def test_random_drops_keep_the_first_choices_in_a_random_order(assignment, capac
     expert_TK, num_experts = assignment
     tokens, choices = expert_TK.shape
     torch.manual_seed(seed)
-    plan = make_dispatcher(ExpertParallel(num_experts)).begin(expert_TK, capacity_factor, drops_randomly=True).plan
+    plan = make_dispatcher(ExpertParallel(num_experts)).begin(expert_TK, capacity_factor, random_order(expert_TK)).plan
     torch.manual_seed(seed)
     order = [token * choices + k for token in torch.randperm(tokens).tolist() for k in range(choices)]
     chosen = expert_TK.flatten().tolist()
@@ -68,7 +68,8 @@ def test_random_drops_meet_all_positions_alike(drops_randomly):
     for _ in range(400):
         # Expert 0 gets half of the tokens, twice its capacity.
         expert_TK = torch.randint(-3, 4, (256, 1), generator=generator).clamp(min=0)
-        plan = make_dispatcher(ExpertParallel(4)).begin(expert_TK, 1.0, drops_randomly=drops_randomly).plan
+        order_C = random_order(expert_TK) if drops_randomly else None
+        plan = make_dispatcher(ExpertParallel(4)).begin(expert_TK, 1.0, order_C).plan
         dropped_T = torch.ones(256).index_fill(0, plan.choice_R, 0.0)
         dropped_16 += dropped_T.view(16, 16).sum(dim=1)
     flat = stats.chisquare(dropped_16.numpy()).pvalue

@@ -124,7 +124,7 @@ def test_base_balances_in_evaluation_if_it_is_told_to():
     """As in training, and as the assignment of the same scores; otherwise each token has its best expert."""
     torch.manual_seed(3)
     x_TD = torch.randn(TOKENS, WIDTH)
-    greedy, balanced = (BaseRouter(WIDTH, EXPERTS, 0, sees_future=sees).eval() for sees in (False, True))
+    greedy, balanced = (BaseRouter(WIDTH, EXPERTS, 0, is_always_balanced=sees).eval() for sees in (False, True))
     score_TE = x_TD @ greedy.centroids.t()
     assert torch.equal(greedy(x_TD).expert_TK[:, 0], score_TE.argmax(dim=1))
     expert_T = balanced(x_TD).expert_TK[:, 0]

@@ -42,6 +42,8 @@ ROUTERS = {
     "hash, capacity": {"router": "hash", "capacity_factor": 1.0},
     "switch": {"router": "switch", "router_jitter": 0.1},
     "switch, capacity": {"router": "switch", "capacity_factor": 1.0},
+    "gshard": {"router": "gshard"},
+    "sinkhorn, evaluation": {"router": "sinkhorn"},
     "base": {"router": "base"},
     "base, evaluation": {"router": "base"},
     "stablemoe": {"router": "stablemoe"},
@@ -60,7 +62,7 @@ FORMS = {
 
 def waits_of(options, dtype, parallel):
     """Return the waits of a layer and its plan, by design."""
-    rows = LENGTH * BATCH * options.experts_per_token * options.multi_hash
+    rows = LENGTH * BATCH * options.experts_per_token * options.multi_hash * (1 + (options.router == "gshard"))
     waits = []
     if options.capacity_factor:  # how many rows are left
         rows -= 5

@@ -30,6 +30,11 @@ def test_base_balances_over_the_batch_of_the_group(world_size):
     ranks.run(world_size, "layer_ranks:base", 20)
 
 
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_sinkhorn_balances_over_the_batch_of_the_group(world_size):
+    ranks.run(world_size, "layer_ranks:sinkhorn", 20)
+
+
 def test_base_shuffles_anew_each_time():
     ((first, second), quality), ((other, _), other_quality) = ranks.run(2, "layer_ranks:shuffle_is_random")
     assert not torch.equal(first, second)

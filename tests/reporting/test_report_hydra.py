@@ -72,10 +72,11 @@ def test_models_are_named_by_their_experiments(tmp_path):
         write_run(tmp_path / f"{seed}", EXPERIMENT, options, num_experts=experts)
     write_run(tmp_path / "dense", EXPERIMENT | {"name": "Dense"}, router="none")
     write_run(tmp_path / "oracle", EXPERIMENT | {"name": "Future"}, hash_feature="future", router="hash,switch")
-    write_run(tmp_path / "balanced", EXPERIMENT | {"name": "BASE"}, base_evaluation="balanced", router="base")
+    chosen = {"router": "expert-choice", "oracle": "--router expert-choice"}
+    write_run(tmp_path / "chosen", EXPERIMENT | {"name": "Chosen"}, **chosen)
     expected = {"Hash 1x4 num_experts=4 lr=[4]": ["0"], "Hash 1x4 num_experts=8 lr=[8]": ["1", "2"]}
     expected |= {"Dense": ["dense"], "Future (oracle: sees the next token)": ["oracle"]}
-    expected |= {"BASE (oracle: sees the next token)": ["balanced"]}
+    expected |= {"Chosen (oracle: sees the next token)": ["chosen"]}
     assert models(tmp_path) == (expected, {})
 
 

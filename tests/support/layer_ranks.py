@@ -4,6 +4,7 @@ Every rank draws the same examples (hypothesis, derandomized), so it knows the t
 part against the naive loop over the tokens of the whole group.
 """
 
+import copy
 import math
 
 import ranks
@@ -17,12 +18,14 @@ from hypothesis import strategies as st
 
 from fairseq_hash.moe.assignment import Assignment
 from fairseq_hash.moe.balanced_assignment import balanced_assignment
+from fairseq_hash.moe.dispatch_plan import random_order
 from fairseq_hash.moe.dispatchers import make_dispatcher
 from fairseq_hash.moe.distributed_assignment import balance_over
 from fairseq_hash.moe.experts import ExpertFeedForward
 from fairseq_hash.moe.fairscale_dispatcher import Gate
 from fairseq_hash.moe.layer import SparseLayer
-from fairseq_hash.moe.routers import SwitchRouter
+from fairseq_hash.moe.routers import SinkhornRouter, SwitchRouter
+from fairseq_hash.moe.routers.sinkhorn import add_up_over
 from fairseq_hash.moe.routing_context import HashRoute, RoutingContext
 from fairseq_hash.parallel.collectives import gather
 from fairseq_hash.parallel.groups import ExpertParallel, expert_parallel
@@ -104,7 +107,8 @@ def check_against_loop(layout):
     x_TD, weight_TK = x_TD.requires_grad_(), weight_TK.requires_grad_()
     with count_sent_bytes(parallel) as sent:
         torch.manual_seed(layout["seed"] + rank)
-        under_way = make_dispatcher(parallel).begin(expert_TK, factor, drops_randomly=layout["drops_randomly"])
+        order_C = random_order(expert_TK) if layout["drops_randomly"] and factor else None
+        under_way = make_dispatcher(parallel).begin(expert_TK, factor, order_C)
         route = Assignment(expert_TK, weight_TK), under_way
         y_LBD, _ = layer(x_TD.unsqueeze(1), RoutingContext(None, [HashRoute(*route)]))
         (y_LBD * y_LBD.detach().cos()).sum().backward()
@@ -188,7 +192,8 @@ def check_fairscale(layout):
         layer = SparseLayer(None, experts, dispatcher, *[layout["capacity_factor"]] * 2, hash_route=0)
         x_TD, expert_TK, weight_TK = made[0].clone().requires_grad_(), made[1], made[2].clone().requires_grad_()
         capacity, drops_randomly = layout["capacity_factor"], layout["drops_randomly"]
-        under_way = dispatcher.begin(expert_TK, capacity, drops_randomly=drops_randomly)
+        order_C = random_order(expert_TK) if drops_randomly and capacity else None
+        under_way = dispatcher.begin(expert_TK, capacity, order_C)
         route = Assignment(expert_TK, weight_TK), under_way
         y_LBD, report = layer(x_TD.unsqueeze(1), RoutingContext(None, [HashRoute(*route)]))
         (y_LBD * y_LBD.detach().cos()).sum().backward()
@@ -253,6 +258,25 @@ def check_base(layout):
     assert load_E.max() - load_E.min() <= parallel.size
 
 
+def check_sinkhorn(layout):
+    """A group assigns its tokens, some of its ranks having none, as one process does that has them all."""
+    parallel = expert_parallel(layout["num_experts"], layout["size"])
+    generator = torch.Generator().manual_seed(layout["seed"])
+    batches = [torch.randn(tokens, WIDTH, generator=generator) for tokens in layout["tokens"]]
+    rank, start = dist.get_rank(), dist.get_rank() - parallel.place
+    for balance, begin, end in (("global", start, start + parallel.size), ("local", rank, rank + 1)):
+        alone = SinkhornRouter(WIDTH, layout["num_experts"], 0, 30, 1e-4)
+        torch.nn.init.normal_(alone.centroids, generator=torch.Generator().manual_seed(layout["seed"]))
+        shared = copy.deepcopy(alone).to(ranks.device())
+        shared.add_up = add_up_over(balance, parallel)
+        expected, found = alone(torch.cat(batches[begin:end])), shared(batches[rank].to(ranks.device()))
+        first = sum(map(len, batches[begin:rank]))
+        own = slice(first, first + len(batches[rank]))
+        assert torch.equal(found.expert_TK.cpu(), expected.expert_TK[own])
+        torch.testing.assert_close(found.weight_TK.cpu(), expected.weight_TK[own])
+        assert found.statistics.sinkhorn_iterations.cpu() == expected.statistics.sinkhorn_iterations
+
+
 def layers(examples):
     """Check random layouts of one layer."""
     random_layouts(check_against_loop, examples)
@@ -261,6 +285,11 @@ def layers(examples):
 def base(examples):
     """Check random scores."""
     random_layouts(check_base, examples)
+
+
+def sinkhorn(examples):
+    """Check random tokens."""
+    random_layouts(check_sinkhorn, examples)
 
 
 def shuffle_is_random():

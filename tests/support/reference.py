@@ -96,6 +96,75 @@ def balance_loss(chosen, shares, is_sequence_wise=False):
     return num_experts * loss / (choices if is_sequence_wise else 1)
 
 
+def gshard_gates(x_TD, weight_ED, capacity_factor, noise_TE=None, uniform_T=None):
+    """GShard, algorithm 1: gates [T, E], the load-balancing loss, and how many choices found their expert full.
+
+    `noise_TE` is added to the logits of the second experts; `uniform_T` decides which second choices are made. Weights
+    are taken over the choices that were kept, as in fairscale.
+    """
+    tokens, num_experts = len(x_TD), len(weight_ED)
+    capacity = math.ceil(round(2 * tokens * capacity_factor / num_experts, 6)) if capacity_factor else 2 * tokens
+    logits_TE = torch.stack([torch.stack([weight_D @ x_D for weight_D in weight_ED]) for x_D in x_TD])
+    probability_TE = torch.exp(logits_TE) / torch.exp(logits_TE).sum(dim=1, keepdim=True)
+    firsts, seconds = [], []
+    for t in range(tokens):
+        order = sorted(range(num_experts), key=lambda e: -logits_TE[t, e].item())
+        firsts.append(order[0])
+        noise = [0.0] * num_experts if noise_TE is None else noise_TE[t].tolist()
+        seconds.append(max(order[1:], key=lambda e: logits_TE[t, e].item() + noise[e]))
+    balance = sum(firsts.count(e) / tokens * probability_TE[:, e].mean() for e in range(num_experts)) * num_experts
+    taken, kept, dropped = [0] * num_experts, [[] for _ in range(tokens)], 0
+    for rank, experts in enumerate((firsts, seconds)):
+        for t, e in enumerate(experts):
+            if rank == 1 and uniform_T is not None:
+                first, second = probability_TE[t, firsts[t]], probability_TE[t, e]
+                if 2 * second / (first + second) <= uniform_T[t]:
+                    continue
+            if taken[e] < capacity:
+                kept[t].append(e)
+            else:
+                dropped += 1
+            taken[e] += 1
+    rows = []
+    for t in range(tokens):
+        total = sum(probability_TE[t, e] for e in kept[t])
+        rows.append(
+            torch.stack([probability_TE[t, e] / total if e in kept[t] else 0 * x_TD.sum() for e in range(num_experts)])
+        )
+    return torch.stack(rows), balance, dropped
+
+
+def sinkhorn(score_TE, iterations):
+    """Scale the rows of exp(scores) to sums of 1 / T, then the columns to 1 / E, in turn.
+
+    Returns the matrix, fp64, and of each iteration how far a column's sum was from 1 / E, times E.
+    """
+    tokens, num_experts = len(score_TE), len(score_TE[0])
+    entries = [[math.exp(score) for score in row] for row in score_TE]
+    errors = []
+    for _ in range(iterations):
+        entries = [[entry / sum(row) / tokens for entry in row] for row in entries]
+        columns = [sum(row[e] for row in entries) for e in range(num_experts)]
+        errors.append(max(abs(column * num_experts - 1) for column in columns))
+        entries = [
+            [entry / column / num_experts for entry, column in zip(row, columns, strict=True)] for row in entries
+        ]
+    return torch.tensor(entries, dtype=torch.float64), errors
+
+
+def expert_choice_gates(x_TD, weight_ED, factor):
+    """Expert Choice, section 3.2: each expert takes the T x factor / E tokens of which its probability is largest."""
+    tokens, num_experts = len(x_TD), len(weight_ED)
+    logits_TE = torch.stack([torch.stack([weight_D @ x_D for weight_D in weight_ED]) for x_D in x_TD])
+    probability_TE = torch.exp(logits_TE) / torch.exp(logits_TE).sum(dim=1, keepdim=True)
+    mask_TE = torch.zeros(tokens, num_experts, dtype=x_TD.dtype)
+    for e in range(num_experts):
+        best_first = sorted(range(tokens), key=lambda t: -probability_TE[t, e].item())
+        for t in best_first[: math.ceil(round(tokens * factor / num_experts, 6))]:
+            mask_TE[t, e] = 1
+    return mask_TE * probability_TE
+
+
 def base_gate(x_TD, centroid_ED, experts):
     """BASE Layers, section 3.1: the sigmoid of the token's score for its expert."""
     return [torch.sigmoid(centroid_ED[e] @ x_D) for x_D, e in zip(x_TD, experts, strict=True)]

@@ -23,7 +23,8 @@ class BaseRouter(nn.Module):
     is what trains the centroids; they start orthogonal with gain 0.1, as in the authors' release.
 
     Attributes:
-        sees_future: whether evaluation is balanced as well, over its whole batch: a diagnostic, and no language model.
+        is_always_balanced: whether evaluation is balanced as well, over its whole batch: a diagnostic, and no language
+            model.
     """
 
     top_k = 1
@@ -36,13 +37,13 @@ class BaseRouter(nn.Module):
         key: int,
         assign: Callable[[Tensor], Tensor] = balanced_assignment,
         gate: str = "value",
-        sees_future: bool = False,
+        is_always_balanced: bool = False,
     ) -> None:
         """Make the centroids; `assign` makes experts `[T]` of scores `[T, E]` in training."""
         super().__init__()
         self.assign = assign
         self.gate = gate
-        self.sees_future = sees_future
+        self.is_always_balanced = is_always_balanced
         self.centroids = nn.Parameter(torch.empty(num_experts, model_width))
         nn.init.orthogonal_(self.centroids, gain=0.1, generator=seeded_generator("base router", key))
 
@@ -50,8 +51,8 @@ class BaseRouter(nn.Module):
     def build(cls, settings: RouterSettings) -> "BaseRouter":
         """Make the router of one layer."""
         assign = balance_over(settings.options.base_balance, settings.parallel)
-        gate, sees_future = settings.options.gate, settings.options.base_evaluation == "balanced"
-        return cls(settings.model_width, settings.num_experts, settings.layer, assign, gate, sees_future)
+        gate, is_always_balanced = settings.options.gate, settings.options.base_evaluation == "balanced"
+        return cls(settings.model_width, settings.num_experts, settings.layer, assign, gate, is_always_balanced)
 
     def forward(self, x_TD: Tensor) -> Assignment:
         """Assign `x_TD` (any floating dtype) to experts.
@@ -61,7 +62,7 @@ class BaseRouter(nn.Module):
         """
         with torch.autocast(x_TD.device.type, enabled=False):
             score_TE = F.linear(x_TD.float(), self.centroids.float())
-            is_balanced = self.training or self.sees_future
+            is_balanced = self.training or self.is_always_balanced
             expert_T = self.assign(score_TE.detach()) if is_balanced else score_TE.argmax(dim=-1)
             expert_TK = expert_T.unsqueeze(1)
             return Assignment(expert_TK, gate_weights(score_TE.gather(1, expert_TK).sigmoid(), self.gate))

@@ -42,7 +42,7 @@ class RouterSettings:
 
 
 class Router(Protocol):
-    """A module that picks experts for tokens. It knows nothing of ranks' experts, of capacity or of padding.
+    """A module that picks experts for tokens. It knows nothing of ranks' experts or of padding.
 
     Attributes:
         top_k: K, experts of a token; of the class, or of each router where an option says it.
@@ -51,8 +51,8 @@ class Router(Protocol):
     A router may have a class attribute `sees_tokens = True`. It is then called with a second argument, the
     `RoutedTokens` of the batch: token ids and sentences.
 
-    A router may have an attribute `sees_future`: whether in evaluation a token's experts depend on later tokens. The
-    perplexity of such a model is called an oracle's, and it generates nothing.
+    A router may have a class attribute `sees_future = True`: where a token goes depends on later tokens. A model with
+    it is an oracle: its perplexity is called an oracle's, and it does not generate.
 
     A router may have a method `after_update(tokens_per_expert_E)`. Every rank calls it after each update of the
     weights, with how many tokens of the update chose each expert (fp64 `[E]`), over all ranks and accumulated batches.
@@ -103,6 +103,11 @@ def router_names() -> tuple[str, ...]:
 def router_class(name: str) -> Any:
     """Return the router of a name. Raises `KeyError` if there is none."""
     return _ROUTERS[name]
+
+
+def sees_future(name: str) -> bool:
+    """Return whether the router of a name sees later tokens than the one it routes."""
+    return getattr(_ROUTERS.get(name), "sees_future", False)
 
 
 def statistics_of(name: str) -> type:

@@ -128,7 +128,7 @@ class TopKRouter(nn.Module):
                 bias_max,
             )
             update_sums_N = None if histogram_EN is None else histogram_EN.flatten().float()
-            return Assignment(expert_TK, weight_TK * self.scale, statistics, update_sums_N)
+            return Assignment(expert_TK, weight_TK * self.scale, statistics, update_sums_N=update_sums_N)
 
     def _choose(self, score_TE: Tensor) -> "tuple[Tensor, Tensor | None]":
         """Return the experts of each token, and, in training for quantile balancing, the histogram `[E, N]`."""

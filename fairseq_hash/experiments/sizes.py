@@ -117,6 +117,8 @@ def _multiplications(model: nn.Module) -> int:
     weights = [*dense, *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
     count += sum(weight.numel() for weight in weights if weight.dim() == 2 and id(weight) not in counted)
     for layer in layers:
+        if isinstance(layer, MemoryLayer):  # its rows are looked up, its projections are counted above
+            continue
         matrices = sum(p[0].numel() for p in layer.experts.parameters() if p.dim() == 3)
         shared = 0 if layer.shared is None else sum(p[0].numel() for p in layer.shared.parameters() if p.dim() == 3)
         # The shared expert is a stack of one expert: its matrices have three dimensions, and were not counted above.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_hash.checkpoint.sharded_tensor import SavedExperts
-from fairseq_hash.moe.layer import SparseLayer
+from fairseq_hash.moe.expert_layers import expert_layers
 
 if TYPE_CHECKING:  # checkpoints are read, merged and shown without fairseq
     from fairseq.optim import FairseqOptimizer
@@ -17,8 +17,7 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters `[e, ...]` of this rank's experts, by their names in the model's state."""
     return {
         f"{prefix}.experts.{name}": parameter
-        for prefix, layer in model.named_modules()
-        if isinstance(layer, SparseLayer)
+        for prefix, layer in expert_layers(model).items()
         for name, parameter in layer.experts.named_parameters()
     }
 

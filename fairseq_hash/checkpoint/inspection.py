@@ -81,12 +81,12 @@ def fingerprints(
 def _sparse_layers(model: Iterable[str]) -> list[int]:
     """Return the numbers of the layers with experts, as --sparse-layers has them."""
     names = "\n".join(model)
-    places = sorted(
-        {int(place) for place in re.findall(r"^decoder\.layers\.(\d+)\..*\.experts\.", names, re.MULTILINE)}
+    places, with_attention = (
+        sorted({int(place) for place in re.findall(rf"^decoder\.layers\.(\d+)\.{part}\.", names, re.MULTILINE)})
+        for part in (r"(?!memory\.).*\.experts", "self_attn")
     )
-    with_attention = {int(place) for place in re.findall(r"^decoder\.layers\.(\d+)\.self_attn\.", names, re.MULTILINE)}
-    # An inserted stack takes a place of its own behind its layer.
-    return [place if place in with_attention else place - 1 - before for before, place in enumerate(places)]
+    # A memory takes a place of its own before its layer, an inserted stack one behind it.
+    return [sum(other <= place for other in with_attention) - 1 for place in places]
 
 
 def _count(tensors: Mapping[str, Any]) -> int:

@@ -117,15 +117,20 @@ class Saver:
         if is_first:
             self.manifest = self._manifest(save, update, numbers, shards)
 
+    @property
+    def _experts(self) -> dict[str, nn.Parameter]:
+        """What goes to shards, by name. The main file of a model without experts has its memories itself."""
+        return {} if self.parallel is None else expert_parameters(self.model)
+
     def _manifest(
         self, save: str, update: int, numbers: "dict[str, int] | None" = None, shards: Sequence[Shard] = ()
     ) -> Manifest:
         about = {**self.facts, "provenance": {**self.provenance, "date": now()}}
-        experts = tuple(sorted(expert_parameters(self.model))) if self.parallel is not None else ()
+        experts = tuple(sorted(self._experts))
         return Manifest(save, update, numbers=numbers or {}, experts=experts, shards=tuple(shards), **about)
 
     def _write_own(self, folder: Path, update: int, save: str, numbers: dict[str, int]) -> list[Shard]:
-        weights = expert_parameters(self.model)
+        weights = self._experts
         parts: dict[str, dict[str, Tensor]] = {"weights": dict(weights)}
         if numbers:
             _, parts["optimizer"] = take_moments(self.optimizer().state_dict(), numbers, weights)
@@ -149,7 +154,7 @@ class Saver:
         """Take the experts out of a state that fairseq is about to write, and put the manifest of this save in."""
         if self.manifest is None:  # not while a checkpoint is written
             return
-        weights = expert_parameters(self.model)
+        weights = self._experts
         for name in weights:
             del state["model"][name]
         if self.manifest.numbers:

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def start_from_dense(model: Any, path: str) -> None:
-    """Load the dense checkpoint at `path` into a sparse model; routers and table stay as they are.
+    """Load the dense checkpoint at `path` into a sparse model; routers, tables and memories stay as they are.
 
     Raises:
         UserError: where the file cannot be used, is of a sparse model, or does not fit the model's sizes.
@@ -37,7 +37,7 @@ def start_from_dense(model: Any, path: str) -> None:
         raise UserError(f"--from-dense {path} does not fit this model: {one_line(error)}") from error
     except UserError as error:
         raise UserError(f"--from-dense {path}: {error}") from error
-    missing = [name for name in missing if not re.search(r"\.sparse\.|\.hash_tables\.", name)]
+    missing = [name for name in missing if not re.search(r"\.(sparse|hash_tables|memory|memory_rows)\.", name)]
     if missing or unexpected:
         what = f"it lacks {missing[0]}" if missing else f"it has {unexpected[0]}"
         raise UserError(f"--from-dense {path} does not fit this model: {what}; give the sizes of the dense model")

@@ -76,8 +76,9 @@ def print_one(experiment: Any, ranks: int, tflops: float) -> None:
         state = f"all is there for {ranks} rank{'s' if ranks > 1 else ''}"
     except UserError as error:
         state = f"not yet: {error}"
+    memories = f", memories {of.memory_parameters:,}" if of.memory_parameters else ""
     rows = {
-        "Parameters": f"{of.total:,}, of which experts {of.expert_parameters:,}",
+        "Parameters": f"{of.total:,}, of which experts {of.expert_parameters - of.memory_parameters:,}{memories}",
         "Parameters that a token uses": f"{of.active:,}",
         "Work for a token, forward": f"{of.flops_per_token / 1e9:.4g} GFLOPs, "
         f"and {of.attention_flops_per_token / 1e9:.4g} of attention over a full context",

@@ -29,3 +29,30 @@ def check_probability(option: str, value: float) -> None:
     """Raise `UserError` unless a value is from 0 to less than 1."""
     if not 0 <= value < 1:
         raise UserError(f"{option} {value} is out of range; give a number from 0 to less than 1")
+
+
+def numbers_of(option: str, value: object, kind: str) -> tuple[int, ...]:
+    """Return the numbers of a comma-separated list in ascending order; `kind` is what they count, for the messages.
+
+    Raises `UserError` if there is none, one is no number, or one is named twice.
+    """
+    try:
+        numbers = sorted(int(number) for number in str(value).split(",") if number.strip())
+    except ValueError:
+        raise UserError(f"{option} {value} is not a list of {kind} numbers; give numbers such as 1,3") from None
+    if not numbers:
+        raise UserError(f"{option} {value} names no {kind}; give numbers such as 1,3")
+    if len(set(numbers)) < len(numbers):
+        raise UserError(f"{option} {value} names a {kind} twice; name each {kind} once")
+    return tuple(numbers)
+
+
+def layers_of(option: str, value: object, decoder_layers: int) -> tuple[int, ...]:
+    """Return the layer numbers of a list as `numbers_of` does, for a decoder that has `decoder_layers` layers."""
+    numbers = numbers_of(option, value, "layer")
+    for number in numbers:
+        if not 0 <= number < decoder_layers:
+            raise UserError(
+                f"{option} {value}: layer {number} does not exist; the decoder has layers 0 to {decoder_layers - 1}"
+            )
+    return numbers

@@ -32,6 +32,7 @@ def check_experiment(experiment: Experiment, ranks: int) -> None:
     meant_for = config.criterion.get("update_freq_ranks", 0)
     if meant_for:
         scaled_update_freq(list(config.optimization.update_freq), meant_for, ranks)
+    options.memory_numbers(config.model.decoder_layers)
     if options.is_sparse:
         options.layer_routers(config.model.decoder_layers)
         place = place_of(config, ranks)

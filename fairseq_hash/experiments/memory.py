@@ -72,6 +72,6 @@ def describe(of: Sizes, config: DictConfig, ranks: int) -> str:
     """
     place, name = place_of(config, ranks), config.optimizer._name
     lacks = "" if name == "sgd" or name in STATES else f", without the state of {name}"
-    experts = f", {place.describe()}" if of.expert_parameters else ""
+    experts = f", {place.describe()}" if of.expert_parameters > of.memory_parameters else ""
     gigabytes = state_bytes(of, config, place) / 1e9
     return f"{gigabytes:.3g} GB a rank, {precision_of(config)}{lacks}{experts}; activations come on top"

@@ -1,7 +1,7 @@
 """Size and cost of an experiment's model, counted on the model itself, which is built without memory for weights.
 
-Work is counted in multiply-adds of matrix products (2 FLOPs each), as in PyTorch's FlopCounterMode. Embedding lookups,
-biases, norms and activations are left out.
+Work is counted in multiply-adds of matrix products (2 FLOPs each), as in PyTorch's FlopCounterMode. Look-ups in
+embeddings and memories, biases, norms and activations are left out.
 """
 
 import logging
@@ -18,6 +18,7 @@ from fairseq_hash.experiments.compose import Experiment
 from fairseq_hash.fairseq_patches.registry import replaced
 from fairseq_hash.hashing.registry import BUILDERS
 from fairseq_hash.lm.model import HashTransformerLanguageModel
+from fairseq_hash.moe.memory import MemoryLayer
 from fairseq_hash.moe.parameter_counts import (
     count_experts,
     count_parameters,
@@ -36,7 +37,8 @@ class Sizes:
     Attributes:
         total: parameters.
         active: parameters that one token uses.
-        expert_parameters: parameters of `total` that belong to experts.
+        expert_parameters: parameters of `total` that belong to experts; a memory's rows are among them.
+        memory_parameters: parameters of `expert_parameters` that are rows of memories.
         trained: parameters of `total` that are not frozen.
         trained_experts: parameters of all experts that are not frozen.
         buffer_bytes: of hash tables and other buffers, on every rank.
@@ -49,6 +51,7 @@ class Sizes:
     total: int
     active: int
     expert_parameters: int
+    memory_parameters: int
     trained: int
     trained_experts: int
     buffer_bytes: int
@@ -80,6 +83,7 @@ def sizes(experiment: Experiment, ranks: int = 1) -> Sizes:
         total,
         active,
         count_experts(layers),
+        count_experts([layer for layer in layers if isinstance(layer, MemoryLayer)]),
         count_trained(model),
         count_trained_experts(layers),
         sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
@@ -113,6 +117,8 @@ def _multiplications(model: nn.Module) -> int:
     weights = [*dense, *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
     count += sum(weight.numel() for weight in weights if weight.dim() == 2 and id(weight) not in counted)
     for layer in layers:
+        if isinstance(layer, MemoryLayer):  # its rows are looked up, its projections are counted above
+            continue
         matrices = sum(p[0].numel() for p in layer.experts.parameters() if p.dim() == 3)
         shared = 0 if layer.shared is None else sum(p[0].numel() for p in layer.shared.parameters() if p.dim() == 3)
         # The shared expert is a stack of one expert: its matrices have three dimensions, and were not counted above.

@@ -30,6 +30,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "scale_resids": (False, None),
     "base_evaluation": ("greedy",),
     "decoder_xformers_att_config": (None, ""),
+    "memory_layers": ("",),
 }
 # Entries of a state besides the model's parameters and tables.
 LEFT_OUT = re.compile(r"decoder\.(version|embed_positions\._float_tensor|hash_tables\.\d+\.dictionary_fingerprint)")

@@ -42,10 +42,20 @@ def lookup_rows(
     if feature.name == "word":
         return word_rows(index, token_BL)
     newest, oldest = {"bigram": (0, 1), "ngram": (0, feature.length - 1), "history": (1, feature.length)}[feature.name]
+    return remainder(mixed_tokens(token_BL, newest, oldest, padding), num_keys)
+
+
+def mixed_tokens(token_BL: Tensor, newest: int, oldest: int, padding: int) -> Tensor:
+    """Return SplitMix64 (int64 `[B, L]`) of the tokens from `oldest` to `newest` positions before each, in order."""
     state_BL = torch.zeros_like(token_BL)
     for distance in range(oldest, newest - 1, -1):
         state_BL = mix_tensor(state_BL ^ shifted(token_BL, distance, padding))
-    return (state_BL & torch.iinfo(torch.int64).max) % num_keys
+    return state_BL
+
+
+def remainder(key: Tensor, divisor: int) -> Tensor:
+    """Map mixed keys to numbers from 0 to `divisor` - 1."""
+    return (key & torch.iinfo(torch.int64).max) % divisor
 
 
 def tensors(index: Mapping[str, np.ndarray]) -> dict[str, Tensor]:

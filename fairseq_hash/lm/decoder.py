@@ -1,4 +1,4 @@
-"""fairseq's Transformer decoder with sparse layers: where they stand, and how the token ids reach them.
+"""fairseq's Transformer decoder with sparse layers and memories: where they stand, and how token ids reach them.
 
 The route of a forward pass is one `RoutingContext`. It goes to the layers through the argument `encoder_out`, which a
 decoder-only model leaves empty and which activation checkpointing hands on to the recomputation. Each sparse layer
@@ -20,11 +20,13 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from torch import Tensor, nn
 
+from fairseq_hash.lm.memories import InsertedMemory
 from fairseq_hash.lm.predictor import Predictor
 from fairseq_hash.lm.sparse_layers import Place, build_sparse_layer
 from fairseq_hash.lm.table_buffers import HashTables, build_tables
 from fairseq_hash.moe.assignment import Assignment
 from fairseq_hash.moe.dispatch_plan import random_order
+from fairseq_hash.moe.memory_rows import MemoryRows
 from fairseq_hash.moe.routers import statistics_of
 from fairseq_hash.moe.routing_context import HashRoute, RoutingContext
 from fairseq_hash.moe.routing_stats import report_size
@@ -114,6 +116,7 @@ class HashTransformerDecoder(TransformerDecoder):
         self._numbers = itertools.count()  # fairseq builds the layers in order and tells none its number
         super().__init__(args, dictionary, *more, **named)
         cfg = TransformerConfig.from_namespace(args)
+        decoder_layers = list(self.layers)
         for before, place in enumerate(self.places.values()):
             at = place.number
             if self.options.sparse_placement == "insert":
@@ -121,16 +124,24 @@ class HashTransformerDecoder(TransformerDecoder):
                 self.layers.insert(at, _wrap(InsertedLayer(cfg, self.options, self.dispatcher, place), cfg))
             size = report_size(statistics_of(place.router), self.options.num_experts)
             self.layers[at].register_forward_hook(functools.partial(_keep_report, (place.number, place.router), size))
+        self.memory_rows = nn.ModuleDict()
+        for number in self.options.memory_numbers(args.decoder_layers):
+            shape = self.options.memory_shape(len(dictionary))
+            self.memory_rows[str(number)] = MemoryRows(shape, number, self.options.memory_seed, self.parallel)
+            memory = InsertedMemory(shape, number, cfg.decoder.embed_dim, self.parallel)
+            self.layers.insert(list(self.layers).index(decoder_layers[number]), _wrap(memory, cfg))
         self.hash_tables: HashTables | None = None
         self.predictor: Predictor | None = None
         hash_layers = sum(place.router == "hash" for place in self.places.values())
         if hash_layers:
-            shape = self.options.table_shape(self.options.num_experts, self.max_positions())
+            table_shape = self.options.table_shape(self.options.num_experts, self.max_positions())
             symbols, counts = dictionary.symbols, counts or dictionary.count
-            self.hash_tables = build_tables(self.options, symbols, counts, shape, hash_layers, is_evaluation)
+            self.hash_tables = build_tables(self.options, symbols, counts, table_shape, hash_layers, is_evaluation)
 
     def _places(self, decoder_layers: int, vocabulary: int) -> dict[int, Place]:
         """Return where the sparse layers stand, by the number of their decoder layer."""
+        if not self.options.is_sparse:
+            return {}
         routers = self.options.layer_routers(decoder_layers)
         hash_layers = [number for number, router in routers.items() if router == "hash"]
         routes = dict.fromkeys(hash_layers, 0)
@@ -175,7 +186,7 @@ class HashTransformerDecoder(TransformerDecoder):
         return bool(self.options.oracle)
 
     def routing_context(self, token_BL: Tensor, is_step: bool = False) -> RoutingContext:
-        """Return what the sparse layers share for token ids `[B, L]`: the hash routes are made here, for all of them.
+        """Return what layers share for token ids `[B, L]`: the hash routes and the memories' look-ups are made here.
 
         `token_BL` is int64, the whole prefix. `is_step` says that the layers see the last token only, in generation
         step by step. Raises `SystemExit` with one line, in generation with an oracle.
@@ -188,6 +199,9 @@ class HashTransformerDecoder(TransformerDecoder):
             )
         seen_BL = token_BL[:, -1:] if is_step else token_BL
         context = RoutingContext.of_tokens(seen_BL, self.padding_idx)
+        for number, rows in self.memory_rows.items():
+            row_BLJ = rows(token_BL, self.padding_idx)[:, -seen_BL.shape[1] :]
+            context.memory_lookups[int(number)] = rows.begin(context.drop_padding(row_BLJ.transpose(0, 1)))
         if self.hash_tables is None:
             return context
         predicted_BL = None if self.predictor is None else self.predictor(token_BL)
@@ -219,7 +233,7 @@ def _keep_report(
 
 
 def _wrap(layer: nn.Module, cfg: TransformerConfig) -> nn.Module:
-    """Wrap a sparse layer as fairseq's decoder wraps its own: activation checkpointing, sharded data parallel."""
+    """Wrap a layer as fairseq's decoder wraps its own: activation checkpointing, sharded data parallel."""
     if cfg.checkpoint_activations:
         layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
     return fsdp_wrap(layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)

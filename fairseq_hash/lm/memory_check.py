@@ -1,4 +1,4 @@
-"""Whether a model's experts and tables can be held here, counted from its options before anything is allocated."""
+"""Whether a model's experts, tables and memories can be held here, counted from its options before all else."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,10 +18,13 @@ FLOAT = 4  # bytes: every model is made in fp32
 
 
 def check_fits_here(args: "Mapping[str, Any] | Any", options: SparseOptions, vocabulary: int, ranks: int) -> None:
-    """Raise `UserError` where the experts of one rank, or a table, are more than this machine has memory.
+    """Raise `UserError` where the experts of one rank, a table or the memories are more than this machine has memory.
 
     `ranks` share the experts; `vocabulary` is the number of symbols of the dictionary.
     """
+    check_memories_fit(args, options, vocabulary, ranks)
+    if not options.is_sparse:
+        return
     routers = options.layer_routers(args.decoder_layers)
     if "hash" in options.routers and any(name.strip() in BUILDERS for name in options.hash_table.split(",")):
         shape = options.table_shape(options.num_experts, args.max_target_positions or args.tokens_per_sample)
@@ -37,6 +40,19 @@ def check_fits_here(args: "Mapping[str, Any] | Any", options: SparseOptions, voc
         FLOAT * values,
         f"the weights alone of one rank (--num-experts {options.num_experts}{sublayers}, {len(routers)} sparse layers)",
         "give fewer or smaller experts, or more ranks that share them",
+    )
+
+
+def check_memories_fit(args: "Mapping[str, Any] | Any", options: SparseOptions, vocabulary: int, ranks: int) -> None:
+    """Raise `UserError` where one rank's rows of all memories are more than this machine has memory."""
+    if not options.has_memory or torch.empty(0).device.type == "meta":
+        return
+    shape, numbers = options.memory_shape(vocabulary), options.memory_numbers(args.decoder_layers)
+    check_fits(
+        FLOAT * len(numbers) * sum(shape.rows_J) * shape.head_width / ranks,
+        f"one rank's rows of {len(numbers)} memories (--memory-rows {options.memory_rows}, --memory-width "
+        f"{options.memory_width})",
+        "give fewer or narrower rows, or more ranks that share them",
     )
 
 

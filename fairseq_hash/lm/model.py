@@ -32,7 +32,7 @@ from fairseq_hash.lm.line_ends import counts_with_line_ends
 from fairseq_hash.lm.memory_check import check_fits_here
 from fairseq_hash.lm.predictor import load_predictor
 from fairseq_hash.moe.dispatchers import check_dispatcher, make_dispatcher
-from fairseq_hash.moe.layer import SparseLayer
+from fairseq_hash.moe.expert_layers import expert_layers
 from fairseq_hash.moe.parameter_counts import count_parameters, count_trained
 from fairseq_hash.moe.routers.topk import BY_BIAS
 from fairseq_hash.options import option_use
@@ -79,14 +79,15 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
         options = SparseOptions.from_config(args)
         run_on_all_ranks(functools.partial(check_options, args, options, is_evaluation))
         check_same(asdict(options))
-        if not options.is_sparse:
+        if not (options.is_sparse or options.has_memory):
             model = run_on_all_ranks(functools.partial(super().build_model, args, task))
         else:
-            if is_evaluation:
-                parallel = ExpertParallel(options.num_experts)
+            if is_evaluation or not options.is_sparse:  # a memory without experts has all rows on every rank
+                parallel = ExpertParallel(options.num_experts if options.is_sparse else 1)
             else:
                 parallel = expert_parallel(options.num_experts, options.expert_parallel_size)
                 check_dispatcher(parallel, options.expert_dispatch)
+            if not is_evaluation:
                 vocabulary = len(task.source_dictionary)
                 run_on_all_ranks(functools.partial(check_fits_here, args, options, vocabulary, parallel.size))
             if parallel.is_shared:  # from here on a rank that fails ends the job: the others wait for it
@@ -108,7 +109,8 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
             if not is_evaluation:
                 freeze(model, options.freeze)
             model._ddp_params_and_buffers_to_ignore = expert_names(model)  # torch's DistributedDataParallel reads it
-            logger.info("expert_parallel | %s", parallel.describe())
+            if options.is_sparse:
+                logger.info("expert_parallel | %s", parallel.describe())
         record = model_record(model, args, options, task)
         if is_evaluation:  # it takes its table from the checkpoint, later
             record["table_fingerprint"] = None
@@ -125,8 +127,8 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
 
     def all_reduce_grads(self) -> None:
         """Reduce the experts' gradients among their replicas; fairseq's optimizers call it once an update."""
-        for layer in self.modules():
-            if isinstance(layer, SparseLayer) and layer.parallel.is_shared:
+        for layer in expert_layers(self).values():
+            if layer.parallel.is_shared:
                 reduce_expert_gradients(layer.experts.parameters(), layer.parallel)
 
     def upgrade_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -177,6 +179,17 @@ def check_options(args: Any, options: SparseOptions, is_evaluation: bool) -> Non
         raise UserError("--map-experts is for evaluation: fairseq-eval-lm --model-overrides \"{'map_experts': True}\"")
     if not is_evaluation and (texts := option_use.check_model(options)):
         logger.warning(option_use.in_vain(texts))
+    if options.has_memory:
+        options.memory_numbers(args.decoder_layers)
+        refuse(
+            {
+                f"--decoder-layerdrop {args.decoder_layerdrop} skips memories; leave it out": (
+                    args.decoder_layerdrop > 0
+                ),
+                f"--decoder-layers-to-keep {args.decoder_layers_to_keep} renumbers the layers that --memory-layers "
+                "names; leave it out": args.decoder_layers_to_keep,
+            }
+        )
     if not options.is_sparse:
         return
     if options.freeze != "none" and ConfigAutoWrap.in_autowrap_context:

@@ -1,7 +1,7 @@
 """Sparse layers as the options say: their experts, what picks among them, and how checkpoints reach them."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from fairseq.models.transformer import TransformerConfig
 from torch import nn
 
 from fairseq_hash.checkpoint.expert_loading import take_own_experts
+from fairseq_hash.moe.expert_layers import ExpertLayer
 from fairseq_hash.moe.experts import ExpertFeedForward, ExpertStack, GatedFeedForward
 from fairseq_hash.moe.hash_weights import HashWeights
 from fairseq_hash.moe.layer import SparseLayer
@@ -94,10 +95,15 @@ def build_sparse_layer(
         norm=nn.LayerNorm(cfg.decoder.embed_dim) if options.expert_layer_norm else None,
         drops_randomly=options.drop_priority == "random",
     )
-    take_own_experts(layer, parallel, shapes)
-    if parallel.is_shared:
+    share_experts(layer, shapes)
+    return layer
+
+
+def share_experts(layer: ExpertLayer, shapes: Mapping[str, torch.Size]) -> None:
+    """Make a layer load its own experts, whose parameters have these shapes, and keep them apart from all the rest."""
+    take_own_experts(layer, layer.parallel, shapes)
+    if layer.parallel.is_shared:
         # Where fully sharded data parallel wraps the layer: it shards what all ranks have, and leaves these alone.
         alone = {"process_group": Alone(), "process_group_reduce_scatter": Alone()}
         layer.experts = fsdp_wrap(layer.experts, **alone)
         mark_experts(layer.experts)
-    return layer

@@ -23,6 +23,7 @@ class SparseLayer(nn.Module):
 
     Attributes:
         expert_size: number of parameters of one expert.
+        active_size: number of parameters of the experts that one token uses, the shared one left out.
         top_k: K, experts of a token.
     """
 
@@ -76,6 +77,7 @@ class SparseLayer(nn.Module):
         self.eval_capacity_factor = eval_capacity_factor
         held = experts.shell if isinstance(experts, MappedExperts) else experts
         self.expert_size = sum(p.numel() for p in held.parameters()) // self.parallel.local_experts
+        self.active_size = self.top_k * self.expert_size
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> tuple[Assignment, DispatchPlan, Tensor]:
         """Return which experts serve the tokens `x_TD`, how their rows lie, and the sums of the report."""

@@ -43,6 +43,19 @@ class HashRoute:
 
 
 @dataclass(frozen=True)
+class MemoryLookup:
+    """Which rows of one memory the tokens of a forward pass look up (`memory_rows`).
+
+    Attributes:
+        row_TJ: int64, J rows of each token, counted through those of the rank that holds the row.
+        under_way: the plan of the exchange between ranks that share the rows; None if this rank holds all.
+    """
+
+    row_TJ: Tensor
+    under_way: "PlanUnderWay | None" = None
+
+
+@dataclass(frozen=True)
 class RoutedTokens:
     """What a router may see of a batch beside the activations. Padding is left out; positions come first.
 
@@ -71,6 +84,7 @@ class RoutingContext:
         reports: each sparse layer's report, by its number and its router's name; filled in as the layers run.
         token_BL: int64, the token ids, padding included; None if no router sees them.
         update_sums: what a router wants to know after the update, of each layer that has such a router, as `reports`.
+        memory_lookups: one for each memory, by the number of its decoder layer.
     """
 
     place_T: "Tensor | None"
@@ -78,6 +92,7 @@ class RoutingContext:
     reports: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     token_BL: "Tensor | None" = None
     update_sums: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    memory_lookups: dict[int, MemoryLookup] = field(default_factory=dict)
 
     @classmethod
     def of_tokens(cls, token_BL: Tensor, padding: int) -> "RoutingContext":

@@ -97,6 +97,11 @@ BASE = Statement(lambda options: "base" in options.routers, "a BASE layer (--rou
 GATED = Statement(
     lambda options: not {"switch", "base"}.isdisjoint(options.routers), "a gate (--router switch or base)"
 )
+MEMORY = Statement(lambda options: options.has_memory, "a memory (--memory-layers)")
+HASHED_MEMORY = Statement(
+    lambda options: options.has_memory and options.memory_orders.strip() != "1",
+    "a memory of n-grams (--memory-layers, --memory-orders of 2 or more)",
+)
 SEVERAL = Statement(_weighs_several, "several experts per token (--router hash, --experts-per-token 2 or more)")
 
 MODEL = {
@@ -177,6 +182,12 @@ MODEL = {
         lambda options: _has_topk(options, "quantile"), "--router topk --balancing quantile"
     ),
     "sequence_loss": TOPK,
+    "memory_layers": ALWAYS,
+    "memory_orders": MEMORY,
+    "memory_heads": MEMORY,
+    "memory_rows": HASHED_MEMORY,
+    "memory_width": MEMORY,
+    "memory_seed": HASHED_MEMORY,
 }
 CRITERION = {
     "load_balance_weight": Statement(BALANCED.acts, BALANCED.needs, asks_nothing=0),

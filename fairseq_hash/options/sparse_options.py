@@ -7,13 +7,14 @@ from typing import Any, Optional
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.options import option
-from fairseq_hash.core.validators import check_at_least, check_one_of, check_probability, refuse
+from fairseq_hash.core.validators import check_at_least, check_one_of, check_probability, layers_of, refuse
 from fairseq_hash.moe.dispatchers import DISPATCHERS
 from fairseq_hash.moe.distributed_assignment import BALANCES
 from fairseq_hash.moe.routers import router_names, sees_future
 from fairseq_hash.options.batch_options import BatchRouterOptions
 from fairseq_hash.options.gate_options import GateOptions
 from fairseq_hash.options.hash_options import HashOptions
+from fairseq_hash.options.memory_options import MemoryOptions
 from fairseq_hash.options.stable_options import StableOptions
 from fairseq_hash.options.topk_options import TopKOptions
 
@@ -23,7 +24,7 @@ FREEZES = ("none", "experts", "all-but-experts")
 
 
 @dataclass
-class SparseOptions(GateOptions, HashOptions, TopKOptions, BatchRouterOptions, StableOptions):
+class SparseOptions(GateOptions, HashOptions, MemoryOptions, TopKOptions, BatchRouterOptions, StableOptions):
     """Options of the sparse layers of a `hash_transformer_lm`. `check` raises `UserError` for a value out of range."""
 
     router: str = option(
@@ -167,25 +168,11 @@ class SparseOptions(GateOptions, HashOptions, TopKOptions, BatchRouterOptions, S
 
     def layer_numbers(self, decoder_layers: int) -> tuple[int, ...]:
         """Return the sparse decoder layers in ascending order, for a decoder of `decoder_layers` layers."""
-        try:
-            numbers = sorted(int(number) for number in str(self.sparse_layers).split(",") if number.strip())
-        except ValueError:
-            raise UserError(
-                f"--sparse-layers {self.sparse_layers} is not a list of layer numbers; give numbers such as 1,3"
-            ) from None
-        if not numbers:
+        if not str(self.sparse_layers).strip(", "):
             raise UserError(
                 f"--router {self.router} needs --sparse-layers, such as --sparse-layers 1,3 (layers from 0)"
             )
-        for number in numbers:
-            if not 0 <= number < decoder_layers:
-                raise UserError(
-                    f"--sparse-layers {self.sparse_layers}: layer {number} does not exist; "
-                    f"the decoder has layers 0 to {decoder_layers - 1}"
-                )
-        if len(set(numbers)) < len(numbers):
-            raise UserError(f"--sparse-layers {self.sparse_layers} names a layer twice; name each layer once")
-        return tuple(numbers)
+        return layers_of("--sparse-layers", self.sparse_layers, decoder_layers)
 
     def check(self) -> None:
         """Raise `UserError` for the first value that is out of its range."""
@@ -208,6 +195,7 @@ class SparseOptions(GateOptions, HashOptions, TopKOptions, BatchRouterOptions, S
         self.check_stable()
         self.check_topk(self.num_experts, self.experts_per_token)
         self.check_batch_routers(self.routers, self.num_experts, self.capacity_factor, self.eval_capacity_factor)
+        self.check_memory()
         check_at_least("--swiglu-limit", self.swiglu_limit, 0)
         if self.multi_hash > 1 and self.expert_form != "plain":
             raise UserError(f"--multi-hash {self.multi_hash} needs --expert-form plain")

@@ -35,6 +35,8 @@ def arguments(sharing, folder):
     world_size, size = SHARINGS[sharing]
     given = ("--router", "hash", "--num-experts", EXPERTS, "--sparse-layers", "0,1", "--clip-norm", "0.2")
     given += (*OPTIMIZERS["adam"], "--max-tokens", "48", "--dropout", "0.0")
+    # 180 rows of a memory in 24 shares: the last of them has rows that nobody looks up.
+    given += ("--memory-layers", "1", "--memory-heads", "2", "--memory-rows", "45", "--memory-width", "8")
     given += ("--update-freq", EXPERTS // world_size, "--expert-parallel-size", size, "--save-dir", folder)
     return tuple(map(str, given))
 
@@ -120,6 +122,18 @@ def test_each_expert_is_written_once_by_all_ranks(saved):
                 held += range(about["first"], about["first"] + about["experts"])
             assert sorted(held) == list(range(EXPERTS))
     assert not list(folder.rglob("*.partial"))
+
+
+def test_without_experts_the_main_file_has_the_memories(data, tmp_path):
+    words = (*arguments("1", tmp_path), "--router", "none")
+    before, after = save(str(data), words, 2), resume_all(str(data), {"": (*words, "--no-save")}, 2)[""]
+    main = torch.load(tmp_path / "checkpoint_last.pt", weights_only=True)
+    name = "decoder.layers.1.memory.experts.weight"
+    assert torch.equal(main["model"][name], before["state"][name]) and not list(tmp_path.glob("experts/*"))
+    assert before["state"].keys() == after["loaded"].keys()
+    assert all(torch.equal(value, after["loaded"][key]) for key, value in before["state"].items())
+    with pytest.raises(SystemExit, match="its memory has other hash heads than this model; give the --memory-seed"):
+        resume_all(str(data), {"": (*words, "--memory-seed", "7")}, 2)
 
 
 def test_best_and_last_are_one_file(saved):

@@ -37,7 +37,7 @@ def first_losses(data, *words):
         ("hash", "replace", ()),
         ("hash", "replace", ("--multi-hash", "4")),
         ("hash", "replace", ("--experts-per-token", "3", "--hash-weights", "learned", "--shared-expert")),
-        ("hash", "insert", ()),
+        ("hash", "insert", ("--memory-layers", "0,1")),
         ("switch", "insert", ()),
         ("base", "insert", ()),
     ],

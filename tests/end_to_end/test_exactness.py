@@ -72,6 +72,9 @@ def cases(world_size):
         )
         made["top 2 by quantile"] = arguments("topk", 4, "sgd", *top_2, "--balancing", "quantile")
         made["top 1 by loss"] = arguments("topk", 4, "adam")
+        memory = ("--memory-layers", "0,1", "--memory-rows", "29", "--memory-width", "8", "--memory-heads", "2")
+        made["memories beside experts"] = arguments("hash", 4, "adam", *memory, "--memory-orders", "1,2,3")
+        made["memories without experts"] = arguments("none", 4, "sgd", *memory)
         made["gated, hash then switch"] = arguments("hash,switch", 4, "sgd", "--expert-form", "swiglu")
     if world_size == 4:
         made["groups of two"] = arguments("hash", 8, "adam", "--expert-parallel-size", "2")

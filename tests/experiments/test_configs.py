@@ -138,7 +138,10 @@ def test_a_learned_router_adds_its_own_products_only(name, composed):
 
 
 OTHERS = ("switch router=stablemoe", "switch router=random_linear")
-OTHERS += ("switch model.router=topk model.router_jitter=0 +model.experts_per_token=2",)
+OTHERS += (
+    "switch model.router=topk model.router_jitter=0 +model.experts_per_token=2",
+    'dense +model.memory_layers="0,1"',
+)
 
 
 @pytest.mark.parametrize("router", ["dense", "hash", "multi_hash_2", "switch", "base", *OTHERS])

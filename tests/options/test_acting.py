@@ -18,6 +18,7 @@ HASH = {"router": "hash", "sparse_layers": "1,3"}
 SWITCH = {"router": "switch", "sparse_layers": "1,3"}
 BASE = {"router": "base", "sparse_layers": "1,3"}
 STABLE = {"router": "stablemoe", "sparse_layers": "1,3"}
+MEMORY = HASH | {"memory_layers": "1"}
 TOP_2 = HASH | {"experts_per_token": 2}
 TOPK = {"router": "topk", "sparse_layers": "1,3"}
 BIAS, QUANTILE = TOPK | {"balancing": "bias"}, TOPK | {"balancing": "quantile"}
@@ -72,6 +73,11 @@ EXAMPLES = {
     "bias_step": (0.01, BIAS, QUANTILE),
     "quantile_smoothing": (0.9, QUANTILE, BIAS),
     "sequence_loss": (True, BIAS, BASE),
+    "memory_orders": ("1,2", MEMORY, HASH),
+    "memory_heads": (4, MEMORY, HASH),
+    "memory_rows": (99, MEMORY, MEMORY | {"memory_orders": "1"}),
+    "memory_width": (64, MEMORY, BASE),
+    "memory_seed": (7, MEMORY, MEMORY | {"memory_orders": "1"}),
 }
 OF_CRITERION = {
     "load_balance_weight": (0.1, SWITCH, HASH),
@@ -80,7 +86,7 @@ OF_CRITERION = {
     "log_expert_loads": (True, HASH, None),
     "sequence_loss_weight": (0.01, BIAS | {"sequence_loss": True}, BIAS),
 }
-ALWAYS = {"router", "map_experts", "update_freq_ranks"}  # map_experts is refused in training
+ALWAYS = {"router", "memory_layers", "map_experts", "update_freq_ranks"}  # map_experts is refused in training
 
 
 def test_every_option_has_a_statement():

@@ -378,3 +378,32 @@ def spread_use(text, base_rows, heavy, num_experts, columns, padding):
     rows = greedy_rows([uses[pair] for pair in pairs], num_experts, columns, loads=fixed)
     added = loads_of(rows, [uses[pair] for pair in pairs], num_experts)
     return dict(zip(pairs, rows, strict=True)), [a + b for a, b in zip(fixed, added, strict=True)]
+
+
+def memory_rows(sequence, orders, heads, rows, symbols, seeds, padding):
+    """The rows of each token of a sequence without padding, counted through all heads, by their definition."""
+    found = []
+    for place in range(len(sequence)):
+        of_token, first = [], 0
+        for number, seed in enumerate(seeds):
+            order = orders[number // heads]
+            state = 0
+            for other in range(place - order + 1, place + 1):
+                state = splitmix64(state ^ (sequence[other] if other >= 0 else padding))
+            hashed = (splitmix64(state ^ (seed % 2**64)) & (2**63 - 1)) % rows
+            of_token.append(first + (sequence[place] if order == 1 else hashed))
+            first += symbols if order == 1 else rows
+        found.append(of_token)
+    return found
+
+
+def memory(x_D, rows, table_Nw, key, value, gain):
+    """Engram (arXiv 2601.07372): what the rows of one token add to its activation."""
+    looked_up = torch.cat([table_Nw[row] for row in rows])
+    key_D, value_D = key @ looked_up, value @ looked_up
+
+    def rms_norm(v_D):
+        return v_D / torch.sqrt((v_D * v_D).mean())
+
+    score = (rms_norm(x_D) * gain) @ rms_norm(key_D) / math.sqrt(len(x_D))
+    return torch.sigmoid(score) * value_D

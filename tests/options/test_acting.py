@@ -140,7 +140,7 @@ def test_the_weight_of_the_balance_loss_needs_a_router_that_has_it():
     weight = {"_name": "hash_moe", "load_balance_weight": 0.1}
     for model in (TOPK, BIAS | {"router": "switch,topk"}):
         assert option_use.check_criterion(HashMoECriterion, weight, SparseOptions(**model)) == []
-    with pytest.raises(UserError, match="--load-balance-weight 0.1 needs a switch layer, or a topk layer with"):
+    with pytest.raises(UserError, match="--load-balance-weight 0.1 needs a layer with a load-balancing loss"):
         option_use.check_criterion(HashMoECriterion, weight, SparseOptions(**BIAS))
 
 
@@ -170,7 +170,7 @@ def test_a_checkpoint_of_before_loads_in_evaluation(data, caplog):
 def test_trainings_end_before_they_start_or_say_it(data, tmp_path):
     """By the command: a forgotten router, another criterion, and a dense model by name."""
     cases = {
-        "": "--sparse-layers 1 needs experts (--router hash, switch, topk or base), and no --router is",
+        "": "--sparse-layers 1 needs experts (a --router other than none), and no --router is",
         "--router switch --criterion cross_entropy": "--criterion cross_entropy leaves out the load-balancing loss of "
         "--router switch; use --criterion hash_moe",
         "--router hash --z-loss-weight 0.1": "--z-loss-weight 0.1 needs a switch or topk layer (--router switch or "

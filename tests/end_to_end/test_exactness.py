@@ -64,14 +64,13 @@ def cases(world_size):
         fair = ("--gate", "one", "--expert-layer-norm", "--hash-scale", "0.5", "--capacity-factor", "1.0")
         made["gate one, a norm of the experts, hash then switch"] = arguments("hash,switch", 4, "sgd", *fair)
         # Some updates of each stage.
-        made["stablemoe"] = arguments("stablemoe", 4, "adam", "--stable-updates", "5", "--load-balance-weight", "0.3")
-        made["random-linear"] = arguments("random-linear", 4, "sgd")
+        two_stages = ("--stable-updates", "5", "--load-balance-weight", "0.3")
+        made["stablemoe, then random-linear"] = arguments("stablemoe,random-linear", 4, "adam", *two_stages)
         top_2 = ("--experts-per-token", "2", "--router-score", "sigmoid", "--normalize-weights")
         made["top 2 by bias, a sequence-wise loss"] = arguments(
             "topk", 4, "sgd", *top_2, "--balancing", "bias", "--bias-step", "0.01", "--sequence-loss"
         )
         made["top 2 by quantile"] = arguments("topk", 4, "sgd", *top_2, "--balancing", "quantile")
-        made["top 1 by loss"] = arguments("topk", 4, "adam")
         memory = ("--memory-layers", "0,1", "--memory-rows", "29", "--memory-width", "8", "--memory-heads", "2")
         made["memories beside experts"] = arguments("hash", 4, "adam", *memory, "--memory-orders", "1,2,3")
         made["memories without experts"] = arguments("none", 4, "sgd", *memory)

@@ -19,7 +19,7 @@ TOPK = ("--router", "topk", *HASH[2:])
 BAD = [
     (
         ("--router", "hsah"),
-        "--router hsah is unknown; use one of none, hash, base, random-linear, stablemoe, switch, topk",
+        "--router hsah is unknown; use one of none, hash, base, expert-choice, gshard, random-linear, ",
     ),
     ((*HASH, "--num-experts", "0"), "--num-experts 0 is out of range; give a number of 1 or more"),
     ((*HASH, "--num-experts", "-3"), "--num-experts -3 is out of range"),

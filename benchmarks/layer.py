@@ -61,7 +61,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from layer_case import VOCABULARY, Case, reason
+from layer_case import ROUTERS, VOCABULARY, Case, reason
 from peers import one_rank, transformers_version
 from rich.console import Console
 from rounds import Spread, graphed, in_rounds, peak_bytes
@@ -71,7 +71,8 @@ from fairseq_hash.core.progress import Display
 from fairseq_hash.moe.kernels.feed_forward import WAYS
 from fairseq_hash.provenance import provenance, usable_cores
 
-CANDIDATES = ("dense", "hash", "switch", "base", "mask-and-loop", "fairscale", "transformers")
+BY_DEFAULT = ("dense", "hash", "switch", "base", "mask-and-loop", "fairscale", "transformers")
+CANDIDATES = tuple(dict.fromkeys((*BY_DEFAULT[:3], *ROUTERS, *BY_DEFAULT[3:])))
 PARTS = ("route", "gather", "exchange", "experts", "combine", "rest")
 BESIDE = ("matmuls", "assignment")
 GRAPH = "graph"
@@ -223,8 +224,8 @@ def parse() -> argparse.Namespace:
         "--candidates",
         nargs="+",
         choices=CANDIDATES,
-        default=list(CANDIDATES),
-        help="default: all; dense and hash always are among them",
+        default=list(BY_DEFAULT),
+        help=f"dense and hash always are among them; default: {' '.join(BY_DEFAULT)}",
     )
     parser.add_argument(
         "--ways",

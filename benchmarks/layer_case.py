@@ -35,12 +35,25 @@ from fairseq_hash.moe.experts import ExpertFeedForward
 from fairseq_hash.moe.kernels.cpu_threads import for_each_group
 from fairseq_hash.moe.kernels.huge_pages import empty_in_huge_pages
 from fairseq_hash.moe.layer import SparseLayer
-from fairseq_hash.moe.routers import BaseRouter, SwitchRouter
+from fairseq_hash.moe.routers import BaseRouter, RouterSettings, router_class
 from fairseq_hash.moe.routing_context import HashRoute, RoutingContext
 from fairseq_hash.moe.token_dispatcher import combine, dispatch
+from fairseq_hash.options.sparse_options import SparseOptions
 from fairseq_hash.parallel.groups import ExpertParallel
 
 VOCABULARY = 8000
+# Our layers with a learned or a frozen router, by the options that make them.
+ROUTERS: dict[str, dict[str, Any]] = {
+    "switch": {"router": "switch"},
+    "topk-loss": {"router": "topk"},
+    "topk-bias": {"router": "topk", "balancing": "bias", "router_score": "sigmoid"},
+    "topk-quantile": {"router": "topk", "balancing": "quantile", "router_score": "sigmoid"},
+    "gshard": {"router": "gshard"},
+    "sinkhorn": {"router": "sinkhorn"},
+    "expert-choice": {"router": "expert-choice", "capacity_factor": 1.0, "eval_capacity_factor": 1.0},
+    "stablemoe": {"router": "stablemoe"},
+    "random-linear": {"router": "random-linear"},
+}
 # For the output, relative to its largest entry: sums of some hundreds of products in another order, then rounded.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2.5e-3, torch.bfloat16: 2e-2}
 # For a gradient, relative to its norm: ReLU's gradient jumps if other rounding takes a value across zero. A grouped
@@ -115,7 +128,14 @@ class Case:
         layer = SparseLayer(router, self.experts, dispatcher, hash_route=hash_route).to(**self.here)
         if router is None:
             return self.call(lambda x_LBD: layer(x_LBD, RoutingContext(None, [self.route()]))[0], layer)
-        return self.call(lambda x_LBD: layer(x_LBD, RoutingContext(None))[0], layer)
+        context = RoutingContext(None, token_BL=self.token_T.unsqueeze(0))
+        return self.call(lambda x_LBD: layer(x_LBD, context)[0], layer)
+
+    def router(self, name: str) -> nn.Module:
+        """Return one of `ROUTERS`."""
+        options = SparseOptions(num_experts=self.num_experts, sparse_layers="0", **ROUTERS[name])
+        settings = RouterSettings(self.width, self.num_experts, 0, self.parallel, options, VOCABULARY)
+        return router_class(options.router).build(settings)
 
     @property
     def way(self) -> str:
@@ -158,7 +178,7 @@ class Case:
             "dense": lambda: self.other(lambda: feed_forward(self.width, self.hidden).to(**self.here)),
             "hash": lambda: self.sparse(None),
             **{f"hash ({way})": lambda way=way: self.by_way(way) for way in ways},
-            "switch": lambda: self.sparse(SwitchRouter(self.width, self.num_experts, 0.0, 0)),
+            **{name: lambda name=name: self.sparse(self.router(name)) for name in ROUTERS},
             "base": lambda: self.sparse(self.base_router),
             "mask-and-loop": self.mask_and_loop,
             "fairscale": lambda: self.other(lambda: fairscale_top_2(self.networks, self.width)),

@@ -105,9 +105,9 @@ def stages_on_cpu(out: Path, scratch: Path, data: str) -> list[Stage]:
     small += ("dataset.num_workers=0",)
     trials = experiment(out, scratch, data, "--models", "hash", "--rates", "1e-3", "--overrides", *small)
     return [
-        Stage("correct", 200, (pytest_of("cpu", "-n", "0", "-k", "assignment"),)),
+        Stage("correct", 100, (pytest_of("cpu", "-n", "0", "-k", "assignment"),)),
         Stage("layer", 60, (layer,), ("layer.md",)),
-        Stage("training", 60, (trained,), ("train.md",)),
+        Stage("training", 180, (trained,), ("train.md",)),
         Stage("profile", 60, (profiled,), ("profile.md",), 6),
         Stage("experiment", 120, (trials,), ("experiment.md",)),
     ]

@@ -238,7 +238,6 @@ def test_a_model_that_predicts_gives_the_keys(data, tmp_path):
         (("--experts-per-token", "5"), "--experts-per-token 5 is out of range; give 1 to 4"),
         (("--experts-per-token", "0"), "--experts-per-token 0 is out of range"),
         (("--hash-weights", "learned"), "--hash-weights learned needs several experts per token"),
-        (("--hash-scale", "2"), "--hash-scale 2.0 needs several experts per token"),
         ((*K3, "--hash-scale", "0"), "--hash-scale 0.0 is out of range"),
         ((*K3, "--hash-score", "relu"), "--hash-score relu is unknown"),
         ((*K3, "--multi-hash", "2"), "do not go together"),

@@ -162,7 +162,7 @@ def test_layers_with_one_table_share_route_and_report(data, monkeypatch, per_lay
     of = RoutingReport.of
     monkeypatch.setattr(RoutingReport, "of", lambda *args, **more: made.append("report") or of(*args, **more))
     begin = PlanUnderWay.__init__
-    monkeypatch.setattr(PlanUnderWay, "__init__", lambda *args: made.append("plan") or begin(*args))
+    monkeypatch.setattr(PlanUnderWay, "__init__", lambda *args, **named: made.append("plan") or begin(*args, **named))
     model(tokens_of(task))[0].sum().backward()
     assert sorted(made) == ["plan"] * plans + ["report"] * plans
 

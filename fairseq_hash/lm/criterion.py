@@ -42,7 +42,7 @@ class HashMoECriterion(SparseCriterion, CrossEntropyCriterion):
         log_expert_loads: bool,
         update_freq_ranks: int = 0,
         distill_weight: float = 0.3,
-        sequence_loss_weight: float = 0.0,
+        sequence_loss_weight: float = 0.0001,
     ) -> None:
         super().__init__(task, sentence_avg)
         check_at_least("--update-freq-ranks", update_freq_ranks, 0)

@@ -28,8 +28,7 @@ class ExpertChoiceRouter(nn.Module):
     """Each expert takes the C tokens of the batch that it has the largest probability of; C = T x factor / E.
 
     Mixture-of-Experts with Expert Choice Routing (Zhou et al. 2022), section 3.2: softmax over the experts, and the
-    outputs are scaled by it. A token has from 0 to E experts. The batch is that of this rank, as in the paper, where
-    each device chooses among its own tokens.
+    outputs are scaled by it. A token has from 0 to E experts. The batch is that of this rank.
 
     Whether an expert takes a token depends on later tokens of the sequence, and on other sequences: the model is an
     oracle (`sees_future`).

@@ -1,0 +1,176 @@
+"""The record of a run: all that a study's report needs, in one small JSON file, so that runs need not be kept.
+
+A record is found again by its identity: the run's options, learning rate, seed and data. Another study, or the same one
+on another machine, takes it instead of training again.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.files import atomic_write
+
+TUNING, FINAL = "tuning", "final"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of a model on test: sums of nats, the negative log likelihood, and numbers of tokens.
+
+    Attributes:
+        nats: mean per token.
+        position_nats: sum for each position in a sample, [L].
+        position_tokens: [L].
+        frequency_nats: sum for each range of `TextFacts.frequency_labels`, [B].
+        document_nats: sum for each document of `TextFacts.document_tokens`, [D].
+    """
+
+    nats: float
+    position_nats: list[float]
+    position_tokens: list[int]
+    frequency_nats: list[float]
+    document_nats: list[float]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One validation: after how many tokens and seconds of training, and the mean nats per token."""
+
+    tokens: int
+    seconds: float
+    nats: float
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A finished training and its scores.
+
+    Attributes:
+        identity: of options, learning rate, seed and data.
+        model: its name in the study that trained it.
+        experiment: the configuration and its overrides.
+        learning_rate: of the run.
+        seed: of the run.
+        parameters: all.
+        active: parameters that one token uses.
+        experts: of a sparse layer, 0 for dense models.
+        flops_per_token: forward and backward.
+        tokens: of the whole training.
+        seconds: of the training, validations included.
+        tokens_per_second: median over the log's intervals.
+        validations: in order; the last one is at the end of the training.
+        diverged: why the training broke off (its loss was no number), "" if it did not.
+        load_max: largest demand for an expert over the mean one in the last validation, worst layer; None if dense.
+        dropped: share of the training's tokens that found their expert full, worst layer; None if dense.
+        test: scores by the name of the evaluation, {} for a run that only tunes.
+        provenance: code, libraries, machine, date.
+    """
+
+    identity: str
+    model: str
+    experiment: list[str]
+    learning_rate: float
+    seed: int
+    parameters: int
+    active: int
+    experts: int
+    flops_per_token: float
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    validations: list[Validation]
+    diverged: str = ""
+    load_max: "float | None" = None
+    dropped: "float | None" = None
+    test: dict[str, Scores] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def valid_nats(self) -> float:
+        """Mean nats per token of valid at the end of the training; infinity for one that diverged."""
+        return math.inf if self.diverged else self.validations[-1].nats
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """What the report needs of a study's text.
+
+    Attributes:
+        name, pieces: as in the study.
+        fingerprint: of dictionary and binarized splits.
+        tokens, bytes: by split; bytes of UTF-8 text.
+        document_kind: what the parts of test are: documents, or passages of so many tokens.
+        document_tokens: tokens of each, [D].
+        frequency_labels: ranges of a token's count in training, such as "10-99", [B].
+        frequency_tokens: tokens of test in each range, [B].
+        tokens_per_sample: positions of a sample, L.
+        ngrams: nats per token by subset and order ("1", "2", "3").
+        ngram_frequency_nats: sums over test's ranges by order, [B].
+    """
+
+    name: str
+    pieces: int
+    fingerprint: str
+    tokens: dict[str, int]
+    bytes: dict[str, int]
+    document_kind: str
+    document_tokens: list[int]
+    frequency_labels: list[str]
+    frequency_tokens: list[int]
+    tokens_per_sample: int
+    ngrams: dict[str, dict[str, float]]
+    ngram_frequency_nats: dict[str, list[float]]
+
+
+def identity_of(options: Mapping[str, Any]) -> str:
+    """Return 16 digits that tell JSON-ready options apart."""
+    text = json.dumps(options, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_record(path: Path, record: "RunRecord | TextFacts") -> None:
+    """Write a record as a JSON file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(asdict(record), allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_record(path: Path) -> RunRecord:
+    """Read a run's record. Raises `UserError` if it cannot be used."""
+    content = _content(path, RunRecord)
+    content["validations"] = [Validation(**one) for one in content["validations"]]
+    content["test"] = {name: Scores(**one) for name, one in content["test"].items()}
+    return RunRecord(**content)
+
+
+def read_facts(path: Path) -> TextFacts:
+    """Read the facts of a text. Raises `UserError` if they cannot be used."""
+    return TextFacts(**_content(path, TextFacts))
+
+
+def _content(path: Path, kind: type) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if set(content) != {f.name for f in fields(kind)}:
+            raise ValueError("it has other entries than this version writes")
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} is no record of a study ({error}); delete it, and the run is made again") from None
+    return content
+
+
+def read_records(folders: Iterable[Path]) -> dict[str, RunRecord]:
+    """Return the records in folders by their identity; of two with one identity, that of the first folder."""
+    records: dict[str, RunRecord] = {}
+    for folder in folders:
+        for path in sorted(folder.glob("*.json")):
+            record = read_record(path)
+            if record.identity in records and not record.test:
+                continue
+            if record.identity not in records or not records[record.identity].test:
+                records[record.identity] = record
+    return records

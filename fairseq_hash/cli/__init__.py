@@ -21,6 +21,7 @@ VERBS = {
     "export": "write a model for Hugging Face transformers",
     "sample": "let a model continue a text, and show which expert served each token",
     "experts": "show which experts serve the tokens of a text, as a table",
+    "study": "run a comparison with a protocol: tuned learning rates, seeds, verdicts, n-gram lines",
     "report": "compare runs: tables, learning curves, perplexity by number of experts, expert loads, and a page with "
     "all of them",
     "patches": "list what the plugin changes in fairseq, and whether this fairseq is the known one",

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-# Folders of option groups. Every file in another folder is an experiment, except those that start with an underscore.
-GROUPS = ("data", "size", "router", "training", "cluster")
+# Folders of option groups, and of studies. A file in another folder is an experiment, unless its name begins with an
+# underscore.
+GROUPS = ("data", "size", "router", "training", "cluster", "studies")
 
 
 def own_configs() -> Path:

@@ -240,7 +240,7 @@ def parse_config(text: str) -> dict[str, Any]:
     fairseq prints it like Python, except that choices have no quotes. Raises `UserError` for other text.
     """
     try:
-        return dict(_flatten("", _literal(ast.parse(text, mode="eval").body)))
+        return dict(flat(_literal(ast.parse(text, mode="eval").body)))
     except (SyntaxError, ValueError):
         raise UserError(
             f"cannot read a configuration in a log: {text[:60]}...; give the log as fairseq wrote it"
@@ -259,12 +259,13 @@ def _literal(node: ast.expr) -> Any:
     return ast.literal_eval(node)
 
 
-def _flatten(prefix: str, value: Any) -> "Iterable[tuple[str, Any]]":
+def flat(value: Any, prefix: str = "") -> "Iterable[tuple[str, Any]]":
+    """Return the entries of nested dictionaries, with keys like `optimization.max_update`."""
     if not isinstance(value, dict):
         yield prefix, value
         return
     for key, inner in value.items():
-        yield from _flatten(f"{prefix}.{key}" if prefix else str(key), inner)
+        yield from flat(inner, f"{prefix}.{key}" if prefix else str(key))
 
 
 def _number(value: Any) -> Any:

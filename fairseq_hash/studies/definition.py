@@ -65,6 +65,11 @@ class StudyModel:
     table_of: str = ""
     table: tuple[str, ...] = ()
 
+    @property
+    def evaluation(self) -> str:
+        """What the evaluation changes, such as `base_evaluation=balanced`; `as trained` if nothing."""
+        return ",".join(f"{key}={value}" for key, value in sorted(self.options.items())) or "as trained"
+
 
 @dataclass(frozen=True)
 class Study:
@@ -107,9 +112,12 @@ class Study:
         return [model for model in self.models.values() if not model.trained_as]
 
     def evaluations(self, name: str) -> dict[str, Mapping[str, Any]]:
-        """Return, for a trained model, its own name and those that share its trainings, with the options of each."""
+        """Return the evaluations of a trained model, its own and those of models that share its trainings.
+
+        They are named by what they change (`StudyModel.evaluation`), and have the options.
+        """
         sharing = (model for model in self.models.values() if name in (model.name, model.trained_as))
-        return {model.name: model.options for model in sharing}
+        return {model.evaluation: model.options for model in sharing}
 
 
 def load_study(path: Path) -> Study:

@@ -7,7 +7,7 @@ on another machine, takes it instead of training again.
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ class RunRecord:
         diverged: why the training broke off (its loss was no number), "" if it did not.
         load_max: largest demand for an expert over the mean one in the last validation, worst layer; None if dense.
         dropped: share of the training's tokens that found their expert full, worst layer; None if dense.
-        test: scores by the name of the evaluation, {} for a run that only tunes.
+        test: scores by what the evaluation changes (`StudyModel.evaluation`), {} for a run that only tunes.
         provenance: code, libraries, machine, date.
     """
 
@@ -163,14 +163,11 @@ def _content(path: Path, kind: type) -> dict[str, Any]:
     return content
 
 
-def read_records(folders: Iterable[Path]) -> dict[str, RunRecord]:
-    """Return the records in folders by their identity; of two with one identity, that of the first folder."""
+def read_records(folder: Path) -> dict[str, RunRecord]:
+    """Return the records in a folder by their identity; of two of one identity, one with scores on test."""
     records: dict[str, RunRecord] = {}
-    for folder in folders:
-        for path in sorted(folder.glob("*.json")):
-            record = read_record(path)
-            if record.identity in records and not record.test:
-                continue
-            if record.identity not in records or not records[record.identity].test:
-                records[record.identity] = record
+    for path in sorted(folder.glob("*.json")):
+        record = read_record(path)
+        if record.identity not in records or record.test:
+            records[record.identity] = record
     return records

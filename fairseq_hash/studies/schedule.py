@@ -4,7 +4,7 @@ Nothing else is remembered, so a study can be stopped and resumed anywhere.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from fairseq_hash.studies.definition import FACTOR, Study
@@ -89,6 +89,15 @@ def wanted(study: Study, done: Done) -> list[Run]:
             finals = [Run(model.name, choice.rate, seed, FINAL) for seed in study.seeds]
             runs += [run for run in finals if run not in done]
     return runs
+
+
+def done_of(study: Study, records: Iterable[RunRecord]) -> Done:
+    """Return a study's own records by run."""
+    done = {}
+    for record in records:
+        stage = TUNING if record.seed == study.tuning_seed and len(study.learning_rates) > 1 else FINAL
+        done[Run(record.model, record.learning_rate, record.seed, stage)] = record
+    return done
 
 
 def expected_runs(study: Study) -> int:

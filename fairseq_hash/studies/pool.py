@@ -1,0 +1,124 @@
+"""Where the workers of a study run: as processes of this machine, or as SLURM jobs through submitit."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from fairseq_hash.core.errors import UserError
+from fairseq_hash.studies.worker import ERROR, worker_command
+
+GRACE_SECONDS = 90
+JOB = "slurm_job.txt"  # in a run's folder: the job that trains it
+
+
+class Work(Protocol):
+    """A worker that was started."""
+
+    def is_done(self) -> bool:
+        """Whether it has ended."""
+
+    def stop(self) -> None:
+        """End it; its training leaves a checkpoint."""
+
+
+class Pool(Protocol):
+    """Starts workers."""
+
+    def start(self, request: Path) -> Work:
+        """Start the worker of a request."""
+
+
+class Process:
+    """A worker on this machine."""
+
+    def __init__(self, request: Path) -> None:
+        with (request.parent / "worker.log").open("ab") as log:
+            self.child = subprocess.Popen(
+                worker_command(request),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def is_done(self) -> bool:
+        """Whether the process has ended."""
+        return self.child.poll() is not None
+
+    def stop(self) -> None:
+        """End the process, which ends its training."""
+        if self.is_done():
+            return
+        self.child.send_signal(signal.SIGTERM)
+        try:
+            self.child.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.child.pid, signal.SIGKILL)
+
+
+class Processes:
+    """Runs workers on this machine."""
+
+    def start(self, request: Path) -> Process:
+        """Start a process."""
+        return Process(request)
+
+
+class Job:
+    """A worker as a SLURM job. The study may end before it; the next call finds it again."""
+
+    def __init__(self, job: Any) -> None:
+        self.job = job
+
+    def is_done(self) -> bool:
+        """Whether the job has ended."""
+        return self.job.done()
+
+    def stop(self) -> None:
+        """Leave the job to SLURM: it goes on, and its record counts in the next call."""
+
+
+class Jobs:
+    """Runs workers as SLURM jobs."""
+
+    def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
+        """Take submitit's options of a job (`partition`, `timeout_min`, `gpus_per_node`, ...).
+
+        Raises:
+            UserError: if submitit is missing or does not know an option.
+        """
+        try:
+            import submitit
+        except ImportError:
+            raise UserError("--slurm needs submitit; install it (pip install submitit), or leave --slurm out") from None
+        self.submitit, self.folder = submitit, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.executor = submitit.AutoExecutor(folder=folder, cluster="slurm")
+            self.executor.update_parameters(**options)
+        except (RuntimeError, NameError, TypeError) as error:  # no sbatch here; an option that submitit lacks
+            raise UserError(f"--slurm cannot be used: {' '.join(str(error).split())}") from None
+
+    def start(self, request: Path) -> Job:
+        """Submit a job, or find the one that an earlier call submitted and that has not ended."""
+        known = request.parent / JOB
+        if known.is_file():
+            job = self.submitit.SlurmJob(folder=self.folder, job_id=known.read_text(encoding="utf-8").strip())
+            if not job.done(force_check=True):
+                return Job(job)
+        job = self.executor.submit(self.submitit.helpers.CommandFunction(worker_command(request)))
+        known.write_text(f"{job.job_id}\n", encoding="utf-8")
+        return Job(job)
+
+
+def why_failed(request: Path) -> str:
+    """Return why a worker that has ended left no record."""
+    error = request.parent / ERROR
+    if error.is_file():
+        return error.read_text(encoding="utf-8").strip()
+    log = request.parent / "worker.log"
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
+    return f"the worker of {request.parent} ended without a record" + (f": {lines[-1]}" if lines else "")

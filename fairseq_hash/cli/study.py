@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the verb `study`, and add its arguments."""
     parser.description = (
         "Run a study: tune each model's learning rate on a seed of its own, train each with the final seeds, score "
-        "test once, and report perplexity, bits per byte, paired differences and verdicts beside n-gram lines. What is done "
-        "is not repeated: the same command continues a study that was stopped."
+        "test once, and report perplexity, bits per byte, paired differences and verdicts beside n-gram lines. What is "
+        "done is not repeated: the same command continues a study that was stopped."
     )
     add = parser.add_argument
     add("study", nargs="?", metavar="STUDY", help="a YAML file, or the name of one in configs/studies")

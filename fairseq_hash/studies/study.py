@@ -57,7 +57,7 @@ class State:
     lent: "dict[str, RunRecord] | None" = None  # records of other studies by identity; read once
 
     def read(self, records: Path) -> None:
-        """Take the records that are there now. That of another study counts if its run would be the same; it is copied."""
+        """Take the records that are there now. Another study's is copied if its run would be the same."""
         own = records / "runs"
         known = read_records(own)
         if self.lent is None:

@@ -1,0 +1,77 @@
+"""The results of a study as CSV files, with all digits."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fairseq_hash.studies.leads import lead
+from fairseq_hash.studies.records import TUNING, RunRecord
+from fairseq_hash.studies.results import ModelResult, Results, bits_per_byte, mean_of, perplexity
+from fairseq_hash.studies.statistics import Interval, Verdict
+from fairseq_hash.studies.tables import worst
+
+
+def results_csv(results: Results, verdicts: Mapping[str, Verdict]) -> bytes:
+    """Return one row per model. Entries of models without final runs are empty."""
+    rows = [_of_model(result, results, verdicts.get(result.name)) for result in results.models.values()]
+    return _csv(rows)
+
+
+def _of_model(result: ModelResult, results: Results, verdict: "Verdict | None") -> dict[str, Any]:
+    choice, sizes, runs = result.choice, result.sizes, list(result.finals.values())
+    test, valid = mean_of(result.test_nats), mean_of(result.valid_nats)
+    row: dict[str, Any] = {"model": result.name, "trained_as": result.model.trained_as}
+    row |= {"seeds": len(runs), "diverged": len(result.diverged), "missing": len(result.missing)}
+    row |= {"learning_rate": choice.rate, "at_edge": choice.is_at_edge if choice.is_settled else None}
+    row |= _ends("test_nats", test) | _ends("test_perplexity", perplexity(test))
+    row |= _ends("test_bits_per_byte", bits_per_byte(test, results.facts))
+    row |= _ends("valid_perplexity", perplexity(valid))
+    row |= _ends("lead_percent", lead(verdict.nats) if verdict else Interval(math.nan, math.nan, math.nan, 0))
+    row |= {"verdict": verdict.word if verdict else None, "better": verdict.better if verdict else None}
+    for name in ("parameters", "active", "experts", "flops_per_token", "tokens"):
+        row[name] = getattr(sizes, name) if sizes else None
+    for name in ("seconds", "tokens_per_second"):
+        row[name] = float(np.mean([getattr(run, name) for run in runs])) if runs else None
+    return row | {"load_max": worst(result, "load_max"), "dropped": worst(result, "dropped")}
+
+
+def _ends(name: str, interval: Interval) -> dict[str, float]:
+    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+def runs_csv(results: Results) -> bytes:
+    """Return one row per run, tuning included. `test_nats` are those of the evaluation of each name."""
+    names = list(results.study.models)
+    rows = []
+    for run, record in sorted(results.done.items(), key=lambda item: item[0]):
+        row: dict[str, Any] = {"model": run.model, "stage": run.stage, "learning_rate": run.learning_rate}
+        row |= {"seed": run.seed, "diverged": record.diverged, "valid_nats": _finite(record)}
+        row |= {f"test_nats: {name}": record.test[name].nats if name in record.test else None for name in names}
+        for name in ("tokens", "seconds", "tokens_per_second", "load_max", "dropped", "identity"):
+            row[name] = getattr(record, name)
+        row |= {name: record.provenance.get(name) for name in ("fairseq_hash", "commit", "processor", "date")}
+        rows.append(row)
+    return _csv(rows)
+
+
+def tuning_csv(results: Results) -> bytes:
+    """Return one row per learning rate that was tried for a model."""
+    rows = []
+    for run, record in sorted(results.done.items(), key=lambda item: item[0]):
+        if run.stage == TUNING:
+            choice = results.models[run.model].choice
+            row = {"model": run.model, "learning_rate": run.learning_rate, "valid_nats": _finite(record)}
+            row["chosen"] = choice.is_settled and run.learning_rate == choice.rate
+            rows.append(row | {"diverged": record.diverged})
+    return _csv(rows, columns=["model", "learning_rate", "valid_nats", "chosen", "diverged"])
+
+
+def _finite(record: RunRecord) -> "float | None":
+    return record.valid_nats if math.isfinite(record.valid_nats) else None
+
+
+def _csv(rows: list[dict[str, Any]], columns: "list[str] | None" = None) -> bytes:
+    return pd.DataFrame(rows, columns=columns).to_csv(index=False).encode()

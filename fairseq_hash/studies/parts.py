@@ -1,0 +1,159 @@
+"""The parts of a study's report, which its page and its Markdown file share: headings, words, tables and charts."""
+
+from dataclasses import dataclass, field
+
+import pandas as pd
+
+from fairseq_hash.reporting.charts import Chart
+from fairseq_hash.studies import charts, tables
+from fairseq_hash.studies.leads import course, lead_curves, pair_verdicts
+from fairseq_hash.studies.provenance_table import head_table, machines, provenance_table
+from fairseq_hash.studies.results import Results, beside_the_trigram, missing_runs
+from fairseq_hash.studies.statistics import Verdict
+
+OF_THIS_SIZE = (
+    "Every study of this size has limits: it has one corpus and small models that see each token once. Whether its "
+    "order holds for other texts, for larger models or for longer training, it does not show."
+)
+COLUMNS = (
+    "Perplexities are per token: e to the mean of nats, over test or over valid at the end of training. In parentheses "
+    "stand the ends of a 95 % interval over seeds (Student's t, on nats). Bits per byte: nats of test's tokens, in "
+    "bits, over the bytes of its text. Edge: the learning rate is the lowest or the highest that was tried, so a "
+    "better one may lie beyond. Active: parameters that one token uses. FLOPs/token: forward and backward. Worst load: "
+    "largest demand for an expert over the mean demand, in the last validation. Dropped: tokens of the training that "
+    "found their expert full. Both are of the worst layer and seed. The n-gram models are interpolated modified "
+    "Kneser-Ney, counted from exactly the training tokens."
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the report.
+
+    Attributes:
+        heading: above it.
+        words: plain text, an empty line between paragraphs.
+        table: text, None or empty for none.
+        is_words: whether the table's columns are words, not numbers.
+        charts: as data.
+        picture: the name of their PNG.
+        after: plain text below table and charts.
+    """
+
+    heading: str
+    words: str = ""
+    table: "pd.DataFrame | None" = None
+    is_words: bool = False
+    charts: list[Chart] = field(default_factory=list)
+    picture: str = ""
+    after: str = ""
+
+
+def parts_of(results: Results, verdicts: dict[str, Verdict]) -> list[Part]:
+    """Return the parts in order; those that have nothing to say are left out."""
+    parts = [
+        Part("Text and protocol", table=head_table(results), is_words=True),
+        _missing(results),
+        _diverged(results),
+        Part(
+            "Results",
+            table=tables.main_table(results),
+            after=_paragraphs(beside_the_trigram(results), COLUMNS, machines(results)),
+        ),
+        _leads(results, verdicts),
+        _pairs(results),
+        Part(
+            "Perplexity during training",
+            f"Means over the seeds. Models that share the trainings of another model have its line.{_sharing(results)}",
+            charts=charts.perplexity_charts(results),
+            picture="perplexity.png",
+        ),
+        _course(results),
+        _positions(results),
+        _frequencies(results),
+        Part(
+            "Tuning of the learning rate",
+            f"Nats per token of valid at the end of a training with seed {results.study.tuning_seed}.",
+            tables.tuning_table(results),
+            charts=charts.tuning_charts(results),
+            picture="tuning.png",
+        ),
+        Part("Limits", after=_paragraphs(results.study.limits, OF_THIS_SIZE)),
+        Part("Who ran it", table=provenance_table(results), is_words=True),
+    ]
+    return [part for part in parts if _says_something(part)]
+
+
+def _says_something(part: Part) -> bool:
+    has_table = part.table is not None and len(part.table) > 0
+    return has_table or bool(part.charts) or bool(part.after)
+
+
+def _paragraphs(*texts: str) -> str:
+    return "\n\n".join(text.strip() for text in texts if text.strip())
+
+
+def _sharing(results: Results) -> str:
+    shared = [f"{model.name} that of {model.trained_as}" for model in results.study.models.values() if model.trained_as]
+    return f" Here: {', '.join(shared)}." if shared else ""
+
+
+def _missing(results: Results) -> Part:
+    table = pd.DataFrame(missing_runs(results), columns=["Model", "Lacks"])
+    return Part("Not complete", "This study is not complete. All below is of the runs so far.", table, True)
+
+
+def _diverged(results: Results) -> Part:
+    words = "These trainings broke off. They are in no mean, interval or verdict."
+    return Part("Diverged runs", words, tables.diverged_table(results), True)
+
+
+def _leads(results: Results, verdicts: dict[str, Verdict]) -> Part:
+    name, margin = results.study.baseline, f"{100 * results.study.margin:g} %"
+    if not results.baseline.finals:
+        return Part("Lead over the baseline", after=f"The baseline, {name}, has no final run yet, so there is no lead.")
+    words = (
+        f"By how many percent a model's perplexity on test is lower than that of {name}; below 0, it is higher. The "
+        "first interval is over seeds, paired: what other seeds would give. The second one is over the "
+        f"{results.facts.document_kind} of test, for these trained models. Better: the difference is surely not 0. "
+        f"Equivalent: it is surely below {margin}. Undecided: neither. Surely: p below 0.05, Holm-adjusted for "
+        f"{len(verdicts)} pairs."
+    )
+    said = "\n\n".join(f"{verdict.words()}." for verdict in verdicts.values())
+    return Part(f"Lead over {name}", words, tables.lead_table(results, verdicts), after=said)
+
+
+def _pairs(results: Results) -> Part:
+    verdicts = pair_verdicts(results)
+    words = f"The same tests of all pairs, Holm-adjusted for {len(verdicts)}, which is stricter than above."
+    return Part("All pairs", words, tables.pair_table(verdicts), True)
+
+
+def _course(results: Results) -> Part:
+    curves = lead_curves(results)
+    said = "\n\n".join(course(name, curve) for name, curve in curves.items())
+    words = f"The lead over {results.study.baseline} on valid, paired by seed: does it close?"
+    drawn = charts.lead_charts(results, curves)
+    return Part(
+        "Lead during training", words, tables.course_table(curves), charts=drawn, picture="lead.png", after=said
+    )
+
+
+def _positions(results: Results) -> Part:
+    words = (
+        "Nats per token of test by the token's position in its sample. The gain from context is how far the last range "
+        "lies below positions 3-4. A trigram has all of its context there, so that gain is of tokens further back."
+    )
+    drawn = charts.position_charts(results)
+    return Part("Use of context", words, tables.position_table(results), charts=drawn, picture="position.png")
+
+
+def _frequencies(results: Results) -> Part:
+    words = (
+        f"Tokens of test by their count in the training text. For {results.study.baseline}: nats per token. For the "
+        f"others: how far above it they are; below 0 is better. Means over the seeds that both models have."
+    )
+    drawn = charts.frequency_charts(results)
+    return Part(
+        "Rare and frequent tokens", words, tables.frequency_table(results), charts=drawn, picture="frequency.png"
+    )

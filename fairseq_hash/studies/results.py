@@ -1,0 +1,167 @@
+"""The results of a study: for each of its models the final runs, its learning rate, and what is missing or diverged."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from fairseq_hash.studies.definition import Study, StudyModel
+from fairseq_hash.studies.records import FINAL, RunRecord, Scores, TextFacts
+from fairseq_hash.studies.schedule import Choice, Run, choose
+from fairseq_hash.studies.statistics import Interval, t_interval
+
+TRIGRAM = "3"
+NGRAMS = {"1": "Kneser-Ney, 1 token", "2": "Kneser-Ney, 2 tokens", TRIGRAM: "Kneser-Ney, 3 tokens (trigram)"}
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """What there is of one model.
+
+    Attributes:
+        model: of the study.
+        choice: of its learning rate; that of `trained_as` if it shares the trainings of another model.
+        finals: its final runs by seed, those with scores on test.
+        diverged: the final runs that broke off, by seed.
+        missing: the seeds that have neither.
+        sizes: any run of the model, tuning included, for what all of its runs share; None before the first one.
+    """
+
+    model: StudyModel
+    choice: Choice
+    finals: Mapping[int, RunRecord]
+    diverged: Mapping[int, RunRecord]
+    missing: tuple[int, ...]
+    sizes: "RunRecord | None"
+
+    @property
+    def name(self) -> str:
+        """The model's name in the study."""
+        return self.model.name
+
+    @property
+    def scores(self) -> dict[int, Scores]:
+        """The scores on test by seed."""
+        return {seed: record.test[self.name] for seed, record in self.finals.items()}
+
+    @property
+    def test_nats(self) -> dict[int, float]:
+        """Mean nats per token of test by seed."""
+        return {seed: scores.nats for seed, scores in self.scores.items()}
+
+    @property
+    def valid_nats(self) -> dict[int, float]:
+        """Mean nats per token of valid at the end of the training, by seed."""
+        return {seed: record.valid_nats for seed, record in self.finals.items()}
+
+
+@dataclass(frozen=True)
+class Results:
+    """A study with its text, all runs that are done, and its models' results by name, in the study's order."""
+
+    study: Study
+    facts: TextFacts
+    done: Mapping[Run, RunRecord]
+    models: Mapping[str, ModelResult]
+
+    @property
+    def baseline(self) -> ModelResult:
+        """The model to which the others' lead is drawn."""
+        return self.models[self.study.baseline]
+
+    @property
+    def finished(self) -> list[ModelResult]:
+        """The models with at least one final run."""
+        return [result for result in self.models.values() if result.finals]
+
+    @property
+    def trigram_nats(self) -> "float | None":
+        """Nats per token of test by the trigram, None if it was not counted."""
+        return self.facts.ngrams.get("test", {}).get(TRIGRAM)
+
+
+def gather(study: Study, facts: TextFacts, done: Mapping[Run, RunRecord]) -> Results:
+    """Sort the runs that are done to the study's models."""
+    return Results(study, facts, done, {name: _of_model(study, name, done) for name in study.models})
+
+
+def _of_model(study: Study, name: str, done: Mapping[Run, RunRecord]) -> ModelResult:
+    model = study.models[name]
+    trained = model.trained_as or name
+    choice, _ = choose(study, trained, done)
+    finals, diverged, missing = {}, {}, []
+    for seed in study.seeds:
+        # Before a rate is chosen there are no final runs.
+        record = done.get(Run(trained, choice.rate, seed, FINAL)) if choice.rate is not None else None
+        if record is not None and record.diverged:
+            diverged[seed] = record
+        elif record is not None and name in record.test:
+            finals[seed] = record
+        else:
+            missing.append(seed)
+    sizes = next((record for run, record in sorted(done.items(), key=_by_run) if run.model == trained), None)
+    return ModelResult(model, choice, finals, diverged, tuple(missing), sizes)
+
+
+def _by_run(item: tuple[Run, RunRecord]) -> Run:
+    return item[0]
+
+
+def mean_of(by_seed: Mapping[int, float]) -> Interval:
+    """Return the mean over the seeds with its 95 % interval; all NaN without seeds."""
+    return t_interval(list(by_seed.values())) if by_seed else Interval(math.nan, math.nan, math.nan, 0)
+
+
+def perplexity(nats: Interval) -> Interval:
+    """Return e to the power of a mean of nats, and of its ends."""
+    return Interval(*np.exp([nats.mean, nats.low, nats.high]).tolist(), nats.count)
+
+
+def bits_per_byte(nats: Interval, facts: TextFacts) -> Interval:
+    """Return nats per token of test as bits per byte of its text."""
+    factor = facts.tokens["test"] / math.log(2) / facts.bytes["test"]
+    return Interval(factor * nats.mean, factor * nats.low, factor * nats.high, nats.count)
+
+
+def exactly(value: float) -> Interval:
+    """Return a value that has no spread, such as that of an n-gram model."""
+    return Interval(value, math.nan, math.nan, 1)
+
+
+def missing_runs(results: Results) -> list[tuple[str, str]]:
+    """Return the models that are not complete, and what each lacks, in words."""
+    rows = []
+    for result in results.models.values():
+        if not result.missing:
+            continue
+        if not result.choice.is_settled:
+            lack = f"its learning rate is not chosen yet ({len(result.choice.nats)} rates tried), so no final run"
+        elif result.model.trained_as and not result.finals:
+            lack = f"evaluation of {result.model.trained_as}'s final runs, or these runs"
+        else:
+            lack = f"final runs with seed {', '.join(map(str, result.missing))}"
+        rows.append((result.name, lack))
+    return rows
+
+
+def diverged_runs(results: Results) -> list[tuple[Run, str]]:
+    """Return the runs that diverged, and why each broke off."""
+    return [(run, record.diverged) for run, record in sorted(results.done.items(), key=_by_run) if record.diverged]
+
+
+def beside_the_trigram(results: Results) -> str:
+    """Return in words which models have a lower perplexity on test than the trigram, and which do not."""
+    if results.trigram_nats is None or not results.finished:
+        return ""
+    means = {result.name: mean_of(result.test_nats).mean for result in results.finished}
+    below = [name for name, nats in means.items() if nats < results.trigram_nats]
+    above = [name for name in means if name not in below]
+    level = f"the trigram's perplexity of {math.exp(results.trigram_nats):.2f}"
+    if not above:
+        return f"All models are below (better than) {level}."
+    little = "A comparison of models that lose against counts of three tokens proves little: they still learn what "
+    little += "counting finds, and their order may change once they use more context."
+    if not below:
+        return f"All models are above (worse than) {level}. {little}"
+    return f"Below (better than) {level}: {', '.join(below)}. Above (worse): {', '.join(above)}. {little}"

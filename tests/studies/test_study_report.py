@@ -1,0 +1,375 @@
+"""The report of a study: its numbers by hand and by SciPy, its words, and what it says of a study that is not done."""
+
+import dataclasses
+import io
+import itertools
+import math
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from html_page import Page
+from made_study import (
+    BYTES,
+    DOCUMENT_TOKENS,
+    LEAD_NATS,
+    NATS,
+    SEEDS,
+    TOKENS,
+    made_facts,
+    made_record,
+    made_runs_of_study,
+    made_study,
+)
+from scipy import stats
+
+from fairseq_hash.reporting.charts import Chart
+from fairseq_hash.studies import charts
+from fairseq_hash.studies.breakdowns import position_labels, position_ranges
+from fairseq_hash.studies.csv_tables import results_csv, runs_csv, tuning_csv
+from fairseq_hash.studies.leads import LeadCurve, course, lead_curves, lead_verdicts
+from fairseq_hash.studies.parts import parts_of
+from fairseq_hash.studies.records import FINAL, TUNING
+from fairseq_hash.studies.report import study_summary, write_study_report
+from fairseq_hash.studies.results import beside_the_trigram, gather
+from fairseq_hash.studies.schedule import Run
+
+PICTURES = ["perplexity.png", "lead.png", "position.png", "frequency.png", "tuning.png"]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """The folder of a whole report, written once."""
+    out = tmp_path_factory.mktemp("report")
+    paths = write_study_report(made_study(), made_facts(), made_runs_of_study(), out)
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in paths)
+    return out
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """The parts of a whole report by their heading."""
+    return by_heading(results_of())
+
+
+def results_of(done=None, trigram=4.6, **changes):
+    return gather(made_study(**changes), made_facts(trigram), made_runs_of_study() if done is None else done)
+
+
+def by_heading(results):
+    return {part.heading: part for part in parts_of(results, lead_verdicts(results))}
+
+
+def without(done, *, model, stage=FINAL, seeds=SEEDS):
+    return {run: one for run, one in done.items() if (run.model, run.stage) != (model, stage) or run.seed not in seeds}
+
+
+def read_csv(content):
+    return pd.read_csv(io.BytesIO(content))
+
+
+def by_scipy(values):
+    """Return the mean and the ends of Student's interval."""
+    return np.mean(values), *stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
+
+
+@pytest.mark.parametrize("model", NATS)
+def test_numbers_of_a_model(report, model):
+    """Perplexity, bits per byte and lead with their intervals, each from the made nats."""
+    row = pd.read_csv(report / "results.csv").set_index("model").loc[model]
+    nats, ends = np.array(by_scipy(NATS[model])), ["", "_low", "_high"]
+    assert [row[f"test_perplexity{end}"] for end in ends] == pytest.approx(np.exp(nats))
+    bits = nats / math.log(2) * TOKENS / BYTES
+    assert [row[f"test_bits_per_byte{end}"] for end in ends] == pytest.approx(bits)
+    assert (row["seeds"], row["diverged"], row["missing"]) == (3, 0, 0)
+    if model != "Dense":
+        mean, low, high = by_scipy(np.subtract(NATS[model], NATS["Dense"]))
+        leads = [100 * (1 - math.exp(difference)) for difference in (mean, high, low)]
+        assert [row[f"lead_percent{end}"] for end in ends] == pytest.approx(leads)
+    else:
+        assert math.isnan(row["lead_percent"])
+
+
+def test_other_columns(report):
+    """Rates and their edge, sizes, the mean speed, and the worst load and drop of the seeds."""
+    rows = pd.read_csv(report / "results.csv").set_index("model")
+    assert list(rows.index) == list(NATS)
+    assert rows["learning_rate"].tolist() == [0.002, 0.004, 0.002, 0.002, 0.004]
+    assert rows["at_edge"].tolist() == [False, True, False, False, True]
+    assert rows.loc["Hash", "valid_perplexity"] == pytest.approx(math.exp(4.62 - 0.1 + 0.001))
+    for model in ("Hash", "Hash, balanced"):
+        assert rows.loc[model, ["parameters", "active", "experts"]].tolist() == [3e6, 1e6, 16]
+        assert rows.loc[model, ["load_max", "dropped"]].tolist() == pytest.approx([1.8, 0.03])
+        assert rows.loc[model, "tokens_per_second"] == 1002
+    assert rows.loc["Dense", ["load_max", "dropped"]].isna().all()
+    assert rows["verdict"].tolist()[1:] == ["better", "equivalent", "undecided", "better"]
+
+
+def test_one_row_a_run(report):
+    """All runs, tuning included: also the one that diverged, and both evaluations of the shared trainings."""
+    runs, tuned = pd.read_csv(report / "runs.csv"), pd.read_csv(report / "tuning.csv")
+    assert len(runs) == len(made_runs_of_study()) == 24
+    final = runs[(runs["model"] == "Hash") & (runs["stage"] == FINAL)]
+    assert final["test_nats: Hash"].tolist() == list(NATS["Hash"])
+    assert final["test_nats: Hash, balanced"].tolist() == list(NATS["Hash, balanced"])
+    assert len(tuned) == 12 and (runs["stage"] == TUNING).sum() == 12
+    chosen = tuned[tuned["chosen"]].set_index("model")["learning_rate"]
+    assert chosen.to_dict() == {"Dense": 0.002, "Hash": 0.004, "Twin": 0.002, "Switch": 0.002}
+    (diverged,) = tuned[tuned["diverged"].notna()].to_dict("records")
+    assert (diverged["model"], diverged["diverged"]) == ("Switch", "loss is nan at update 7")
+    assert math.isnan(diverged["valid_nats"])
+
+
+def test_markdown_stands_alone(report):
+    """It is small, has every section, rounds as the CSV says, names each verdict, and points to nothing else."""
+    text = (report / "results.md").read_text()
+    assert len(text.encode()) < 40_000
+    headings = re.findall(r"^##? (.+)$", text, re.MULTILINE)
+    assert headings == [
+        *("A made study", "Text and protocol", "Diverged runs", "Results", "Lead over Dense", "All pairs"),
+        *("Lead during training", "Use of context", "Rare and frequent tokens", "Tuning of the learning rate"),
+        *("Limits", "Who ran it"),
+    ]
+    assert "| Hash | 83.23 (79.16 to 87.52) | 1.8226 (1.8019 to 1.8433) | 91.93 | 0.004 (edge) | 3 |" in text
+    assert "| Kneser-Ney, 3 tokens (trigram) | 99.48 | 1.8961 | 99.48 | – |" in text
+    assert "Hash is better than Dense: 9.4 % lower perplexity" in text
+    assert "Dense and Twin are equivalent within 1 %" in text and "Dense and Switch are undecided" in text
+    assert "| Switch | tuning | 0.004 | 100 | loss is nan at update 7 |" in text
+    assert "| Switch | 4.700 | 4.600 (chosen) | diverged |" in text
+    assert "These numbers are made." in text and "one corpus and small models" in text
+    assert "abc123" in text and "2026-11-20T10:00:00+00:00 to 2026-11-23" in text and "-0.0 " not in text
+    assert "](" not in text
+
+
+def test_page_has_the_charts_and_makes_no_request(report):
+    """Charts as data for the script and as pictures without it, tables as in Markdown, nothing from elsewhere."""
+    page = Page.of(report / "index.html")
+    titles = [chart["title"] for chart in page.charts]
+    assert titles == [
+        *("Perplexity by tokens", "Perplexity by time", "Perplexity by FLOPs", "Lead over Dense by tokens"),
+        *("Nats by position in the sample", "Nats by the token's count in training", "Valid loss by learning rate"),
+    ]
+    assert page.sources and all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert page.policy.startswith("default-src 'none'")
+    assert len(page.tables) == len(re.findall(r"^\| ---", (report / "results.md").read_text(), re.MULTILINE))
+    assert "Does it report?" in page.text
+    for name in PICTURES:
+        assert (report / name).read_bytes().startswith(b"\x89PNG") and (report / name).stat().st_size > 10_000
+
+
+def test_perplexity_charts():
+    """Means of nats over the seeds, against three x axes; n-gram models are level; shared trainings are drawn once."""
+    drawn = charts.perplexity_charts(results_of())
+    for chart, last in zip(drawn, (0.04, 4.0, 240.0), strict=True):
+        lines = {line.name: line for line in chart.lines}
+        assert list(lines)[:4] == ["Dense", "Hash", "Twin", "Switch"]
+        assert lines["Hash"].x == pytest.approx(last * np.arange(1, 5) / 4)
+        assert lines["Dense"].y == pytest.approx(np.exp([5.52, 5.02, 4.82, 4.62]))
+        assert lines["Dense"].spread[-1] == pytest.approx(np.exp([4.6, 4.64]))
+        assert lines["Kneser-Ney, 2 tokens"].y == pytest.approx([math.exp(5.0)] * 2)
+        assert chart.log_y and lines["Dense"].colour is None
+        colours = [line.colour for line in chart.lines[1:4]]
+        assert len(set(colours)) == 3 and None not in colours
+    assert drawn[2].x_label == "FLOPs of training (10^9)"
+
+
+def test_lead_during_training():
+    """The curve by hand, the words by the paired change; half is the second of four validations."""
+    curve = lead_curves(results_of())["Hash"]
+    noise = 0.001 * np.arange(3)[:, None]
+    assert curve.lead_SN == pytest.approx(100 * (1 - np.exp(noise - LEAD_NATS)))
+    assert curve.half == 1
+    words = course("Hash", curve)
+    assert words.startswith(
+        "Hash has a lead of 13.0 % at half of the training and of 9.4 % at its end. It shrank by 3.6"
+    )
+    mean, low, high = by_scipy(curve.lead_SN[:, 3] - curve.lead_SN[:, 1])
+    assert words.endswith(f"{-mean:.1f} points (95 % interval over seeds {-high:.1f} to {-low:.1f}).")
+    (chart,) = charts.lead_charts(results_of(), {"Hash": curve})
+    assert chart.lines[0].y == pytest.approx(curve.lead_SN.mean(axis=0))
+
+
+@pytest.mark.parametrize(
+    ("lead_SN", "said"),
+    [
+        ([[1, 2, 3], [1, 2.1, 3]], "It grew by 0.9 points"),
+        ([[-1, -2, -3], [-1, -2.1, -3]], "It fell by 0.9 points"),
+        ([[-3, -2, -1], [-3, -2.1, -1]], "It rose by 1.1 points"),
+        ([[1, 2, 3], [1, 2, 1.5]], "No clear change: -9.3 to 9.8"),
+        ([[3, 2, 1]], "It shrank by 1.0 points (one seed"),
+    ],
+)
+def test_whether_a_lead_closes(lead_SN, said):
+    """The word follows the sign; a change whose interval holds 0 is called none."""
+    curve = LeadCurve(np.array([1.0, 2.0, 4.0]), np.array(lead_SN, dtype=float), 1)
+    assert said in course("Hash", curve)
+
+
+def test_lead_needs_equal_validations():
+    """Trainings that were validated at other points are not paired."""
+    done = made_runs_of_study()
+    for seed in SEEDS:
+        run = Run("Hash", 0.004, seed, FINAL)
+        done[run] = dataclasses.replace(done[run], validations=done[run].validations[1:])
+    assert list(lead_curves(results_of(done))) == ["Twin", "Switch"]
+
+
+def test_nats_by_position(parts):
+    """Each range is the mean of nats + 1/p over its positions; the gain is from positions 3-4 to the last range."""
+    table = parts["Use of context"].table
+    dense = table.set_index("Model").loc["Dense"]
+    ranges = {"1": (1, 2), "2": (2, 3), "3-4": (3, 5), "5-8": (5, 9), "9-16": (9, 17)}
+    expected = {label: 4.52 + np.mean([1 / p for p in range(*ends)]) for label, ends in ranges.items()}
+    assert {label: float(dense[label]) for label in ranges} == pytest.approx(expected, abs=6e-4)
+    assert float(dense["Gain from context"]) == pytest.approx(expected["3-4"] - expected["9-16"], abs=6e-4)
+    (chart,) = charts.position_charts(results_of())
+    assert chart.lines[0].y == pytest.approx(list(expected.values())) and [*chart.lines[0].x] == [1, 2, 4, 8, 16]
+
+
+def test_ranges_of_positions():
+    """128 positions have eight ranges; any length is covered once."""
+    assert position_labels(128) == ["1", "2", "3-4", "5-8", "9-16", "17-32", "33-64", "65-128"]
+    for length in (1, 2, 3, 100, 129):
+        covered = itertools.chain.from_iterable(range(*ends) for ends in position_ranges(length))
+        assert list(covered) == list(range(length))
+
+
+def test_nats_by_frequency(parts):
+    """Beside the baseline, paired by seed; the trigram's beside the mean; a range without tokens has none."""
+    table = parts["Rare and frequent tokens"].table.set_index("Model")
+    assert list(table.index) == [
+        *("Share of test", "Dense: nats", "Hash", "Twin", "Switch", "Hash, balanced"),
+        "Kneser-Ney, 3 tokens (trigram)",
+    ]
+    assert table.loc["Share of test"].tolist() == ["0.0%", "10.0%", "40.0%", "50.0%"]
+    assert table.loc["Dense: nats"].tolist() == ["–", "5.520", "6.520", "7.520"]
+    assert table.loc["Hash"].tolist() == ["–", *[f"{np.mean(NATS['Hash']) - 4.52:.3f}"] * 3]
+    assert table.iloc[-1].tolist() == ["–", "3.480", "-1.520", "-4.520"]
+
+
+def test_lead_over_documents(parts):
+    """Where each document has the same difference, its interval over documents is a point; with one, there is none."""
+    table = parts["Lead over Dense"].table.set_index("Model")
+    assert table.loc["Hash", "Lead (95 % over documents)"] == "9.4 % (9.4 to 9.4)"
+    done = made_runs_of_study()
+    for run, record in done.items():
+        test = {
+            name: dataclasses.replace(one, document_nats=one.document_nats[:1]) for name, one in record.test.items()
+        }
+        done[run] = dataclasses.replace(record, test=test)
+    results = results_of(done)
+    results = dataclasses.replace(
+        results, facts=dataclasses.replace(results.facts, document_tokens=DOCUMENT_TOKENS[:1])
+    )
+    assert by_heading(results)["Lead over Dense"].table["Lead (95 % over documents)"].tolist() == ["–"] * 4
+
+
+@pytest.mark.parametrize(
+    ("trigram", "said"),
+    [
+        (4.6, "All models are below (better than) the trigram's perplexity of 99.48."),
+        (4.45, "of 85.63: Hash, Hash, balanced. Above (worse): Dense, Twin, Switch. A comparison"),
+        (4.0, "All models are above (worse than) the trigram's perplexity of 54.60. A comparison"),
+    ],
+)
+def test_beside_the_trigram(trigram, said):
+    """Which models are below the trigram, by the mean of nats; what is above it proves little."""
+    words = beside_the_trigram(results_of(trigram=trigram))
+    assert said in words and ("proves little" in words) == (trigram < 4.6)
+
+
+def test_study_without_runs(tmp_path):
+    """Every model is named with what it lacks; nothing is drawn, and the n-gram lines are there."""
+    paths = write_study_report(made_study(), made_facts(), {}, tmp_path)
+    assert not [path for path in paths if path.suffix == ".png"]
+    text = (tmp_path / "results.md").read_text()
+    for name in NATS:
+        assert f"| {name} | its learning rate is not chosen yet (0 rates tried)" in text
+        assert f"| {name} | – | – | – |" in text
+    assert "Dense, has no final run yet" in text and "Kneser-Ney, 2 tokens | 148.41" in text
+    assert len(pd.read_csv(tmp_path / "results.csv")) == 5 and len(pd.read_csv(tmp_path / "tuning.csv")) == 0
+
+
+def test_study_without_its_baseline():
+    """No lead is shown, and that is said; pairs of the others are compared."""
+    parts = by_heading(results_of(without(made_runs_of_study(), model="Dense")))
+    (lacks,) = parts["Not complete"].table.to_dict("records")
+    assert lacks == {"Model": "Dense", "Lacks": "final runs with seed 1, 2, 3"}
+    assert "no final run yet" in parts["Lead over the baseline"].after
+    assert "Lead during training" not in parts and "Rare and frequent tokens" not in parts
+    assert len(parts["All pairs"].table) == 6
+
+
+def test_study_with_one_seed_so_far():
+    """Means stand without ends, verdicts are undecided, and the seeds that lack are named."""
+    done = made_runs_of_study()
+    for model in ("Dense", "Hash", "Twin", "Switch"):
+        done = without(done, model=model, seeds=(2, 3))
+    results = results_of(done)
+    parts = by_heading(results)
+    row = parts["Results"].table.set_index("Model").loc["Hash"]
+    assert (row["Test perplexity"], row["Seeds"]) == (f"{math.exp(4.40):.2f}", "1")
+    assert set(parts["Lead over Dense"].table["Verdict"]) == {"undecided"}
+    assert "final runs with seed 2, 3" in parts["Not complete"].table["Lacks"].tolist()
+    assert "one seed" in parts["Lead during training"].after
+    assert read_csv(results_csv(results, lead_verdicts(results)))["test_perplexity_low"].isna().all()
+
+
+def test_evaluation_that_is_missing():
+    """A model that shares trainings may lack its evaluation although they are done."""
+    done = {
+        run: dataclasses.replace(one, test={name: of for name, of in one.test.items() if name != "Hash, balanced"})
+        for run, one in made_runs_of_study().items()
+    }
+    parts = by_heading(results_of(done))
+    assert parts["Not complete"].table.to_numpy().tolist() == [
+        ["Hash, balanced", "evaluation of Hash's final runs, or these runs"]
+    ]
+    assert len(parts["Results"].table) == 8 and len(parts["All pairs"].table) == 6
+
+
+def test_final_run_that_diverged():
+    """It is listed and counted, and in no mean; pairs are of the other seeds."""
+    done, run = made_runs_of_study(), Run("Hash", 0.004, 3, FINAL)
+    done[run] = made_record(run, [], diverged="gradient is inf")
+    results = results_of(done)
+    parts = by_heading(results)
+    row = parts["Results"].table.set_index("Model").loc["Hash"]
+    assert row["Seeds"] == "2 (1 diverged)"
+    assert row["Test perplexity"].startswith(f"{math.exp(np.mean(NATS['Hash'][:2])):.2f} ")
+    assert ["Hash", "final", "0.004", "3", "gradient is inf"] in parts["Diverged runs"].table.to_numpy().tolist()
+    assert "Not complete" not in parts
+    assert lead_verdicts(results)["Hash"].nats.count == 2
+    assert len(read_csv(runs_csv(results))) == 24 and len(read_csv(tuning_csv(results))) == 12
+
+
+def test_runs_of_two_machines():
+    """Processors are counted, and speeds are said not to compare."""
+    done, run = made_runs_of_study(), Run("Hash", 0.004, 3, FINAL)
+    done[run] = dataclasses.replace(done[run], provenance={"processor": "Another one", "date": "2026-12-01"})
+    parts = by_heading(results_of(done))
+    assert "do not compare" in parts["Results"].after
+    origin = dict(parts["Who ran it"].table.to_numpy().tolist())
+    assert origin["Processor"] == "A processor (23 runs); Another one (1 runs)"
+    assert origin["Dates (UTC)"].endswith("to 2026-12-01")
+
+
+def test_summary_for_the_terminal():
+    """The table of models, the verdicts, the trigram, and what is missing."""
+    done = without(made_runs_of_study(), model="Switch", seeds=(2,))
+    lines = study_summary(made_study(), made_facts(), done).splitlines()
+    assert re.match(r"Hash +83\.23 \(79\.16 to 87\.52\) ", next(line for line in lines if line.startswith("Hash ")))
+    assert any(line.startswith("Dense and Twin are equivalent") for line in lines)
+    assert lines[-2:] == [
+        "All models are below (better than) the trigram's perplexity of 99.48.",
+        "Missing: Switch: final runs with seed 2.",
+    ]
+
+
+def test_tuning_chart():
+    """A line ends before the rates at which its training diverged."""
+    (chart,) = charts.tuning_charts(results_of())
+    assert isinstance(chart, Chart) and chart.log_x
+    lines = {line.name: line for line in chart.lines}
+    assert [*lines["Switch"].x] == [0.001, 0.002] and [*lines["Hash"].y] == [4.7, 4.6, 4.55]

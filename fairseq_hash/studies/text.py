@@ -88,8 +88,9 @@ def fingerprint_of(data: Path) -> str:
 
 def facts_of(text: StudyText, data: Path, tokens_per_sample: int, display: Display) -> TextFacts:
     """Count what the report needs of a study's data, its n-gram lines included."""
-    symbols, counts = read_dictionary(data / "dict.txt")
+    symbols, _ = read_dictionary(data / "dict.txt")
     streams = {split: np.concatenate(list(open_text(data, split, symbols).blocks())) for split in SPLITS}
+    counts = np.bincount(streams["train"], minlength=len(symbols))  # dict.txt does not count ends of lines
     document_S, kind = documents(streams["test"])
     edges, labels = frequency_edges(counts)
     nothing_S = np.zeros(len(streams["test"]))
@@ -108,7 +109,7 @@ def facts_of(text: StudyText, data: Path, tokens_per_sample: int, display: Displ
         pieces=text.pieces,
         fingerprint=fingerprint_of(data),
         tokens={split: len(stream_S) for split, stream_S in streams.items()},
-        bytes={split: int(bytes_of_stream(stream_S, symbols)) for split, stream_S in streams.items()},
+        bytes={split: bytes_of_stream(stream_S, symbols)[0] for split, stream_S in streams.items()},
         document_kind=kind,
         document_tokens=by_document(nothing_S, document_S)[1].tolist(),
         frequency_labels=labels,

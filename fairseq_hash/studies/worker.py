@@ -229,8 +229,9 @@ def scores_on_test(request: Request) -> dict[str, Scores]:
     torch.set_num_threads(request.threads)
     data = Path(request.data)
     config = load_run(Path(request.folder)).training.config
-    symbols, counts = read_dictionary(data / "dict.txt")
-    id_S = np.concatenate(list(open_text(data, "test", symbols).blocks()))
+    symbols, _ = read_dictionary(data / "dict.txt")
+    id_S, train_S = (np.concatenate(list(open_text(data, split, symbols).blocks())) for split in ("test", "train"))
+    counts = np.bincount(train_S, minlength=len(symbols))
     document_S, _ = documents(id_S)
     edges, _ = frequency_edges(counts)
     scores = {}

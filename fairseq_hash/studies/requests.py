@@ -1,14 +1,15 @@
 """From a run of a study to the request that a worker takes: its composed configuration, command and identity."""
 
+import copy
 import functools
+import itertools
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 import fairseq_hash
 from fairseq_hash.core.errors import UserError
@@ -16,14 +17,15 @@ from fairseq_hash.experiments.checks import check_experiment
 from fairseq_hash.experiments.compose import Experiment, compose
 from fairseq_hash.experiments.flags import flags
 from fairseq_hash.experiments.sizes import Sizes, sizes
-from fairseq_hash.reporting.logs import flat
-from fairseq_hash.reporting.run_options import STOPS, stable
+from fairseq_hash.reporting.run_options import VOLATILE
 from fairseq_hash.studies.definition import Study, StudyModel, folder_name
 from fairseq_hash.studies.records import FINAL, RunRecord, identity_of
 from fairseq_hash.studies.schedule import Done, Run, choose, tuning_run
 from fairseq_hash.studies.worker import Request
 
 NEVER = 1_000_000_000
+# Options that a run has apart from its model's, or that change no result.
+OF_A_RUN = (VOLATILE - {"max_update", "max_epoch"}) | {"lr", "save_interval", "save_interval_updates"}
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,18 @@ class Requests:
 
     def __init__(self, study: Study, places: Places) -> None:
         self.study, self.places = study, places
-        self.request = functools.cache(self._request)
+        self.composed = functools.cache(self._composed)
         self.sizes = functools.cache(self._sizes)
+        self.options = functools.cache(self._options)
+        self.identity = functools.cache(self._identity)
 
-    def compose(self, model: StudyModel, rate: float, seed: int) -> Experiment:
-        """Return a run's configuration."""
+    def _composed(self, name: str) -> Experiment:
+        """Return a model's configuration, with the first rate and the tuning seed."""
+        model = self.study.models[name]
         text, places = self.study.text, self.places
         words = [*model.overrides, *places.overrides, f"task.data={_quoted(places.data)}"]
-        words += [f"experiment.vocabulary={places.vocabulary}", f"optimization.lr=[{rate!r}]", f"common.seed={seed}"]
+        words += [f"experiment.vocabulary={places.vocabulary}", f"common.seed={self.study.tuning_seed}"]
+        words.append(f"optimization.lr=[{self.study.learning_rates[0]!r}]")
         if model.table_of:
             words.append(f"model.hash_table={_quoted(self.table_path(model))}")
         experiment = compose(places.configs, model.experiment, words)
@@ -93,34 +99,60 @@ class Requests:
         """Return a run's folder."""
         return self.places.runs / folder_name(run.model) / f"lr{run.learning_rate:g}-seed{run.seed}"
 
-    def _request(self, run: Run) -> Request:
-        study, places = self.study, self.places
-        model = study.models[run.model]
-        experiment = self.compose(model, run.learning_rate, run.seed)
-        folder, of = self.folder(run), self.sizes(run.model)
-        experiment.config.checkpoint.save_dir = str(folder)
-        config = OmegaConf.to_container(experiment.config)
-        known: dict[str, Any] = dict(flat(config))
-        options = stable(known) | {key: known[key] for key in STOPS}
+    def record_path(self, run: Run) -> Path:
+        """Return the file of a run's record."""
+        return self.places.records / f"{folder_name(run.model)}-{self.folder(run).name}.json"
+
+    def config(self, run: Run) -> DictConfig:
+        """Return a run's configuration."""
+        config = copy.deepcopy(self.composed(run.model).config)
+        config.optimization.lr = [run.learning_rate]
+        config.common.seed = run.seed
+        config.checkpoint.save_dir = str(self.folder(run))
+        return config
+
+    def _identity(self, run: Run) -> str:
+        """Return what tells a run from others.
+
+        Options with their defaults are no part of it, so that a version with more options still knows its records.
+        """
+        model = self.study.models[run.model]
+        options = self.options(run.model)
         made_table: list[str] = []
         if model.table_of:
-            del options["model.hash_table"]  # a path; what the table is made of says which it is
-            source = study.models[model.table_of]
+            options = {key: value for key, value in options.items() if key != "hash_table"}  # a path
+            source = self.study.models[model.table_of]
             made_table = [source.experiment, *source.overrides, *model.table]
-        identity = identity_of({"options": options, "seed": run.seed, "data": places.fingerprint, "table": made_table})
-        command = [sys.executable, "-m", "fairseq_cli.train", *flags(experiment.config)]
+        known = {"options": options, "table": made_table, "data": self.places.fingerprint}
+        return identity_of({**known, "seed": run.seed, "learning_rate": run.learning_rate})
+
+    def _options(self, name: str) -> dict[str, str]:
+        """Return a model's options that are not fairseq-train's defaults, without those that change no result."""
+        words = flags(self.composed(name).config)[1:]  # without the data
+        pairs = [
+            (word[2:].replace("-", "_"), "" if following.startswith("--") else following)
+            for word, following in itertools.pairwise([*words, "--"])
+            if word.startswith("--")
+        ]
+        return {key: value for key, value in sorted(pairs) if key not in OF_A_RUN}
+
+    def request(self, run: Run) -> Request:
+        """Return what a worker needs to know of a run."""
+        study, places, model = self.study, self.places, self.study.models[run.model]
+        folder, of, config = self.folder(run), self.sizes(run.model), self.config(run)
+        command = [sys.executable, "-m", "fairseq_cli.train", *flags(config)]
         return Request(
             folder=str(folder),
             command=command,
-            record=str(places.records / f"{folder_name(run.model)}-{folder.name}.json"),
-            identity=identity,
+            record=str(self.record_path(run)),
+            identity=self.identity(run),
             model=run.model,
             experiment=[model.experiment, *model.overrides, *places.overrides],
             learning_rate=run.learning_rate,
             seed=run.seed,
             parameters=of.total,
             active=of.active,
-            experts=experiment.config.model.num_experts if of.expert_parameters else 0,
+            experts=config.model.num_experts if of.expert_parameters else 0,
             flops_per_token=of.training_flops / (of.tokens_per_update * of.updates),
             tokens_per_update=of.tokens_per_update,
             data=str(places.data),
@@ -130,13 +162,12 @@ class Requests:
         )
 
     def _sizes(self, name: str) -> Sizes:
-        study = self.study
-        return sizes(self.compose(study.models[name], study.learning_rates[0], study.tuning_seed))
+        return sizes(self.composed(name))
 
     def check(self, model: StudyModel) -> None:
         """Raise `UserError` if a model's trainings would not start."""
         if not model.table_of:
-            check_experiment(self.compose(model, self.study.learning_rates[0], self.study.tuning_seed), ranks=1)
+            check_experiment(self.composed(model.name), ranks=1)
 
     def done(self, records: Mapping[str, RunRecord]) -> Done:
         """Return the runs of the study that have records, however far it has come."""
@@ -148,7 +179,7 @@ class Requests:
                     needed = [Run(model.name, choice.rate, seed, FINAL) for seed in self.study.seeds]
                 found = {}
                 for run in needed:
-                    record = records.get(self.request(run).identity)
+                    record = records.get(self.identity(run))
                     if record is not None and run not in done and self._has_scores(run, record):
                         found[run] = record
                 done |= found

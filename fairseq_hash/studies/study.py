@@ -66,7 +66,7 @@ class State:
         self.done = self.requests.done({**self.lent, **known})
         for run, record in self.done.items():
             if record.identity not in known:
-                write_record(Path(self.requests.request(run).record), replace(record, model=run.model))
+                write_record(self.requests.record_path(run), replace(record, model=run.model))
 
 
 def open_study(study: Study, setting: Setting, display_of: Callable[[float], Display] = Display) -> State:
@@ -93,7 +93,7 @@ def open_study(study: Study, setting: Setting, display_of: Callable[[float], Dis
         for model in study.trained():
             requests.check(model)
         baseline = study.models[study.models[study.baseline].trained_as or study.baseline]
-        sample = requests.compose(baseline, study.learning_rates[0], study.tuning_seed).config.task.tokens_per_sample
+        sample = requests.composed(baseline.name).config.task.tokens_per_sample
         path = setting.records / "text.json"
         facts = read_facts(path) if path.is_file() else None
         if facts is None or facts.fingerprint != places.fingerprint or facts.tokens_per_sample != sample:

@@ -113,6 +113,6 @@ def scaling_heading(results: Results) -> str:
     size = size_of(results)
     return (
         "Perplexity on test by the number of experts E. The fitted form is that of Clark et al. (2022): "
-        "log L = a log N + b log E' + c log N log E' + d, with L in nats, logarithms to base 10, and E' the E that counts when it "
-        f"saturates. N is {'unknown' if size is None else count_text(size)}: the active parameters of the baseline."
+        "log L = a log N + b log E' + c log N log E' + d, with L in nats, logarithms to base 10. "
+        f"E' is E, levelled off where more experts help no more. N is {'unknown' if size is None else count_text(size)}: the active parameters of the baseline."
     )

@@ -111,8 +111,10 @@ def scaling_words(results: Results, families: Mapping[str, Family], fits: Mappin
 def scaling_heading(results: Results) -> str:
     """Return what the table and the fits are."""
     size = size_of(results)
+    named = "unknown" if size is None else count_text(size)
     return (
         "Perplexity on test by the number of experts E. The fitted form is that of Clark et al. (2022): "
         "log L = a log N + b log E' + c log N log E' + d, with L in nats, logarithms to base 10. "
-        f"E' is E, levelled off where more experts help no more. N is {'unknown' if size is None else count_text(size)}: the active parameters of the baseline."
+        "E' is E, levelled off where more experts help no more. "
+        f"N is {named}: the active parameters of the baseline."
     )

@@ -89,7 +89,8 @@ class Study:
         seeds: the seeds of the trainings that are compared.
         margin: relative difference in perplexity below which two models are called equivalent, such as 0.01.
         validations: of each training, evenly over its updates.
-        scaling: whether the models differ in their number of experts, so that a scaling form is fitted.
+        scaling: whether the models differ in their number of experts, so that a scaling form is fitted: to each family
+            of models whose names differ in a number at their end only, such as `Hash 16` and `Hash 64`.
     """
 
     name: str

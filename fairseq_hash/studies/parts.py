@@ -6,6 +6,14 @@ import pandas as pd
 
 from fairseq_hash.reporting.charts import Chart
 from fairseq_hash.studies import charts, tables
+from fairseq_hash.studies.families import (
+    families_of,
+    fits_of,
+    scaling_charts,
+    scaling_heading,
+    scaling_table,
+    scaling_words,
+)
 from fairseq_hash.studies.leads import course, lead_curves, pair_verdicts
 from fairseq_hash.studies.provenance_table import head_table, machines, provenance_table
 from fairseq_hash.studies.results import Results, beside_the_trigram, missing_runs
@@ -68,6 +76,7 @@ def parts_of(results: Results, verdicts: dict[str, Verdict]) -> list[Part]:
             charts=charts.perplexity_charts(results),
             picture="perplexity.png",
         ),
+        _scaling(results),
         _course(results),
         _positions(results),
         _frequencies(results),
@@ -127,6 +136,19 @@ def _pairs(results: Results) -> Part:
     verdicts = pair_verdicts(results)
     words = f"The same tests of all pairs, Holm-adjusted for {len(verdicts)}, which is stricter than above."
     return Part("All pairs", words, tables.pair_table(verdicts), True)
+
+
+def _scaling(results: Results) -> Part:
+    families = families_of(results)
+    fits = fits_of(results, families)
+    return Part(
+        "Scaling with the number of experts",
+        scaling_heading(results),
+        scaling_table(families),
+        charts=scaling_charts(results, families, fits),
+        picture="scaling.png",
+        after=scaling_words(results, families, fits),
+    )
 
 
 def _course(results: Results) -> Part:

@@ -32,8 +32,9 @@ from fairseq_hash.studies.leads import LeadCurve, course, lead_curves, lead_verd
 from fairseq_hash.studies.parts import parts_of
 from fairseq_hash.studies.records import FINAL, TUNING
 from fairseq_hash.studies.report import study_summary, write_study_report
-from fairseq_hash.studies.results import beside_the_trigram, gather
+from fairseq_hash.studies.results import NGRAMS, beside_the_trigram, gather
 from fairseq_hash.studies.schedule import Run
+from fairseq_hash.studies.tables import number
 
 PICTURES = ["perplexity.png", "lead.png", "position.png", "frequency.png", "tuning.png"]
 
@@ -163,7 +164,7 @@ def test_perplexity_charts():
     drawn = charts.perplexity_charts(results_of())
     for chart, last in zip(drawn, (0.04, 4.0, 240.0), strict=True):
         lines = {line.name: line for line in chart.lines}
-        assert list(lines)[:4] == ["Dense", "Hash", "Twin", "Switch"]
+        assert list(lines) == ["Dense", "Hash", "Twin", "Switch", *NGRAMS.values()]
         assert lines["Hash"].x == pytest.approx(last * np.arange(1, 5) / 4)
         assert lines["Dense"].y == pytest.approx(np.exp([5.52, 5.02, 4.82, 4.62]))
         assert lines["Dense"].spread[-1] == pytest.approx(np.exp([4.6, 4.64]))
@@ -373,3 +374,8 @@ def test_tuning_chart():
     assert isinstance(chart, Chart) and chart.log_x
     lines = {line.name: line for line in chart.lines}
     assert [*lines["Switch"].x] == [0.001, 0.002] and [*lines["Hash"].y] == [4.7, 4.6, 4.55]
+
+
+def test_no_negative_zero():
+    """A number that rounds to 0 has no sign."""
+    assert (number(-0.004, 2), number(-0.006, 2), number(math.nan, 2)) == ("0.00", "-0.01", "–")

@@ -1,0 +1,69 @@
+"""Perplexity by the number of experts in a study's report: families by name, and fits of made power laws."""
+
+import math
+
+import pytest
+from made_study import SEEDS, made_facts, made_record, made_study, valid_curve
+
+from fairseq_hash.studies.definition import StudyModel
+from fairseq_hash.studies.families import families_of, fits_of, scaling_charts, scaling_table, scaling_words
+from fairseq_hash.studies.leads import lead_verdicts
+from fairseq_hash.studies.parts import parts_of
+from fairseq_hash.studies.records import FINAL
+from fairseq_hash.studies.results import gather
+from fairseq_hash.studies.schedule import Run
+
+# Nats are 4.5 times E to the power of this. The families cross at no E above 1.
+SLOPES = {"Hash": -0.02, "Switch": -0.03}
+EXPERTS = (4, 16, 64)
+
+
+def results_of(scaling=True, without=()):
+    """Return a study of two families and a dense baseline, with one learning rate."""
+    experts = {"Dense": 0} | {f"{name} {count}": count for name in SLOPES for count in EXPERTS}
+    models = {name: StudyModel(name, experiment="x") for name in experts}
+    study = made_study(models=models, learning_rates=(0.001,), scaling=scaling)
+    done = {}
+    for name, count in experts.items():
+        factor = count ** SLOPES[name.split()[0]] if count else 1
+        for number, seed in enumerate(SEEDS):
+            nats = (4.5 + 0.001 * number) * factor
+            run = Run("Hash" if count else "Dense", 0.001, seed, FINAL)
+            record = made_record(run, valid_curve("Dense", number), {name: nats}, model=name, experts=count)
+            if name not in without:
+                done[Run(name, 0.001, seed, FINAL)] = record
+    return gather(study, made_facts(), done)
+
+
+def test_families_are_by_name():
+    """The number at the end is left out, and the dense baseline is the point of one expert."""
+    families = families_of(results_of())
+    assert {name: list(family) for name, family in families.items()} == {name: [1, 4, 16, 64] for name in SLOPES}
+    assert families["Hash"][16].name == "Hash 16" and families["Switch"][1].name == "Dense"
+    assert families_of(results_of(scaling=False)) == {}
+
+
+def test_fits_recover_the_slopes():
+    """A power law without noise is found again, in numbers, words, table and chart."""
+    results = results_of()
+    families = families_of(results)
+    fits = fits_of(results, families)
+    assert {name: found.coefficients.b for name, found in fits.items()} == pytest.approx(SLOPES, abs=1e-6)
+    assert set(fits["Hash"].sizes) == {1_000_000}
+    words = scaling_words(results, families, fits)
+    assert "Hash: b = -0.0200" in words and "Switch has the lower loss all the way from E = 2 to 256" in words
+    table = scaling_table(families).set_index("Family")
+    assert table.loc["Hash", "E = 16"] == f"{math.exp(4.501 * 16**-0.02):.2f}"
+    (chart,) = scaling_charts(results, families, fits)
+    measured, fitted = (line for line in chart.lines if line.name == "Hash")
+    assert [*measured.x] == [1, 4, 16, 64]
+    assert fitted.y[[0, -1]] == pytest.approx(measured.y[[0, -1]], rel=1e-4)
+
+
+def test_part_of_the_report():
+    """It is there although the baseline lacks, and then without fits."""
+    results = results_of(without=("Dense", "Switch 4"))
+    parts = {part.heading: part for part in parts_of(results, lead_verdicts(results))}
+    part = parts["Scaling with the number of experts"]
+    assert list(part.table.columns) == ["Family", "E = 4", "E = 16", "E = 64"] and part.table.iloc[1, 1] == "–"
+    assert part.after == "" and len(part.charts) == 1

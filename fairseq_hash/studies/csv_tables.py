@@ -44,12 +44,15 @@ def _ends(name: str, interval: Interval) -> dict[str, float]:
 
 def runs_csv(results: Results) -> bytes:
     """Return one row per run, tuning included. `test_nats` are those of the evaluation of each name."""
-    names = list(results.study.models)
+    models = results.study.models
     rows = []
     for run, record in sorted(results.done.items(), key=lambda item: item[0]):
         row: dict[str, Any] = {"model": run.model, "stage": run.stage, "learning_rate": run.learning_rate}
         row |= {"seed": run.seed, "diverged": record.diverged, "valid_nats": _finite(record)}
-        row |= {f"test_nats: {name}": record.test[name].nats if name in record.test else None for name in names}
+        row |= dict.fromkeys(f"test_nats: {name}" for name in models)
+        for name, model in models.items():
+            if run.model in (name, model.trained_as) and model.evaluation in record.test:
+                row[f"test_nats: {name}"] = record.test[model.evaluation].nats
         for name in ("tokens", "seconds", "tokens_per_second", "load_max", "dropped", "identity"):
             row[name] = getattr(record, name)
         row |= {name: record.provenance.get(name) for name in ("fairseq_hash", "commit", "processor", "date")}

@@ -143,8 +143,11 @@ def write_record(path: Path, record: "RunRecord | TextFacts") -> None:
 def read_record(path: Path) -> RunRecord:
     """Read a run's record. Raises `UserError` if it cannot be used."""
     content = _content(path, RunRecord)
-    content["validations"] = [Validation(**one) for one in content["validations"]]
-    content["test"] = {name: Scores(**one) for name, one in content["test"].items()}
+    try:
+        content["validations"] = [Validation(**one) for one in content["validations"]]
+        content["test"] = {name: Scores(**one) for name, one in content["test"].items()}
+    except (TypeError, AttributeError) as error:
+        raise _no_record(path, error) from None
     return RunRecord(**content)
 
 
@@ -159,15 +162,19 @@ def _content(path: Path, kind: type) -> dict[str, Any]:
         if set(content) != {f.name for f in fields(kind)}:
             raise ValueError("it has other entries than this version writes")
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} is no record of a study ({error}); delete it, and the run is made again") from None
+        raise _no_record(path, error) from None
     return content
 
 
+def _no_record(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is no record of a study ({error}); delete it, and the run is made again")
+
+
 def read_records(folder: Path) -> dict[str, RunRecord]:
-    """Return the records in a folder by their identity; of two of one identity, one with scores on test."""
+    """Return the records in a folder by their identity; of two of one identity, the one with more scores."""
     records: dict[str, RunRecord] = {}
     for path in sorted(folder.glob("*.json")):
         record = read_record(path)
-        if record.identity not in records or record.test:
+        if record.identity not in records or len(record.test) > len(records[record.identity].test):
             records[record.identity] = record
     return records

@@ -1,6 +1,5 @@
 """From a run of a study to the request that a worker takes: its composed configuration, command and identity."""
 
-import copy
 import functools
 import itertools
 import subprocess
@@ -64,12 +63,14 @@ class Requests:
         self.identity = functools.cache(self._identity)
 
     def _composed(self, name: str) -> Experiment:
-        """Return a model's configuration, with the first rate and the tuning seed."""
+        return self._compose(name, self.study.learning_rates[0], self.study.tuning_seed)
+
+    def _compose(self, name: str, rate: float, seed: int) -> Experiment:
+        """Return a model's configuration. Rate and seed are composed with it: other groups refer to them."""
         model = self.study.models[name]
         text, places = self.study.text, self.places
         words = [*model.overrides, *places.overrides, f"task.data={_quoted(places.data)}"]
-        words += [f"experiment.vocabulary={places.vocabulary}", f"common.seed={self.study.tuning_seed}"]
-        words.append(f"optimization.lr=[{self.study.learning_rates[0]!r}]")
+        words += [f"experiment.vocabulary={places.vocabulary}", f"optimization.lr=[{rate!r}]", f"common.seed={seed}"]
         if model.table_of:
             words.append(f"model.hash_table={_quoted(self.table_path(model))}")
         experiment = compose(places.configs, model.experiment, words)
@@ -105,9 +106,7 @@ class Requests:
 
     def config(self, run: Run) -> DictConfig:
         """Return a run's configuration."""
-        config = copy.deepcopy(self.composed(run.model).config)
-        config.optimization.lr = [run.learning_rate]
-        config.common.seed = run.seed
+        config = self._compose(run.model, run.learning_rate, run.seed).config
         config.checkpoint.save_dir = str(self.folder(run))
         return config
 

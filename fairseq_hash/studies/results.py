@@ -43,7 +43,7 @@ class ModelResult:
     @property
     def scores(self) -> dict[int, Scores]:
         """The scores on test by seed."""
-        return {seed: record.test[self.name] for seed, record in self.finals.items()}
+        return {seed: record.test[self.model.evaluation] for seed, record in self.finals.items()}
 
     @property
     def test_nats(self) -> dict[int, float]:
@@ -96,7 +96,7 @@ def _of_model(study: Study, name: str, done: Mapping[Run, RunRecord]) -> ModelRe
         record = done.get(Run(trained, choice.rate, seed, FINAL)) if choice.rate is not None else None
         if record is not None and record.diverged:
             diverged[seed] = record
-        elif record is not None and name in record.test:
+        elif record is not None and model.evaluation in record.test:
             finals[seed] = record
         else:
             missing.append(seed)

@@ -29,7 +29,7 @@ class Choice:
     """The learning rate of a model.
 
     Attributes:
-        rate: the best one so far, None before all rates of the grid are tried.
+        rate: the best one, None before all rates of the grid are tried, or if all of them diverged.
         nats: on valid by rate, infinity where the training diverged.
         is_settled: whether the rate is chosen: its neighbours are tried and worse, or the grid may not grow further.
         is_at_edge: whether a better rate may lie outside of those tried.
@@ -70,7 +70,8 @@ def choose(study: Study, model: str, done: Done) -> "tuple[Choice, list[Run]]":
         elif above:
             grid.append(_rounded(grid[-1] * FACTOR))
         else:
-            return Choice(best, nats, True, best in (grid[0], grid[-1])), []
+            is_known = math.isfinite(nats[best])  # or every rate diverged, and there is none to train with
+            return Choice(best if is_known else None, nats, True, best in (grid[0], grid[-1])), []
 
 
 def wanted(study: Study, done: Done) -> list[Run]:
@@ -81,7 +82,7 @@ def wanted(study: Study, done: Done) -> list[Run]:
     """
     runs: list[Run] = []
     for model in study.trained():
-        if model.table_of and not choose(study, model.table_of, done)[0].is_settled:
+        if model.table_of and choose(study, model.table_of, done)[0].rate is None:
             continue
         choice, tuning = choose(study, model.name, done)
         runs += tuning

@@ -89,6 +89,14 @@ def test_grid_grows_downwards_where_all_rates_diverge():
     assert choose(study, "dense", done)[0].rate == 0.00025
 
 
+def test_model_whose_rates_all_diverge_is_not_trained():
+    study = study_of("dense", "hash")
+    done = play(study, lambda run: None if run.model == "dense" else 1.0)
+    choice, _ = choose(study, "dense", done)
+    assert choice.is_settled and choice.rate is None
+    assert {run.model for run in done if run.stage == FINAL} == {"hash"}
+
+
 def test_one_rate_needs_no_tuning():
     study = study_of("dense", learning_rates=(0.004,))
     done = play(study, valley(0.1))

@@ -74,7 +74,7 @@ def made_scores(nats):
 
 
 def made_record(run, valid, test=None, diverged="", **changes):
-    """Return the record of a run with nats at its validations, and nats on test by name."""
+    """Return the record of a run with nats at its validations, and nats on test by the names of models."""
     experts = EXPERTS[run.model]
     points = [
         Validation(40_000 * part // len(valid), 60.0 * part, nats) for part, nats in enumerate(valid, 1) if not diverged
@@ -96,7 +96,7 @@ def made_record(run, valid, test=None, diverged="", **changes):
         "diverged": diverged,
         "load_max": 1.5 + run.seed / 10 if experts else None,
         "dropped": 0.01 * run.seed if experts else None,
-        "test": {name: made_scores(nats) for name, nats in (test or {}).items()},
+        "test": {made_study().models[name].evaluation: made_scores(nats) for name, nats in (test or {}).items()},
         "provenance": {**ORIGIN, "date": f"2026-11-2{run.seed % 10}T10:00:00+00:00"},
     }
     return RunRecord(**given | changes)

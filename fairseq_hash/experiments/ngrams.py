@@ -110,15 +110,22 @@ class KneserNey:
             probability_S += looked_up(level.key_G, level.share_G, key_S, 0.0)
         return probability_S
 
-    def nats(self, id_S: np.ndarray) -> float:
-        """Return minus the mean natural logarithm of the probabilities of all tokens in a stream `[S]`, one or more.
+    def token_nats(self, id_S: np.ndarray) -> np.ndarray:
+        """Return minus the natural logarithm of each token's probability in a stream `[S]`, float64 `[S]`.
 
         As in fairseq-eval-lm with --sample-break-mode none, the first token comes after `</s>`. A language model sees
         less before the first tokens of its other samples, but an n-gram model sees O - 1 tokens before each token.
         """
         id_SO = np.lib.stride_tricks.sliding_window_view(padded(id_S, self.order), self.order)
-        blocks = (id_SO[first : first + BLOCK] for first in range(0, len(id_SO), BLOCK))
-        return -math.fsum(float(np.log(self.probabilities(block_SO)).sum()) for block_SO in blocks) / len(id_S)
+        nats_S = np.empty(len(id_S))
+        for first in range(0, len(id_S), BLOCK):
+            block = slice(first, first + BLOCK)
+            nats_S[block] = -np.log(self.probabilities(id_SO[block]))
+        return nats_S
+
+    def nats(self, id_S: np.ndarray) -> float:
+        """Return the mean of `token_nats` over a stream `[S]` of one token or more."""
+        return float(self.token_nats(id_S).mean())
 
 
 def check_size(vocabulary: int, order: int = max(ORDERS)) -> None:

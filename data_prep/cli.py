@@ -50,6 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         out = "folder for the data, which must not exist yet"
         parsed.add_argument("--out", type=Path, required=True, metavar="DIR", help=out)
         add_options(parsed, Options)
+    _add_cut(corpora.add_parser("cut", help="a smaller copy of prepared data: passages that lie evenly over the text"))
+
+
+def _add_cut(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("data", type=Path, metavar="DATA", help="folder that data_prep or fairseq-preprocess wrote")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for the copy, which must not exist yet")
+    for split in SPLITS:
+        add(f"--{split}-tokens", type=int, metavar="N", help=f"tokens of {split}, </s> counted (default: all)")
 
 
 def source_of(arguments: argparse.Namespace) -> Source:
@@ -70,13 +79,18 @@ def run(arguments: argparse.Namespace) -> None:
         UserError: with one line, if the input is bad or a file cannot be written.
         KeyboardInterrupt: if it was interrupted, once its processes have ended.
     """
-    options = given_options(Options, arguments)
+    options = None if arguments.corpus == "cut" else given_options(Options, arguments)
     with _ended_by_one_signal():
         fairseq_hash.register()  # before fairseq is imported, to suppress its messages
+        from .cut import cut
         from .prepare import prepare
 
         try:
-            made = prepare(source_of(arguments), arguments.out, options)
+            if options is None:
+                wanted = {split: getattr(arguments, f"{split}_tokens") for split in SPLITS}
+                made = cut(arguments.data, arguments.out, wanted)
+            else:
+                made = prepare(source_of(arguments), arguments.out, options)
         except OSError as error:
             raise UserError(f"{error}; make room or set permissions, then run again") from error
     print(f"{arguments.out}: {'ready' if made else 'done before'}; train with fairseq-train {arguments.out}")

@@ -46,12 +46,10 @@ def prepare(source: Source, out: Path, options: Options) -> bool:
     Raises:
         UserError: if the text cannot be used, `out` holds something else, or a step fails.
     """
-    place = _place(out)
+    place = place_of(out)
     identity = {**source.identity(), **options.identity()}
-    if out.is_dir() and any(out.iterdir()):
-        if read_json(out / PROVENANCE).get("identity") == identity:
-            return False
-        raise UserError(f"--out {out} holds something else; give another folder, or delete it")
+    if is_done(out, identity):
+        return False
     work = place.with_name(f"{place.name}.partial")
     work.mkdir(parents=True, exist_ok=True)
     lock = work.with_name(f"{work.name}.lock")
@@ -71,7 +69,16 @@ def prepare(source: Source, out: Path, options: Options) -> bool:
     return True
 
 
-def _place(out: Path) -> Path:
+def is_done(out: Path, identity: dict[str, Any]) -> bool:
+    """Return whether `out` holds data of this identity already. Raises `UserError` if it holds something else."""
+    if not (out.is_dir() and any(out.iterdir())):
+        return False
+    if read_json(out / PROVENANCE).get("identity") != identity:
+        raise UserError(f"--out {out} holds something else; give another folder, or delete it")
+    return True
+
+
+def place_of(out: Path) -> Path:
     """Return the folder that `out` names, with links followed. Raises `UserError` if no folder can get that name."""
     if out.is_symlink() and not out.exists():
         raise UserError(f"--out {out} is a link to a folder that does not exist; make that folder, or give another")

@@ -1,0 +1,1 @@
+"""Studies: comparisons with a protocol, from a YAML to verdicts."""

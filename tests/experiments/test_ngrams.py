@@ -63,10 +63,13 @@ class Naive:
         own = counts[token] - subtracted[token] if token in counts else 0
         return (own + sum(subtracted.values()) * lower) / sum(counts.values())
 
-    def nats(self, stream):
+    def token_nats(self, stream):
         stream, width = [2] * (self.order - 1) + list(stream), self.order - 1
-        found = [self.probability(tuple(stream[end - width : end]), stream[end]) for end in range(width, len(stream))]
-        return -math.fsum(map(math.log, found)) / len(found)
+        ends = range(width, len(stream))
+        return [-math.log(self.probability(tuple(stream[end - width : end]), stream[end])) for end in ends]
+
+    def nats(self, stream):
+        return math.fsum(self.token_nats(stream)) / len(stream)
 
 
 def drawn(seed, tokens, vocabulary):
@@ -92,6 +95,8 @@ def test_perplexity_is_that_of_a_naive_model(order, tokens, vocabulary, monkeypa
         for level, discount in zip(model.levels, naive.discounts, strict=True):
             assert level.discounts.values == pytest.approx([float(value) for value in discount], rel=1e-12)
         monkeypatch.setattr(ngrams, "BLOCK", 1 << 20 if seed else 7)
+        nats_S = model.token_nats(held_out)
+        assert nats_S.dtype == np.float64 and nats_S == pytest.approx(np.array(naive.token_nats(held_out)), rel=1e-9)
         assert math.exp(model.nats(held_out)) == pytest.approx(math.exp(naive.nats(held_out)), rel=1e-9)
 
 

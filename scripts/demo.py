@@ -13,19 +13,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo_data import PREPARATION_WORK, ROOT, data_fingerprint, prepare_data, shown
+from demo_data import PREPARATION_WORK, ROOT, cut_data, data_fingerprint, prepare_data, shown
+from demo_ngrams import beside_ngrams, measure_ngrams
 from demo_process import StepFailed
-from demo_runs import EVALUATION_WORK, EXPERTS, MODELS, SUBSETS, make_run
+from demo_runs import EVALUATION_WORK, EXPERTS, MODELS, SUBSETS, TOKENS_AN_UPDATE, make_run
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.options import add_options, given_options, option
 from fairseq_hash.core.progress import Display
 from fairseq_hash.reporting.report import write_report
+from fairseq_hash.reporting.runs import load_run
 
 NOTE = """\
-These are models of one to five million parameters, trained for {updates} updates of at most 2,048 tokens on one corpus,
-{corpus}, with {seeds}. All do the same work for a token: four layers of the same size, and where a layer has {experts}
-experts, each token uses one, as large as the dense layer's feed-forward block.
+These are models of 0.4 to 2.5 million parameters, trained for {updates} updates of 1,024 tokens on one
+corpus, {corpus}, with {seeds}. All do the same work for a token: two layers of the same size, and where a layer has
+{experts} experts, each token uses one, as large as the dense layer's feed-forward block.
 
 What this can show: that every router trains, resumes, is evaluated and is measured by the same commands; how much more
 a model learns in the same updates when it has more parameters for the same work; how evenly each router loads its
@@ -55,7 +57,7 @@ class Options:
         metavar="DIR",
     )
     out: Path = option(ROOT / "runs" / "demo", "default: runs/demo", type=_absolute, metavar="DIR")
-    updates: int = option(200, "updates of each training, 10 or more (default: 200)", metavar="N")
+    updates: int = option(800, "updates of each training, 10 or more (default: 800)", metavar="N")
 
     def __post_init__(self) -> None:
         for name, least, most in (("seeds", 1, 100), ("updates", 10, 1_000_000)):
@@ -83,7 +85,8 @@ def run_demo(options: Options) -> None:
     of_one_run = options.updates + EVALUATION_WORK * len(SUBSETS)
     seeds = range(1, options.seeds + 1)
     with Display(PREPARATION_WORK + of_one_run * len(MODELS) * len(seeds)) as display:
-        data = prepare_data(options.data, options.out, display)
+        tokens = options.updates * TOKENS_AN_UPDATE
+        data = cut_data(prepare_data(options.data, options.out, display), tokens, options.out, display)
         corpus = str(options.data) if options.data else "the Python documentation that Python itself brings"
         fingerprint = {"data": corpus, "data_fingerprint": data_fingerprint(data)}
         folders = [
@@ -91,8 +94,10 @@ def run_demo(options: Options) -> None:
             for seed in seeds
             for model in MODELS
         ]
+    lines = measure_ngrams(data, tokens)
     note = options.out / "note.txt"
-    note.write_text(note_text(options, corpus), encoding="utf-8")
+    beside = beside_ngrams(lines, [load_run(folder) for folder in folders])
+    note.write_text(f"{beside}\n\n{note_text(options, corpus)}", encoding="utf-8")
     write_report(folders, options.out, "Dense, Hash, Switch and BASE on a small corpus", note)
     print((options.out / "results.md").read_text(encoding="utf-8"))
     print(f"The page with all of it: {shown(options.out / 'index.html')}")

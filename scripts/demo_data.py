@@ -10,10 +10,12 @@ from demo_process import run_logged
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.progress import Display
+from fairseq_hash.hashing.dictionary import read_dictionary
 from fairseq_hash.provenance import sha256_of_file
+from fairseq_hash.table_tools.token_streams import open_text
 
 ROOT = Path(__file__).resolve().parent.parent
-VOCABULARY = 2000
+VOCABULARY = 400
 SPLITS = ("train", "valid", "test")
 # For the bars only: as many updates of training as take about as long.
 PREPARATION_WORK = 30
@@ -41,6 +43,24 @@ def prepare_data(given: "Path | None", out: Path, display: Display) -> Path:
     command = [sys.executable, "-m", "data_prep", *ways, "--vocab-size", str(VOCABULARY), "--out", str(folder)]
     run_logged(command, folder.parent / f"{folder.name}.log", ROOT, lambda line: display.detail(line.strip()[:60]))
     display.end(f"prepared in {shown(folder)}")
+    return folder
+
+
+def cut_data(data: Path, tokens: int, out: Path, display: Display) -> Path:
+    """Return data whose training text has exactly so many tokens, so that all of it is seen once.
+
+    Data with fewer tokens are returned as they are: they are seen more than once.
+    """
+    symbols, _ = read_dictionary(data / "dict.txt")
+    if sum(map(len, open_text(data, "train", symbols).blocks())) <= tokens:
+        return data
+    made_of = {"data": data_fingerprint(data), "tokens": tokens, "code": code_fingerprint(ROOT / "data_prep")}
+    folder = out / "data" / f"part-{short_hash(made_of)}"
+    if not (folder / "dict.txt").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "data_prep", "cut", str(data), "--train-tokens", str(tokens)]
+        run_logged([*command, "--out", str(folder)], folder.parent / f"{folder.name}.log", ROOT, lambda line: None)
+        display.say(f"data: {tokens:,} tokens of it to train on, each seen once, in {shown(folder)}")
     return folder
 
 

@@ -13,19 +13,21 @@ from typing import Any
 from demo_data import ROOT, code_fingerprint, short_hash, shown
 from demo_process import run_logged
 
+import fairseq_hash
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.files import write_json
 from fairseq_hash.core.progress import Display
 from fairseq_hash.reporting.logs import parse_line, statistics
 
+fairseq_hash.register()
+
+from fairseq_hash.experiments.compose import compose  # noqa: E402 - they import fairseq
+from fairseq_hash.experiments.flags import flags  # noqa: E402
+
 EXPERTS = 16
-SPARSE = ("--num-experts", str(EXPERTS), "--sparse-layers", "1,3")
-MODELS = {
-    "dense": ("--router", "none"),
-    "hash": ("--router", "hash", "--hash-table", "balanced", *SPARSE),
-    "switch": ("--router", "switch", "--capacity-factor", "1.25", "--router-jitter", "0.01", *SPARSE),
-    "base": ("--router", "base", *SPARSE),
-}
+MODELS = ("dense", "hash", "switch", "base")  # experiments of configs/laptop
+TOKENS_A_SAMPLE, TOKENS_AN_UPDATE = 64, 1024  # of these experiments
+NEVER = 1_000_000_000
 SUBSETS = ("valid", "test")
 # For the bars only: as many updates of training as take about as long.
 EVALUATION_WORK = 20
@@ -42,18 +44,16 @@ class Step:
 
 
 def train_arguments(updates: int, model: str, seed: int) -> list[str]:
-    """Return the options of fairseq-train that make a run what it is: all but places."""
-    every = str(max(1, updates // 6))
-    return [
-        *("--task", "language_modeling", "--user-dir", "fairseq_hash", "--cpu", "--num-workers", "0"),
-        *("--arch", "hash_transformer_lm_tiny", "--criterion", "hash_moe", "--log-expert-loads", *MODELS[model]),
-        *("--tokens-per-sample", "128", "--max-tokens", "2048", "--max-update", str(updates)),
-        *("--optimizer", "adam", "--lr", "2e-3", "--clip-norm", "0.1", "--seed", str(seed)),
-        *("--lr-scheduler", "inverse_sqrt", "--warmup-updates", str(max(1, updates // 10))),
-        *("--validate-interval-updates", every, "--save-interval-updates", every, "--keep-interval-updates", "1"),
-        *("--validate-interval", "1000000", "--save-interval", "1000000", "--no-epoch-checkpoints"),
-        *("--log-format", "json", "--log-interval", str(max(1, updates // 30))),
-    ]
+    """Return the options of fairseq-train that make a run what it is: those of a laptop experiment, without places."""
+    every = max(1, updates // 6)
+    settings = {"optimization.max_update": updates, "lr_scheduler.warmup_updates": min(100, max(1, updates // 10))}
+    settings |= {"dataset.validate_interval_updates": every, "checkpoint.save_interval_updates": every}
+    settings |= {"dataset.validate_interval": NEVER, "checkpoint.save_interval": NEVER}
+    settings |= {"common.seed": seed, "common.log_interval": max(1, updates // 30)}
+    overrides = [f"{key}={value}" for key, value in settings.items()]
+    words = flags(compose(ROOT / "configs", f"laptop/{model}", overrides).config)[1:]
+    place = words.index("--save-dir")
+    return words[:place] + words[place + 2 :]
 
 
 def steps_of(folder: Path, data: Path, arguments: list[str], updates: int) -> list[Step]:
@@ -64,7 +64,14 @@ def steps_of(folder: Path, data: Path, arguments: list[str], updates: int) -> li
     for subset in SUBSETS:
         command = [*python, "fairseq_cli.eval_lm", shown(data), "--user-dir", "fairseq_hash", "--cpu"]
         command += ["--path", shown(folder / "checkpoint_best.pt"), "--gen-subset", subset, "--num-workers", "0"]
-        command += ["--tokens-per-sample", "128", "--max-tokens", "4096", "--log-format", "json"]
+        command += [
+            "--tokens-per-sample",
+            str(TOKENS_A_SAMPLE),
+            "--max-tokens",
+            str(TOKENS_AN_UPDATE),
+            "--log-format",
+            "json",
+        ]
         steps.append(Step(subset, command, folder / f"eval-{subset}.log", EVALUATION_WORK))
     return steps
 

@@ -160,6 +160,6 @@ def test_bytes_of_a_parameter(overrides, precision, bytes_of_one):
 def test_a_batch_grows_with_the_ranks_unless_it_is_meant_for_some():
     """What --update-freq-ranks is for."""
     fixed = compose(CONFIGS, "laptop/hash")
-    assert [sizes(fixed, ranks).tokens_per_update for ranks in (1, 3)] == [4096, 4096]
+    assert [sizes(fixed, ranks).tokens_per_update for ranks in (1, 3)] == [1024, 1024]
     grows = compose(CONFIGS, "laptop/hash", ["criterion.update_freq_ranks=0"])
-    assert [sizes(grows, ranks).tokens_per_update for ranks in (1, 3)] == [4096, 3 * 4096]
+    assert [sizes(grows, ranks).tokens_per_update for ranks in (1, 3)] == [1024, 3 * 1024]

@@ -44,6 +44,6 @@ def test_parameters_are_those_of_hash(name, scale):
     _, rival = sizes_of("routers_2026/hash", scale)
     model, of = sizes_of(name, scale)
     light = len(model.sparse_layers.split(",")) * model.stable_width if model.router == "stablemoe" else 0
-    vocabulary = 2004 if scale == "laptop" else 8004
+    vocabulary = 404 if scale == "laptop" else 8004
     assert of.total - light * vocabulary == pytest.approx(rival.total, rel=0.02)
     assert of.active - light * vocabulary == pytest.approx(rival.active, rel=0.02)

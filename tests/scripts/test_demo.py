@@ -60,7 +60,7 @@ def test_options_and_their_defaults(demo, tmp_path, monkeypatch):
     """Paths are taken from where the demo was called; it runs elsewhere."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").mkdir()
-    assert demo.parse_options([]) == demo.Options(seeds=1, data=None, out=ROOT / "runs" / "demo", updates=200)
+    assert demo.parse_options([]) == demo.Options(seeds=1, data=None, out=ROOT / "runs" / "demo", updates=800)
     given = demo.parse_options(["--seeds", "3", "--data", "text", "--out", "o", "--updates", "10"])
     assert given == demo.Options(seeds=3, data=tmp_path / "text", out=tmp_path / "o", updates=10)
 
@@ -119,17 +119,26 @@ def test_the_order_of_the_work(demo, tmp_path, monkeypatch, capsys):
     def write_report(folders, out, title, note):
         calls.append([folder.name for folder in folders])
         assert out == tmp_path and "two" not in title
-        assert "20 updates" in note.read_text() and "2 seeds a model" in note.read_text()
+        assert (
+            note.read_text().startswith("beside 8 runs\n\n")
+            and "20 updates" in note.read_text()
+            and "2 seeds a model" in note.read_text()
+        )
         (out / "results.md").write_text("the results\n")
 
     monkeypatch.setattr(demo, "prepare_data", lambda *arguments: tmp_path / "bin")
+    monkeypatch.setattr(demo, "cut_data", lambda data, tokens, *rest: calls.append(tokens) or data)
     monkeypatch.setattr(demo, "data_fingerprint", lambda folder: "f")
     monkeypatch.setattr(demo, "make_run", make_run)
+    monkeypatch.setattr(demo, "measure_ngrams", lambda data, tokens: calls.append(tokens))
+    monkeypatch.setattr(demo, "load_run", lambda folder: folder.name)
+    monkeypatch.setattr(demo, "beside_ngrams", lambda lines, runs: f"beside {len(runs)} runs")
     monkeypatch.setattr(demo, "write_report", write_report)
     assert demo.main(["--out", str(tmp_path), "--seeds", "2", "--updates", "20"]) == 0
     models = ["dense", "hash", "switch", "base"]
     expected = [(model, seed) for seed in (1, 2) for model in models]
-    assert calls == [*expected, [f"{model}{seed}" for model, seed in expected]]
+    tokens = 20 * 1024  # of 20 updates: cut before, counted after the trainings
+    assert calls == [tokens, *expected, tokens, [f"{model}{seed}" for model, seed in expected]]
     out = capsys.readouterr().out
     assert "the results\n" in out and out.endswith(f"The page with all of it: {tmp_path / 'index.html'}\n")
 
@@ -141,6 +150,6 @@ def test_the_note_says_what_the_seeds_tell(demo, tmp_path):
         options = demo.Options(seeds=seeds, data=None, out=tmp_path, updates=1000)
         notes[seeds] = demo.note_text(options, "some text")
         assert "trained for 1,000 updates" in notes[seeds] and not re.search(r"[{}]", notes[seeds])
-        assert "some text, with" in notes[seeds] and "16\nexperts" in notes[seeds]
+        assert "some text, with" in notes[seeds] and "16 experts" in notes[seeds]
     assert "one seed a model" in notes[1] and "no measure of chance" in notes[1] and "no measure" not in notes[3]
     assert "3 seeds a model" in notes[3] and "The spread over these seeds" in notes[3]

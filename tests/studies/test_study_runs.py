@@ -1,0 +1,219 @@
+"""A study from its file to its report: requests, workers, records, and what is done again and what not."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+import fairseq_hash
+from fairseq_hash.cli import main
+from fairseq_hash.core.errors import UserError
+from fairseq_hash.experiments.names import own_configs
+from fairseq_hash.studies.definition import load_study
+from fairseq_hash.studies.records import FINAL, TUNING, read_facts, read_records
+from fairseq_hash.studies.schedule import Run
+
+STUDY = {
+    "title": "A tiny study",
+    "question": "Does all of it run?",
+    "limits": "Nothing is learned in four updates.",
+    "text": {"name": "little", "pieces": 300, "train_tokens": 4096, "valid_tokens": 512, "test_tokens": 1024},
+    "baseline": "Dense",
+    "learning_rates": [0.002, 0.004],
+    "grow": 0,
+    "seeds": [1, 2],
+    "validations": 2,
+    "models": {
+        "Dense": {"experiment": "laptop/dense", "overrides": ["model.decoder_embed_dim=16"]},
+        "BASE": {"experiment": "laptop/base", "overrides": ["model.decoder_embed_dim=16"]},
+        "BASE, balanced": {"trained_as": "BASE", "options": {"base_evaluation": "balanced"}},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def little_text(tmp_path_factory):
+    """Sentences of a small language, in whose training text all is that is in the others."""
+    folder = tmp_path_factory.mktemp("a text")
+    generator = np.random.default_rng(1)
+    words = ["".join(generator.choice(list("abcdefgh"), 3)) for _ in range(60)]
+    for split, lines in (("train", 900), ("valid", 200), ("test", 200)):
+        text = "".join(" ".join(generator.choice(words, 8)) + "\n" for _ in range(lines))
+        (folder / f"{split}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def study_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("study") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(STUDY, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(little_text, study_file, tmp_path_factory):
+    """A study that has run once; its folder of work, and that of its records."""
+    work = tmp_path_factory.mktemp("with space") / "the work"
+    assert main(["study", str(study_file), "--text", str(little_text), "--work", str(work), "--jobs", "3"]) == 0
+    return work, work / "tiny" / "records"
+
+
+def requests_of(study_file, finished):
+    """Return the study, and its requests for the data that is there."""
+    fairseq_hash.register()
+    from fairseq_hash.studies.requests import Places, Requests
+
+    work, records = finished
+    study = load_study(study_file)
+    facts = read_facts(records / "text.json")
+    data = next(path.parent for path in work.glob("data/*/dict.txt") if path.parent.name.count("-") == 3)
+    fingerprint = facts.fingerprint
+    return study, Requests(
+        study, Places(own_configs(), data, fingerprint, 300, work / "tiny" / "runs", records / "runs", (), 1)
+    )
+
+
+def test_a_study_runs_to_its_report(finished, capsys):
+    _, records = finished
+    runs = read_records(records / "runs")
+    found = {(one.model, one.learning_rate, one.seed, bool(one.test)) for one in runs.values()}
+    assert {(model, rate, 100, False) for model in ("Dense", "BASE") for rate in (0.002, 0.004)} <= found
+    finals = [one for one in runs.values() if one.test]
+    assert sorted((one.model, one.seed) for one in finals) == [("BASE", 1), ("BASE", 2), ("Dense", 1), ("Dense", 2)]
+    for one in finals:
+        tried = {
+            other.learning_rate: other.valid_nats
+            for other in runs.values()
+            if other.model == one.model and not other.test
+        }
+        assert one.learning_rate == min(tried, key=tried.get)
+        assert set(one.test) == ({"as trained", "base_evaluation=balanced"} if one.model == "BASE" else {"as trained"})
+        assert one.tokens == 4096 and one.validations[-1].tokens == 4096 and len(one.validations) == 2
+        assert one.test["as trained"].nats == pytest.approx(one.valid_nats, rel=0.2)
+        assert sum(one.test["as trained"].position_tokens) == 1024
+    text = (records / "results.md").read_text()
+    assert "BASE, balanced" in text and "trigram" in text and "A tiny study" in text
+    assert {"index.html", "results.csv", "runs.csv", "tuning.csv"} <= {path.name for path in records.iterdir()}
+
+
+def test_what_is_done_is_not_done_again(finished, study_file, little_text, capsys):
+    """Not with the run folders gone either; and a study beside it lends what is the same."""
+    work, records = finished
+    before = {path.name: path.stat().st_mtime_ns for path in (records / "runs").iterdir()}
+    other = study_file.with_name("other.yaml")
+    other.write_text(
+        yaml.safe_dump({**STUDY, "models": {"The dense one": STUDY["models"]["Dense"]}, "baseline": "The dense one"})
+    )
+    common = ["--text", str(little_text), "--work", str(work)]
+    assert main(["study", str(study_file), *common]) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in (records / "runs").iterdir()} == before
+    beside = records.parent / "other"
+    assert main(["study", str(other), *common, "--records", str(beside)]) == 0
+    lent = read_records(beside / "runs")
+    assert {one.model for one in lent.values()} == {"The dense one"}
+    assert set(lent) < set(read_records(records / "runs"))
+    assert not (work / "other" / "runs").exists()
+
+
+def test_the_commands_of_two_runs_differ_in_rate_and_seed_only(study_file, finished):
+    """What refers to the rate or the seed has the same value: no option keeps that of another run."""
+    study, requests = requests_of(study_file, finished)
+    commands = {}
+    for rate, seed in ((0.002, 100), (0.004, 7)):
+        words = requests.request(Run("Dense", rate, seed, TUNING)).command
+        place = words.index("--save-dir")
+        commands[rate] = words[:place] + words[place + 2 :]
+    differing = [(one, other) for one, other in zip(*commands.values(), strict=True) if one != other]
+    assert differing == [("100", "7"), ("0.002", "0.004")]
+
+
+def test_the_record_is_what_the_training_logged(finished):
+    """Against the log itself, read with json alone."""
+    work, records = finished
+    record = next(one for one in read_records(records / "runs").values() if one.model == "Dense" and one.seed == 1)
+    folder = work / "tiny" / "runs" / "dense" / f"lr{record.learning_rate:g}-seed1"
+    lines = [line.split(" | ") for line in (folder / "train.log").read_text().splitlines()]
+    logged = [json.loads(line[3]) for line in lines if line[2:3] == ["valid"]]
+    assert [one.nats for one in record.validations] == pytest.approx(
+        [float(values["valid_nll_loss"]) * math.log(2) for values in logged]
+    )
+    training = [json.loads(line[3]) for line in lines if line[2:3] == ["train_inner"]]
+    assert {values["lr"] for values in training[-1:]} != {f"{0.002:g}"} and record.seconds > 0
+
+
+def test_an_identity_is_of_what_makes_a_run(study_file, finished):
+    study, requests = requests_of(study_file, finished)
+    run = Run("Dense", 0.002, 1, FINAL)
+    others = [Run("Dense", 0.002, 2, FINAL), Run("Dense", 0.004, 1, FINAL), Run("BASE", 0.002, 1, FINAL)]
+    assert len({requests.identity(one) for one in [run, *others]}) == 4
+    assert requests.identity(replace(run, stage=TUNING)) == requests.identity(run)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([], "name a study"),
+        (["nothing"], "there is no study"),
+        (["{study}"], "the study's text is little; give the folder"),
+        (["{study}", "--text", "{tmp}"], "has no train.txt; give a folder of"),
+        (["{study}", "--text", "{text}", "--jobs", "0"], "--jobs 0 is out of range"),
+        (["{study}", "--text", "{text}", "--slurm", "hours"], "--slurm hours is no KEY=VALUE"),
+        (["{study}", "--report", "--records", "{tmp}"], "has no record of the study's text"),
+        (["{study}", "--text", "{text}", "--work", "{work}", "--override", "model.colour=1"], "no option model.colour"),
+    ],
+)
+def test_bad_input_is_one_line(words, line, finished, study_file, little_text, tmp_path, capsys):
+    names = {"study": study_file, "text": little_text, "tmp": tmp_path, "work": finished[0]}
+    assert main(["study", *(word.format(**names) for word in words)]) == 1
+    error = capsys.readouterr().err
+    assert line in error and error.count("\n") == 1
+
+
+def test_a_training_that_fails_is_one_line(study_file, little_text, finished, tmp_path, capsys):
+    """Its log is named; what the others did is kept."""
+    bad = tmp_path / "bad.yaml"
+    models = {
+        "Dense": STUDY["models"]["Dense"],
+        "Bad": {"experiment": "laptop/dense", "overrides": ["+model.from_dense=x"]},
+    }
+    bad.write_text(yaml.safe_dump({**STUDY, "models": models}))
+    assert main(["study", str(bad), "--text", str(little_text), "--work", str(finished[0])]) == 1
+    error = capsys.readouterr().err
+    assert "x" in error and error.count("\n") == 1
+
+
+def test_ctrl_c_ends_the_trainings_and_the_study_goes_on(study_file, little_text, finished, tmp_path):
+    """SIGINT while the first runs train: no process is left, and the same command finishes."""
+    work = finished[0]
+    long = tmp_path / "long.yaml"
+    text = {**STUDY["text"], "train_tokens": 8192}
+    long.write_text(yaml.safe_dump({**STUDY, "text": text, "models": {"Dense": STUDY["models"]["Dense"]}}))
+    program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program += "from fairseq_hash.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = ["study", str(long), "--text", str(little_text), "--work", str(work), "--jobs", "1"]
+    child = subprocess.Popen([sys.executable, "-c", program, *words], stderr=subprocess.PIPE, text=True)
+    log = work / "long" / "runs" / "dense" / "lr0.002-seed100" / "train.log"
+    while not (log.is_file() and "train_inner" in log.read_text()) and child.poll() is None:
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    _, error = child.communicate()
+    assert child.returncode == 130 and "the same command goes on" in error.splitlines()[-1]
+    found = subprocess.run(["pgrep", "-f", str(work / "long")], capture_output=True, text=True, check=False)
+    assert found.stdout == ""
+    assert main(words) == 0
+    assert len(read_records(work / "long" / "records" / "runs")) == 4
+
+
+def test_a_broken_record_is_one_line(tmp_path):
+    (tmp_path / "run.json").write_text('{"model": "x"}')
+    with pytest.raises(UserError, match="is no record of a study"):
+        read_records(tmp_path)
+    assert Path(tmp_path / "run.json").is_file()

@@ -149,7 +149,9 @@ def train(request: Request) -> str:
         try:
             status = child.wait()
         except KeyboardInterrupt:
-            child.send_signal(signal.SIGINT)  # it writes a checkpoint and ends
+            child.send_signal(
+                signal.SIGUSR1
+            )  # it writes a checkpoint and ends; SIGINT may be ignored in the background
             try:
                 child.wait(60)
             except subprocess.TimeoutExpired:

@@ -158,14 +158,15 @@ def print_plan(study: Any, setting: Any, state: Any) -> None:
 
 def _report(study: Any, records: Path) -> None:
     from fairseq_hash.studies.records import read_facts, read_records
-    from fairseq_hash.studies.report import write_study_report
+    from fairseq_hash.studies.report import study_summary, write_study_report
     from fairseq_hash.studies.schedule import done_of
 
     path = records / "text.json"
     if not path.is_file():
         raise UserError(f"{records} has no record of the study's text; run the study first, or give --records")
-    done = done_of(study, read_records(records / "runs").values())
-    for written in write_study_report(study, read_facts(path), done, records):
+    facts, done = read_facts(path), done_of(study, read_records(records / "runs").values())
+    print(study_summary(study, facts, done))
+    for written in write_study_report(study, facts, done, records):
         print(f"wrote {written}")
 
 

@@ -2,7 +2,7 @@
 
 import fcntl
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -169,8 +169,3 @@ def _startable(study: Study, state: State, working: "Mapping[Run, Any]") -> list
                 continue
         runs.append(run)
     return runs
-
-
-def study_names(folder: Path) -> Sequence[str]:
-    """Return the names of the studies in a folder of configurations."""
-    return sorted(path.stem for path in (folder / "studies").glob("*.yaml"))

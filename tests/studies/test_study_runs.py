@@ -115,6 +115,8 @@ def test_what_is_done_is_not_done_again(finished, study_file, little_text, capsy
     common = ["--text", str(little_text), "--work", str(work)]
     assert main(["study", str(study_file), *common]) == 0
     assert {path.name: path.stat().st_mtime_ns for path in (records / "runs").iterdir()} == before
+    printed = capsys.readouterr().out
+    assert "Test bits per byte" in printed and "trigram" in printed and f"wrote {records / 'results.md'}" in printed
     beside = records.parent / "other"
     assert main(["study", str(other), *common, "--records", str(beside)]) == 0
     lent = read_records(beside / "runs")

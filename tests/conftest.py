@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-LONG = {"end_to_end", "scripts", "training", "checkpoint", "data_prep", "benchmarks"}
+LONG = {"end_to_end", "scripts", "studies", "training", "checkpoint", "data_prep", "benchmarks"}
 pytest_plugins = ["file_server", "made_runs"]
 
 if sys.dont_write_bytecode:

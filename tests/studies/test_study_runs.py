@@ -17,9 +17,11 @@ import fairseq_hash
 from fairseq_hash.cli import main
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.experiments.names import own_configs
+from fairseq_hash.studies import worker
 from fairseq_hash.studies.definition import load_study
 from fairseq_hash.studies.records import FINAL, TUNING, read_facts, read_records
 from fairseq_hash.studies.schedule import Run
+from fairseq_hash.studies.worker import Request
 
 STUDY = {
     "title": "A tiny study",
@@ -179,8 +181,32 @@ def test_bad_input_is_one_line(words, line, finished, study_file, little_text, t
     assert line in error and error.count("\n") == 1
 
 
-def test_a_training_that_fails_is_one_line(study_file, little_text, finished, tmp_path, capsys):
-    """Its log is named; what the others did is kept."""
+@pytest.mark.parametrize(
+    ("program", "diverged"),
+    [
+        ("raise FloatingPointError('Minimum loss scale reached')", "FloatingPointError: Minimum loss scale reached"),
+        ("raise RuntimeError('no luck')", None),
+        ("", None),
+    ],
+)
+def test_a_training_that_breaks_off_has_diverged_or_failed(tmp_path, program, diverged):
+    """Only a loss that is no number is a result of the learning rate; a failure names its log."""
+    rest = dict.fromkeys(("record", "identity", "model", "data", "data_fingerprint"), "")
+    rest |= dict.fromkeys(("learning_rate", "seed", "parameters", "active", "experts", "flops_per_token"), 0)
+    command = [sys.executable, "-c", program]
+    request = Request(str(tmp_path), command, experiment=[], tokens_per_update=1, evaluations={}, threads=1, **rest)
+    if diverged:
+        assert worker.train(request) == diverged
+        return
+    with pytest.raises(UserError) as failure:
+        worker.train(request)
+    assert f"(all of it: {tmp_path / 'train.log'})" in str(failure.value) and "\n" not in str(failure.value)
+    assert not program or "RuntimeError: no luck" in str(failure.value)
+
+
+def test_a_model_that_cannot_be_trained_is_refused_before_the_others_are(
+    study_file, little_text, finished, tmp_path, capsys
+):
     bad = tmp_path / "bad.yaml"
     models = {
         "Dense": STUDY["models"]["Dense"],
@@ -189,20 +215,21 @@ def test_a_training_that_fails_is_one_line(study_file, little_text, finished, tm
     bad.write_text(yaml.safe_dump({**STUDY, "models": models}))
     assert main(["study", str(bad), "--text", str(little_text), "--work", str(finished[0])]) == 1
     error = capsys.readouterr().err
-    assert "x" in error and error.count("\n") == 1
+    assert "from_dense=x" in error and error.count("\n") == 1
+    assert not (finished[0] / "bad" / "runs").exists()
 
 
 def test_ctrl_c_ends_the_trainings_and_the_study_goes_on(study_file, little_text, finished, tmp_path):
     """SIGINT while the first runs train: no process is left, and the same command finishes."""
     work = finished[0]
     long = tmp_path / "long.yaml"
-    text = {**STUDY["text"], "train_tokens": 8192}
-    long.write_text(yaml.safe_dump({**STUDY, "text": text, "models": {"Dense": STUDY["models"]["Dense"]}}))
+    changes = {"text": {**STUDY["text"], "train_tokens": 8192}, "models": {"Dense": STUDY["models"]["Dense"]}}
+    long.write_text(yaml.safe_dump({**STUDY, **changes, "learning_rates": [0.002], "seeds": [1]}))
     program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     program += "from fairseq_hash.cli import main; sys.exit(main(sys.argv[1:]))"
     words = ["study", str(long), "--text", str(little_text), "--work", str(work), "--jobs", "1"]
     child = subprocess.Popen([sys.executable, "-c", program, *words], stderr=subprocess.PIPE, text=True)
-    log = work / "long" / "runs" / "dense" / "lr0.002-seed100" / "train.log"
+    log = work / "long" / "runs" / "dense" / "lr0.002-seed1" / "train.log"
     while not (log.is_file() and "train_inner" in log.read_text()) and child.poll() is None:
         time.sleep(0.05)
     child.send_signal(signal.SIGINT)
@@ -211,7 +238,7 @@ def test_ctrl_c_ends_the_trainings_and_the_study_goes_on(study_file, little_text
     found = subprocess.run(["pgrep", "-f", str(work / "long")], capture_output=True, text=True, check=False)
     assert found.stdout == ""
     assert main(words) == 0
-    assert len(read_records(work / "long" / "records" / "runs")) == 4
+    assert len(read_records(work / "long" / "records" / "runs")) == 1
 
 
 def test_a_broken_record_is_one_line(tmp_path):

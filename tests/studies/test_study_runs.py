@@ -215,7 +215,7 @@ def test_a_model_that_cannot_be_trained_is_refused_before_the_others_are(
     bad.write_text(yaml.safe_dump({**STUDY, "models": models}))
     assert main(["study", str(bad), "--text", str(little_text), "--work", str(finished[0])]) == 1
     error = capsys.readouterr().err
-    assert "from_dense=x" in error and error.count("\n") == 1
+    assert "--from-dense x needs experts" in error and error.count("\n") == 1
     assert not (finished[0] / "bad" / "runs").exists()
 
 

@@ -23,7 +23,7 @@ from fairseq_hash.provenance import provenance
 from fairseq_hash.studies.records import RunRecord, Scores, Validation, write_record
 
 REQUEST, TRAIN_LOG, ERROR = "request.json", "train.log", "error.txt"
-NOT_A_NUMBER = ("nan", "inf", "FloatingPointError")
+DIVERGED = "FloatingPointError"  # what fairseq raises for gradients that are no numbers
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,8 @@ def train(request: Request) -> str:
         try:
             status = child.wait()
         except KeyboardInterrupt:
-            child.send_signal(
-                signal.SIGUSR1
-            )  # it writes a checkpoint and ends; SIGINT may be ignored in the background
+            # It writes a checkpoint and ends. SIGINT would be ignored in a shell's background.
+            child.send_signal(signal.SIGUSR1)
             try:
                 child.wait(60)
             except subprocess.TimeoutExpired:
@@ -162,7 +161,7 @@ def train(request: Request) -> str:
     from fairseq_hash.reporting.endings import last_error
 
     error = last_error(log) or f"status {status}"
-    if any(word in error for word in NOT_A_NUMBER):
+    if error.startswith(DIVERGED):
         return error
     raise UserError(f"the training of {folder} failed: {error} (all of it: {log})")
 

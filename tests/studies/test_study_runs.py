@@ -186,6 +186,7 @@ def test_bad_input_is_one_line(words, line, finished, study_file, little_text, t
     [
         ("raise FloatingPointError('Minimum loss scale reached')", "FloatingPointError: Minimum loss scale reached"),
         ("raise RuntimeError('no luck')", None),
+        ("raise RuntimeError('no luck in finance: information')", None),  # neither "inf" nor "nan"
         ("", None),
     ],
 )

@@ -17,6 +17,7 @@ from fairseq_hash.table_tools.token_streams import open_text
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 400
 SPLITS = ("train", "valid", "test")
+HELD_OUT = 65_536  # tokens of valid and of test, at most: scoring more would take longer than some of the trainings
 # For the bars only: as many updates of training as take about as long.
 PREPARATION_WORK = 30
 # Folders of fairseq_hash whose code looks at runs and models, and makes none.
@@ -47,20 +48,25 @@ def prepare_data(given: "Path | None", out: Path, display: Display) -> Path:
 
 
 def cut_data(data: Path, tokens: int, out: Path, display: Display) -> Path:
-    """Return data whose training text has exactly so many tokens, so that all of it is seen once.
+    """Return data with exactly so many training tokens, each of them seen once, and `HELD_OUT` tokens to score.
 
-    Data with fewer tokens are returned as they are: they are seen more than once.
+    A split with fewer tokens stays whole: short training text is seen more than once.
     """
     symbols, _ = read_dictionary(data / "dict.txt")
-    if sum(map(len, open_text(data, "train", symbols).blocks())) <= tokens:
+    most = {"train": tokens, "valid": HELD_OUT, "test": HELD_OUT}
+    sizes = {split: sum(map(len, open_text(data, split, symbols).blocks())) for split in SPLITS}
+    cuts = {split: limit for split, limit in most.items() if sizes[split] > limit}
+    if not cuts:
         return data
-    made_of = {"data": data_fingerprint(data), "tokens": tokens, "code": code_fingerprint(ROOT / "data_prep")}
+    made_of = {"data": data_fingerprint(data), "tokens": cuts, "code": code_fingerprint(ROOT / "data_prep")}
     folder = out / "data" / f"part-{short_hash(made_of)}"
     if not (folder / "dict.txt").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "data_prep", "cut", str(data), "--train-tokens", str(tokens)]
-        run_logged([*command, "--out", str(folder)], folder.parent / f"{folder.name}.log", ROOT, lambda line: None)
-        display.say(f"data: {tokens:,} tokens of it to train on, each seen once, in {shown(folder)}")
+        words = [word for split, limit in cuts.items() for word in (f"--{split}-tokens", str(limit))]
+        command = [sys.executable, "-m", "data_prep", "cut", str(data), *words, "--out", str(folder)]
+        run_logged(command, folder.parent / f"{folder.name}.log", ROOT, lambda line: None)
+        of_it = ", ".join(f"{limit:,} tokens of {split}" for split, limit in cuts.items())
+        display.say(f"data: {of_it}, in {shown(folder)}")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""The demo's training text: exactly the tokens that its updates take."""
+"""The demo's text: exactly the tokens that its updates take, and a part of valid and test."""
 
 import importlib
 import io
@@ -27,14 +27,18 @@ def tokens_of(data, split):
     return sum(map(len, open_text(data, split, symbols).blocks()))
 
 
-def test_training_text_is_cut_to_what_is_seen(demo_data, tmp_path, monkeypatch):
-    """Valid and test stay whole; a second call finds the part; a text that is too short stays as it is."""
+def test_text_is_cut_to_what_is_seen_and_scored(demo_data, tmp_path, monkeypatch):
+    """Each split is cut to its limit; a second call finds the part; a split that is shorter stays whole."""
     data = tmp_path / "data"
     assert main(prepared.arguments(prepared.write_text(tmp_path / "text"), data, "--words")) == 0
     display = Display(1, Console(file=io.StringIO()))
+    whole = {split: tokens_of(data, split) for split in demo_data.SPLITS}
+    monkeypatch.setattr(demo_data, "HELD_OUT", whole["valid"] - 1)
+    expected = {"train": 500, "valid": whole["valid"] - 1, "test": min(whole["test"], whole["valid"] - 1)}
     part = demo_data.cut_data(data, 500, tmp_path / "out", display)
-    assert tokens_of(part, "train") == 500 < tokens_of(data, "train")
-    assert all(tokens_of(part, split) == tokens_of(data, split) for split in ("valid", "test"))
+    assert whole["train"] > 500
+    assert {split: tokens_of(part, split) for split in demo_data.SPLITS} == expected
     monkeypatch.setattr(demo_data, "run_logged", None)
     assert demo_data.cut_data(data, 500, tmp_path / "out", display) == part
-    assert demo_data.cut_data(data, tokens_of(data, "train"), tmp_path / "out", display) == data
+    monkeypatch.setattr(demo_data, "HELD_OUT", max(whole.values()))
+    assert demo_data.cut_data(data, whole["train"], tmp_path / "out", display) == data

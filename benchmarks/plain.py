@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}  # as fairseq's
+ADAM = ("lr", "betas", "eps", "weight_decay")  # its options, which are those of fairseq's
 
 
 class PlainLayer(nn.Module):
@@ -95,13 +95,16 @@ class PlainModel(nn.Module):
 
 
 class PlainLoop:
-    """Updates of a plain model; `compiled` by torch.compile, forward with the loss, and backward."""
+    """Updates of a plain model; `compiled` by torch.compile, forward with the loss, and backward.
 
-    def __init__(self, model: PlainModel, lr: float, clip_norm: float, bf16: bool, compiled: bool) -> None:
+    `adam` has the values of `ADAM`.
+    """
+
+    def __init__(self, model: PlainModel, adam: dict[str, Any], clip_norm: float, bf16: bool, compiled: bool) -> None:
         self.model, self.clip_norm, self.bf16 = model, clip_norm, bf16
         self.device = model.position_LD.device
         self.loss = torch.compile(model, dynamic=False) if compiled else model
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, **ADAM, fused=True)
+        self.optimizer = torch.optim.AdamW(model.parameters(), **adam, fused=True)
 
     def train_step(self, batch: dict[str, Any]) -> Tensor:
         """Make one update with a batch of fairseq's; return the loss before it."""

@@ -3,10 +3,11 @@
 
     python benchmarks/train.py [--data DIR] [--experts E ...] [--layers N] [--tokens T] [--json FILE] [--out FILE]
 
-Task, model, criterion and trainer are fairseq's, built as `fairseq-train` builds them, in one process. In every round
-each candidate takes one update with the same batch, in turn, and another candidate begins each round. An update is the
-whole `Trainer.train_step`: forward, backward, clipping, Adam, statistics. All candidates do the same products per
-token; they differ in the FFNs of `--sparse-layers`.
+Task, model, criterion and trainer are fairseq's, built as `fairseq-train` builds them, in one process. The candidates
+are experiments of configs/laptop with their recipe, at the size that is given here. In every round each candidate takes
+one update with the same batch, in turn, and another candidate begins each round. An update is the whole
+`Trainer.train_step`: forward, backward, clipping, Adam, statistics. All candidates do the same products per token; they
+differ in the FFNs of `--sparse-layers`.
 
 - dense: plain FFNs.
 - hash: a balanced hash table on the tokens.

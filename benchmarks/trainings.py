@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from unittest import mock
 
 import torch
+from plain import ADAM as ADAM_OPTIONS
 from plain import PlainLoop, PlainModel
 from rounds import reset_peak, resident
 from torch import Tensor, nn
@@ -20,16 +21,11 @@ from fairseq_hash.experiments.sizes import BACKWARD
 from fairseq_hash.moe.parameter_counts import count_parameters
 
 ADAM = 8  # bytes of Adam's two moments per parameter, in fp32
-ROUTERS = {
-    "dense": ("--router", "none"),
-    "hash": ("--router", "hash"),
-    "switch": ("--router", "switch", "--capacity-factor", "1.25", "--router-jitter", "0.01"),
-    "base": ("--router", "base"),
-}
+ROUTERS = ("dense", "hash", "switch", "base")  # experiments of configs/laptop
 PLAIN = ("plain", "compiled")
 SENTENCE = 512  # tokens, if an update has that many
 HEAD = 64  # width of an attention head, if the model is that wide
-LR, CLIP_NORM = 1e-4, 0.1
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 class Training(Protocol):
@@ -117,8 +113,14 @@ def make_training(
     if candidate not in PLAIN:
         precision = ("memory-efficient " if arguments.memory_efficient_bf16 else "") + dtype_of(arguments)[1]
         return FairseqTraining(build(trainer_options(arguments, experts, data, candidate)), precision)
-    model = PlainModel.like(dense.trainer.get_model().decoder, min(SENTENCE, arguments.tokens))
-    return PlainTraining(PlainLoop(model, LR, CLIP_NORM, arguments.bf16, compiled=candidate == "compiled"))
+    return PlainTraining(plain_loop(dense.trainer, arguments, compiled=candidate == "compiled"))
+
+
+def plain_loop(trainer: Any, arguments: argparse.Namespace, compiled: bool) -> PlainLoop:
+    """Return the plain loop of a dense model's trainer. Its learning rate stays that of the first update."""
+    model = PlainModel.like(trainer.get_model().decoder, min(SENTENCE, arguments.tokens))
+    adam = {key: trainer.optimizer.param_groups[0][key] for key in ADAM_OPTIONS}
+    return PlainLoop(model, adam, trainer.cfg.optimization.clip_norm, arguments.bf16, compiled)
 
 
 def dtype_of(arguments: argparse.Namespace) -> tuple[torch.dtype, str]:
@@ -127,30 +129,40 @@ def dtype_of(arguments: argparse.Namespace) -> tuple[torch.dtype, str]:
 
 
 def trainer_options(arguments: argparse.Namespace, experts: int, data: Path, candidate: str) -> list[str]:
-    """Return the options for `fairseq-train`."""
+    """Return the options for `fairseq-train`: those of an experiment of configs/laptop, at the measured size."""
+    fairseq_hash.register()  # --user-dir does not where the package is imported before fairseq
+
+    from fairseq_hash.experiments.compose import compose
+    from fairseq_hash.experiments.flags import flags
+
     values = {
-        **{"task": "language_modeling", "user-dir": Path(__file__).parents[1] / "fairseq_hash"},
-        **{"arch": "hash_transformer_lm_tiny", "criterion": "hash_moe", "seed": arguments.seed},
-        **{"decoder-layers": arguments.layers, "decoder-embed-dim": arguments.width},
-        **{"decoder-ffn-embed-dim": arguments.hidden, "decoder-attention-heads": max(1, arguments.width // HEAD)},
-        **{"tokens-per-sample": min(SENTENCE, arguments.tokens), "max-tokens": arguments.tokens},
-        "required-batch-size-multiple": 1,
-        **{"optimizer": arguments.optimizer, "lr": LR, "clip-norm": CLIP_NORM, "num-workers": 0},
-        **{"distributed-world-size": 1, "save-dir": data},
+        "model.decoder_layers": arguments.layers,
+        "model.decoder_embed_dim": arguments.width,
+        "model.decoder_ffn_embed_dim": arguments.hidden,
+        "model.decoder_attention_heads": max(1, arguments.width // HEAD),
+        "model.num_experts": experts,
+        "model.sparse_layers": f"'{arguments.sparse_layers}'",
+        "task.tokens_per_sample": min(SENTENCE, arguments.tokens),
+        "dataset.max_tokens": arguments.tokens,
+        "dataset.required_batch_size_multiple": 1,
+        "optimizer._name": arguments.optimizer,
+        "criterion.log_expert_loads": False,
+        "common.seed": arguments.seed,
+        "common.cpu": arguments.device == "cpu",
+        "common.bf16": arguments.bf16 and not arguments.memory_efficient_bf16,
+        "common.memory_efficient_bf16": arguments.memory_efficient_bf16,
+        "distributed_training.distributed_world_size": 1,
+        "checkpoint.no_save": True,
     }
-    if candidate != "dense":
-        values |= {"num-experts": experts, "sparse-layers": arguments.sparse_layers}
-    words = [str(word) for name, value in values.items() for word in (f"--{name}", value)]
-    flags = ["--cpu"] if arguments.device == "cpu" else []
-    if arguments.bf16:
-        flags.append("--memory-efficient-bf16" if arguments.memory_efficient_bf16 else "--bf16")
-    return [str(data), *words, *ROUTERS[candidate], *flags, "--no-save"]
+    config = compose(CONFIGS, f"laptop/{candidate}", [f"{name}={value}" for name, value in values.items()]).config
+    # Paths may have characters that an override cannot.
+    config.task.data = config.checkpoint.save_dir = str(data)
+    config.common.user_dir = str(CONFIGS.parent / "fairseq_hash")
+    return flags(config)
 
 
 def build(words: Sequence[str]) -> Any:
     """Return the trainer for options of `fairseq-train`, as fairseq_cli/train.py makes it."""
-    fairseq_hash.register()  # --user-dir does not where the package is imported before fairseq
-
     from fairseq import options, tasks, utils
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
     from fairseq.trainer import Trainer

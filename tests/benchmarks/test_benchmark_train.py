@@ -92,7 +92,6 @@ def test_the_plain_model_is_the_dense_one(data, monkeypatch):
     """Same loss, same loss after updates, and the products that are counted."""
     monkeypatch.syspath_prepend(str(PROGRAM.parent))
     import trainings
-    from plain import PlainLoop, PlainModel
 
     sizes = {"layers": 2, "width": 128, "hidden": 32, "tokens": 64, "sparse_layers": "1"}  # two heads
     more = {"optimizer": "adam", "device": "cpu", "bf16": False, "memory_efficient_bf16": False, "seed": 1}
@@ -102,8 +101,8 @@ def test_the_plain_model_is_the_dense_one(data, monkeypatch):
     with torch.no_grad():  # fairseq's biases are 0, and its norms 1 and 0
         for parameter in dense.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    plain = PlainModel.like(dense.decoder, 64)
-    loop = PlainLoop(plain, trainings.LR, trainings.CLIP_NORM, bf16=False, compiled=False)
+    loop = trainings.plain_loop(trainer, arguments, compiled=False)
+    plain = loop.model
     batches = trainings.batches_of(trainer, 3)
 
     def losses(batch):
@@ -114,6 +113,8 @@ def test_the_plain_model_is_the_dense_one(data, monkeypatch):
     before = losses(batches[0])
     torch.testing.assert_close(*before, rtol=1e-5, atol=0)
     for batch in batches:
+        for group in loop.optimizer.param_groups:
+            group["lr"] = trainer.get_lr()  # it rises from update to update
         trainings.update(trainer, batch)
         loop.train_step(batch)
     after = losses(batches[0])

@@ -6,7 +6,6 @@ its data or the code that makes it changed.
 """
 
 import argparse
-import fcntl
 import signal
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from demo_process import StepFailed
 from demo_runs import EVALUATION_WORK, EXPERTS, MODELS, SUBSETS, TOKENS_AN_UPDATE, make_run
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.files import only_one
 from fairseq_hash.core.options import add_options, given_options, option
 from fairseq_hash.core.progress import Display
 from fairseq_hash.reporting.report import write_report
@@ -119,13 +119,8 @@ def main(argv: "Sequence[str] | None" = None) -> int:
     try:
         options = parse_options(argv)
         options.out.mkdir(parents=True, exist_ok=True)
-        with (options.out / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another demo writes to {options.out}; wait for its end or give another --out"
-                ) from None
+        taken = f"another demo writes to {options.out}; wait for its end or give another --out"
+        with only_one(options.out, taken):
             run_demo(options)
     except (UserError, StepFailed) as error:
         print(f"demo: {error}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Output files: checked before work begins, and whole under their names or not there at all."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -65,6 +66,21 @@ def atomic_write(path: "str | os.PathLike[str]", is_durable: bool = False) -> It
     if is_durable:
         with contextlib.suppress(OSError):  # not every file system can do that with a folder
             _sync(path.parent)
+
+
+@contextmanager
+def only_one(folder: Path, line: str) -> Iterator[None]:
+    """Keep other processes that ask for the same folder out, until this one is done or has died.
+
+    Raises:
+        UserError: with `line`, if another process is in.
+    """
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(line) from None
+        yield
 
 
 def write_json(path: Path, content: Any) -> None:

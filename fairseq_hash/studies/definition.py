@@ -70,6 +70,12 @@ class StudyModel:
         """What the evaluation changes, such as `base_evaluation=balanced`; `as trained` if nothing."""
         return ",".join(f"{key}={value}" for key, value in sorted(self.options.items())) or "as trained"
 
+    @property
+    def family(self) -> "tuple[str, int] | None":
+        """In a study of scaling, `Hash 16` is of the family `Hash` and has 16 experts; None without a number."""
+        named = re.fullmatch(r"(.+) (\d+)", self.name)
+        return (named[1], int(named[2])) if named else None
+
 
 @dataclass(frozen=True)
 class Study:

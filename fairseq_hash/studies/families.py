@@ -5,7 +5,6 @@ A dense baseline is the point of one expert of each family.
 """
 
 import itertools
-import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -26,9 +25,9 @@ def families_of(results: Results) -> dict[str, Family]:
         return {}
     found: dict[str, dict[int, ModelResult]] = {}
     for result in results.finished:
-        named = re.fullmatch(r"(.+) \d+", result.name)
-        if named and result.sizes is not None and result.sizes.experts > 0:
-            found.setdefault(named[1], {})[result.sizes.experts] = result
+        if result.model.family is not None:
+            name, experts = result.model.family
+            found.setdefault(name, {})[experts] = result
     dense = results.baseline
     if dense.finals and dense.sizes is not None and dense.sizes.experts == 0:
         found = {name: {1: dense, **family} for name, family in found.items()}

@@ -21,7 +21,10 @@ class Work(Protocol):
         """Whether it has ended."""
 
     def stop(self) -> None:
-        """End it; its training leaves a checkpoint."""
+        """Ask it to end; its training leaves a checkpoint."""
+
+    def wait(self) -> None:
+        """Wait for its end, if it was asked to end."""
 
 
 class Pool(Protocol):
@@ -49,10 +52,12 @@ class Process:
         return self.child.poll() is not None
 
     def stop(self) -> None:
-        """End the process, which ends its training."""
-        if self.is_done():
-            return
-        self.child.send_signal(signal.SIGTERM)
+        """Ask the process to end; it ends its training."""
+        if not self.is_done():
+            self.child.send_signal(signal.SIGTERM)
+
+    def wait(self) -> None:
+        """Wait for the process's end; kill it if that takes too long."""
         try:
             self.child.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:
@@ -79,6 +84,9 @@ class Job:
 
     def stop(self) -> None:
         """Leave the job to SLURM: it goes on, and its record counts in the next call."""
+
+    def wait(self) -> None:
+        """Do not wait: nothing was asked of the job."""
 
 
 class Jobs:

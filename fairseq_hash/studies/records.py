@@ -47,8 +47,8 @@ class Validation:
 
 
 @dataclass(frozen=True)
-class RunRecord:
-    """A finished training and its scores.
+class RunFacts:
+    """What is known of a run before it starts.
 
     Attributes:
         identity: of options, learning rate, seed and data.
@@ -60,15 +60,6 @@ class RunRecord:
         active: parameters that one token uses.
         experts: of a sparse layer, 0 for dense models.
         flops_per_token: forward and backward.
-        tokens: of the whole training.
-        seconds: of the training, validations included.
-        tokens_per_second: median over the log's intervals.
-        validations: in order; the last one is at the end of the training.
-        diverged: why the training broke off (its loss was no number), "" if it did not.
-        load_max: largest demand for an expert over the mean one in the last validation, worst layer; None if dense.
-        dropped: share of the training's tokens that found their expert full, worst layer; None if dense.
-        test: scores by what the evaluation changes (`StudyModel.evaluation`), {} for a run that only tunes.
-        provenance: code, libraries, machine, date.
     """
 
     identity: str
@@ -80,6 +71,24 @@ class RunRecord:
     active: int
     experts: int
     flops_per_token: float
+
+
+@dataclass(frozen=True)
+class RunRecord(RunFacts):
+    """A finished training and its scores.
+
+    Attributes:
+        tokens: of the whole training.
+        seconds: of the training, validations included.
+        tokens_per_second: median over the log's intervals.
+        validations: in order; the last one is at the end of the training.
+        diverged: why the training is none (its loss became no number), "" if it is one.
+        load_max: largest demand for an expert over the mean one in the last validation, worst layer; None if dense.
+        dropped: share of the training's tokens that found their expert full, worst layer; None if dense.
+        test: scores by what the evaluation changes (`StudyModel.evaluation`), {} for a run that only tunes.
+        provenance: code, libraries, machine, date.
+    """
+
     tokens: int
     seconds: float
     tokens_per_second: float

@@ -4,7 +4,7 @@ import functools
 import itertools
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from fairseq_hash.experiments.sizes import Sizes, sizes
 from fairseq_hash.reporting.run_options import VOLATILE
 from fairseq_hash.studies.definition import Study, StudyModel, folder_name
 from fairseq_hash.studies.records import FINAL, RunRecord, identity_of
-from fairseq_hash.studies.schedule import Done, Run, choose, tuning_run
+from fairseq_hash.studies.schedule import Done, Run, choose, tuning_run, wanted
 from fairseq_hash.studies.worker import Request
 
 NEVER = 1_000_000_000
@@ -60,19 +60,18 @@ class Requests:
         self.composed = functools.cache(self._composed)
         self.sizes = functools.cache(self._sizes)
         self.options = functools.cache(self._options)
-        self.identity = functools.cache(self._identity)
 
     def _composed(self, name: str) -> Experiment:
-        return self._compose(name, self.study.learning_rates[0], self.study.tuning_seed)
+        return self._compose(name, self.study.learning_rates[0], self.study.tuning_seed, "made of another model")
 
-    def _compose(self, name: str, rate: float, seed: int) -> Experiment:
+    def _compose(self, name: str, rate: float, seed: int, table: str) -> Experiment:
         """Return a model's configuration. Rate and seed are composed with it: other groups refer to them."""
         model = self.study.models[name]
         text, places = self.study.text, self.places
         words = [*model.overrides, *places.overrides, f"task.data={_quoted(places.data)}"]
         words += [f"experiment.vocabulary={places.vocabulary}", f"optimization.lr=[{rate!r}]", f"common.seed={seed}"]
         if model.table_of:
-            words.append(f"model.hash_table={_quoted(self.table_path(model))}")
+            words.append(f"model.hash_table={_quoted(table)}")
         experiment = compose(places.configs, model.experiment, words)
         config = experiment.config
         updates = max(1, text.train_tokens // tokens_per_update(experiment))
@@ -92,25 +91,29 @@ class Requests:
         config.common.user_dir = str(Path(fairseq_hash.__file__).parent)
         return experiment
 
-    def table_path(self, model: StudyModel) -> Path:
+    def table_path(self, model: StudyModel, done: Done) -> Path:
         """Return where a model's made table lies."""
-        return self.places.runs / folder_name(model.name) / "table.safetensors"
+        made_of = self.identity(self.source(model, done), done)
+        return self.places.runs / folder_name(model.name) / f"table-{made_of[:8]}.safetensors"
 
-    def folder(self, run: Run) -> Path:
-        """Return a run's folder."""
-        return self.places.runs / folder_name(run.model) / f"lr{run.learning_rate:g}-seed{run.seed}"
+    def folder(self, run: Run, done: Done) -> Path:
+        """Return a run's folder. Its name has digits of the identity: other options or data are another run."""
+        name = f"{_rate_and_seed(run)}-{self.identity(run, done)[:8]}"
+        return self.places.runs / folder_name(run.model) / name
 
     def record_path(self, run: Run) -> Path:
         """Return the file of a run's record."""
-        return self.places.records / f"{folder_name(run.model)}-{self.folder(run).name}.json"
+        return self.places.records / f"{folder_name(run.model)}-{_rate_and_seed(run)}.json"
 
-    def config(self, run: Run) -> DictConfig:
+    def config(self, run: Run, done: Done) -> DictConfig:
         """Return a run's configuration."""
-        config = self._compose(run.model, run.learning_rate, run.seed).config
-        config.checkpoint.save_dir = str(self.folder(run))
+        model = self.study.models[run.model]
+        table = str(self.table_path(model, done)) if model.table_of else ""
+        config = self._compose(run.model, run.learning_rate, run.seed, table).config
+        config.checkpoint.save_dir = str(self.folder(run, done))
         return config
 
-    def _identity(self, run: Run) -> str:
+    def identity(self, run: Run, done: Done) -> str:
         """Return what tells a run from others.
 
         Options with their defaults are no part of it, so that a version with more options still knows its records.
@@ -120,10 +123,17 @@ class Requests:
         made_table: list[str] = []
         if model.table_of:
             options = {key: value for key, value in options.items() if key != "hash_table"}  # a path
-            source = self.study.models[model.table_of]
-            made_table = [source.experiment, *source.overrides, *model.table]
+            made_table = [self.identity(self.source(model, done), done), *model.table]
         known = {"options": options, "table": made_table, "data": self.places.fingerprint}
         return identity_of({**known, "seed": run.seed, "learning_rate": run.learning_rate})
+
+    def source(self, model: StudyModel, done: Done) -> Run:
+        """Return the run of `table_of` whose checkpoint a model's table is made of."""
+        study = self.study
+        choice, _ = choose(study, model.table_of, done)
+        if len(study.learning_rates) == 1:
+            return Run(model.table_of, choice.rate, study.seeds[0], FINAL)
+        return tuning_run(study, model.table_of, choice.rate)
 
     def _options(self, name: str) -> dict[str, str]:
         """Return a model's options that are not fairseq-train's defaults, without those that change no result."""
@@ -135,16 +145,16 @@ class Requests:
         ]
         return {key: value for key, value in sorted(pairs) if key not in OF_A_RUN}
 
-    def request(self, run: Run) -> Request:
+    def request(self, run: Run, done: Done) -> Request:
         """Return what a worker needs to know of a run."""
         study, places, model = self.study, self.places, self.study.models[run.model]
-        folder, of, config = self.folder(run), self.sizes(run.model), self.config(run)
+        folder, of, config = self.folder(run, done), self.sizes(run.model), self.config(run, done)
         command = [sys.executable, "-m", "fairseq_cli.train", *flags(config)]
         return Request(
             folder=str(folder),
             command=command,
             record=str(self.record_path(run)),
-            identity=self.identity(run),
+            identity=self.identity(run, done),
             model=run.model,
             experiment=[model.experiment, *model.overrides, *places.overrides],
             learning_rate=run.learning_rate,
@@ -164,27 +174,43 @@ class Requests:
         return sizes(self.composed(name))
 
     def check(self, model: StudyModel) -> None:
-        """Raise `UserError` if a model's trainings would not start."""
+        """Raise `UserError` if a model's trainings would not start, or its name says another number of experts."""
+        experts = self.composed(model.name).config.model.num_experts
+        if self.study.scaling and model.family is not None and model.family[1] != experts:
+            raise UserError(
+                f"{model.name} has {experts} experts; in a study of scaling the number at the end of a name is that of "
+                "the experts: mend the name, or override model.num_experts"
+            )
         if not model.table_of:
             check_experiment(self.composed(model.name), ranks=1)
 
     def done(self, records: Mapping[str, RunRecord]) -> Done:
         """Return the runs of the study that have records, however far it has come."""
         done: dict[Run, RunRecord] = {}
-        for model in self.study.trained():
-            while True:
-                choice, needed = choose(self.study, model.name, done)
-                if choice.is_settled and choice.rate is not None:
-                    needed = [Run(model.name, choice.rate, seed, FINAL) for seed in self.study.seeds]
-                found = {}
-                for run in needed:
-                    record = records.get(self.identity(run))
-                    if record is not None and run not in done and self._has_scores(run, record):
-                        found[run] = record
-                done |= found
-                if not found or choice.is_settled:
-                    break
-        return done
+        while True:  # a tuned rate tells which final runs, and which tables of other models, are those of the study
+            found = {}
+            for run in wanted(self.study, done):
+                record = records.get(self.identity(run, done))
+                if record is not None and self._has_scores(run, record):
+                    found[run] = record
+            if not found:
+                return done
+            done |= found
+
+    def check_records(self, records: Iterable[RunRecord], done: Done) -> None:
+        """Raise `UserError` if one of the study's records is of other options or data than its run would be now."""
+        for record in records:
+            model = self.study.models.get(record.model)
+            if model is None or model.trained_as:
+                continue  # the study has changed, and the record is of no run of it
+            if model.table_of and choose(self.study, model.table_of, done)[0].rate is None:
+                continue
+            run = Run(record.model, record.learning_rate, record.seed, FINAL)
+            if self.identity(run, done) != record.identity:
+                raise UserError(
+                    f"{self.record_path(run)} is of another text or of other options than {run.model} has now; give "
+                    "another --records, or delete such records, and their runs are made again"
+                )
 
     def _has_scores(self, run: Run, record: RunRecord) -> bool:
         return run.stage != FINAL or bool(record.diverged) or set(self.study.evaluations(run.model)) <= set(record.test)
@@ -195,14 +221,11 @@ class Requests:
         Raises:
             UserError: if the table cannot be made.
         """
-        out = self.table_path(model)
+        out = self.table_path(model, done)
         if out.is_file():
             return None
-        choice, _ = choose(self.study, model.table_of, done)
-        source = tuning_run(self.study, model.table_of, choice.rate)
-        if len(self.study.learning_rates) == 1:
-            source = Run(model.table_of, choice.rate, self.study.seeds[0], FINAL)
-        checkpoint = self.folder(source) / "checkpoint_last.pt"
+        source = self.source(model, done)
+        checkpoint = self.folder(source, done) / "checkpoint_last.pt"
         if not checkpoint.is_file():
             return source
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -223,7 +246,11 @@ def tokens_per_update(experiment: Experiment) -> int:
     return config.dataset.max_tokens * batches
 
 
-def _quoted(path: Path) -> str:
+def _rate_and_seed(run: Run) -> str:
+    return f"lr{run.learning_rate:g}-seed{run.seed}"
+
+
+def _quoted(path: "Path | str") -> str:
     """Return a path as a value in Hydra's grammar."""
     return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
 

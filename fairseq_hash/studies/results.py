@@ -158,10 +158,12 @@ def beside_the_trigram(results: Results) -> str:
     below = [name for name, nats in means.items() if nats < results.trigram_nats]
     above = [name for name in means if name not in below]
     level = f"the trigram's perplexity of {math.exp(results.trigram_nats):.2f}"
+    waiting = len(results.models) - len(results.finished)
+    every = f"All models that have final runs, {len(means)} of {len(results.models)}," if waiting else "All models"
     if not above:
-        return f"All models are below (better than) {level}."
+        return f"{every} are below (better than) {level}."
     little = "A comparison of models that lose against counts of three tokens proves little: they still learn what "
     little += "counting finds, and their order may change once they use more context."
     if not below:
-        return f"All models are above (worse than) {level}. {little}"
+        return f"{every} are above (worse than) {level}. {little}"
     return f"Below (better than) {level}: {', '.join(below)}. Above (worse): {', '.join(above)}. {little}"

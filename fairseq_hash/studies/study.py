@@ -1,6 +1,5 @@
 """Runs a study: text, trainings, records, report. What has a record is done; everything else is found anew."""
 
-import fcntl
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.files import only_one
 from fairseq_hash.core.progress import Display
 from fairseq_hash.hashing.dictionary import read_dictionary
 from fairseq_hash.provenance import usable_cores
@@ -73,7 +73,7 @@ def open_study(study: Study, setting: Setting, display_of: Callable[[float], Dis
     """Prepare a study's text and find what is done.
 
     Raises:
-        UserError: if the text cannot be prepared, or a model could not be trained.
+        UserError: if the text cannot be prepared, a model could not be trained, or the records are of other runs.
     """
     with display_of(2 * WORK + len(ORDERS)) as display:
         data = prepare_text(study.text, setting.text, setting.work / "data", display)
@@ -92,6 +92,8 @@ def open_study(study: Study, setting: Setting, display_of: Callable[[float], Dis
         requests = Requests(study, places)
         for model in study.trained():
             requests.check(model)
+        own = read_records(places.records)
+        requests.check_records(own.values(), requests.done(own))
         baseline = study.models[study.models[study.baseline].trained_as or study.baseline]
         sample = requests.composed(baseline.name).config.task.tokens_per_sample
         path = setting.records / "text.json"
@@ -111,15 +113,11 @@ def run_study(study: Study, setting: Setting, state: State, progress: StudyProgr
         UserError: if a worker fails, after the others have ended.
         KeyboardInterrupt: if it was interrupted, when the workers have ended.
     """
-    setting.work.joinpath(study.name).mkdir(parents=True, exist_ok=True)
-    with (setting.work / study.name / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"study {study.name} is running in {setting.work}; wait for its end, or give another --work"
-            ) from None
-        pool: Pool = Processes() if setting.slurm is None else Jobs(setting.work / study.name / "slurm", setting.slurm)
+    folder = setting.work / study.name
+    folder.mkdir(parents=True, exist_ok=True)
+    taken = f"study {study.name} is running in {setting.work}; wait for its end, or give another --work"
+    with only_one(folder, taken):
+        pool: Pool = Processes() if setting.slurm is None else Jobs(folder / "slurm", setting.slurm)
         _run(study, setting, state, pool, progress)
 
 
@@ -138,7 +136,7 @@ def _run(study: Study, setting: Setting, state: State, pool: Pool, progress: Stu
                     progress.failed(run, failures[-1])
             if not failures:
                 for run in _startable(study, state, working)[: setting.jobs - len(working)]:
-                    request = write_request(state.requests.request(run))
+                    request = write_request(state.requests.request(run, state.done))
                     working[run] = request, pool.start(request)
                     progress.began(run, request.parent)
             if not working:
@@ -148,6 +146,8 @@ def _run(study: Study, setting: Setting, state: State, pool: Pool, progress: Stu
     finally:
         for _, work in working.values():
             work.stop()
+        for _, work in working.values():
+            work.wait()
     if failures:
         raise UserError(failures[0])
 

@@ -3,14 +3,14 @@
 A request, a JSON file in the run's folder, says all of it, so that the same command serves here and as a SLURM job.
 """
 
-import fcntl
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,24 +18,22 @@ from typing import Any
 import numpy as np
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.core.files import write_json
+from fairseq_hash.core.files import only_one, write_json
 from fairseq_hash.provenance import provenance
-from fairseq_hash.studies.records import RunRecord, Scores, Validation, write_record
+from fairseq_hash.studies.records import RunFacts, RunRecord, Scores, Validation, write_record
 
 REQUEST, TRAIN_LOG, ERROR = "request.json", "train.log", "error.txt"
 DIVERGED = "FloatingPointError"  # what fairseq raises for gradients that are no numbers
 
 
 @dataclass(frozen=True)
-class Request:
+class Request(RunFacts):
     """What a worker is to do.
 
     Attributes:
         folder: of the run.
         command: of the training.
         record: the file to write.
-        identity, model, experiment, learning_rate, seed, parameters, active, experts, flops_per_token: as in
-            `RunRecord`.
         tokens_per_update: of the training.
         data: folder of the binarized data.
         data_fingerprint: of that folder.
@@ -46,15 +44,6 @@ class Request:
     folder: str
     command: list[str]
     record: str
-    identity: str
-    model: str
-    experiment: list[str]
-    learning_rate: float
-    seed: int
-    parameters: int
-    active: int
-    experts: int
-    flops_per_token: float
     tokens_per_update: int
     data: str
     data_fingerprint: str
@@ -80,18 +69,14 @@ def main() -> int:
     request = Request(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     folder = Path(request.folder)
     signal.signal(signal.SIGTERM, _interrupt)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return _fail(folder, f"{folder} is being trained by another process; wait for its end")
-        (folder / ERROR).unlink(missing_ok=True)
-        try:
+    try:
+        with only_one(folder, f"{folder} is being trained by another process; wait for its end"):
+            (folder / ERROR).unlink(missing_ok=True)
             write_record(Path(request.record), make_record(request))
-        except (UserError, OSError) as error:
-            return _fail(folder, str(error))
-        except KeyboardInterrupt:
-            return 130
+    except (UserError, OSError) as error:
+        return _fail(folder, str(error))
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -120,10 +105,9 @@ def make_record(request: Request) -> RunRecord:
             "data_fingerprint": request.data_fingerprint,
         },
     )
-    diverged = train(request)
-    record = _of_training(request, diverged)
-    if request.evaluations and not diverged:
-        record = RunRecord(**{**vars(record), "test": scores_on_test(request)})
+    record = _of_training(request, train(request))
+    if request.evaluations and not record.diverged:
+        record = replace(record, test=scores_on_test(request))
     for path in folder.glob("checkpoint_*_*.pt"):  # kept while it could have been resumed
         path.unlink()
     return record
@@ -191,21 +175,15 @@ def _of_training(request: Request, diverged: str) -> RunRecord:
         )
         for update, values in sorted(run.training.validations.items())
     ]
+    if not diverged and not all(math.isfinite(one.nats) for one in validations):
+        diverged = "its loss on valid is no number"  # while its gradients were, or fairseq would have stopped it
     row = measure(request.model, run) if intervals else {}
     return RunRecord(
-        identity=request.identity,
-        model=request.model,
-        experiment=request.experiment,
-        learning_rate=request.learning_rate,
-        seed=request.seed,
-        parameters=request.parameters,
-        active=request.active,
-        experts=request.experts,
-        flops_per_token=request.flops_per_token,
+        **{of.name: getattr(request, of.name) for of in fields(RunFacts)},
         tokens=run.training.updates * request.tokens_per_update,
         seconds=run.training.wall_seconds,
         tokens_per_second=float(row.get("tokens_per_second", 0.0)),
-        validations=validations,
+        validations=[one for one in validations if math.isfinite(one.nats)],
         diverged=diverged,
         load_max=_number(row.get("load_max_valid")),
         dropped=_number(row.get("dropped")),

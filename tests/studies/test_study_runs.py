@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,12 +32,18 @@ STUDY = {
     "baseline": "Dense",
     "learning_rates": [0.002, 0.004],
     "grow": 0,
-    "seeds": [1, 2],
+    "seeds": [1],
     "validations": 2,
     "models": {
         "Dense": {"experiment": "laptop/dense", "overrides": ["model.decoder_embed_dim=16"]},
         "BASE": {"experiment": "laptop/base", "overrides": ["model.decoder_embed_dim=16"]},
         "BASE, balanced": {"trained_as": "BASE", "options": {"base_evaluation": "balanced"}},
+        "Table of BASE": {
+            "experiment": "laptop/hash",
+            "overrides": ["model.decoder_embed_dim=16"],
+            "table_of": "BASE",
+            "table": ["from-router", "{checkpoint}", "--text", "{data}", "--layer", "1", "--out", "{out}"],
+        },
     },
 }
 
@@ -87,9 +94,11 @@ def test_a_study_runs_to_its_report(finished, capsys):
     _, records = finished
     runs = read_records(records / "runs")
     found = {(one.model, one.learning_rate, one.seed, bool(one.test)) for one in runs.values()}
-    assert {(model, rate, 100, False) for model in ("Dense", "BASE") for rate in (0.002, 0.004)} <= found
+    assert {
+        (model, rate, 100, False) for model in ("Dense", "BASE", "Table of BASE") for rate in (0.002, 0.004)
+    } <= found
     finals = [one for one in runs.values() if one.test]
-    assert sorted((one.model, one.seed) for one in finals) == [("BASE", 1), ("BASE", 2), ("Dense", 1), ("Dense", 2)]
+    assert sorted((one.model, one.seed) for one in finals) == [("BASE", 1), ("Dense", 1), ("Table of BASE", 1)]
     for one in finals:
         tried = {
             other.learning_rate: other.valid_nats
@@ -132,7 +141,7 @@ def test_the_commands_of_two_runs_differ_in_rate_and_seed_only(study_file, finis
     study, requests = requests_of(study_file, finished)
     commands = {}
     for rate, seed in ((0.002, 100), (0.004, 7)):
-        words = requests.request(Run("Dense", rate, seed, TUNING)).command
+        words = requests.request(Run("Dense", rate, seed, TUNING), {}).command
         place = words.index("--save-dir")
         commands[rate] = words[:place] + words[place + 2 :]
     differing = [(one, other) for one, other in zip(*commands.values(), strict=True) if one != other]
@@ -143,7 +152,7 @@ def test_the_record_is_what_the_training_logged(finished):
     """Against the log itself, read with json alone."""
     work, records = finished
     record = next(one for one in read_records(records / "runs").values() if one.model == "Dense" and one.seed == 1)
-    folder = work / "tiny" / "runs" / "dense" / f"lr{record.learning_rate:g}-seed1"
+    folder = work / "tiny" / "runs" / "dense" / f"lr{record.learning_rate:g}-seed1-{record.identity[:8]}"
     lines = [line.split(" | ") for line in (folder / "train.log").read_text().splitlines()]
     logged = [json.loads(line[3]) for line in lines if line[2:3] == ["valid"]]
     assert [one.nats for one in record.validations] == pytest.approx(
@@ -157,8 +166,59 @@ def test_an_identity_is_of_what_makes_a_run(study_file, finished):
     study, requests = requests_of(study_file, finished)
     run = Run("Dense", 0.002, 1, FINAL)
     others = [Run("Dense", 0.002, 2, FINAL), Run("Dense", 0.004, 1, FINAL), Run("BASE", 0.002, 1, FINAL)]
-    assert len({requests.identity(one) for one in [run, *others]}) == 4
-    assert requests.identity(replace(run, stage=TUNING)) == requests.identity(run)
+    assert len({requests.identity(one, {}) for one in [run, *others]}) == 4
+    assert requests.identity(replace(run, stage=TUNING), {}) == requests.identity(run, {})
+    assert len({requests.folder(one, {}) for one in [run, *others]}) == 4
+    other = type(requests)(study, replace(requests.places, fingerprint="of another text"))
+    assert other.identity(run, {}) != requests.identity(run, {}) and other.folder(run, {}) != requests.folder(run, {})
+
+
+def test_a_made_table_is_of_the_tuned_run(study_file, finished):
+    """Its models know the source's rate: with another one they are other runs, with another table."""
+    study, requests = requests_of(study_file, finished)
+    done = requests.done(read_records(finished[1] / "runs"))
+    model, run = study.models["Table of BASE"], Run("Table of BASE", 0.002, 1, FINAL)
+    source = requests.source(model, done)
+    assert source.model == "BASE" and source.seed == study.tuning_seed
+    path = requests.table_path(model, done)
+    assert path.is_file() and requests.request(run, done).command.count(str(path)) == 1
+    grown = {one: replace(record, diverged="yes") if one == source else record for one, record in done.items()}
+    assert requests.source(model, grown) != source
+    assert requests.identity(run, grown) != requests.identity(run, done)
+    assert requests.table_path(model, grown) != path
+
+
+def test_records_of_other_runs_stop_the_study(study_file, finished, little_text, tmp_path, capsys):
+    """Another text or other options would overwrite them: one line, and they stay as they are."""
+    work, records = finished
+    copy = tmp_path / "records"
+    shutil.copytree(records, copy)
+    before = {path: path.read_bytes() for path in sorted(copy.rglob("*.json"))}
+    other = tmp_path / "other text"
+    shutil.copytree(little_text, other)
+    (other / "train.txt").write_text((little_text / "train.txt").read_text().replace("a", "i"))
+    where = ["--work", str(work), "--records", str(copy)]
+    for words in (["--text", str(other)], ["--text", str(little_text), "--override", "model.dropout=0.1"]):
+        assert main(["study", str(study_file), *words, *where]) == 1
+        error = capsys.readouterr().err
+        assert "is of another text or of other options" in error and error.count("\n") == 1
+    assert {path: path.read_bytes() for path in sorted(copy.rglob("*.json"))} == before
+
+
+def test_a_loss_that_is_no_number_is_a_divergence(finished):
+    """fairseq stops for gradients that are no numbers, not for such a validation."""
+    log = next((finished[0] / "tiny" / "runs" / "dense").glob("lr0.002-seed100-*")) / "train.log"
+    request = Request(**json.loads((log.parent / "request.json").read_text()) | {"folder": str(log.parent)})
+    whole = log.read_text()
+    last = [line for line in whole.splitlines() if " | valid | " in line][-1]
+    value = json.loads(last.split(" | ")[3])["valid_nll_loss"]
+    try:
+        log.write_text(whole.replace(last, last.replace(f'"valid_nll_loss": "{value}"', '"valid_nll_loss": "nan"')))
+        record = worker._of_training(request, "")
+    finally:
+        log.write_text(whole)
+    assert record.diverged == "its loss on valid is no number" and record.valid_nats == math.inf
+    assert len(record.validations) == 1
 
 
 @pytest.mark.parametrize(
@@ -195,7 +255,8 @@ def test_a_training_that_breaks_off_has_diverged_or_failed(tmp_path, program, di
     rest = dict.fromkeys(("record", "identity", "model", "data", "data_fingerprint"), "")
     rest |= dict.fromkeys(("learning_rate", "seed", "parameters", "active", "experts", "flops_per_token"), 0)
     command = [sys.executable, "-c", program]
-    request = Request(str(tmp_path), command, experiment=[], tokens_per_update=1, evaluations={}, threads=1, **rest)
+    places = {"folder": str(tmp_path), "command": command}
+    request = Request(**places, experiment=[], tokens_per_update=1, evaluations={}, threads=1, **rest)
     if diverged:
         assert worker.train(request) == diverged
         return
@@ -230,8 +291,8 @@ def test_ctrl_c_ends_the_trainings_and_the_study_goes_on(study_file, little_text
     program += "from fairseq_hash.cli import main; sys.exit(main(sys.argv[1:]))"
     words = ["study", str(long), "--text", str(little_text), "--work", str(work), "--jobs", "1"]
     child = subprocess.Popen([sys.executable, "-c", program, *words], stderr=subprocess.PIPE, text=True)
-    log = work / "long" / "runs" / "dense" / "lr0.002-seed1" / "train.log"
-    while not (log.is_file() and "train_inner" in log.read_text()) and child.poll() is None:
+    runs = work / "long" / "runs" / "dense"
+    while not any("train_inner" in log.read_text() for log in runs.glob("*/train.log")) and child.poll() is None:
         time.sleep(0.05)
     child.send_signal(signal.SIGINT)
     _, error = child.communicate()
@@ -240,6 +301,14 @@ def test_ctrl_c_ends_the_trainings_and_the_study_goes_on(study_file, little_text
     assert found.stdout == ""
     assert main(words) == 0
     assert len(read_records(work / "long" / "records" / "runs")) == 1
+
+
+def test_a_number_at_the_end_of_a_name_is_that_of_the_experts(study_file, little_text, finished, tmp_path, capsys):
+    bad = tmp_path / "bad.yaml"
+    models = {"Dense": STUDY["models"]["Dense"], "Hash 8": {"experiment": "laptop/hash"}}
+    bad.write_text(yaml.safe_dump({**STUDY, "models": models, "scaling": True}))
+    assert main(["study", str(bad), "--text", str(little_text), "--work", str(finished[0]), "--plan"]) == 1
+    assert "Hash 8 has 16 experts" in capsys.readouterr().err
 
 
 def test_a_broken_record_is_one_line(tmp_path):

@@ -20,6 +20,8 @@ OVER_SEEDS = "mean over the seeds"
 COUNTED = "counted from the training tokens"
 # A rate whose loss is further above the best one lies outside of the chart; its figure stands in the table.
 MOST_NATS_ABOVE = 0.5
+# An n-gram line that is further above all curves would press them flat; its figure stands in the table.
+MOST_TIMES_ABOVE = 1.5
 
 
 def styles(results: Results) -> dict[str, tuple["int | None", int]]:
@@ -47,8 +49,10 @@ def perplexity_charts(results: Results) -> list[Chart]:
             lines.append(Line(result.name, OVER_SEEDS, x / unit, curve, *style, spread=ends))
             values[result.name] = f"{curve[-1]:.1f}"
         x_range = 0.0, 1.02 * max(float(line.x[-1]) for line in lines)
+        most = MOST_TIMES_ABOVE * max(float(line.y.max()) for line in lines)
         for number, (order, name) in enumerate(NGRAMS.items()):
-            if (nats := results.facts.ngrams.get("valid", {}).get(order)) is not None:
+            nats = results.facts.ngrams.get("valid", {}).get(order)
+            if nats is not None and math.exp(nats) < most:
                 lines.append(Line(name, COUNTED, np.array(x_range), np.full(2, math.exp(nats)), None, number, "faint"))
                 values[name] = f"{math.exp(nats):.1f}"
         y = np.concatenate([line.y for line in lines])

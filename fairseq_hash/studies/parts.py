@@ -72,7 +72,8 @@ def parts_of(results: Results, verdicts: dict[str, Verdict]) -> list[Part]:
         _pairs(results),
         Part(
             "Perplexity during training",
-            f"Means over the seeds. Models that share the trainings of another model have its line.{_sharing(results)}",
+            "Means over the seeds. Models that share the trainings of another model have its line."
+            f"{_sharing(results)} An n-gram model far above all curves is not drawn; the table has it.",
             charts=charts.perplexity_charts(results),
             picture="perplexity.png",
         ),

@@ -136,7 +136,7 @@ def missing_runs(results: Results) -> list[tuple[str, str]]:
         if not result.missing:
             continue
         if not result.choice.is_settled:
-            lack = f"its learning rate is not chosen yet ({len(result.choice.nats)} rates tried), so no final run"
+            lack = f"its learning rate is not chosen yet ({len(result.choice.nats)} tried), so no final run"
         elif result.model.trained_as and not result.finals:
             lack = f"evaluation of {result.model.trained_as}'s final runs, or these runs"
         else:

@@ -1,8 +1,11 @@
 """Where the workers of a study run: as processes of this machine, or as SLURM jobs through submitit."""
 
+import logging
+import math
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,11 +14,14 @@ from fairseq_hash.core.errors import UserError
 from fairseq_hash.studies.worker import ERROR, worker_command
 
 GRACE_SECONDS = 90
+SQUEUE_SECONDS = 30  # between two looks at SLURM's queue
 JOB = "slurm_job.txt"  # in a run's folder: the job that trains it
 
 
 class Work(Protocol):
-    """A worker that was started."""
+    """A worker that was started. What it prints goes to `log`."""
+
+    log: Path
 
     def is_done(self) -> bool:
         """Whether it has ended."""
@@ -38,7 +44,8 @@ class Process:
     """A worker on this machine."""
 
     def __init__(self, request: Path) -> None:
-        with (request.parent / "worker.log").open("ab") as log:
+        self.log = request.parent / "worker.log"
+        with self.log.open("ab") as log:
             self.child = subprocess.Popen(
                 worker_command(request),
                 stdin=subprocess.DEVNULL,
@@ -76,11 +83,17 @@ class Job:
     """A worker as a SLURM job. The study may end before it; the next call finds it again."""
 
     def __init__(self, job: Any) -> None:
-        self.job = job
+        self.job, self.log = job, Path(job.paths.stderr)
+        self.asked = -math.inf
 
     def is_done(self) -> bool:
-        """Whether the job has ended."""
-        return self.job.done()
+        """Whether the job has ended. submitit asks SLURM's accounting; where there is none, the queue tells."""
+        if self.job.done():
+            return True
+        if time.monotonic() - self.asked < SQUEUE_SECONDS:
+            return False
+        self.asked = time.monotonic()
+        return not is_queued(self.job.job_id)
 
     def stop(self) -> None:
         """Leave the job to SLURM: it goes on, and its record counts in the next call."""
@@ -102,6 +115,7 @@ class Jobs:
             import submitit
         except ImportError:
             raise UserError("--slurm needs submitit; install it (pip install submitit), or leave --slurm out") from None
+        logging.getLogger("submitit").setLevel(logging.ERROR)  # it warns at every look where accounting is missing
         self.submitit, self.folder = submitit, folder
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -114,19 +128,25 @@ class Jobs:
         """Submit a job, or find the one that an earlier call submitted and that has not ended."""
         known = request.parent / JOB
         if known.is_file():
-            job = self.submitit.SlurmJob(folder=self.folder, job_id=known.read_text(encoding="utf-8").strip())
-            if not job.done(force_check=True):
-                return Job(job)
+            job = Job(self.submitit.SlurmJob(folder=self.folder, job_id=known.read_text(encoding="utf-8").strip()))
+            if not job.is_done():
+                return job
         job = self.executor.submit(self.submitit.helpers.CommandFunction(worker_command(request)))
         known.write_text(f"{job.job_id}\n", encoding="utf-8")
         return Job(job)
 
 
-def why_failed(request: Path) -> str:
-    """Return why a worker that has ended left no record."""
+def is_queued(job: str) -> bool:
+    """Return whether a job, by its ID, waits or runs; also if SLURM gives no answer now."""
+    asked = subprocess.run(["squeue", "--noheader", "--jobs", job], capture_output=True, text=True, check=False)
+    is_forgotten = "Invalid job id" in asked.stderr
+    return bool(asked.stdout.strip()) or (asked.returncode != 0 and not is_forgotten)
+
+
+def why_failed(request: Path, log: Path) -> str:
+    """Return why the worker of a request, with its log, has ended without a record."""
     error = request.parent / ERROR
     if error.is_file():
         return error.read_text(encoding="utf-8").strip()
-    log = request.parent / "worker.log"
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
-    return f"the worker of {request.parent} ended without a record" + (f": {lines[-1]}" if lines else "")
+    return f"the worker of {request.parent} ended without a record: {lines[-1] if lines else f'{log} says nothing'}"

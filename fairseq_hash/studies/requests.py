@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from fairseq_hash.experiments.compose import Experiment, compose
 from fairseq_hash.experiments.flags import flags
 from fairseq_hash.experiments.sizes import Sizes, sizes
 from fairseq_hash.reporting.run_options import VOLATILE
+from fairseq_hash.studies.commands import run_command
 from fairseq_hash.studies.definition import Study, StudyModel, folder_name
 from fairseq_hash.studies.records import FINAL, RunRecord, identity_of
 from fairseq_hash.studies.schedule import Done, Run, choose, tuning_run, wanted
@@ -231,11 +231,11 @@ class Requests:
         out.parent.mkdir(parents=True, exist_ok=True)
         stand_for = {"checkpoint": str(checkpoint), "data": str(self.places.data), "out": str(out)}
         words = [word.format(**stand_for) for word in model.table]
-        main = "import sys; from fairseq_hash.cli import main; sys.exit(main())"
-        command = [sys.executable, "-c", main, "tables", *words]
-        made = subprocess.run(command, capture_output=True, text=True, check=False)
-        if made.returncode or not out.is_file():
-            raise UserError(f"the table of {model.name} cannot be made: {_last_line(made.stderr)}")
+        run_command(["tables", *words], f"the table of {model.name} cannot be made")
+        if not out.is_file():
+            raise UserError(
+                f"the table of {model.name} cannot be made: its command writes elsewhere; give --out {{out}}"
+            )
         return None
 
 
@@ -253,7 +253,3 @@ def _rate_and_seed(run: Run) -> str:
 def _quoted(path: "Path | str") -> str:
     """Return a path as a value in Hydra's grammar."""
     return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-def _last_line(text: str) -> str:
-    return (text.strip() or "no reason given").splitlines()[-1]

@@ -127,12 +127,12 @@ def _run(study: Study, setting: Setting, state: State, pool: Pool, progress: Stu
     try:
         while True:
             for run in [run for run, (_, work) in working.items() if work.is_done()]:
-                request, _ = working.pop(run)
+                request, work = working.pop(run)
                 state.read(setting.records)
                 if run in state.done:
                     progress.ended(run, state.done[run])
                 else:
-                    failures.append(why_failed(request))
+                    failures.append(why_failed(request, work.log))
                     progress.failed(run, failures[-1])
             if not failures:
                 for run in _startable(study, state, working)[: setting.jobs - len(working)]:

@@ -1,6 +1,5 @@
 """The text of a study: prepared once for all studies that share it, with its facts and its n-gram lines."""
 
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from fairseq_hash.core.progress import Display
 from fairseq_hash.experiments.ngrams import ORDERS, KneserNey
 from fairseq_hash.hashing.dictionary import read_dictionary
 from fairseq_hash.provenance import sha256_of_file
+from fairseq_hash.studies.commands import run_command
 from fairseq_hash.studies.definition import EMBEDDED, StudyText
 from fairseq_hash.studies.measures import (
     by_document,
@@ -72,11 +72,7 @@ def _source(text: StudyText, source: "Path | None") -> tuple[list[str], list[str
 def _data(words: Sequence[str], name: str, display: Display) -> None:
     """Run `fairseq-hash data`, whose own line says what went wrong."""
     display.begin(name, WORK)
-    main = "import sys; from fairseq_hash.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", main, "data", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"the text cannot be prepared: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}")
+    run_command(["data", *words], "the text cannot be prepared")
     display.end("ready")
 
 

@@ -34,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         for split, use in (("train", "to train on"), ("valid", "for validation"), ("test", "for testing")):
             words = f"{use}: plain, .xz, .gz or .bz2"
             given.add_argument(f"--{split}", type=Path, nargs="+", required=True, metavar="FILE", help=words)
+    words = "what the text is, by the name that published figures give it; without it none compare (default: text)"
+    text.add_argument("--corpus", dest="corpus_name", default="text", metavar="NAME", help=words)
     corpora.add_parser("embedded", help="the documentation that every Python brings: no download, 400,000 words")
     for corpus in CORPORA.values():
         public = corpora.add_parser(corpus.name, help=f"{corpus.note} ({corpus.file.url})")
@@ -64,8 +66,8 @@ def _add_cut(parser: argparse.ArgumentParser) -> None:
 def source_of(arguments: argparse.Namespace) -> Source:
     """Return the corpus that the command line names."""
     if arguments.corpus in ("text", "dialogue"):
-        given = GivenText if arguments.corpus == "text" else DialogueText
-        return given({split: getattr(arguments, split) for split in SPLITS})
+        files = {split: getattr(arguments, split) for split in SPLITS}
+        return GivenText(files, arguments.corpus_name) if arguments.corpus == "text" else DialogueText(files)
     if arguments.corpus == "embedded":
         return EmbeddedText()
     corpus = CORPORA[arguments.corpus]

@@ -9,9 +9,9 @@ from typing import Any
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.options import option
 from fairseq_hash.hashing.dictionary import read_dictionary
-from fairseq_hash.provenance import sha256_of_file, usable_cores
+from fairseq_hash.provenance import DATA_RECORD, sha256_of_file, usable_cores
 
-MODEL, DICTIONARY, PROVENANCE = "sentencepiece.model", "dict.txt", "provenance.json"
+MODEL, DICTIONARY, PROVENANCE = "sentencepiece.model", "dict.txt", DATA_RECORD
 
 
 @dataclass(frozen=True)

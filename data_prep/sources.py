@@ -18,9 +18,10 @@ TEXT_WORK = 10.0
 
 @dataclass(frozen=True)
 class GivenText:
-    """The user's text files."""
+    """The user's text files. `corpus` is the name that the record gives their text."""
 
     files: dict[str, list[Path]]
+    corpus: str = "text"
     expected_tokens = None
 
     def identity(self) -> dict[str, Any]:
@@ -28,7 +29,7 @@ class GivenText:
         for paths in self.files.values():
             check_files(paths)
         return {
-            "corpus": "text",
+            "corpus": self.corpus,
             **{split: [sha256_of_file(path) for path in paths] for split, paths in self.files.items()},
         }
 

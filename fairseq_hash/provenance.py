@@ -1,6 +1,7 @@
 """Where a result comes from: code version, commit, library versions, hardware and date."""
 
 import hashlib
+import json
 import os
 import platform
 import resource
@@ -11,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 
 __version__ = "0.1.0"
+
+DATA_RECORD = "provenance.json"  # what data_prep says of the data, in their folder
 
 LIBRARIES = ("torch", "fairseq", "fairscale", "hydra-core", "omegaconf", "numpy", "sentencepiece")
 
@@ -50,6 +53,14 @@ def commit() -> str | None:
         describe = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
         return subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def corpus_of(data: Path) -> "str | None":
+    """Return the corpus of a folder of prepared data by its name, None if data_prep did not record it."""
+    try:
+        return json.loads((data / DATA_RECORD).read_text(encoding="utf-8"))["identity"]["corpus"]
+    except (OSError, ValueError, LookupError, TypeError):
         return None
 
 

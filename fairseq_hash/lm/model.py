@@ -6,9 +6,11 @@ import logging
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from fairscale.nn.wrap.auto_wrap import ConfigAutoWrap
+from fairseq import utils
 from fairseq.models import register_model, register_model_architecture
 from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig, base_lm_architecture
 from fairseq.tasks import FairseqTask
@@ -40,7 +42,7 @@ from fairseq_hash.options.sparse_options import SparseOptions
 from fairseq_hash.parallel.collectives import check_same, one_line_errors, run_on_all_ranks
 from fairseq_hash.parallel.groups import ExpertParallel, expert_names, expert_parallel, reduce_expert_gradients
 from fairseq_hash.parallel.watchdog import watchdog_of
-from fairseq_hash.provenance import provenance
+from fairseq_hash.provenance import corpus_of, provenance
 from fairseq_hash.training.shared_experts import check_device
 
 logger = logging.getLogger("fairseq_hash.model")  # the name that reports of all versions look for
@@ -239,6 +241,7 @@ def model_record(model: nn.Module, args: Any, options: SparseOptions, task: Fair
         "parameters_total": total,
         "parameters_active": active,
         "parameters_trained": count_trained(model),
+        "corpus": corpus_of(Path(utils.split_paths(task.args.data)[0])),
         "dictionary_fingerprint": dictionary_fingerprint(task.source_dictionary.symbols),
         "table_fingerprint": tables.fingerprint if tables is not None else None,
         "predictor_fingerprint": predictor.fingerprint if predictor is not None else None,

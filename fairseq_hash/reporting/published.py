@@ -61,12 +61,25 @@ def _figure(folder: Path, key: str, text: str) -> "PublishedFigure | None":
     return PublishedFigure(float(found[1]), found[2]) if found[2] in MARKS else None
 
 
+def why_apart(run: Run) -> "str | None":
+    """Return why a run does not compare with the published figures, in words, or None if it does.
+
+    Perplexities compare on one text only, and per token only with one kind of dictionary.
+    """
+    config, model = run.training.config, run.training.model or {}
+    corpus, own = config.get("experiment.corpus"), model.get("corpus")
+    if not corpus or own != corpus:
+        return f"whose data are of {own or 'an unnamed corpus'} and not of {corpus or 'a named one'}"
+    vocabulary, types = config.get("experiment.vocabulary"), run.training.dictionary_types
+    is_known = isinstance(vocabulary, int) and types is not None
+    if is_known and abs(types - SPECIAL_SYMBOLS - vocabulary) <= NEAR * vocabulary:
+        return None
+    return f"whose dictionary has {_count(types)} symbols and not {_count(vocabulary)}"
+
+
 def is_comparable(run: Run) -> bool:
-    """Return whether the run's dictionary is as large as that of the published figures; if not, they do not compare."""
-    vocabulary, types = run.training.config.get("experiment.vocabulary"), run.training.dictionary_types
-    if not isinstance(vocabulary, int) or types is None:
-        return False
-    return abs(types - SPECIAL_SYMBOLS - vocabulary) <= NEAR * vocabulary
+    """Return whether a run compares with the published figures."""
+    return why_apart(run) is None
 
 
 def with_published(table: pd.DataFrame, models: dict[str, list[Run]]) -> pd.DataFrame:
@@ -90,15 +103,9 @@ def legend(models: dict[str, list[Run]]) -> str:
     }
     marks = "; ".join(f"{mark}: {text}" for mark, text in MARKS.items() if mark in used)
     words = f"Published perplexities were not measured by this project. Their marks: {marks}."
-    apart = {
-        (run.training.dictionary_types, run.training.config.get("experiment.vocabulary"))
-        for runs in named.values()
-        for run in runs[:1]
-        if not is_comparable(run)
-    }
-    for types, vocabulary in sorted(apart, key=str):
-        words += f" They do not compare with these runs, whose dictionary has {_count(types)} symbols and not "
-        words += f"{_count(vocabulary)}, and are left out of the figures."
+    apart = {why_apart(runs[0]) for runs in named.values()} - {None}
+    for reason in sorted(apart):
+        words += f" They do not compare with these runs, {reason}, and are left out of the figures."
     return words
 
 

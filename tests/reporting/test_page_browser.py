@@ -35,7 +35,7 @@ def pages(tmp_path_factory):
 
     models = ("none", 1, 104), ("hash", 4, 97), ("hash", 16, 89), ("hash", 64, 84), ("switch", 16, 100)
     for router, experts, end in models:
-        experiment = {"name": f"{router.title()} 1x{experts}", "table": "t", "vocabulary": 100}
+        experiment = {"name": f"{router.title()} 1x{experts}", "table": "t", "vocabulary": 100, "corpus": "a corpus"}
         experiment["published"] = {"valid": f"{end - 2}.5 A", "test": f"{end - 1}.5 S"}
         for seed in (1, 2):
             place = folder / "several" / f"{router}{experts}-{seed}"

@@ -13,7 +13,13 @@ from fairseq_hash.reporting.naming import group_by_model
 from fairseq_hash.reporting.run_options import stable
 from fairseq_hash.reporting.runs import load_run, load_runs
 
-EXPERIMENT = {"name": "Hash 1x4", "table": "reddit", "vocabulary": 100, "published": {"valid": "23.16 A"}}
+EXPERIMENT = {
+    "name": "Hash 1x4",
+    "table": "reddit",
+    "vocabulary": 100,
+    "corpus": "a corpus",
+    "published": {"valid": "23.16 A"},
+}
 
 
 def models(*folders):

@@ -16,9 +16,15 @@ from fairseq_hash.reporting.runs import load_run
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 CURVE = {2: "40.5 A", 4: "30.25 M", 9: "9.5 S"}
-HASH = {"name": "Hash", "table": "t", "vocabulary": 100}
+HASH = {"name": "Hash", "table": "t", "vocabulary": 100, "corpus": "a corpus"}
 HASH["published"] = {"valid": "23.16 A", "test": "23.20 S", "valid_by_update": CURVE}
-SWITCH = {"name": "Switch", "table": "t", "vocabulary": 100, "published": {"valid": "31.41 M", "test": "27.18 C"}}
+SWITCH = {
+    "name": "Switch",
+    "table": "t",
+    "vocabulary": 100,
+    "corpus": "a corpus",
+    "published": {"valid": "31.41 M", "test": "27.18 C"},
+}
 
 
 def test_only_figures_with_a_mark_of_the_authors_or_of_notes(tmp_path):
@@ -79,3 +85,21 @@ def test_another_dictionary_is_told(tmp_path):
     words = "They do not compare with these runs, whose dictionary has 104 symbols and not 8,000, and are left out of"
     assert published.legend({"Hash": runs[2:]}).endswith(f"{words} the figures.")
     assert published.legend({"Hash": runs[:1]}).endswith("wherever both have a figure.")
+
+
+@pytest.mark.parametrize(
+    ("of_figures", "of_data", "words"),
+    [
+        ("a corpus", "a corpus", None),
+        ("Reddit", "text", "of text and not of Reddit"),  # its own text, whatever the folder is called
+        ("Reddit", "cut", "of cut and not of Reddit"),
+        ("Reddit", None, "of an unnamed corpus and not of Reddit"),  # fairseq-preprocess leaves no record
+        (None, None, "of an unnamed corpus and not of a named one"),
+        (None, "text", "of text and not of a named one"),
+    ],
+)
+def test_another_corpus_is_told(tmp_path, of_figures, of_data, words):
+    """A dictionary of the same size says nothing of the text."""
+    run = load_run(write_run(tmp_path / "run", HASH | {"corpus": of_figures}, corpus=of_data))
+    assert published.is_comparable(run) is (words is None)
+    assert (f"whose data are {words}, and are" in published.legend({"Hash": [run]})) is (words is not None)

@@ -25,14 +25,26 @@ def runs(tmp_path):
     """Two routers at some numbers of experts, a dense model, and a table of its own; Hash 1x8 has a published one."""
     for (router, experts), values in MEASURED.items():
         given = {"valid": "28.25 A"} if (router, experts) == ("hash", 8) else {}
-        experiment = {"name": f"{router.title()} 1x{experts}", "table": "t", "vocabulary": 100, "published": given}
+        experiment = {
+            "name": f"{router.title()} 1x{experts}",
+            "table": "t",
+            "vocabulary": 100,
+            "corpus": "a corpus",
+            "published": given,
+        }
         for seed, value in enumerate(values):
             record = {"router": router, "num_experts": experts}
             folder = tmp_path / f"{router}{experts}" / f"seed{seed}"
             write_run(folder, experiment, {"common.seed": seed}, {"valid": value, "test": 99}, **record)
-    dense = {"name": "Dense", "table": "t", "vocabulary": 100, "published": {"valid": "33.5 S", "test": "34 S"}}
+    dense = {
+        "name": "Dense",
+        "table": "t",
+        "vocabulary": 100,
+        "corpus": "a corpus",
+        "published": {"valid": "33.5 S", "test": "34 S"},
+    }
     write_run(tmp_path / "dense", dense, None, {"valid": 35, "test": 99}, router="none", num_experts=1)
-    clusters = {"name": "Clusters", "table": "t", "vocabulary": 100}
+    clusters = {"name": "Clusters", "table": "t", "vocabulary": 100, "corpus": "a corpus"}
     write_run(tmp_path / "clusters", clusters, {"model.hash_table": "c"}, {"valid": 40, "test": 99}, num_experts=8)
     return tmp_path
 
@@ -88,7 +100,9 @@ def test_published_figures_of_another_dictionary_are_not_drawn(runs, drawn):
 def test_published_curves_are_hollow_and_by_updates_only(tmp_path, drawn):
     """Those within the training's updates."""
     given = {"valid_by_update": {1: "52.5 A", 3: "33.5 S", 90: "1.5 A"}}
-    write_run(tmp_path / "run", {"name": "Hash", "table": "t", "vocabulary": 100, "published": given})
+    write_run(
+        tmp_path / "run", {"name": "Hash", "table": "t", "vocabulary": 100, "corpus": "a corpus", "published": given}
+    )
     by_updates, by_time = draw(learning_charts(models_of(tmp_path)), LIGHT).axes
     hollow = [line for line in by_updates.lines if line.get_markerfacecolor() == "none"]
     assert [([*line.get_xdata()], [*line.get_ydata()]) for line in hollow] == [([1, 3], [52.5, 33.5])]

@@ -152,7 +152,13 @@ def write_run(folder, experiment=None, options=None, perplexities=None, interval
         ranks: the number of them, of which the first one's log tells all.
         record: what the model's record says; `router` and `num_experts` are options as well.
     """
-    record = {"router": "hash", "num_experts": 4, **{"parameters_total": 500, "parameters_active": 200}, **record}
+    record = {
+        "corpus": "a corpus",
+        "router": "hash",
+        "num_experts": 4,
+        **{"parameters_total": 500, "parameters_active": 200},
+        **record,
+    }
     record |= {"dictionary_fingerprint": "d" * 64, "date": "2026-01-02T03:04:05+00:00", "gpus": [], "processor": "P"}
     record |= {"cores": 2}
     config = {

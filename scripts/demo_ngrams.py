@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fairseq_hash.core.progress import Display
-from fairseq_hash.experiments.ngrams import ORDERS, Line, ngram_lines, read_stream
+from fairseq_hash.experiments.ngrams import Line, ngram_lines, orders_that_fit, read_stream
 from fairseq_hash.hashing.dictionary import read_dictionary
 from fairseq_hash.reporting.naming import group_by_model
 from fairseq_hash.reporting.runs import Run
@@ -21,8 +21,9 @@ def measure_ngrams(data: Path, tokens: int) -> list[Line]:
     symbols, _ = read_dictionary(data / "dict.txt")
     held_out = {subset: read_stream(open_text(data, subset, symbols).blocks()) for subset in SUBSETS}
     training_S = read_stream(open_text(data, "train", symbols).blocks(), tokens)
-    with Display(len(ORDERS), Console(quiet=True)) as display:
-        return ngram_lines(training_S, held_out, len(symbols), display)
+    orders = orders_that_fit(len(symbols))
+    with Display(len(orders), Console(quiet=True)) as display:
+        return ngram_lines(training_S, held_out, len(symbols), orders, display)
 
 
 def beside_ngrams(lines: Sequence[Line], runs: Sequence[Run]) -> str:

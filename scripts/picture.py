@@ -1,8 +1,8 @@
-"""Draw the picture of README: how a hash layer routes, and what that gave in `benchmarks/results/laptop.md`.
+"""Draw the picture of README: how a hash layer routes, and what that gave in the main study.
 
     python scripts/picture.py            # writes docs/pictures/overview.svg
 
-The numbers are read from that file's first table; the words and their experts on the left are an example.
+The numbers are read from the study's report; the words and their experts on the left are an example.
 """
 
 import re
@@ -10,10 +10,17 @@ from html import escape
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks/results/laptop.md"
+RESULTS = ROOT / "benchmarks/results/studies/main/results.md"
 PICTURE = ROOT / "docs/pictures/overview.svg"
-SHOWN = ("Dense", "BASE", "Switch", "Hash")  # equal work a token, 16 experts
-COUNTS = {"Trigram": "end", "Bigram": "start"}  # and where the words stand beside the line
+# Equal work a token, 16 experts; and the names in the report.
+SHOWN = {
+    "Dense": "Dense",
+    "BASE": "BASE, greedy evaluation",
+    "Switch": "Switch, no capacity limit",
+    "Hash": "Hash, balanced",
+}
+TRIGRAM = "Kneser-Ney, 3 tokens (trigram)"
+MOST = 16  # perplexity at the right end
 EXAMPLE = (("the", 2), ("old", 0), ("man", 3), ("sat", 2))
 STYLE = """
 svg { --paper: #ffffff; --ink: #1c2024; --soft: #5b6570; --line: #d5d9de; --hash: #0072b2; --other: #8a94a0;
@@ -29,19 +36,21 @@ svg { --paper: #ffffff; --ink: #1c2024; --soft: #5b6570; --line: #d5d9de; --hash
 """
 
 
-def measured() -> dict[str, tuple[str, str]]:
-    """Return each shown model's valid perplexity: mean and standard deviation over the seeds, as they are written."""
-    rows = re.findall(r"^\| ([^|]+?) \| ([\d.]+) ± ([\d.]+) \|", RESULTS.read_text(encoding="utf-8"), re.MULTILINE)
-    found: dict[str, tuple[str, str]] = {}
-    for name, mean, spread in rows:
-        found.setdefault(name, (mean, spread))
-    return {name: found[name] for name in SHOWN}
+def measured() -> dict[str, tuple[str, str, str]]:
+    """Return each shown model's test perplexity: mean over the seeds and ends of its interval, as they are written."""
+    number = r"([\d.]+)"
+    report = RESULTS.read_text(encoding="utf-8")
+    rows = re.findall(rf"^\| ([^|]+?) \| {number} \({number} to {number}\) \|", report, re.MULTILINE)
+    found: dict[str, tuple[str, str, str]] = {}
+    for name, *figures in rows:
+        found.setdefault(name, tuple(figures))
+    return {name: found[in_report] for name, in_report in SHOWN.items()}
 
 
-def counted() -> dict[str, str]:
-    """Return the valid perplexity of n-gram models of as many tokens, as it is written."""
-    results = RESULTS.read_text(encoding="utf-8")
-    return {name: re.search(rf"^\| {name} \| ([\d.]+) \|", results, re.MULTILINE)[1] for name in COUNTS}
+def counted() -> str:
+    """Return the trigram's test perplexity, as it is written."""
+    row = rf"^\| {re.escape(TRIGRAM)} \| ([\d.]+) \|"
+    return re.search(row, RESULTS.read_text(encoding="utf-8"), re.MULTILINE)[1]
 
 
 def text(x: float, y: float, words: str, kind: str = "", anchor: str = "start") -> str:
@@ -73,36 +82,30 @@ def routing() -> str:
 
 
 def results() -> str:
-    """Return the right half: a bar from 0 for each model, with its spread."""
-    parts = [text(484, 36, "Perplexity at equal work (lower is better)", "title")]
-    width = 230 / 110
-    for place, (name, (mean, spread)) in enumerate(measured().items()):
+    """Return the right half: a bar from 0 for each model, with its interval."""
+    parts = [text(484, 36, "Test perplexity at equal work (lower is better)", "title")]
+    width = 230 / MOST
+    for place, (name, (mean, low, high)) in enumerate(measured().items()):
         y, end = 80 + 46 * place, 556 + width * float(mean)
         kind = "hash" if name == "Hash" else "other"
         parts.append(text(546, y + 20, name, "strong" if name == "Hash" else "", "end"))
         parts.append(f'<rect x="556" y="{y}" width="{end - 556:.1f}" height="30" class="{kind}"/>')
-        low, high = end - width * float(spread), end + width * float(spread)
-        parts.append(
-            f'<path class="spread" d="M{low:.1f} {y + 15}H{high:.1f}M{low:.1f} {y + 9}v12M{high:.1f} {y + 9}v12"/>'
-        )
-        beside = max(end, 556 + width * float(counted()["Bigram"])) + 10
-        parts.append(text(beside, y + 20, f"{mean} ± {spread}", "strong" if name == "Hash" else ""))
-    for name, value in counted().items():
-        x, anchor = 556 + width * float(value), COUNTS[name]
-        parts.append(f'<path class="counts" d="M{x:.1f} 74V262"/>')
-        words = f"{name.lower()} counts {value}"
-        parts.append(text(x + (10 if anchor == "end" else -24), 68, words, "soft", anchor))
-    parts.append(text(484, 288, "English novels; 4 layers, two with 16 experts, 500 updates;", "soft"))
-    return "".join([*parts, text(484, 307, "mean of 3 seeds ± standard deviation, on a CPU.", "soft")])
+        left, right = (f"{556 + width * float(value):.1f}" for value in (low, high))
+        parts.append(f'<path class="spread" d="M{left} {y + 15}H{right}M{left} {y + 9}v12M{right} {y + 9}v12"/>')
+        parts.append(text(756, y + 20, f"{mean} ({low} to {high})", "strong" if name == "Hash" else ""))
+    x = 556 + width * float(counted())
+    parts.append(f'<path class="counts" d="M{x:.1f} 74V262"/>')
+    parts.append(text(x, 68, f"trigram counts {counted()}", "soft", "middle"))
+    parts.append(text(484, 288, "English novels; 2 layers, one with 16 experts; 2.1 M tokens;", "soft"))
+    return "".join([*parts, text(484, 307, "5 seeds, 95 % intervals, tuned learning rates; on a CPU.", "soft")])
 
 
 def picture() -> str:
     """Return the whole picture as SVG; text in it stands for what it shows."""
-    values = ", ".join(f"{name} {mean}" for name, (mean, _) in measured().items())
-    counts = ", ".join(f"{name.lower()} {value}" for name, value in counted().items())
+    values = ", ".join(f"{name} {mean}" for name, (mean, _, _) in measured().items())
     alternative = (
-        "Each token's expert is looked up in a fixed table. Valid perplexity at equal work a token: "
-        f"{values}; of counts: {counts}."
+        "Each token's expert is looked up in a fixed table. Test perplexity at equal work a token: "
+        f"{values}; of trigram counts: {counted()}."
     )
     head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 920 328" width="920" height="328" role="img" '
     head += f'aria-label="{alternative}"><title>{alternative}</title><style>{STYLE}</style>'

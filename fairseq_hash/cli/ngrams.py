@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the verb `ngrams`, and add its arguments."""
     parser.description = (
-        "Count n-grams of 1, 2 and 3 tokens in DATA's training text, smooth them by interpolated modified "
+        "Count n-grams of 1, 2, 3 (or more) tokens in DATA's training text, smooth them by interpolated modified "
         "Kneser-Ney (Chen and Goodman 1999), and evaluate them on every token that fairseq-eval-lm predicts."
     )
     add = parser.add_argument
     add("data", type=Path, metavar="DATA", help="folder that fairseq-preprocess or data_prep wrote")
     add("--tokens", type=int, metavar="N", help="count the first N tokens of train; default all")
     add("--subset", nargs="+", default=["valid"], metavar="NAME", help="subsets to evaluate on; default valid")
+    add("--order", type=int, default=3, metavar="N", help="tokens of the longest n-grams, 1 to 6; default 3")
     add("--json", type=Path, metavar="FILE", help="also write the figures and their provenance")
     parser.set_defaults(run=run)
 
@@ -31,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from fairseq_hash.core.progress import Display
-    from fairseq_hash.experiments.ngrams import ORDERS, check_size, ngram_lines, read_stream
+    from fairseq_hash.experiments.ngrams import LONGEST, check_size, ngram_lines, read_stream
     from fairseq_hash.hashing.dictionary import read_dictionary
     from fairseq_hash.table_tools.count_keys import reading
     from fairseq_hash.table_tools.token_streams import open_text
@@ -39,11 +40,13 @@ def run(arguments: argparse.Namespace) -> None:
     data, limit = arguments.data, arguments.tokens
     if limit is not None and limit < 1:
         raise UserError(f"--tokens is {limit}; give the number of tokens of train to count, 1 or more")
+    if not 1 <= arguments.order <= LONGEST:
+        raise UserError(f"--order {arguments.order} is out of range; give a number from 1 to {LONGEST}")
     if not data.is_dir():
         raise UserError(f"{data} is no folder; give one that fairseq-preprocess or data_prep wrote")
     check_file("--json", arguments.json)
     symbols, _ = read_dictionary(data / "dict.txt")
-    check_size(len(symbols))
+    check_size(len(symbols), arguments.order)
     texts = {
         subset: open_text(data, subset, symbols) for subset in ("train", *arguments.subset)
     }  # raises if one is missing
@@ -56,8 +59,9 @@ def run(arguments: argparse.Namespace) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if limit is not None and len(training_S) < limit:
         console.print(f"note: train has {len(training_S):,} tokens, fewer than --tokens {limit:,}; all are counted")
-    with Display(len(ORDERS), console) as display:
-        lines = ngram_lines(training_S, held_out, len(symbols), display)
+    orders = range(1, arguments.order + 1)
+    with Display(len(orders), console) as display:
+        lines = ngram_lines(training_S, held_out, len(symbols), orders, display)
     print_lines(lines)
     if arguments.json is not None:
         write_json(arguments.json, data, symbols, lines)

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="folder of the records of its runs, and of its report; studies "
-        "beside it lend the records of runs that are the same (default: WORK/STUDY/records)",
+        "beside it lend the records of runs that are the same (default: WORK/records/STUDY)",
     )
     add("--jobs", type=int, metavar="N", help="trainings at once (default: one for each usable core; with --slurm 64)")
     add(
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
         check_at_least("--jobs", arguments.jobs, 1)
     slurm = None if arguments.slurm is None else _options("--slurm", arguments.slurm)
     jobs = arguments.jobs or (usable_cores() if slurm is None else 64)
-    records = arguments.records or arguments.work / study.name / "records"
+    records = arguments.records or arguments.work / "records" / study.name
     if arguments.report:
         _report(study, records)
         return
@@ -122,14 +122,17 @@ def print_plan(study: Any, setting: Any, state: Any) -> None:
     import pandas as pd
 
     from fairseq_hash.reporting.comparison_table import markdown
-    from fairseq_hash.studies.schedule import expected_runs
+    from fairseq_hash.studies.records import FINAL, TUNING
+    from fairseq_hash.studies.schedule import tuning_runs
 
     rows, work_left, runs, tokens = [], 0.0, 0, 0
-    each = expected_runs(study) // len(study.trained())
     for model in study.trained():
         of = state.requests.sizes(model.name)
-        done = sum(run.model == model.name for run in state.done)
-        left = max(0, each - done)
+        done = [run for run in state.done if run.model == model.name]
+        finals = sum(run.stage == FINAL for run in done)
+        # Rates by which the grid has grown do not stand for others.
+        tried = sum(run.stage == TUNING and run.learning_rate in study.learning_rates for run in done)
+        left = len(study.seeds) - finals + max(0, tuning_runs(study) - tried)
         work_left += left * of.training_flops
         rows.append(
             {
@@ -139,7 +142,7 @@ def print_plan(study: Any, setting: Any, state: Any) -> None:
                 "FLOPs a run": f"{of.training_flops:.3g}",
                 "Tokens an update": f"{of.tokens_per_update:,}",
                 "Updates": f"{of.updates:,}",
-                "Done": f"{done}",
+                "Done": f"{len(done)}",
                 "Left": f"{left}",
             }
         )

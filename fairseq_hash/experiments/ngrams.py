@@ -9,7 +9,7 @@ model.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.progress import Display
 from fairseq_hash.hashing.dictionary import END
 
-ORDERS = (1, 2, 3)
+ORDER, LONGEST = 3, 6  # of the n-grams that are counted by default, and at most
 FALLBACK = (0.5, 1.0, 1.5)  # KenLM's --discount_fallback
 BLOCK = 1 << 20  # tokens that are evaluated at once
 
@@ -128,7 +128,12 @@ class KneserNey:
         return float(self.token_nats(id_S).mean())
 
 
-def check_size(vocabulary: int, order: int = max(ORDERS)) -> None:
+def orders_that_fit(vocabulary: int) -> tuple[int, ...]:
+    """Return the orders from 1 to `LONGEST` whose n-grams of V symbols fit into int64."""
+    return tuple(order for order in range(1, LONGEST + 1) if vocabulary**order < 1 << 63)
+
+
+def check_size(vocabulary: int, order: int) -> None:
     """Refuse a vocabulary of V symbols that is too large.
 
     Raises:
@@ -188,16 +193,20 @@ def read_stream(blocks: Iterable[np.ndarray], limit: "int | None" = None) -> np.
 
 
 def ngram_lines(
-    training_S: np.ndarray, held_out: Mapping[str, np.ndarray], vocabulary: int, display: Display
+    training_S: np.ndarray,
+    held_out: Mapping[str, np.ndarray],
+    vocabulary: int,
+    orders: Sequence[int],
+    display: Display,
 ) -> list[Line]:
     """Count a model of each order and evaluate it on each subset.
 
     Tokens are integers `[S]`, 0 to V - 1, V the vocabulary. The display gets one unit of work per order. The lines of
-    the first subset come in the order of `ORDERS`, then those of the next. Raises `UserError` if n-grams of this many
+    the first subset come in the order of `orders`, then those of the next. Raises `UserError` if n-grams of this many
     symbols do not fit into int64.
     """
     lines: dict[str, list[Line]] = {subset: [] for subset in held_out}
-    for order in ORDERS:
+    for order in orders:
         display.begin(f"n-grams of order {order}", 1)
         model = KneserNey(training_S, order, vocabulary)
         for subset, id_S in held_out.items():

@@ -14,14 +14,12 @@ from fairseq_hash.studies.breakdowns import (
 )
 from fairseq_hash.studies.leads import LeadCurve
 from fairseq_hash.studies.records import TUNING, RunRecord, Validation
-from fairseq_hash.studies.results import NGRAMS, TRIGRAM, ModelResult, Results
+from fairseq_hash.studies.results import NGRAMS, TRIGRAM, ModelResult, Results, best_ngram
 
 OVER_SEEDS = "mean over the seeds"
 COUNTED = "counted from the training tokens"
 # A rate whose loss is further above the best one lies outside of the chart; its figure stands in the table.
 MOST_NATS_ABOVE = 0.5
-# An n-gram line that is further above all curves would press them flat; its figure stands in the table.
-MOST_TIMES_ABOVE = 1.5
 
 
 def styles(results: Results) -> dict[str, tuple["int | None", int]]:
@@ -49,12 +47,11 @@ def perplexity_charts(results: Results) -> list[Chart]:
             lines.append(Line(result.name, OVER_SEEDS, x / unit, curve, *style, spread=ends))
             values[result.name] = f"{curve[-1]:.1f}"
         x_range = 0.0, 1.02 * max(float(line.x[-1]) for line in lines)
-        most = MOST_TIMES_ABOVE * max(float(line.y.max()) for line in lines)
-        for number, (order, name) in enumerate(NGRAMS.items()):
-            nats = results.facts.ngrams.get("valid", {}).get(order)
-            if nats is not None and math.exp(nats) < most:
-                lines.append(Line(name, COUNTED, np.array(x_range), np.full(2, math.exp(nats)), None, number, "faint"))
-                values[name] = f"{math.exp(nats):.1f}"
+        counted = results.facts.ngrams.get("valid", {})
+        for order in dict.fromkeys(order for order in (TRIGRAM, best_ngram(results, "valid")) if order in counted):
+            name, level = NGRAMS[order], math.exp(counted[order])
+            lines.append(Line(name, COUNTED, np.array(x_range), np.full(2, level), None, int(order), "faint"))
+            values[name] = f"{level:.1f}"
         y = np.concatenate([line.y for line in lines])
         y_range = 0.95 * float(y.min()), 1.05 * float(y.max())
         y_label = "Valid perplexity per token (log scale)"

@@ -93,6 +93,8 @@ class Study:
         grow: how many rates the grid may grow by on each side.
         tuning_seed: the seed of the trainings that choose a rate; no final seed.
         seeds: the seeds of the trainings that are compared.
+        comparisons: pairs of models that answer the question, beside those with the baseline; the verdicts on them are
+            adjusted for their number alone.
         margin: relative difference in perplexity below which two models are called equivalent, such as 0.01.
         validations: of each training, evenly over its updates.
         scaling: whether the models differ in their number of experts, so that a scaling form is fitted: to each family
@@ -108,6 +110,7 @@ class Study:
     models: Mapping[str, StudyModel]
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
+    comparisons: tuple[tuple[str, str], ...] = ()
     tuning_seed: int = 100
     grow: int = 3
     margin: float = 0.01
@@ -143,6 +146,10 @@ def load_study(path: Path) -> Study:
         for name, of_model in models.items()
         if of_model is not None
     }
+    comparisons = given.pop("comparisons", None) or []
+    if not isinstance(comparisons, list) or not all(isinstance(pair, list) for pair in comparisons):
+        raise UserError(f"{path}: comparisons is no list of pairs of models; write - [ONE, OTHER]")
+    given["comparisons"] = [tuple(pair) for pair in comparisons]
     study = _filled(Study, {"name": path.stem, "text": text, "models": named, **given}, str(path))
     _check(study, str(path))
     return study
@@ -211,6 +218,11 @@ def _check(study: Study, where: str) -> None:
         raise UserError(f"{where}: margin is between 0 and 1, validations are 1 to 100, grow is 0 to 10")
     if study.baseline not in study.models:
         raise UserError(f"{where}: baseline {study.baseline} is none of its models: {', '.join(study.models)}")
+    for number, pair in enumerate(study.comparisons):
+        if len(pair) != 2 or len(set(pair) & set(study.models)) != 2:
+            raise UserError(f"{where}: comparison {list(pair)} is no pair of its models; give [ONE, OTHER]")
+        if set(pair) in map(set, study.comparisons[:number]):
+            raise UserError(f"{where}: comparison {list(pair)} is there twice; give it once")
     folders: dict[str, str] = {}
     for model in study.models.values():
         at = f"{where}: model {model.name}"

@@ -45,19 +45,26 @@ def _percent(nats: float) -> float:
 
 
 def lead_verdicts(results: Results) -> dict[str, Verdict]:
-    """Return each model's verdict against the baseline, {} if the baseline has no final run yet."""
-    baseline = results.baseline.name
-    others = [result.name for result in results.finished if result.name != baseline]
-    if not results.baseline.finals:
-        return {}
-    pairs = [(baseline, name) for name in others]
-    return dict(zip(others, compare_pairs(_nats(results), pairs, results.study.margin), strict=True))
+    """Return each judged model's verdict against the baseline, {} if the baseline cannot be judged."""
+    nats, baseline = _nats(results), results.baseline.name
+    others = [name for name in nats if name != baseline]
+    pairs = [(baseline, name) for name in others if baseline in nats]
+    verdicts = compare_pairs(nats, pairs, results.study.margin, len(results.models) - 1)
+    return {verdict.other: verdict for verdict in verdicts}
+
+
+def comparison_verdicts(results: Results) -> list[Verdict]:
+    """Return the verdicts of the study's own comparisons, as far as their models can be judged."""
+    nats, comparisons = _nats(results), results.study.comparisons
+    pairs = [pair for pair in comparisons if set(pair) <= nats.keys()]
+    return compare_pairs(nats, pairs, results.study.margin, len(comparisons))
 
 
 def pair_verdicts(results: Results) -> list[Verdict]:
-    """Return the verdicts of all pairs of models that have final runs."""
+    """Return the verdicts of all pairs of models that can be judged."""
     nats = _nats(results)
-    return compare_pairs(nats, list(itertools.combinations(nats, 2)), results.study.margin)
+    pairs = list(itertools.combinations(nats, 2))
+    return compare_pairs(nats, pairs, results.study.margin, math.comb(len(results.models), 2))
 
 
 def lead_over_documents(results: Results, result: ModelResult) -> "Interval | None":
@@ -70,7 +77,11 @@ def lead_over_documents(results: Results, result: ModelResult) -> "Interval | No
 
 
 def _nats(results: Results) -> Mapping[str, Mapping[int, float]]:
-    return {result.name: result.test_nats for result in results.finished}
+    """Return the losses by seed of the models that can be judged.
+
+    A model of which a final run diverged is not judged: the seeds that are left may be its best ones.
+    """
+    return {result.name: result.test_nats for result in results.finished if not result.diverged}
 
 
 def lead_curves(results: Results) -> dict[str, LeadCurve]:

@@ -1,7 +1,9 @@
 """The parts of a study's report, which its page and its Markdown file share: headings, words, tables and charts."""
 
+import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import pandas as pd
 
 from fairseq_hash.reporting.charts import Chart
@@ -14,9 +16,9 @@ from fairseq_hash.studies.families import (
     scaling_table,
     scaling_words,
 )
-from fairseq_hash.studies.leads import course, lead_curves, pair_verdicts
-from fairseq_hash.studies.provenance_table import head_table, machines, provenance_table
-from fairseq_hash.studies.results import Results, beside_the_trigram, missing_runs
+from fairseq_hash.studies.leads import comparison_verdicts, course, lead_curves, pair_verdicts
+from fairseq_hash.studies.provenance_table import head_table, machines, model_table, provenance_table
+from fairseq_hash.studies.results import Results, beside_longer_ngrams, beside_the_trigram, missing_runs
 from fairseq_hash.studies.statistics import Verdict
 
 OF_THIS_SIZE = (
@@ -27,10 +29,11 @@ COLUMNS = (
     "Perplexities are per token: e to the mean of nats, over test or over valid at the end of training. In parentheses "
     "stand the ends of a 95 % interval over seeds (Student's t, on nats). Bits per byte: nats of test's tokens, in "
     "bits, over the bytes of its text. Edge: the learning rate is the lowest or the highest that was tried, so a "
-    "better one may lie beyond. Active: parameters that one token uses. FLOPs/token: forward and backward. Worst load: "
-    "largest demand for an expert over the mean demand, in the last validation. Dropped: tokens of the training that "
-    "found their expert full. Both are of the worst layer and seed. The n-gram models are interpolated modified "
-    "Kneser-Ney, counted from exactly the training tokens."
+    "better one may lie beyond. Active: parameters that one token uses. FLOPs/token: forward and backward. "
+    "Tokens/s and all times are wall clock on a machine that did other work, such as other trainings of the study: "
+    "they do not compare speeds. Worst load: tokens of the busiest expert over the mean, in the last validation. "
+    "Dropped: tokens of the training that found their expert full. Both are of the worst layer and seed. The n-gram "
+    "models are interpolated modified Kneser-Ney, counted from exactly the training tokens."
 )
 
 
@@ -61,19 +64,21 @@ def parts_of(results: Results, verdicts: dict[str, Verdict]) -> list[Part]:
     """Return the parts in order; those that have nothing to say are left out."""
     parts = [
         Part("Text and protocol", table=head_table(results), is_words=True),
+        Part("Models", "Configurations are those of `configs/`.", model_table(results), True),
         _missing(results),
         _diverged(results),
         Part(
             "Results",
             table=tables.main_table(results),
-            after=_paragraphs(beside_the_trigram(results), COLUMNS, machines(results)),
+            after=_paragraphs(beside_the_trigram(results), beside_longer_ngrams(results), COLUMNS, machines(results)),
         ),
         _leads(results, verdicts),
+        _comparisons(results),
         _pairs(results),
         Part(
             "Perplexity during training",
             "Means over the seeds. Models that share the trainings of another model have its line."
-            f"{_sharing(results)} An n-gram model far above all curves is not drawn; the table has it.",
+            f"{_sharing(results)} Of the n-gram models the trigram and the best one are drawn.",
             charts=charts.perplexity_charts(results),
             picture="perplexity.png",
         ),
@@ -83,7 +88,8 @@ def parts_of(results: Results, verdicts: dict[str, Verdict]) -> list[Part]:
         _frequencies(results),
         Part(
             "Tuning of the learning rate",
-            f"Nats per token of valid at the end of a training with seed {results.study.tuning_seed}.",
+            f"Nats per token of valid at the end of a training with seed {results.study.tuning_seed}."
+            f"{_spread_of_seeds(results)}",
             tables.tuning_table(results),
             charts=charts.tuning_charts(results),
             picture="tuning.png",
@@ -108,13 +114,26 @@ def _sharing(results: Results) -> str:
     return f" Here: {', '.join(shared)}." if shared else ""
 
 
+def _spread_of_seeds(results: Results) -> str:
+    spreads = [np.std(list(of.valid_nats.values()), ddof=1) for of in results.finished if len(of.valid_nats) > 1]
+    if not spreads:
+        return ""
+    return (
+        f" Final runs of one model differ by a standard deviation of {np.median(spreads):.4f} nats (median over the "
+        "models), so rates that are closer than about twice that are not told apart by one seed."
+    )
+
+
 def _missing(results: Results) -> Part:
     table = pd.DataFrame(missing_runs(results), columns=["Model", "Lacks"])
     return Part("Not complete", "This study is not complete. All below is of the runs so far.", table, True)
 
 
 def _diverged(results: Results) -> Part:
-    words = "These trainings broke off. They are in no mean, interval or verdict."
+    words = (
+        "These trainings broke off. They are in no mean or interval. A model of which a final run diverged gets no "
+        "verdict: the seeds that are left may be its best ones."
+    )
     return Part("Diverged runs", words, tables.diverged_table(results), True)
 
 
@@ -124,19 +143,37 @@ def _leads(results: Results, verdicts: dict[str, Verdict]) -> Part:
         return Part("Lead over the baseline", after=f"The baseline, {name}, has no final run yet, so there is no lead.")
     words = (
         f"By how many percent a model's perplexity on test is lower than that of {name}; below 0, it is higher. The "
-        "first interval is over seeds, paired: what other seeds would give. The second one is over the "
-        f"{results.facts.document_kind} of test, for these trained models. Better: the difference is surely not 0. "
-        f"Equivalent: it is surely below {margin}. Undecided: neither. Surely: p below 0.05, Holm-adjusted for "
-        f"{len(verdicts)} pairs."
+        "first interval is over seeds, paired: where the mean over many seeds lies, with these learning rates. The "
+        f"second one is over the {results.facts.document_kind} of test, for these trained models; those of one author "
+        f"are alike, so it is rather too short. Equivalent: the difference is significantly below {margin}, which is "
+        "asked first. Better: it is significantly not 0. Undecided: neither. Significantly: p below 0.05, "
+        f"Holm-adjusted for {_count(len(results.models) - 1)}."
     )
     said = "\n\n".join(f"{verdict.words()}." for verdict in verdicts.values())
     return Part(f"Lead over {name}", words, tables.lead_table(results, verdicts), after=said)
 
 
+def _comparisons(results: Results) -> Part:
+    verdicts = comparison_verdicts(results)
+    words = (
+        "The pairs that the study's question names, beside those with the baseline: the same tests, Holm-adjusted for "
+        f"{_count(len(results.study.comparisons))}."
+    )
+    said = "\n\n".join(f"{verdict.words()}." for verdict in verdicts)
+    return Part("Comparisons", words, tables.pair_table(verdicts), True, after=said)
+
+
 def _pairs(results: Results) -> Part:
     verdicts = pair_verdicts(results)
-    words = f"The same tests of all pairs, Holm-adjusted for {len(verdicts)}, which is stricter than above."
+    words = (
+        f"The same tests of all pairs, Holm-adjusted for {_count(math.comb(len(results.models), 2))}. So many pairs "
+        "leave much undecided that would be decided alone."
+    )
     return Part("All pairs", words, tables.pair_table(verdicts), True)
+
+
+def _count(pairs: int) -> str:
+    return f"{pairs} pair{'s'[: pairs != 1]}"
 
 
 def _scaling(results: Results) -> Part:
@@ -155,7 +192,10 @@ def _scaling(results: Results) -> Part:
 def _course(results: Results) -> Part:
     curves = lead_curves(results)
     said = "\n\n".join(course(name, curve) for name, curve in curves.items())
-    words = f"The lead over {results.study.baseline} on valid, paired by seed: does it close?"
+    words = (
+        f"The lead over {results.study.baseline} on valid, paired by seed: does it close? The learning rate falls over "
+        "the whole training, so the lead at half is not that of a training of half the length."
+    )
     drawn = charts.lead_charts(results, curves)
     return Part(
         "Lead during training", words, tables.course_table(curves), charts=drawn, picture="lead.png", after=said

@@ -5,7 +5,7 @@ from collections import Counter
 import pandas as pd
 
 from fairseq_hash.provenance import LIBRARIES
-from fairseq_hash.reporting.comparison_table import MACHINE, duration_text
+from fairseq_hash.reporting.comparison_table import MACHINE, NOTHING, duration_text
 from fairseq_hash.studies.results import Results
 
 OF_RUNS = {**MACHINE, **{name: name for name in LIBRARIES if name not in MACHINE}}
@@ -29,6 +29,19 @@ def head_table(results: Results) -> pd.DataFrame:
         ("Runs so far", f"{len(results.done)}, {duration_text(seconds)} of training in all"),
     ]
     return pd.DataFrame(rows, columns=["What", "Value"])
+
+
+def model_table(results: Results) -> pd.DataFrame:
+    """Return what each model is: its configuration, and what is changed in it, in its evaluation or in its table."""
+    rows = []
+    for model in results.study.models.values():
+        changes = [*model.overrides]
+        if model.trained_as:
+            changes.append(f"the trainings of {model.trained_as}, evaluated with {model.evaluation}")
+        if model.table_of:
+            changes.append(f"hash table made of {model.table_of}: tables {' '.join(model.table)}")
+        rows.append((model.name, model.experiment or NOTHING, ", ".join(changes) or NOTHING))
+    return pd.DataFrame(rows, columns=["Model", "Configuration", "Changes"])
 
 
 def provenance_table(results: Results) -> pd.DataFrame:

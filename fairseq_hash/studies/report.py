@@ -11,10 +11,10 @@ from fairseq_hash.reporting.drawing import draw
 from fairseq_hash.reporting.theme import DARK, LIGHT
 from fairseq_hash.studies.csv_tables import results_csv, runs_csv, tuning_csv
 from fairseq_hash.studies.definition import Study
-from fairseq_hash.studies.leads import lead_verdicts
+from fairseq_hash.studies.leads import comparison_verdicts, lead_verdicts
 from fairseq_hash.studies.parts import Part, parts_of
 from fairseq_hash.studies.records import RunRecord, TextFacts
-from fairseq_hash.studies.results import beside_the_trigram, gather, missing_runs
+from fairseq_hash.studies.results import beside_longer_ngrams, beside_the_trigram, gather, missing_runs
 from fairseq_hash.studies.schedule import Run
 from fairseq_hash.studies.tables import main_table
 
@@ -49,7 +49,8 @@ def study_summary(study: Study, facts: TextFacts, done: Mapping[Run, RunRecord])
     shown = shown.assign(Model=shown["Model"].str.ljust(shown["Model"].str.len().max()))
     lines = [study.title, "", shown.to_string(index=False), ""]
     lines += [f"{verdict.words()}." for verdict in lead_verdicts(results).values()]
-    lines += [beside_the_trigram(results)]
+    lines += [f"{verdict.words()}." for verdict in comparison_verdicts(results)]
+    lines += [line for line in (beside_the_trigram(results), beside_longer_ngrams(results)) if line]
     lines += [f"Missing: {name}: {lack}." for name, lack in missing_runs(results)]
     return "\n".join(lines).strip() + "\n"
 

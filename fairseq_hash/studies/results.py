@@ -6,13 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fairseq_hash.experiments.ngrams import LONGEST
 from fairseq_hash.studies.definition import Study, StudyModel
 from fairseq_hash.studies.records import FINAL, RunRecord, Scores, TextFacts
 from fairseq_hash.studies.schedule import Choice, Run, choose
 from fairseq_hash.studies.statistics import Interval, t_interval
 
 TRIGRAM = "3"
-NGRAMS = {"1": "Kneser-Ney, 1 token", "2": "Kneser-Ney, 2 tokens", TRIGRAM: "Kneser-Ney, 3 tokens (trigram)"}
+NGRAMS = {str(order): f"Kneser-Ney, {order} token{'s'[: order > 1]}" for order in range(1, LONGEST + 1)}
+NGRAMS[TRIGRAM] += " (trigram)"
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,9 @@ def missing_runs(results: Results) -> list[tuple[str, str]]:
     for result in results.models.values():
         if not result.missing:
             continue
-        if not result.choice.is_settled:
+        if result.choice.is_settled and result.choice.rate is None:
+            lack = f"a learning rate: its trainings diverged with all {len(result.choice.nats)} that were tried"
+        elif not result.choice.is_settled:
             lack = f"its learning rate is not chosen yet ({len(result.choice.nats)} tried), so no final run"
         elif result.model.trained_as and not result.finals:
             lack = f"evaluation of {result.model.trained_as}'s final runs, or these runs"
@@ -150,11 +154,36 @@ def diverged_runs(results: Results) -> list[tuple[Run, str]]:
     return [(run, record.diverged) for run, record in sorted(results.done.items(), key=_by_run) if record.diverged]
 
 
+def means_of(results: Results) -> dict[str, float]:
+    """Return the mean nats per token of test of each model that has final runs."""
+    return {result.name: mean_of(result.test_nats).mean for result in results.finished}
+
+
+def best_ngram(results: Results, subset: str) -> "str | None":
+    """Return the order of the n-gram model that has the lowest perplexity on a subset, None if none was counted."""
+    counted = results.facts.ngrams.get(subset, {})
+    return min(counted, key=counted.__getitem__, default=None)
+
+
+def beside_longer_ngrams(results: Results) -> str:
+    """Return in words which models have a lower perplexity on test than the best n-gram model, if it is no trigram."""
+    order = best_ngram(results, "test")
+    if order is None or int(order) <= int(TRIGRAM) or not results.finished:
+        return ""
+    nats = results.facts.ngrams["test"][order]
+    below = [name for name, mean in means_of(results).items() if mean < nats]
+    who = "No model is" if not below else f"{', '.join(below)} {'is' if len(below) == 1 else 'are'}"
+    return (
+        f"Counts of more tokens do better: the best n-gram model, of {order} tokens, has a perplexity of "
+        f"{math.exp(nats):.2f}. {who} below it. A model above it predicts this text less well than counting does."
+    )
+
+
 def beside_the_trigram(results: Results) -> str:
     """Return in words which models have a lower perplexity on test than the trigram, and which do not."""
     if results.trigram_nats is None or not results.finished:
         return ""
-    means = {result.name: mean_of(result.test_nats).mean for result in results.finished}
+    means = means_of(results)
     below = [name for name, nats in means.items() if nats < results.trigram_nats]
     above = [name for name in means if name not in below]
     level = f"the trigram's perplexity of {math.exp(results.trigram_nats):.2f}"

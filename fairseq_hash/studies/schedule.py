@@ -103,8 +103,12 @@ def done_of(study: Study, records: Iterable[RunRecord]) -> Done:
 
 def expected_runs(study: Study) -> int:
     """Return how many runs the study has if no grid grows."""
-    tuning = len(study.learning_rates) if len(study.learning_rates) > 1 else 0
-    return len(study.trained()) * (tuning + len(study.seeds))
+    return len(study.trained()) * (tuning_runs(study) + len(study.seeds))
+
+
+def tuning_runs(study: Study) -> int:
+    """Return how many runs tune one model's rate if its grid does not grow."""
+    return len(study.learning_rates) if len(study.learning_rates) > 1 else 0
 
 
 def _rounded(rate: float) -> float:

@@ -111,6 +111,7 @@ def compare_pairs(
     nats: Mapping[str, Mapping[int, float]],
     pairs: Sequence[tuple[str, str]],
     margin: float,
+    planned: int = 0,
     confidence: float = 0.95,
 ) -> list[Verdict]:
     """Return a verdict for each pair of models, (one, other), in the order of the pairs.
@@ -122,12 +123,14 @@ def compare_pairs(
     models that share fewer than 2 seeds. Surely: with a p-value below 1 - confidence.
 
     The p-values are Holm-adjusted over the pairs that are tested, those of differences and those of equivalence as two
-    families. So the chance of any false `better` in a study is at most 1 - confidence, and that of any false
+    families. So the chance of any false `better` among them is at most 1 - confidence, and that of any false
     `equivalent`, too. Intervals are not adjusted.
 
     Args:
         nats: `nats[model][seed]`, the mean negative log likelihood per token on one held-out text.
         margin: relative difference of perplexity: 0.01 for 1 %.
+        planned: how many pairs will be tested together once all models have run, if those are more than can be tested
+            now. The adjustment is for as many, so that a verdict does not come too early.
 
     Raises:
         UserError: for a model that `nats` lacks, a pair of one model or a pair given twice, a loss that is not finite,
@@ -147,8 +150,10 @@ def compare_pairs(
             p_values.append(_p_values(difference_S, math.log1p(margin)))
     adjusted = np.full((len(pairs), 2), math.nan)
     if tested:
+        untested = np.ones(max(0, planned - len(tested)))  # as if they were the least significant
+        families = [np.append(family, untested) for family in np.transpose(p_values)]
         adjusted[tested] = np.column_stack(
-            [multipletests(family, method="holm")[1] for family in np.transpose(p_values)]
+            [multipletests(family, method="holm")[1][: len(tested)] for family in families]
         )
     verdicts = []
     for (one, other), interval, (p_difference, p_equivalence) in zip(pairs, intervals, adjusted.tolist(), strict=True):

@@ -9,6 +9,7 @@ from typing import Any
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.files import only_one
 from fairseq_hash.core.progress import Display
+from fairseq_hash.experiments.ngrams import LONGEST, orders_that_fit
 from fairseq_hash.hashing.dictionary import read_dictionary
 from fairseq_hash.provenance import usable_cores
 from fairseq_hash.studies.definition import Study
@@ -17,7 +18,7 @@ from fairseq_hash.studies.progress import StudyProgress
 from fairseq_hash.studies.records import RunRecord, TextFacts, read_facts, read_records, write_record
 from fairseq_hash.studies.requests import Places, Requests
 from fairseq_hash.studies.schedule import Done, Run, wanted
-from fairseq_hash.studies.text import ORDERS, WORK, facts_of, fingerprint_of, prepare_text
+from fairseq_hash.studies.text import WORK, facts_of, fingerprint_of, prepare_text
 from fairseq_hash.studies.worker import write_request
 
 LOOK_SECONDS = 0.5  # between two looks at the workers
@@ -75,7 +76,7 @@ def open_study(study: Study, setting: Setting, display_of: Callable[[float], Dis
     Raises:
         UserError: if the text cannot be prepared, a model could not be trained, or the records are of other runs.
     """
-    with display_of(2 * WORK + len(ORDERS)) as display:
+    with display_of(2 * WORK + LONGEST) as display:
         data = prepare_text(study.text, setting.text, setting.work / "data", display)
         symbols, _ = read_dictionary(data / "dict.txt")
         threads = max(1, usable_cores() // setting.jobs) if setting.slurm is None else usable_cores()
@@ -98,7 +99,9 @@ def open_study(study: Study, setting: Setting, display_of: Callable[[float], Dis
         sample = requests.composed(baseline.name).config.task.tokens_per_sample
         path = setting.records / "text.json"
         facts = read_facts(path) if path.is_file() else None
-        if facts is None or facts.fingerprint != places.fingerprint or facts.tokens_per_sample != sample:
+        needed = {str(order) for order in orders_that_fit(len(symbols))}
+        known = facts is not None and (facts.fingerprint, facts.tokens_per_sample) == (places.fingerprint, sample)
+        if not known or facts.ngrams["test"].keys() != needed:
             facts = facts_of(study.text, data, sample, display)
             write_record(path, facts)
     state = State(facts, requests)

@@ -93,7 +93,7 @@ def lead_table(results: Results, verdicts: dict[str, Verdict]) -> pd.DataFrame:
         over_documents = lead_over_documents(results, results.models[name])
         ends = NOTHING if over_documents is None else with_ends(over_documents, 1, " %")
         shown = {"Model": name, "Lead (95 % over seeds)": with_ends(lead(verdict.nats), 1, " %")}
-        rows.append({**shown, "Lead (95 % over documents)": ends, "Verdict": short(verdict)})
+        rows.append({**shown, "Lead (95 % over parts of test)": ends, "Verdict": short(verdict)})
     return pd.DataFrame(rows)
 
 

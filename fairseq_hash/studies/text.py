@@ -9,7 +9,7 @@ import numpy as np
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.progress import Display
-from fairseq_hash.experiments.ngrams import ORDERS, KneserNey
+from fairseq_hash.experiments.ngrams import KneserNey, orders_that_fit
 from fairseq_hash.hashing.dictionary import read_dictionary
 from fairseq_hash.provenance import sha256_of_file
 from fairseq_hash.studies.commands import run_command
@@ -92,7 +92,7 @@ def facts_of(text: StudyText, data: Path, tokens_per_sample: int, display: Displ
     nothing_S = np.zeros(len(streams["test"]))
     ngrams: dict[str, dict[str, float]] = {"valid": {}, "test": {}}
     of_ranges: dict[str, list[float]] = {}
-    for order in ORDERS:
+    for order in orders_that_fit(len(symbols)):
         display.begin(f"n-grams of {order}", 1)
         model = KneserNey(streams["train"], order, len(symbols))
         for split, lines in ngrams.items():

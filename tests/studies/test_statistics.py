@@ -120,6 +120,15 @@ def test_many_pairs_need_more_evidence():
     assert among.nats == alone.nats  # intervals are not adjusted
 
 
+def test_pairs_that_are_still_to_come_count():
+    """As if they were tested now, and the least significant."""
+    nats = losses(a=[3.0, 3.1, 3.2], b=[3.11, 3.19, 3.31])
+    (alone,) = compare_pairs(nats, [("a", "b")], 0.01)
+    (planned,) = compare_pairs(nats, [("a", "b")], 0.01, planned=4)
+    assert 0 < alone.p_difference < 0.05 and planned.p_difference == pytest.approx(4 * alone.p_difference)
+    assert compare_pairs(nats, [("a", "b")], 0.01, planned=1) == [alone]
+
+
 def test_differences_without_spread():
     """Identical runs are equivalent; a constant difference is decided by its size."""
     same = [3.0, 3.5, 2.5]
@@ -234,7 +243,7 @@ def test_bad_input_gets_one_line():
     nats = losses(a=[3.0, 3.1], b=[3.0, math.nan], c=[3.1, 3.2])
     for arguments, line in (
         (([("a", "c")], 0), "the margin is 0; give a relative difference of perplexity above 0, such as 0.01"),
-        (([("a", "c")], 0.01, 95), "the confidence is 95; give a number between 0 and 1, such as 0.95"),
+        (([("a", "c")], 0.01, 0, 95), "the confidence is 95; give a number between 0 and 1, such as 0.95"),
         (([("a", "x")], 0.01), "a pair names x, which has no losses; there are a, b, c"),
         (([("a", "b")], 0.01), "the loss of b with seed 2 is nan; leave out a run that diverged"),
         (([("a", "a")], 0.01), "the pair a and a is of one model or given twice; give each pair once"),

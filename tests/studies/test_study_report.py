@@ -28,11 +28,18 @@ from fairseq_hash.reporting.charts import Chart
 from fairseq_hash.studies import charts
 from fairseq_hash.studies.breakdowns import position_labels, position_ranges
 from fairseq_hash.studies.csv_tables import results_csv, runs_csv, tuning_csv
-from fairseq_hash.studies.leads import LeadCurve, course, lead_curves, lead_verdicts
+from fairseq_hash.studies.leads import (
+    LeadCurve,
+    comparison_verdicts,
+    course,
+    lead_curves,
+    lead_verdicts,
+    pair_verdicts,
+)
 from fairseq_hash.studies.parts import parts_of
 from fairseq_hash.studies.records import FINAL, TUNING
 from fairseq_hash.studies.report import study_summary, write_study_report
-from fairseq_hash.studies.results import NGRAMS, beside_the_trigram, gather
+from fairseq_hash.studies.results import NGRAMS, beside_longer_ngrams, beside_the_trigram, gather
 from fairseq_hash.studies.schedule import Run
 from fairseq_hash.studies.tables import number
 
@@ -128,7 +135,7 @@ def test_markdown_stands_alone(report):
     assert len(text.encode()) < 40_000
     headings = re.findall(r"^##? (.+)$", text, re.MULTILINE)
     assert headings == [
-        *("A made study", "Text and protocol", "Diverged runs", "Results", "Lead over Dense", "All pairs"),
+        *("A made study", "Text and protocol", "Models", "Diverged runs", "Results", "Lead over Dense", "All pairs"),
         *("Lead during training", "Use of context", "Rare and frequent tokens", "Tuning of the learning rate"),
         *("Limits", "Who ran it"),
     ]
@@ -164,12 +171,11 @@ def test_perplexity_charts():
     drawn = charts.perplexity_charts(results_of())
     for chart, last in zip(drawn, (0.04, 4.0, 240.0), strict=True):
         lines = {line.name: line for line in chart.lines}
-        near = [NGRAMS[order] for order in ("2", "3")]  # one token has e^6, where the highest curve has e^5.52
-        assert list(lines) == ["Dense", "Hash", "Twin", "Switch", *near]
+        assert list(lines) == ["Dense", "Hash", "Twin", "Switch", NGRAMS["3"]]
         assert lines["Hash"].x == pytest.approx(last * np.arange(1, 5) / 4)
         assert lines["Dense"].y == pytest.approx(np.exp([5.52, 5.02, 4.82, 4.62]))
         assert lines["Dense"].spread[-1] == pytest.approx(np.exp([4.6, 4.64]))
-        assert lines["Kneser-Ney, 2 tokens"].y == pytest.approx([math.exp(5.0)] * 2)
+        assert lines[NGRAMS["3"]].y == pytest.approx([math.exp(4.6)] * 2)
         assert chart.log_y and lines["Dense"].colour is None
         colours = [line.colour for line in chart.lines[1:4]]
         assert len(set(colours)) == 3 and None not in colours
@@ -253,7 +259,7 @@ def test_nats_by_frequency(parts):
 def test_lead_over_documents(parts):
     """Where each document has the same difference, its interval over documents is a point; with one, there is none."""
     table = parts["Lead over Dense"].table.set_index("Model")
-    assert table.loc["Hash", "Lead (95 % over documents)"] == "9.4 % (9.4 to 9.4)"
+    assert table.loc["Hash", "Lead (95 % over parts of test)"] == "9.4 % (9.4 to 9.4)"
     done = made_runs_of_study()
     for run, record in done.items():
         test = {
@@ -264,7 +270,7 @@ def test_lead_over_documents(parts):
     results = dataclasses.replace(
         results, facts=dataclasses.replace(results.facts, document_tokens=DOCUMENT_TOKENS[:1])
     )
-    assert by_heading(results)["Lead over Dense"].table["Lead (95 % over documents)"].tolist() == ["–"] * 4
+    assert by_heading(results)["Lead over Dense"].table["Lead (95 % over parts of test)"].tolist() == ["–"] * 4
 
 
 @pytest.mark.parametrize(
@@ -279,6 +285,63 @@ def test_beside_the_trigram(trigram, said):
     """Which models are below the trigram, by the mean of nats; what is above it proves little."""
     words = beside_the_trigram(results_of(trigram=trigram))
     assert said in words and ("proves little" in words) == (trigram < 4.6)
+
+
+@pytest.mark.parametrize(
+    ("nats", "said"),
+    [
+        ({}, ""),
+        ({"4": 4.65, "5": 4.7}, ""),  # the trigram is the best
+        ({"4": 4.45, "5": 4.5}, "of 4 tokens, has a perplexity of 85.63. Hash, Hash, balanced are below it."),
+        ({"4": 4.45, "5": 4.423}, "of 5 tokens, has a perplexity of 83.35. Hash is below it."),
+        ({"4": 4.45, "5": 4.0, "6": 4.1}, "of 5 tokens, has a perplexity of 54.60. No model is below it."),
+    ],
+)
+def test_beside_longer_ngrams(nats, said):
+    """The best n-gram model is named if it is no trigram; in the charts it stands beside the trigram."""
+    facts = made_facts()
+    of_both = {subset: counted | nats for subset, counted in facts.ngrams.items()}
+    results = gather(made_study(), dataclasses.replace(facts, ngrams=of_both), made_runs_of_study())
+    words = beside_longer_ngrams(results)
+    assert said in words and (words == "") == (said == "")
+    best = min(of_both["valid"], key=of_both["valid"].get)
+    levels = [line.name for line in charts.perplexity_charts(results)[0].lines if line.name.startswith("Kneser")]
+    assert levels == list(dict.fromkeys([NGRAMS["3"], NGRAMS[best]]))
+
+
+def test_verdicts_are_for_all_planned_pairs():
+    """A study of which one model is missing judges the others as strictly as the whole one will."""
+    whole, part = results_of(), results_of(without(made_runs_of_study(), model="Switch"))
+    for verdicts in (lead_verdicts, lambda results: {(v.one, v.other): v for v in pair_verdicts(results)}):
+        all_of_them, some = verdicts(whole), verdicts(part)
+        assert len(some) < len(all_of_them)
+        for name, verdict in some.items():
+            assert verdict.p_difference >= all_of_them[name].p_difference - 1e-12
+            assert verdict.p_equivalence >= all_of_them[name].p_equivalence - 1e-12
+    differences = np.subtract(NATS["Hash"], NATS["Dense"])
+    (alone,) = lead_verdicts(
+        results_of(
+            {r: d for r, d in whole.done.items() if r.model in ("Dense", "Hash")},
+            models={name: whole.study.models[name] for name in ("Dense", "Hash")},
+        )
+    ).values()
+    assert alone.p_difference == pytest.approx(stats.ttest_1samp(differences, 0).pvalue)
+
+
+def test_comparisons_of_the_study():
+    """Only those pairs, in the study's order, adjusted for their number; they stand below the leads, and are said."""
+    comparisons = (("Hash", "Twin"), ("Switch", "Hash"))
+    results = results_of(comparisons=comparisons)
+    verdicts = comparison_verdicts(results)
+    assert [(verdict.one, verdict.other) for verdict in verdicts] == list(comparisons)
+    p_values = [stats.ttest_rel(NATS[one], NATS[other]).pvalue for one, other in comparisons]
+    assert verdicts[0].p_difference == pytest.approx(2 * p_values[0]) and p_values[0] < p_values[1]
+    headings = list(by_heading(results))
+    assert headings.index("Comparisons") == headings.index("Lead over Dense") + 1
+    assert "Comparisons" not in by_heading(results_of())
+    assert f"{verdicts[0].words()}." in study_summary(results.study, results.facts, results.done)
+    one_is_missing = results_of(without(made_runs_of_study(), model="Switch"), comparisons=comparisons)
+    assert [verdict.other for verdict in comparison_verdicts(one_is_missing)] == ["Twin"]
 
 
 def test_study_without_runs(tmp_path):
@@ -332,7 +395,7 @@ def test_evaluation_that_is_missing():
 
 
 def test_final_run_that_diverged():
-    """It is listed and counted, and in no mean; pairs are of the other seeds."""
+    """It is listed and counted, and in no mean; its model gets no verdict, with whatever other model."""
     done, run = made_runs_of_study(), Run("Hash", 0.004, 3, FINAL)
     done[run] = made_record(run, [], diverged="gradient is inf")
     results = results_of(done)
@@ -342,7 +405,10 @@ def test_final_run_that_diverged():
     assert row["Test perplexity"].startswith(f"{math.exp(np.mean(NATS['Hash'][:2])):.2f} ")
     assert ["Hash", "final", "0.004", "3", "gradient is inf"] in parts["Diverged runs"].table.to_numpy().tolist()
     assert "Not complete" not in parts
-    assert lead_verdicts(results)["Hash"].nats.count == 2
+    assert list(lead_verdicts(results)) == ["Twin", "Switch"]
+    assert all({"Hash", "Hash, balanced"}.isdisjoint((one.one, one.other)) for one in pair_verdicts(results))
+    done[Run("Dense", 0.002, 1, FINAL)] = made_record(Run("Dense", 0.002, 1, FINAL), [], diverged="gradient is inf")
+    assert lead_verdicts(results_of(done)) == {}
     assert len(read_csv(runs_csv(results))) == 24 and len(read_csv(tuning_csv(results))) == 12
 
 

@@ -18,6 +18,7 @@ import fairseq_hash
 from fairseq_hash.cli import main
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.experiments.names import own_configs
+from fairseq_hash.reporting import drawing
 from fairseq_hash.studies import worker
 from fairseq_hash.studies.definition import load_study
 from fairseq_hash.studies.records import FINAL, TUNING, read_facts, read_records
@@ -48,6 +49,14 @@ STUDY = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def unrendered():
+    """Pictures are made, but not rendered, which takes most of a report's time; test_study_report renders them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "png", lambda figure: b"a picture")
+        yield
+
+
 @pytest.fixture(scope="module")
 def little_text(tmp_path_factory):
     """Sentences of a small language, in whose training text all is that is in the others."""
@@ -72,7 +81,7 @@ def finished(little_text, study_file, tmp_path_factory):
     """A study that has run once; its folder of work, and that of its records."""
     work = tmp_path_factory.mktemp("with space") / "the work"
     assert main(["study", str(study_file), "--text", str(little_text), "--work", str(work), "--jobs", "3"]) == 0
-    return work, work / "tiny" / "records"
+    return work, work / "records" / "tiny"
 
 
 def requests_of(study_file, finished):
@@ -128,9 +137,8 @@ def test_what_is_done_is_not_done_again(finished, study_file, little_text, capsy
     assert {path.name: path.stat().st_mtime_ns for path in (records / "runs").iterdir()} == before
     printed = capsys.readouterr().out
     assert "Test bits per byte" in printed and "trigram" in printed and f"wrote {records / 'results.md'}" in printed
-    beside = records.parent / "other"
-    assert main(["study", str(other), *common, "--records", str(beside)]) == 0
-    lent = read_records(beside / "runs")
+    assert main(["study", str(other), *common]) == 0
+    lent = read_records(records.parent / "other" / "runs")
     assert {one.model for one in lent.values()} == {"The dense one"}
     assert set(lent) < set(read_records(records / "runs"))
     assert not (work / "other" / "runs").exists()
@@ -300,7 +308,7 @@ def test_ctrl_c_ends_the_trainings_and_the_study_goes_on(study_file, little_text
     found = subprocess.run(["pgrep", "-f", str(work / "long")], capture_output=True, text=True, check=False)
     assert found.stdout == ""
     assert main(words) == 0
-    assert len(read_records(work / "long" / "records" / "runs")) == 1
+    assert len(read_records(work / "records" / "long" / "runs")) == 1
 
 
 def test_a_number_at_the_end_of_a_name_is_that_of_the_experts(study_file, little_text, finished, tmp_path, capsys):

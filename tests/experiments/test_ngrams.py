@@ -13,7 +13,14 @@ from fairseq.data import Dictionary, TokenBlockDataset, data_utils
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.experiments import ngrams
-from fairseq_hash.experiments.ngrams import FALLBACK, KneserNey, estimate_discounts, read_stream
+from fairseq_hash.experiments.ngrams import (
+    FALLBACK,
+    KneserNey,
+    check_size,
+    estimate_discounts,
+    orders_that_fit,
+    read_stream,
+)
 from fairseq_hash.hashing import dictionary
 
 UNKNOWN = 3
@@ -83,7 +90,7 @@ def drawn(seed, tokens, vocabulary):
     return stream
 
 
-@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("order", [1, 2, 3, 5, 6])
 @pytest.mark.parametrize(("tokens", "vocabulary"), [(2000, 300), (300, 30), (40, 12), (2, 8)])
 def test_perplexity_is_that_of_a_naive_model(order, tokens, vocabulary, monkeypatch):
     """Exact to 1e-9, in blocks of any size; the held-out text has <unk>, other unseen tokens, and seen n-grams."""
@@ -148,6 +155,17 @@ def test_the_largest_dictionary():
         KneserNey(stream, 3, most + 1)
 
 
+def test_orders_that_fit():
+    """As many tokens as int64 holds, at most six: with Python's own integers."""
+    for vocabulary in (3, 404, 1448, 1449, 8004, 32004, 55108, 55109, (1 << 21) - 1):
+        fitting = [order for order in range(1, 7) if vocabulary**order <= 2**63 - 1]
+        assert list(orders_that_fit(vocabulary)) == fitting
+        for order in range(1, 7):
+            if order not in fitting:
+                with pytest.raises(UserError, match=f"n-grams of {order} tokens are counted for at most"):
+                    check_size(vocabulary, order)
+
+
 def test_a_limited_stream():
     blocks = [np.arange(4), np.arange(4, 8), np.arange(8, 10)]
     for limit in (1, 3, 4, 5, 8, 9, 10, 11, None):
@@ -172,10 +190,10 @@ def written(data, tmp_path, *options):
 
 
 def test_command_predicts_what_fairseq_predicts(data, tmp_path):
-    record, out, err = written(data, tmp_path, "--subset", "valid", "test", "--tokens", 1000)
+    record, out, err = written(data, tmp_path, "--subset", "valid", "test", "--tokens", 1000, "--order", 5)
     training = of_fairseq(data, "train")[0][:1000]
     lines = [(line["subset"], line["order"]) for line in record["lines"]]
-    assert lines == [(subset, order) for subset in ("valid", "test") for order in (1, 2, 3)]
+    assert lines == [(subset, order) for subset in ("valid", "test") for order in (1, 2, 3, 4, 5)]
     for line in record["lines"]:
         held_out, first, vocabulary = of_fairseq(data, line["subset"])
         assert first == 2 and record["vocabulary"] == vocabulary
@@ -186,7 +204,7 @@ def test_command_predicts_what_fairseq_predicts(data, tmp_path):
         row = f"{line['subset']} {line['order']} {line['perplexity']:.2f} {naive:.4f} {len(held_out)} 1,000"
         assert row in [" ".join(printed.split()) for printed in out.splitlines()]
     assert record["provenance"]["numpy"] == np.__version__ and record["data"] == str(data)
-    assert "n-grams of order 3" in err and f"wrote {tmp_path / 'lines.json'}" in out
+    assert "n-grams of order 5" in err and f"wrote {tmp_path / 'lines.json'}" in out
     # The corpus's words are drawn with successors of their own, and 60 words do not occur only once to four times.
     assert record["lines"][1]["nats"] < record["lines"][0]["nats"] - 0.1
     assert "note: in the model of order 1 too few n-grams of order 1 were seen 1 to 4 times to estimate" in out
@@ -197,6 +215,7 @@ def test_all_training_tokens_unless_told(data, tmp_path):
     training, _, _ = of_fairseq(data, "train")
     everything, out, err = written(data, tmp_path)
     assert {(line["subset"], line["training_tokens"]) for line in everything["lines"]} == {("valid", len(training))}
+    assert [line["order"] for line in everything["lines"]] == [1, 2, 3]
     assert "note" not in err
     more, _, err = written(data, tmp_path, "--tokens", 10**7)
     assert more["lines"] == everything["lines"]
@@ -210,6 +229,8 @@ def test_bad_input_gets_one_line(data, tmp_path, monkeypatch):
     for words, line in (
         ((data, "--tokens", 0), f"--tokens is 0; {number}"),
         ((data, "--tokens", -3), f"--tokens is -3; {number}"),
+        ((data, "--order", 0), "--order 0 is out of range; give a number from 1 to 6"),
+        ((data, "--order", 7), "--order 7 is out of range; give a number from 1 to 6"),
         ((tmp_path / "none",), f"{tmp_path}/none is no folder; give one that fairseq-preprocess or data_prep wrote"),
         ((data, "--json", missing), f"--json {missing} cannot be written; give a file in a folder that exists"),
     ):

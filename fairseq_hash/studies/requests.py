@@ -93,8 +93,8 @@ class Requests:
 
     def table_path(self, model: StudyModel, done: Done) -> Path:
         """Return where a model's made table lies."""
-        made_of = self.identity(self.source(model, done), done)
-        return self.places.runs / folder_name(model.name) / f"table-{made_of[:8]}.safetensors"
+        made_of = {"run": self.identity(self.source(model, done), done), "words": model.table}
+        return self.places.runs / folder_name(model.name) / f"table-{identity_of(made_of)[:8]}.safetensors"
 
     def folder(self, run: Run, done: Done) -> Path:
         """Return a run's folder. Its name has digits of the identity: other options or data are another run."""

@@ -19,8 +19,12 @@ SHOWN = {
     "Switch": "Switch, no capacity limit",
     "Hash": "Hash, balanced",
 }
-TRIGRAM = "Kneser-Ney, 3 tokens (trigram)"
-MOST = 16  # perplexity at the right end
+# N-gram models: their names in the report, the words beside the line, and where those end or begin.
+COUNTS = {
+    "Kneser-Ney, 4 tokens": ("counts of 4 tokens", "end", 8),
+    "Kneser-Ney, 3 tokens (trigram)": ("3 tokens", "start", -6),
+}
+UNIT = 12  # pixels of a perplexity of 1
 EXAMPLE = (("the", 2), ("old", 0), ("man", 3), ("sat", 2))
 STYLE = """
 svg { --paper: #ffffff; --ink: #1c2024; --soft: #5b6570; --line: #d5d9de; --hash: #0072b2; --other: #8a94a0;
@@ -47,10 +51,11 @@ def measured() -> dict[str, tuple[str, str, str]]:
     return {name: found[in_report] for name, in_report in SHOWN.items()}
 
 
-def counted() -> str:
-    """Return the trigram's test perplexity, as it is written."""
-    row = rf"^\| {re.escape(TRIGRAM)} \| ([\d.]+) \|"
-    return re.search(row, RESULTS.read_text(encoding="utf-8"), re.MULTILINE)[1]
+def counted() -> dict[str, str]:
+    """Return the test perplexity of the n-gram models by their names in the report, as it is written."""
+    report = RESULTS.read_text(encoding="utf-8")
+    rows = {name: rf"^\| {re.escape(name)} \| ([\d.]+) \|" for name in COUNTS}
+    return {name: re.search(row, report, re.MULTILINE)[1] for name, row in rows.items()}
 
 
 def text(x: float, y: float, words: str, kind: str = "", anchor: str = "start") -> str:
@@ -84,18 +89,19 @@ def routing() -> str:
 def results() -> str:
     """Return the right half: a bar from 0 for each model, with its interval."""
     parts = [text(484, 36, "Test perplexity at equal work (lower is better)", "title")]
-    width = 230 / MOST
     for place, (name, (mean, low, high)) in enumerate(measured().items()):
-        y, end = 80 + 46 * place, 556 + width * float(mean)
+        y, end = 80 + 46 * place, 556 + UNIT * float(mean)
         kind = "hash" if name == "Hash" else "other"
         parts.append(text(546, y + 20, name, "strong" if name == "Hash" else "", "end"))
         parts.append(f'<rect x="556" y="{y}" width="{end - 556:.1f}" height="30" class="{kind}"/>')
-        left, right = (f"{556 + width * float(value):.1f}" for value in (low, high))
+        left, right = (f"{556 + UNIT * float(value):.1f}" for value in (low, high))
         parts.append(f'<path class="spread" d="M{left} {y + 15}H{right}M{left} {y + 9}v12M{right} {y + 9}v12"/>')
-        parts.append(text(756, y + 20, f"{mean} ({low} to {high})", "strong" if name == "Hash" else ""))
-    x = 556 + width * float(counted())
-    parts.append(f'<path class="counts" d="M{x:.1f} 74V262"/>')
-    parts.append(text(x, 68, f"trigram counts {counted()}", "soft", "middle"))
+        parts.append(text(728, y + 20, f"{mean} ({low} to {high})", "strong" if name == "Hash" else ""))
+    for name, value in counted().items():
+        words, anchor, beside = COUNTS[name]
+        x = 556 + UNIT * float(value)
+        parts.append(f'<path class="counts" d="M{x:.1f} 74V262"/>')
+        parts.append(text(x + beside, 68, f"{words} {value}", "soft", anchor))
     parts.append(text(484, 288, "English novels; 2 layers, one with 16 experts; 2.1 M tokens;", "soft"))
     return "".join([*parts, text(484, 307, "5 seeds, 95 % intervals, tuned learning rates; on a CPU.", "soft")])
 
@@ -103,9 +109,10 @@ def results() -> str:
 def picture() -> str:
     """Return the whole picture as SVG; text in it stands for what it shows."""
     values = ", ".join(f"{name} {mean}" for name, (mean, _, _) in measured().items())
+    counts = ", ".join(f"{COUNTS[name][0]} {value}" for name, value in counted().items())
     alternative = (
         "Each token's expert is looked up in a fixed table. Test perplexity at equal work a token: "
-        f"{values}; of trigram counts: {counted()}."
+        f"{values}; of counted n-grams: {counts}."
     )
     head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 920 328" width="920" height="328" role="img" '
     head += f'aria-label="{alternative}"><title>{alternative}</title><style>{STYLE}</style>'

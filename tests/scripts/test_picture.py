@@ -1,5 +1,6 @@
 """README's picture: what the repository holds is what the script draws of the results that it names."""
 
+import re
 import runpy
 from pathlib import Path
 from xml.etree import ElementTree
@@ -17,10 +18,11 @@ def test_the_picture_shows_the_results():
     table = (ROOT / "benchmarks/results/studies/main/results.md").read_text(encoding="utf-8").splitlines()
     bars = {element.get("y"): element for element in svg.iter("{http://www.w3.org/2000/svg}rect") if element.get("y")}
     for number, (name, in_report) in enumerate(drawn["SHOWN"].items()):
-        row = next(line for line in table if line.startswith(f"| {in_report} |"))
+        row = next(line for line in table if re.match(rf"\| {in_report} \| \d", line))
         value = row.split(" | ")[1]
         assert words[words.index(name) + 1] == value
-        assert float(bars[str(80 + 46 * number)].get("width")) == round(230 / 16 * float(value.split()[0]), 1)
-    trigram = next(line for line in table if line.startswith("| Kneser-Ney, 3 tokens (trigram) |")).split(" | ")[1]
-    assert f"trigram counts {trigram}" in words
+        assert float(bars[str(80 + 46 * number)].get("width")) == round(12 * float(value.split()[0]), 1)
+    for start, name in (("counts of 4 tokens", "4 tokens"), ("3 tokens", "3 tokens (trigram)")):
+        value = next(line for line in table if line.startswith(f"| Kneser-Ney, {name} |")).split(" | ")[1]
+        assert f"{start} {value}" in words
     assert "prefers-color-scheme: dark" in stored and "http" not in stored.replace("http://www.w3.org/2000/svg", "")

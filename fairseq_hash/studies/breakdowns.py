@@ -2,7 +2,11 @@
 
 import numpy as np
 
+from fairseq_hash.studies.records import TextFacts
 from fairseq_hash.studies.results import TRIGRAM, ModelResult, Results
+
+# A mean over fewer tokens of test says little, and would fill the figure. Such a range joins the next one.
+ENOUGH_TOKENS = 200
 
 
 def position_ranges(length: int) -> list[tuple[int, int]]:
@@ -37,10 +41,42 @@ def gain_from_context(by_position: np.ndarray) -> "float | None":
     return float(by_position[2] - by_position[-1]) if len(by_position) > 3 else None
 
 
+def frequency_ranges(facts: TextFacts) -> list[tuple[int, int]]:
+    """Return the ranges of counts as [start, stop) of the recorded ones, each with enough tokens of test.
+
+    A recorded range with too few joins the next one up. At the end, what is left joins the range before it.
+    """
+    stops, tokens = [], 0
+    for stop, of_range in enumerate(facts.frequency_tokens, 1):
+        tokens += of_range
+        if tokens >= ENOUGH_TOKENS:
+            stops.append(stop)
+            tokens = 0
+    stops = [*stops[:-1], len(facts.frequency_tokens)]
+    return list(zip([0, *stops[:-1]], stops, strict=True))
+
+
+def frequency_labels(facts: TextFacts) -> list[str]:
+    """Return the ranges of counts for readers: `0-99`, `100-999`."""
+    labels = facts.frequency_labels
+    return [
+        labels[start] if stop == start + 1 else f"{labels[start].split('-')[0]}-{labels[stop - 1].split('-')[-1]}"
+        for start, stop in frequency_ranges(facts)
+    ]
+
+
+def frequency_tokens(facts: TextFacts) -> np.ndarray:
+    """Return the tokens of test in each range of counts."""
+    return _by_frequency(facts, facts.frequency_tokens)
+
+
 def nats_by_frequency(results: Results, result: ModelResult) -> dict[int, np.ndarray]:
     """Return nats per token in each range of counts, by seed; NaN for a range without tokens."""
-    tokens = results.facts.frequency_tokens
-    return {seed: _ratio(scores.frequency_nats, tokens) for seed, scores in result.scores.items()}
+    facts = results.facts
+    return {
+        seed: _ratio(_by_frequency(facts, scores.frequency_nats), frequency_tokens(facts))
+        for seed, scores in result.scores.items()
+    }
 
 
 def beside_baseline_by_frequency(results: Results, result: ModelResult) -> "np.ndarray | None":
@@ -55,7 +91,12 @@ def trigram_beside_baseline(results: Results) -> "np.ndarray | None":
     nats, baseline = results.facts.ngram_frequency_nats.get(TRIGRAM), nats_by_frequency(results, results.baseline)
     if nats is None or not baseline:
         return None
-    return _ratio(nats, results.facts.frequency_tokens) - np.mean(list(baseline.values()), axis=0)
+    trigram = _ratio(_by_frequency(results.facts, nats), frequency_tokens(results.facts))
+    return trigram - np.mean(list(baseline.values()), axis=0)
+
+
+def _by_frequency(facts: TextFacts, of_recorded: "list[float] | list[int]") -> np.ndarray:
+    return np.array([np.sum(of_recorded[start:stop]) for start, stop in frequency_ranges(facts)])
 
 
 def _ratio(nats: "np.ndarray | list[float]", tokens: "np.ndarray | list[int]") -> np.ndarray:

@@ -8,6 +8,7 @@ import numpy as np
 from fairseq_hash.reporting.charts import Chart, Line, axis_of_counts
 from fairseq_hash.studies.breakdowns import (
     beside_baseline_by_frequency,
+    frequency_labels,
     nats_by_position,
     position_ranges,
     trigram_beside_baseline,
@@ -119,7 +120,7 @@ def frequency_charts(results: Results) -> list[Chart]:
     """Return nats beside those of the baseline by the token's count in training, the trigram's as hollow points."""
     if not results.baseline.finals:
         return []
-    labels = results.facts.frequency_labels
+    labels = frequency_labels(results.facts)
     x = np.arange(1, len(labels) + 1, dtype=float)
     lines = [_zero(results, (0.8, len(labels) + 0.2))]
     for result in results.finished:

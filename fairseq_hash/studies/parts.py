@@ -8,6 +8,7 @@ import pandas as pd
 
 from fairseq_hash.reporting.charts import Chart
 from fairseq_hash.studies import charts, tables
+from fairseq_hash.studies.breakdowns import ENOUGH_TOKENS
 from fairseq_hash.studies.families import (
     families_of,
     fits_of,
@@ -214,7 +215,8 @@ def _positions(results: Results) -> Part:
 def _frequencies(results: Results) -> Part:
     words = (
         f"Tokens of test by their count in the training text. For {results.study.baseline}: nats per token. For the "
-        f"others: how far above it they are; below 0 is better. Means over the seeds that both models have."
+        f"others: how far above it they are; below 0 is better. Means over the seeds that both models have. Ranges of "
+        f"fewer than {ENOUGH_TOKENS} tokens are joined with the next one."
     )
     drawn = charts.frequency_charts(results)
     return Part(

@@ -9,6 +9,8 @@ import pandas as pd
 from fairseq_hash.reporting.comparison_table import NOTHING, count_text
 from fairseq_hash.studies.breakdowns import (
     beside_baseline_by_frequency,
+    frequency_labels,
+    frequency_tokens,
     gain_from_context,
     nats_by_frequency,
     nats_by_position,
@@ -138,7 +140,7 @@ def position_table(results: Results) -> pd.DataFrame:
 
 def frequency_table(results: Results) -> pd.DataFrame:
     """Return nats per token by the token's count in the training text: the baseline's, and differences from them."""
-    tokens = np.array(results.facts.frequency_tokens)
+    tokens = frequency_tokens(results.facts)
     rows = [["Share of test", *(f"{share:.1%}" for share in tokens / tokens.sum())]]
     if not results.baseline.finals:
         return pd.DataFrame()
@@ -150,7 +152,7 @@ def frequency_table(results: Results) -> pd.DataFrame:
     for name, values in differences.items():
         if values is not None:
             rows.append([name, *(number(value, 3) for value in values)])
-    return pd.DataFrame(rows, columns=["Model", *results.facts.frequency_labels])
+    return pd.DataFrame(rows, columns=["Model", *frequency_labels(results.facts)])
 
 
 def tuning_table(results: Results) -> pd.DataFrame:

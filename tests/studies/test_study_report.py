@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import itertools
 import math
 import re
 
@@ -26,7 +25,6 @@ from scipy import stats
 
 from fairseq_hash.reporting.charts import Chart
 from fairseq_hash.studies import charts
-from fairseq_hash.studies.breakdowns import position_labels, position_ranges
 from fairseq_hash.studies.csv_tables import results_csv, runs_csv, tuning_csv
 from fairseq_hash.studies.leads import (
     LeadCurve,
@@ -221,39 +219,6 @@ def test_lead_needs_equal_validations():
         run = Run("Hash", 0.004, seed, FINAL)
         done[run] = dataclasses.replace(done[run], validations=done[run].validations[1:])
     assert list(lead_curves(results_of(done))) == ["Twin", "Switch"]
-
-
-def test_nats_by_position(parts):
-    """Each range is the mean of nats + 1/p over its positions; the gain is from positions 3-4 to the last range."""
-    table = parts["Use of context"].table
-    dense = table.set_index("Model").loc["Dense"]
-    ranges = {"1": (1, 2), "2": (2, 3), "3-4": (3, 5), "5-8": (5, 9), "9-16": (9, 17)}
-    expected = {label: 4.52 + np.mean([1 / p for p in range(*ends)]) for label, ends in ranges.items()}
-    assert {label: float(dense[label]) for label in ranges} == pytest.approx(expected, abs=6e-4)
-    assert float(dense["Gain from context"]) == pytest.approx(expected["3-4"] - expected["9-16"], abs=6e-4)
-    (chart,) = charts.position_charts(results_of())
-    assert chart.lines[0].y == pytest.approx(list(expected.values())) and [*chart.lines[0].x] == [1, 2, 4, 8, 16]
-
-
-def test_ranges_of_positions():
-    """128 positions have eight ranges; any length is covered once."""
-    assert position_labels(128) == ["1", "2", "3-4", "5-8", "9-16", "17-32", "33-64", "65-128"]
-    for length in (1, 2, 3, 100, 129):
-        covered = itertools.chain.from_iterable(range(*ends) for ends in position_ranges(length))
-        assert list(covered) == list(range(length))
-
-
-def test_nats_by_frequency(parts):
-    """Beside the baseline, paired by seed; the trigram's beside the mean; a range without tokens has none."""
-    table = parts["Rare and frequent tokens"].table.set_index("Model")
-    assert list(table.index) == [
-        *("Share of test", "Dense: nats", "Hash", "Twin", "Switch", "Hash, balanced"),
-        "Kneser-Ney, 3 tokens (trigram)",
-    ]
-    assert table.loc["Share of test"].tolist() == ["0.0%", "10.0%", "40.0%", "50.0%"]
-    assert table.loc["Dense: nats"].tolist() == ["–", "5.520", "6.520", "7.520"]
-    assert table.loc["Hash"].tolist() == ["–", *[f"{np.mean(NATS['Hash']) - 4.52:.3f}"] * 3]
-    assert table.iloc[-1].tolist() == ["–", "3.480", "-1.520", "-4.520"]
 
 
 def test_lead_over_documents(parts):

@@ -27,7 +27,7 @@ def measure_ngrams(data: Path, tokens: int) -> list[Line]:
 
 
 def beside_ngrams(lines: Sequence[Line], runs: Sequence[Run]) -> str:
-    """Return what n-grams reach, and which models are above a bigram, as text."""
+    """Return what n-grams reach, and which models are above a bigram, or above the best n-grams, as text."""
     of_test = {line.order: line for line in lines if line.subset == "test"}
     counted = next(iter(of_test.values())).training_tokens
     shown = ", ".join(f"{line.perplexity:.1f} of {order} token{'s'[: order > 1]}" for order, line in of_test.items())
@@ -39,5 +39,8 @@ def beside_ngrams(lines: Sequence[Line], runs: Sequence[Run]) -> str:
     means = {name: sum(run.evaluations["test"].perplexity for run in own) / len(own) for name, own in models.items()}
     above = [name for name, mean in means.items() if mean >= bigram]
     if not above:
-        return f"{text} Every model is below the bigram: it uses more than the last token."
+        best = min(of_test.values(), key=lambda line: line.perplexity)
+        worse = [name for name, mean in means.items() if mean >= best.perplexity]
+        text += " Every model is below (better than) the bigram."
+        return f"{text} The best of these n-grams is better than {', '.join(worse)}." if worse else text
     return f"{text} Above the bigram, and so no evidence on routers: {', '.join(above)}."

@@ -20,6 +20,7 @@ from fairseq_hash.core.errors import UserError
 
 FACTOR = 2.0  # between neighbours of a grid that grows
 EMBEDDED = "embedded"  # the text that comes with Python
+FOLDERS = ("data", "records")  # of the folder of work; a study has one of its own name beside them
 # The most that a quick study does.
 QUICK_TOKENS = {"train_tokens": 4096, "valid_tokens": 1024, "test_tokens": 2048}
 
@@ -199,6 +200,8 @@ def _filled(kind: type, given: Mapping[str, Any], where: str) -> Any:
 
 def _check(study: Study, where: str) -> None:
     """Raise `UserError` for the first value that cannot be."""
+    if study.name in FOLDERS:
+        raise UserError(f"{where}: no study can be named {study.name}, as a folder of --work is; rename the file")
     text = study.text
     for name in ("pieces", *QUICK_TOKENS):
         if not isinstance(getattr(text, name), int) or getattr(text, name) < 1:

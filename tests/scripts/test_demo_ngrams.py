@@ -28,7 +28,12 @@ LINES = [line("valid", 2, 1.0), line("test", 1, 90.0), line("test", 2, 26.0), li
 @pytest.mark.parametrize(
     ("perplexities", "said"),
     [
-        ({"dense": [25.0, 24.0], "hash": [20.0]}, "Every model is below the bigram"),
+        (
+            {"dense": [25.0, 24.0], "hash": [14.0]},
+            "below (better than) the bigram. The best of these n-grams is better",
+        ),
+        ({"dense": [25.0, 24.0], "hash": [14.0]}, "is better than dense."),
+        ({"dense": [14.5], "hash": [14.0]}, "Every model is below (better than) the bigram."),
         ({"dense": [27.0, 26.0], "hash": [20.0]}, "Above the bigram, and so no evidence on routers: dense."),
     ],
 )

@@ -91,6 +91,13 @@ def test_value_that_cannot_be_is_one_line(tmp_path, changes, words):
     assert words in str(refusal.value) and "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("name", ["data", "records"])
+def test_study_does_not_take_the_name_of_a_folder(tmp_path, name):
+    path = written(tmp_path).rename(tmp_path / f"{name}.yaml")
+    with pytest.raises(UserError, match=f"no study can be named {name}"):
+        load_study(path)
+
+
 @pytest.mark.parametrize("text", ["models: [", "just words", "\x00"])
 def test_no_study_is_one_line(tmp_path, text):
     path = tmp_path / "bad.yaml"

@@ -28,11 +28,7 @@ LINES = [line("valid", 2, 1.0), line("test", 1, 90.0), line("test", 2, 26.0), li
 @pytest.mark.parametrize(
     ("perplexities", "said"),
     [
-        (
-            {"dense": [25.0, 24.0], "hash": [14.0]},
-            "below (better than) the bigram. The best of these n-grams is better",
-        ),
-        ({"dense": [25.0, 24.0], "hash": [14.0]}, "is better than dense."),
+        ({"dense": [25.0, 24.0], "hash": [14.0]}, " bigram. The best of these n-grams is better than dense."),
         ({"dense": [14.5], "hash": [14.0]}, "Every model is below (better than) the bigram."),
         ({"dense": [27.0, 26.0], "hash": [20.0]}, "Above the bigram, and so no evidence on routers: dense."),
     ],
@@ -44,5 +40,5 @@ def test_models_stand_beside_the_bigram(demo_ngrams, monkeypatch, perplexities, 
     }
     monkeypatch.setattr(demo_ngrams, "group_by_model", lambda given: runs)
     text = demo_ngrams.beside_ngrams(LINES, [run for own in runs.values() for run in own])
-    assert "counted from 5,000 training tokens" in text and said in text
+    assert "counted from 5,000 training tokens" in text and text.endswith(said)
     assert "90.0 of 1 token, 26.0 of 2 tokens, 15.0 of 3 tokens" in text

@@ -29,6 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choice.add_argument("--check", action="store_true", help="only check data, files and ranks: one line on an error")
     choice.add_argument("--flags", action="store_true", help="print the same experiment as arguments of fairseq-train")
     choice.add_argument("--run-dir", action="store_true", help="print only the run's folder")
+    choice.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="run one update of one rank through the real trainer, without data: memory, bytes between ranks, time",
+    )
+    choice.add_argument("--calibrate", type=Path, metavar="FILE", help="measure this CPU, and write FILE for --gpu")
+    add("--gpu", default="h100", metavar="NAME", help="of --dry-run: h100, h200, a100 or a YAML file; default h100")
+    add("--nodes", type=int, metavar="M", help="of --dry-run: nodes of the ranks (default: as few as can be)")
+    add("--rank", type=int, default=0, metavar="R", help="of --dry-run: which rank, from 0; default 0")
     parser.set_defaults(run=run)
 
 
@@ -38,6 +47,11 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("--ranks takes a number of 1 or more, --tflops one of more than 0")
     if arguments.list:
         print("\n".join(experiment_names(arguments.config_dir)))
+        return
+    if arguments.calibrate:
+        from fairseq_hash.dry_run.calibrate import calibrate
+
+        calibrate(arguments.calibrate)
         return
     fairseq_hash.register()
     from fairseq_hash.experiments.checks import check_experiment
@@ -56,8 +70,24 @@ def run(arguments: argparse.Namespace) -> None:
         print(shlex.join(flags(experiment.config)))
     elif arguments.check:
         check_experiment(experiment, arguments.ranks)
+    elif arguments.dry_run:
+        print_dry_run(experiment, arguments)
     else:
         print_one(experiment, arguments.ranks, arguments.tflops)
+
+
+def print_dry_run(experiment: Any, arguments: argparse.Namespace) -> None:
+    """Run an update dry, and print what it was."""
+    from fairseq_hash.dry_run.hardware import hardware
+    from fairseq_hash.dry_run.report import in_nodes, show
+    from fairseq_hash.dry_run.update import dry_run
+
+    ranks, rank = arguments.ranks, arguments.rank
+    on = in_nodes(hardware(arguments.gpu), ranks, arguments.nodes)
+    of = dry_run(experiment, ranks, rank, on)
+    nodes = -(-ranks // on.devices_per_node)
+    where = f"rank {rank} of {ranks:,}, {nodes:,} node{'s'[: nodes > 1]} of up to {on.devices_per_node} x {on.name}"
+    show(of, f"{experiment.name}: {where}", on, ranks, experiment.config.optimization.max_update)
 
 
 def print_one(experiment: Any, ranks: int, tflops: float) -> None:

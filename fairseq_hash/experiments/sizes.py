@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from fairseq.data import Dictionary
 from fairseq.tasks.language_modeling import LanguageModelingTask
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from fairseq_hash.core.errors import UserError
@@ -131,22 +131,29 @@ def build_on_meta(experiment: Experiment) -> nn.Module:
 
     A table file or a predicting model need not exist: neither changes a size.
     """
-    config = OmegaConf.create(OmegaConf.to_container(experiment.config))
-    model = config.model
+    config = without_files(OmegaConf.create(OmegaConf.to_container(experiment.config)))
+    config.model.expert_parallel_size, config.model.expert_dispatch = 0, "all-to-all"
     vocabulary = experiment.about.get("vocabulary")
     if not vocabulary:
         raise UserError(f"{experiment.name} states no experiment.vocabulary, so its size is not known")
+    log = logging.getLogger("fairseq_hash.model")  # of a model that is trained; this one is not
+    with torch.device("meta"), replaced(log, "disabled", True):
+        return HashTransformerLanguageModel.build_model(config.model, made_task(config, vocabulary))
+
+
+def without_files(config: DictConfig) -> DictConfig:
+    """Change a configuration so that its model needs no table file, predicting model or text; return it."""
+    model = config.model
     if any(table.strip() not in BUILDERS for table in model.hash_table.split(",")):
         model.hash_table, model.hash_feature = "random", "token"
     if model.hash_predictor:
         model.hash_predictor, model.hash_feature = "", "token"
-    model.expert_parallel_size, model.expert_dispatch, model.hash_count_eos = 0, "all-to-all", False
-    log = logging.getLogger("fairseq_hash.model")  # of a model that is trained; this one is not
-    with torch.device("meta"), replaced(log, "disabled", True):
-        return HashTransformerLanguageModel.build_model(model, _task(config, vocabulary))
+    model.hash_count_eos = False
+    return config
 
 
-def _task(config: OmegaConf, vocabulary: int) -> LanguageModelingTask:
+def made_task(config: DictConfig, vocabulary: int) -> LanguageModelingTask:
+    """Return the task of a configuration for a dictionary of so many made symbols."""
     dictionary = Dictionary()
     dictionary.symbols += [str(number) for number in range(vocabulary)]
     dictionary.count += range(vocabulary, 0, -1)

@@ -11,7 +11,7 @@ from hydra_configs import needs_current_hydra
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.experiments.compose import compose
 from fairseq_hash.experiments.memory import describe, place_of, precision_of, state_bytes
-from fairseq_hash.experiments.sizes import _task, sizes
+from fairseq_hash.experiments.sizes import made_task, sizes
 from fairseq_hash.lm import model as hash_model
 from fairseq_hash.parallel import groups
 from fairseq_hash.parallel.groups import ExpertParallel, expert_parallel
@@ -76,7 +76,7 @@ def test_three_ranks_hold_all_of_sixteen_experts():
 
 def held_bytes(config, vocabulary):
     """What the run has after an update: of every tensor of the model, its gradients and its optimizer, each once."""
-    model = hash_model.HashTransformerLanguageModel.build_model(config.model, _task(config, vocabulary))
+    model = hash_model.HashTransformerLanguageModel.build_model(config.model, made_task(config, vocabulary))
     if config.common.bf16:
         model.bfloat16()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

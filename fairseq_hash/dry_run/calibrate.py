@@ -1,7 +1,6 @@
 """Measures this CPU for a dry run: the rates that matrix products, memory and exchanges between processes reach."""
 
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,9 +17,9 @@ from fairseq_hash.core.memory import machine_bytes
 from fairseq_hash.dry_run.hardware import Hardware, as_yaml
 from fairseq_hash.provenance import provenance
 
-ROUNDS = 15
+ROUNDS = 40
 ROWS, WIDTH, HIDDEN = 1024, 256, 1024  # of a product like those of a small feed-forward network
-ELEMENTS = 2**18  # of an element-wise operation: 1 MB each, as activations of a small model
+CACHE = 2**22  # bytes of one operation that its next one finds in a core's cache
 EXCHANGED = 2**22  # bytes
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -41,7 +40,7 @@ def calibrate(path: Path) -> None:
 
 
 def measure() -> Hardware:
-    """Return what this CPU reaches, with medians of several rounds."""
+    """Return what this CPU reaches, the best of several rounds."""
     origin = provenance()
     rates = {str(dtype).removeprefix("torch."): _products(dtype) for dtype in DTYPES}
     wire, latency = _wire()
@@ -52,25 +51,27 @@ def measure() -> Hardware:
         source=source,
         memory=machine_bytes(),
         flops=rates,
-        bandwidth=_bandwidth(),
+        bandwidth=_bandwidth(4 * CACHE),
         call=_call(),
         wire_inside=wire,
         wire_between=wire,
         latency=latency,
+        cache=float(CACHE),
+        cached_bandwidth=_bandwidth(CACHE // 8),
         devices_per_node=os.cpu_count() or 1,
         is_gpu=False,
     )
 
 
 def _seconds(work: Callable[[], object], repeats: int = 1) -> float:
-    """Return the median time of one call; the first round only warms up."""
+    """Return the time of one call in the fastest round: whatever else the machine does makes others slower."""
     times = []
-    for _ in range(ROUNDS + 1):
+    for _ in range(ROUNDS):
         start = time.perf_counter()
         for _ in range(repeats):
             work()
         times.append((time.perf_counter() - start) / repeats)
-    return statistics.median(times[1:])
+    return min(times)
 
 
 def _products(dtype: torch.dtype) -> float:
@@ -79,10 +80,10 @@ def _products(dtype: torch.dtype) -> float:
     return 2 * ROWS * WIDTH * HIDDEN / _seconds(lambda: rows @ weight) / 1e12
 
 
-def _bandwidth() -> float:
-    """Return 10^9 bytes a second of an element-wise operation: two tensors read, one written."""
-    one, other = torch.randn(ELEMENTS), torch.randn(ELEMENTS)
-    return 3 * one.nbytes / _seconds(lambda: one + other) / 1e9
+def _bandwidth(size: int) -> float:
+    """Return 10^9 bytes a second of an operation that reads two tensors of so many bytes, and makes one."""
+    one, other = torch.randn(size // 4), torch.randn(size // 4)
+    return 3 * size / _seconds(lambda: one + other) / 1e9
 
 
 def _call() -> float:

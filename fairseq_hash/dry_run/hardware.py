@@ -1,6 +1,6 @@
 """What a device can do: published figures of GPUs, or a file of measured ones."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ class Hardware:
         wire_inside: 10^9 bytes a second that a device sends to others of its node.
         wire_between: 10^9 bytes a second that a device sends to other nodes.
         latency: microseconds of one collective beside its bytes.
+        cache: bytes that one operation may touch at `cached_bandwidth`; 0 where all comes from memory.
+        cached_bandwidth: 10^9 bytes a second of what is in the cache.
         devices_per_node: devices of one node.
         is_gpu: whether experts are multiplied as on a GPU.
     """
@@ -36,8 +38,10 @@ class Hardware:
     wire_inside: float
     wire_between: float
     latency: float
+    cache: float = 0.0
+    cached_bandwidth: float = 0.0
     devices_per_node: int = 8
-    is_gpu: bool = field(default=True)
+    is_gpu: bool = True
 
 
 REACHED = 0.6  # of the published rate of matrix products, by products of an expert's size
@@ -85,7 +89,7 @@ def _of_fields(given: Any, name: str) -> Hardware:
     if not isinstance(given, dict) or (unknown := sorted(map(str, set(given) - set(known)))):
         what = f"has no entry {unknown[0]}" if isinstance(given, dict) else "is no list of names and values"
         raise UserError(f"--gpu {name}: it {what}; give {', '.join(known)}")
-    needed = [key for key in known if key not in ("devices_per_node", "is_gpu") and key not in given]
+    needed = [key for key, of in known.items() if of.default is MISSING and key not in given]
     if needed:
         raise UserError(f"--gpu {name} lacks {needed[0]}; plan --calibrate writes such a file for a CPU")
     numbers = {key: given[key] for key in given if key not in ("name", "source", "flops", "is_gpu")}
@@ -93,8 +97,13 @@ def _of_fields(given: Any, name: str) -> Hardware:
     if not isinstance(flops, dict) or "float32" not in flops:
         raise UserError(f"--gpu {name}: flops needs the rate of float32, and of bfloat16 and float16 where used")
     for key, value in {**numbers, **{f"flops.{dtype}": rate for dtype, rate in flops.items()}}.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise UserError(f"--gpu {name}: {key} is {value}; give a number above 0")
+        least = 0 if "cache" in key else 1e-12
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < float("inf"):
+            raise UserError(
+                f"--gpu {name}: {key} is {value}; give a number {'of 0 or more' if not least else 'above 0'}"
+            )
+    if given.get("cache", 0) and not given.get("cached_bandwidth", 0):
+        raise UserError(f"--gpu {name} has a cache and no cached_bandwidth; give both, or neither")
     return Hardware(**given)
 
 

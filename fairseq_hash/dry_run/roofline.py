@@ -54,7 +54,8 @@ class Roofline(TorchDispatchMode):
             self.flops += flops
             dtype = str(made[0].dtype).removeprefix("torch.")
             products = flops / (self.on.flops.get(dtype, self.on.flops["float32"]) * 1e12)
-        memory = moved / ((self.on.bandwidth if moved > self.on.cache else self.on.cached_bandwidth) * 1e9)
+        is_cached = 0 < moved <= self.on.cache
+        memory = moved / ((self.on.cached_bandwidth if is_cached else self.on.bandwidth) * 1e9)
         self.seconds[PRODUCTS if products > memory else BYTES] += max(products, memory)
         self.seconds[CALLS] += self.on.call * 1e-6
         return result

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from fairseq_hash.dry_run.world import check_dispatch, without_data, world
 from fairseq_hash.experiments.compose import Experiment
 from fairseq_hash.experiments.memory import place_of
 from fairseq_hash.experiments.sizes import made_task, without_files
+from fairseq_hash.fairseq_patches.registry import replaced
 from fairseq_hash.moe.kernels.feed_forward import GPU_WAYS
 from fairseq_hash.parallel.groups import ExpertParallel
 
@@ -114,7 +115,7 @@ def dry_run(experiment: Experiment, ranks: int, rank: int, on: Hardware, rows: R
     if not 0 <= rank < ranks:
         raise UserError(f"rank {rank} is not one of {ranks} ranks; give one from 0 to {ranks - 1}")
     config = _config(experiment, ranks, rank)
-    place = place_of(config, ranks)
+    place = replace(place_of(config, ranks), rank=rank)
     with world(ranks, rank, GPU_WAYS if on.is_gpu else None), _silence(), _set(rows):
         task = made_task(config, experiment.about.get("vocabulary", 0))
         with torch.device("meta"):
@@ -125,6 +126,8 @@ def dry_run(experiment: Experiment, ranks: int, rank: int, on: Hardware, rows: R
             stack.enter_context(memory)
             model.to_empty(device="cpu")
             trainer = Trainer(config, task, model, criterion)
+            # A trainer saves what it has where an update fails; here there is nothing to save.
+            stack.enter_context(replaced(trainer, "save_checkpoint", lambda *args: None))
             memory.mark_model(trainer._model)
             batches = batches_of(config).made()
             trainer.train_step(batches)

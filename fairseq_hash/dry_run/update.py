@@ -1,12 +1,14 @@
 """One update of one rank, run dry: what it holds, what it sends, and how long it may take."""
 
 import logging
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from fairseq.logging import metrics
 from fairseq.trainer import Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -122,6 +124,9 @@ def dry_run(experiment: Experiment, ranks: int, rank: int, on: Hardware, rows: R
             model, criterion = task.build_model(config.model), task.build_criterion(config.criterion)
         memory, counter, roofline = MemoryWatch(), CollectiveCounter(), Roofline(on)
         with ExitStack() as stack:
+            # What is logged is of this run alone: fairseq adds up what has a name as long as the process lives.
+            stack.enter_context(replaced(metrics, "_aggregators", OrderedDict()))
+            stack.enter_context(metrics.aggregate(new_root=True))
             stack.enter_context(without_data())
             stack.enter_context(memory)
             model.to_empty(device="cpu")

@@ -114,6 +114,14 @@ def test_world_of_4096_ranks():
     assert all(call.sent_P[63] < call.bytes for call in rows)
 
 
+def test_dry_runs_do_not_see_each_other():
+    """What one logs is nothing to the next one, which may have another number of experts."""
+    experiment = experiment_of("laptop/hash", [*SMALL, ANY])
+    first = dry_run(experiment, 2, 0, GPUS["h100"])
+    dry_run(experiment_of("laptop/hash", [*SMALL, ANY, "model.num_experts=64"]), 2, 0, GPUS["h100"])
+    assert dry_run(experiment, 2, 0, GPUS["h100"]) == first
+
+
 def test_hardware_file_is_read_as_written(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(as_yaml(GPUS["a100"]))

@@ -140,7 +140,8 @@ def build_on_meta(experiment: Experiment) -> nn.Module:
         model.hash_table, model.hash_feature = "random", "token"
     if model.hash_predictor:
         model.hash_predictor, model.hash_feature = "", "token"
-    model.expert_parallel_size, model.expert_dispatch, model.hash_count_eos = 0, "all-to-all", False
+    model.expert_parallel_size, model.expert_dispatch, model.expert_placement = 0, "all-to-all", "contiguous"
+    model.hash_count_eos = False
     log = logging.getLogger("fairseq_hash.model")  # of a model that is trained; this one is not
     with torch.device("meta"), replaced(log, "disabled", True):
         return HashTransformerLanguageModel.build_model(model, _task(config, vocabulary))

@@ -12,6 +12,7 @@ Shape suffixes: see `moe.losses`; L is the number of layers, P that of the ranks
 
 import numpy as np
 
+CONTIGUOUS, BALANCED = "contiguous", "balanced"  # what `--expert-placement` has names for; else it is a file of loads
 UNITS = 1 << 26  # a layer's loads, as whole numbers: sums are exact, so that every rank finds the same placement
 MOST = np.iinfo(np.int64).max
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import fairseq_hash
+from fairseq_hash.cli import plan_loads
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.experiments.names import experiment_names, own_configs
 
@@ -14,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the verb `plan`, and add its arguments."""
     parser.description = (
         "Compose a configuration as fairseq-hydra-train does, and print what it means: parameters, work, "
-        "memory. Without one of --list, --all, --check, --flags and --run-dir, print the table of one "
+        "memory. Without one of --list, --all, --check, --flags, --run-dir and --loads, print the table of one "
         "experiment."
     )
     add = parser.add_argument
@@ -29,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choice.add_argument("--check", action="store_true", help="only check data, files and ranks: one line on an error")
     choice.add_argument("--flags", action="store_true", help="print the same experiment as arguments of fairseq-train")
     choice.add_argument("--run-dir", action="store_true", help="print only the run's folder")
+    choice.add_argument(
+        "--loads",
+        action="store_true",
+        help="print the loads of experts and ranks, stragglers and dropped tokens, by the hash tables or by a run",
+    )
+    plan_loads.add_arguments(parser)
     parser.set_defaults(run=run)
 
 
@@ -36,6 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print what was asked for."""
     if arguments.ranks < 1 or not arguments.tflops > 0:
         raise UserError("--ranks takes a number of 1 or more, --tflops one of more than 0")
+    plan_loads.check_arguments(arguments)
     if arguments.list:
         print("\n".join(experiment_names(arguments.config_dir)))
         return
@@ -54,6 +62,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(experiment.folder)
     elif arguments.flags:
         print(shlex.join(flags(experiment.config)))
+    elif arguments.loads:
+        plan_loads.run(experiment, arguments)
     elif arguments.check:
         check_experiment(experiment, arguments.ranks)
     else:

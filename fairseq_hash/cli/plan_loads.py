@@ -10,7 +10,7 @@ from fairseq_hash.core.quiet import only_warnings
 
 OF_LOADS = ("text", "subset", "from_run", "batch_tokens", "passes", "out", "overwrite")
 HEADINGS = f"{'Layers':<12}{'Placement':<16}{'expert':>8}{'rank':>8}{'bound':>8}"
-OF_BATCHES = f"{'Batch':>10}{'mean':>10}{'95 %':>8}{'Dropped':>10}"
+OF_BATCHES = f"{'Batch':>10}{'Passes':>8}{'mean':>8}{'95 %':>8}{'Dropped':>9}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,8 +100,12 @@ def print_loads(name: str, planned: Any) -> None:
     print(f"Loads: {planned.source}")
     print("expert, rank: the largest load over the mean. bound: no placement has a smaller largest rank.")
     if planned.batches:
-        print("mean, 95 %: the straggler factor, the rows of the fullest rank over the mean of its group, of the mean")
-        print("pass and of one in twenty. Batch: the most tokens of a rank's batch. Dropped: choices over capacity.")
+        print(
+            "mean, 95 %: the straggler factor, the rows of the fullest rank over the mean of its group: the mean over"
+        )
+        print(
+            "forward passes, and what one in twenty exceeds. Batch: the most tokens of a rank. Dropped: over capacity."
+        )
     print(HEADINGS + (OF_BATCHES if planned.batches else ""))
     for row in planned.rows():
         layers = ", ".join(map(str, row["layers"]))
@@ -109,10 +113,9 @@ def print_loads(name: str, planned: Any) -> None:
         line += "".join(f"{row[name]:>8.3f}" for name in ("expert", "rank", "bound"))
         if "tokens" in row:
             dropped = f"{row['dropped']:.2%}" if planned.capacity_factor else "–"
-            line += f"{row['tokens']:>10,}{row['straggler']:>10.3f}{row['straggler_95']:>8.3f}{dropped:>10}"
+            line += f"{row['tokens']:>10,}{row['passes']:>8,}{row['straggler']:>8.3f}{row['straggler_95']:>8.3f}"
+            line += f"{dropped:>9}"
         print(line)
-    if planned.batches:
-        print(f"{row['passes']:,} passes of a group")
 
 
 def _short(text: str, most: int) -> str:

@@ -57,7 +57,7 @@ class PlannedLoads:
         return next(iter(self.placements.values()))
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the figures of each set of layers with equal loads, placement and size of a batch, ready for a table.
+        """Return the figures of each set of layers with one table, placement and size of a batch, ready for a table.
 
         `expert`, `rank` and `bound` are the largest load over the mean, of an expert, of a rank, and of the fullest
         rank in any placement. `straggler` is the mean over passes, `straggler_95` their quantile, `dropped` a share.
@@ -86,10 +86,10 @@ class PlannedLoads:
         }
 
     def _alike(self) -> list[tuple[int, ...]]:
-        """Return the layers by sets of those that share their loads."""
-        alike: dict[bytes, list[int]] = {}
-        for layer, load_E in self.loads.items():
-            alike.setdefault(load_E.tobytes(), []).append(layer)
+        """Return the layers by sets of those that share their batches: their table. Those of a run stay apart."""
+        alike: dict[Any, list[int]] = {}
+        for layer in self.loads:
+            alike.setdefault(next((id(of[layer]) for of in self.batches.values()), layer), []).append(layer)
         return [tuple(layers) for layers in alike.values()]
 
 
@@ -228,8 +228,11 @@ def _of_text(
             count_H = np.bincount(table.rows(token_BL, PADDING, None)[real_BL].numpy(), minlength=len(table.expert))
             expert_HK = table.expert.numpy()
             found[key].append(choices(expert_HK, count_H, table.num_experts, table.is_multi_hash))
-    segments = {layer: table.expert_HK.shape[1] if table.record.is_multi_hash else 1 for layer, table in tables.items()}
-    return {layer: RoutedBatches(np.stack(found[id(table)]), segments[layer]) for layer, table in tables.items()}
+    routed = {
+        key: RoutedBatches(np.stack(found[key]), table.expert.shape[1] if table.is_multi_hash else 1)
+        for key, table in distinct.items()
+    }
+    return {layer: routed[id(table)] for layer, table in tables.items()}
 
 
 def batches_of_text(config: DictConfig, folder: Path, subset: str, tokens: int) -> Iterator[Any]:

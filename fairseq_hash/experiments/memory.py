@@ -79,7 +79,9 @@ def describe(of: Sizes, config: DictConfig, ranks: int) -> str:
     lacks = "" if name == "sgd" or name in STATES else f", without the state of {name}"
     who = place.describe()
     if (placement := config.model.get("expert_placement", CONTIGUOUS)) != CONTIGUOUS:
-        who = f"{place.size} ranks share {place.num_experts} experts, placed by {placement} (--loads shows how)"
+        who = (
+            f"{place.size} ranks share {place.num_experts} experts by --expert-placement {placement} (--loads shows it)"
+        )
     experts = f", {who}" if of.expert_parameters > of.memory_parameters else ""
     gigabytes = state_bytes(of, config, place) / 1e9
     return f"{gigabytes:.3g} GB a rank, {precision_of(config)}{lacks}{experts}; activations come on top"

@@ -112,11 +112,12 @@ def token_loads(tables: Mapping[int, HashTable], count_V: np.ndarray, option: st
         UserError: if a table's rows are not the dictionary's symbols. `option` is the one that asks for loads.
     """
     for table in tables.values():
-        if table.index or table.record.feature not in OF_TOKENS:
+        if table.index or table.record.feature not in OF_TOKENS or table.record.feature == "predicted":
             what = "pairs of tokens" if "pair" in table.index else table.feature
             raise UserError(
-                f"{option}: a dictionary does not count the keys of a hash table of {what}; count them in a text by "
-                "fairseq-hash plan --loads --text DATA (with --out FILE, for --expert-placement FILE)"
+                f"{option}: a dictionary does not count the keys of a hash table of {what}; count them in a text or a "
+                "run by fairseq-hash plan --loads --text DATA or --from-run RUN (with --out FILE, for "
+                "--expert-placement FILE)"
             )
     return {layer: expert_loads(table.expert_HK, count_V, table.record.num_experts) for layer, table in tables.items()}
 

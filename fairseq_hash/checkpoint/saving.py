@@ -1,5 +1,8 @@
 """Saving: every rank writes its share of the experts, then rank 0 the main file.
 
+The experts of a shard have consecutive ids: a rank that holds others writes one for each run of them. So files say
+nothing of who held which experts.
+
 fairseq decides on rank 0 alone whether a checkpoint is written, and under which names. The other ranks wait for its
 word: write your experts, or it is done.
 """
@@ -22,7 +25,7 @@ from fairseq_hash.checkpoint.manifest import KEY, Manifest
 from fairseq_hash.checkpoint.shards import Shard, write_shard
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.parallel.collectives import gather, run_on_all_ranks
-from fairseq_hash.parallel.groups import ExpertParallel
+from fairseq_hash.parallel.groups import ExpertParallel, runs_of
 from fairseq_hash.provenance import now, provenance
 
 if TYPE_CHECKING:  # checkpoints are read, merged and shown without fairseq
@@ -135,13 +138,13 @@ class Saver:
         if numbers:
             _, parts["optimizer"] = take_moments(self.optimizer().state_dict(), numbers, weights)
         assert self.parallel is not None, "a dense model has no shards"
-        experts = self.parallel.saved_experts
-        first = experts.start - self.parallel.expert_ids.start
+        held = list(self.parallel.expert_ids)
         about = {"save": save, "update": update}
         shards = []
         for part, tensors in parts.items():
-            if experts and tensors:
+            for experts in runs_of(self.parallel.saved_experts) if tensors else ():
                 file = shard_name(update, save, part, experts)
+                first = held.index(experts[0])
                 rows = {name: tensor[first : first + len(experts)] for name, tensor in tensors.items()}
                 try:
                     (folder / SHARDS).mkdir(exist_ok=True)

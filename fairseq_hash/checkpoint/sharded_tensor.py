@@ -33,21 +33,22 @@ class SavedExperts:
         for expert, file in enumerate(self._file_of):
             yield file.row(self.name, expert)
 
-    def read_into(self, experts: range, out: Tensor) -> None:
-        """Read the rows of some experts into `out` `[e, ...]`, on any device and of any type.
+    def read_into(self, experts: Sequence[int], out: Tensor) -> None:
+        """Read the rows of some experts into `out` `[e, ...]`, in their order, on any device and of any type.
 
         Raises:
             UserError: if a row fails its checksum.
         """
 
-        def read_one(expert: int) -> None:
-            out[expert - experts.start].copy_(self._file_of[expert].row(self.name, expert))
+        def read_one(place: int) -> None:
+            expert = experts[place]
+            out[place].copy_(self._file_of[expert].row(self.name, expert))
 
         # Checksums take most of the time, and Python lets other threads run meanwhile.
         with ThreadPoolExecutor(READERS) as readers:
-            list(readers.map(read_one, experts))
+            list(readers.map(read_one, range(len(experts))))
 
-    def read(self, experts: range, device: torch.device) -> Tensor:
+    def read(self, experts: Sequence[int], device: torch.device) -> Tensor:
         """Return the rows of some experts, in the type they were saved in."""
         out = torch.empty(len(experts), *self.shape[1:], dtype=self.dtype, device=device)
         self.read_into(experts, out)
@@ -86,8 +87,8 @@ def saved_tensors(files: Sequence[ShardFile]) -> dict[str, SavedExperts]:
     return {name: SavedExperts(name, files) for name in files[0].tensors} if files else {}
 
 
-def take(value: "Tensor | SavedExperts", experts: range) -> Tensor:
-    """Return the rows of some experts: a tensor's own memory, or newly read to the CPU."""
+def take(value: "Tensor | SavedExperts", experts: Sequence[int]) -> Tensor:
+    """Return the rows of some experts: of consecutive ones a tensor's own memory; else a copy, or read to the CPU."""
     if isinstance(value, SavedExperts):
         return value.read(experts, torch.device("cpu"))
-    return value[experts.start : experts.stop]
+    return value[experts.start : experts.stop] if isinstance(experts, range) else value[list(experts)]

@@ -85,7 +85,7 @@ class TrainingCheckpoints:
             if held != list(self.parallel.expert_ids):
                 raise UserError(
                     f"{path} has experts {held}, and rank {self.parallel.rank} holds {list(self.parallel.expert_ids)}; "
-                    "resume with the number of ranks that saved the checkpoint"
+                    "resume with the number of ranks and the --expert-placement that saved the checkpoint"
                 )
         saved = model_options(state).get("freeze", "none")
         freeze = state_of(self.trainer.get_model()).freeze

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import fairseq_hash
+from fairseq_hash.cli import plan_dry_run, plan_loads
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.experiments.names import experiment_names, own_configs
 
@@ -13,9 +14,9 @@ from fairseq_hash.experiments.names import experiment_names, own_configs
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the verb `plan`, and add its arguments."""
     parser.description = (
-        "Compose a configuration as fairseq-hydra-train does, and print what it means: parameters, work, "
-        "memory. Without one of --list, --all, --check, --flags and --run-dir, print the table of one "
-        "experiment."
+        "Compose a configuration as fairseq-hydra-train does, and print what it means: parameters, work, memory. "
+        "Without one of --list, --all, --check, --flags, --run-dir, --loads, --dry-run and --calibrate, print the table "
+        "of one experiment."
     )
     add = parser.add_argument
     add("--config-dir", type=Path, default=own_configs(), metavar="DIR", help="default: the project's own")
@@ -30,14 +31,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choice.add_argument("--flags", action="store_true", help="print the same experiment as arguments of fairseq-train")
     choice.add_argument("--run-dir", action="store_true", help="print only the run's folder")
     choice.add_argument(
+        "--loads",
+        action="store_true",
+        help="print the loads of experts and ranks, stragglers and dropped tokens, by the hash tables or by a run",
+    )
+    choice.add_argument(
         "--dry-run",
         action="store_true",
         help="run one update of one rank through the real trainer, without data: memory, bytes between ranks, time",
     )
     choice.add_argument("--calibrate", type=Path, metavar="FILE", help="measure this CPU, and write FILE for --gpu")
-    add("--gpu", default="h100", metavar="NAME", help="of --dry-run: h100, h200, a100 or a YAML file; default h100")
-    add("--nodes", type=int, metavar="M", help="of --dry-run: nodes of the ranks (default: as few as can be)")
-    add("--rank", type=int, default=0, metavar="R", help="of --dry-run: which rank, from 0; default 0")
+    plan_loads.add_arguments(parser)
+    plan_dry_run.add_arguments(parser)
     parser.set_defaults(run=run)
 
 
@@ -45,6 +50,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Print what was asked for."""
     if arguments.ranks < 1 or not arguments.tflops > 0:
         raise UserError("--ranks takes a number of 1 or more, --tflops one of more than 0")
+    plan_loads.check_arguments(arguments)
+    plan_dry_run.check_arguments(arguments)
     if arguments.list:
         print("\n".join(experiment_names(arguments.config_dir)))
         return
@@ -68,26 +75,14 @@ def run(arguments: argparse.Namespace) -> None:
         print(experiment.folder)
     elif arguments.flags:
         print(shlex.join(flags(experiment.config)))
+    elif arguments.loads:
+        plan_loads.run(experiment, arguments)
     elif arguments.check:
         check_experiment(experiment, arguments.ranks)
     elif arguments.dry_run:
-        print_dry_run(experiment, arguments)
+        plan_dry_run.run(experiment, arguments)
     else:
         print_one(experiment, arguments.ranks, arguments.tflops)
-
-
-def print_dry_run(experiment: Any, arguments: argparse.Namespace) -> None:
-    """Run an update dry, and print what it was."""
-    from fairseq_hash.dry_run.hardware import hardware
-    from fairseq_hash.dry_run.report import in_nodes, show
-    from fairseq_hash.dry_run.update import dry_run
-
-    ranks, rank = arguments.ranks, arguments.rank
-    on = in_nodes(hardware(arguments.gpu), ranks, arguments.nodes)
-    of = dry_run(experiment, ranks, rank, on)
-    nodes = -(-ranks // on.devices_per_node)
-    where = f"rank {rank} of {ranks:,}, {nodes:,} node{'s'[: nodes > 1]} of up to {on.devices_per_node} x {on.name}"
-    show(of, f"{experiment.name}: {where}", on, ranks, experiment.config.optimization.max_update)
 
 
 def print_one(experiment: Any, ranks: int, tflops: float) -> None:

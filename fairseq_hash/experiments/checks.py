@@ -11,10 +11,12 @@ from fairseq_hash.experiments.compose import Experiment
 from fairseq_hash.experiments.memory import place_of
 from fairseq_hash.hashing.dictionary import read_dictionary
 from fairseq_hash.hashing.registry import BUILDERS
+from fairseq_hash.lm.placement import loads_of_file
 from fairseq_hash.lm.table_buffers import build_tables
 from fairseq_hash.moe.dispatchers import DISPATCHERS
 from fairseq_hash.options import option_use
 from fairseq_hash.options.sparse_options import SparseOptions
+from fairseq_hash.parallel.placement import BALANCED, CONTIGUOUS
 from fairseq_hash.training.shared_experts import check_training, scaled_update_freq
 
 
@@ -36,6 +38,8 @@ def check_experiment(experiment: Experiment, ranks: int) -> None:
     if options.is_sparse:
         options.layer_routers(config.model.decoder_layers)
         place = place_of(config, ranks)
+        if options.expert_placement not in (BALANCED, CONTIGUOUS):
+            loads_of_file(options, config.model.decoder_layers)
         if place.is_shared:
             check_training(config, DISPATCHERS[options.expert_dispatch])
     check_data(config.task.data, (config.dataset.train_subset, *config.dataset.valid_subset.split(",")))

@@ -7,9 +7,11 @@ of libraries come on top.
 from omegaconf import DictConfig
 
 from fairseq_hash.experiments.sizes import Sizes
+from fairseq_hash.lm.placement import check_placement
 from fairseq_hash.moe.dispatchers import check_dispatcher
 from fairseq_hash.options.sparse_options import SparseOptions
 from fairseq_hash.parallel.groups import ExpertParallel, planned
+from fairseq_hash.parallel.placement import CONTIGUOUS
 
 # Bytes of a weight, and of the fp32 copies of the weight and its gradient, by precision. A gradient has its weight's
 # dtype.
@@ -20,7 +22,9 @@ STATES = {"adam": 2, "fused_adam": 2, "adamax": 2, "adadelta": 2, "adagrad": 1, 
 
 
 def place_of(config: DictConfig, ranks: int) -> ExpertParallel:
-    """Return which rank holds which experts, as the run chooses it. A dense model counts as one expert on every rank.
+    """Return how ranks share the experts, as the run chooses it, before a placement by loads.
+
+    A dense model counts as one expert on every rank.
 
     Raises:
         UserError: if this number of ranks cannot share the experts as the options say.
@@ -30,6 +34,7 @@ def place_of(config: DictConfig, ranks: int) -> ExpertParallel:
         return ExpertParallel(1, world_size=ranks)
     place = planned(options.num_experts, options.expert_parallel_size, 0, ranks)
     check_dispatcher(place, options.expert_dispatch)
+    check_placement(place, options.expert_placement)
     return place
 
 
@@ -72,6 +77,11 @@ def describe(of: Sizes, config: DictConfig, ranks: int) -> str:
     """
     place, name = place_of(config, ranks), config.optimizer._name
     lacks = "" if name == "sgd" or name in STATES else f", without the state of {name}"
-    experts = f", {place.describe()}" if of.expert_parameters > of.memory_parameters else ""
+    who = place.describe()
+    if (placement := config.model.get("expert_placement", CONTIGUOUS)) != CONTIGUOUS:
+        who = (
+            f"{place.size} ranks share {place.num_experts} experts by --expert-placement {placement} (--loads shows it)"
+        )
+    experts = f", {who}" if of.expert_parameters > of.memory_parameters else ""
     gigabytes = state_bytes(of, config, place) / 1e9
     return f"{gigabytes:.3g} GB a rank, {precision_of(config)}{lacks}{experts}; activations come on top"

@@ -142,13 +142,13 @@ def build_on_meta(experiment: Experiment) -> nn.Module:
 
 
 def without_files(config: DictConfig) -> DictConfig:
-    """Change a configuration so that its model needs no table file, predicting model or text; return it."""
+    """Change a configuration so that its model needs no table file, predicting model, text or loads; return it."""
     model = config.model
     if any(table.strip() not in BUILDERS for table in model.hash_table.split(",")):
         model.hash_table, model.hash_feature = "random", "token"
     if model.hash_predictor:
         model.hash_predictor, model.hash_feature = "", "token"
-    model.hash_count_eos = False
+    model.hash_count_eos, model.expert_placement = False, "contiguous"
     return config
 
 

@@ -32,6 +32,7 @@ from fairseq_hash.lm.decoder import HashTransformerDecoder
 from fairseq_hash.lm.freezing import freeze
 from fairseq_hash.lm.line_ends import counts_with_line_ends
 from fairseq_hash.lm.memory_check import check_fits_here
+from fairseq_hash.lm.placement import placed
 from fairseq_hash.lm.predictor import load_predictor
 from fairseq_hash.moe.dispatchers import check_dispatcher, make_dispatcher
 from fairseq_hash.moe.expert_layers import expert_layers
@@ -89,6 +90,10 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
             else:
                 parallel = expert_parallel(options.num_experts, options.expert_parallel_size)
                 check_dispatcher(parallel, options.expert_dispatch)
+                positions = args.max_target_positions or args.tokens_per_sample
+                place = functools.partial(placed, parallel, options, args.decoder_layers, task, positions)
+                parallel = run_on_all_ranks(place)
+                check_same({"placement of experts": parallel.order})
             if not is_evaluation:
                 vocabulary = len(task.source_dictionary)
                 run_on_all_ranks(functools.partial(check_fits_here, args, options, vocabulary, parallel.size))

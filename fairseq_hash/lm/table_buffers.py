@@ -127,28 +127,43 @@ def build_tables(
     """Return the tables that the options name; in evaluation ones to be replaced, as the checkpoint has its own.
 
     Raises:
+        UserError: as `hash_tables`.
+    """
+    if is_evaluation:
+        names, _ = _names_and_seeds(options, shape, hash_layers)
+        return HashTables((placeholder_table(symbols, shape) for _ in names), is_evaluation)
+    tables = hash_tables(options, symbols, counts, shape, hash_layers)
+    for name, table in dict(tables).items():
+        if text := complaint_of(table, counts):
+            logger.warning("--hash-table %s: by the dictionary's counts %s", name, text)
+    return HashTables(table for _, table in tables)
+
+
+def hash_tables(
+    options: HashOptions, symbols: list[str], counts: list[int], shape: TableShape, hash_layers: int
+) -> list[tuple[str, HashTable]]:
+    """Return the tables that the options name, one for all hash layers or one for each, and their names.
+
+    Raises:
         UserError: where a table cannot be built or does not fit, or where there are neither one nor as many as layers.
     """
+    names, seeds = _names_and_seeds(options, shape, hash_layers)
+    return [
+        (name, build_table(name, symbols, counts, shape, seed, is_first=number == 0 or not options.hash_per_layer))
+        for number, (name, seed) in enumerate(zip(names, seeds, strict=True))
+    ]
+
+
+def _names_and_seeds(options: HashOptions, shape: TableShape, hash_layers: int) -> tuple[list[str], list[int]]:
     names = [name.strip() for name in options.hash_table.split(",")]
     if len(names) not in (1, hash_layers):
         raise UserError(
             f"--hash-table {options.hash_table} names {len(names)} tables for {hash_layers} hash layers; "
             "give one for all, or one for each"
         )
-    seeds = [options.hash_seed] * len(names)
-    if options.hash_per_layer:
-        names = names * hash_layers
-        seeds = [options.hash_seed + layer * shape.columns for layer in range(hash_layers)]
-    if is_evaluation:
-        return HashTables((placeholder_table(symbols, shape) for _ in names), is_evaluation)
-    tables = [
-        build_table(name, symbols, counts, shape, seed, is_first=number == 0 or not options.hash_per_layer)
-        for number, (name, seed) in enumerate(zip(names, seeds, strict=True))
-    ]
-    for name, table in dict(zip(names, tables, strict=True)).items():
-        if text := complaint_of(table, counts):
-            logger.warning("--hash-table %s: by the dictionary's counts %s", name, text)
-    return HashTables(tables)
+    if not options.hash_per_layer:
+        return names, [options.hash_seed] * len(names)
+    return names * hash_layers, [options.hash_seed + layer * shape.columns for layer in range(hash_layers)]
 
 
 def complaint_of(table: HashTable, counts: Sequence[int]) -> "str | None":

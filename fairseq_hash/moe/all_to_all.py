@@ -140,4 +140,5 @@ class AllToAllDispatcher(LocalDispatcher):
     def begin(self, expert_TK: Tensor, capacity_factor: float = 0.0, order_C: "Tensor | None" = None) -> PlanUnderWay:
         """Begin the plan of an assignment: the split sizes travel while other work runs."""
         exchange_sizes = functools.partial(SplitSizes, parallel=self.parallel)
-        return PlanUnderWay(expert_TK, self.parallel.num_experts, capacity_factor, exchange_sizes, order_C)
+        slot_E = self.parallel.slots(expert_TK.device)
+        return PlanUnderWay(expert_TK, self.parallel.num_experts, capacity_factor, exchange_sizes, order_C, slot_E)

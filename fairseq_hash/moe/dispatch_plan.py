@@ -38,11 +38,11 @@ class DispatchPlan:
     """How T tokens with K choices each become rows grouped by expert.
 
     Attributes:
-        choice_R: int64, the place of each of this rank's rows in the flattened `[T, K]`; by expert, then in the order
-            in which the expert takes them.
+        choice_R: int64, the place of each of this rank's rows in the flattened `[T, K]`; by the expert's slot, then in
+            the order in which the expert takes them.
         sizes: how many rows each expert of this rank gets, from all ranks of the group, after dropping; where there is
-            no exchange, how many rows of this rank each of all experts gets.
-        tokens_per_expert_E: int64, choices of this rank's tokens for each expert, before dropping.
+            no exchange, how many rows of this rank each of all experts gets. By slot.
+        tokens_per_expert_E: int64, choices of this rank's tokens for each expert, before dropping. By id.
         shape_TK: (T, K).
         exchange: how rows travel between ranks; None where this rank holds all experts, or fairscale moves them.
         left_out: how many places of the flattened `[T, K]` are no choices.
@@ -114,6 +114,7 @@ class PlanUnderWay:
         capacity_factor: float = 0.0,
         exchange_sizes: "Callable[[Tensor], SplitSizes] | None" = None,
         order_C: "Tensor | None" = None,
+        slot_E: "Tensor | None" = None,
     ) -> None:
         """Begin the plan for an assignment.
 
@@ -127,19 +128,22 @@ class PlanUnderWay:
             capacity_factor: see `expert_capacity`.
             exchange_sizes: what begins to tell other ranks how many rows each expert gets, `[E]`; None: rows stay here.
             order_C: see `Assignment`.
+            slot_E: int64, the slot of each expert: rows lie by slot. None: slot and id are the same.
         """
         self.shape_TK = (expert_TK.shape[0], expert_TK.shape[1])
-        expert_C = expert_TK.flatten()
+        slot_C = expert_TK.flatten()
         if order_C is not None:
-            expert_C = expert_C[order_C]
-        self.left_out = expert_TK.numel() - len(expert_C)
-        self.tokens_per_expert_E = count_groups(expert_C, num_experts)
-        self.choice_R = expert_C.argsort(stable=True)
+            slot_C = slot_C[order_C]
+        if slot_E is not None:
+            slot_C = slot_E.index_select(0, slot_C)
+        self.left_out = expert_TK.numel() - len(slot_C)
+        rows_E = count_groups(slot_C, num_experts)
+        self.tokens_per_expert_E = rows_E if slot_E is None else rows_E.index_select(0, slot_E)
+        self.choice_R = slot_C.argsort(stable=True)
         capacity = expert_capacity(expert_TK.numel(), num_experts, capacity_factor)
-        rows_E = self.tokens_per_expert_E
         if capacity is not None:
             start_E = rows_E.cumsum(0) - rows_E
-            rank_R = torch.arange(len(expert_C), device=expert_C.device) - start_E[expert_C[self.choice_R]]
+            rank_R = torch.arange(len(slot_C), device=slot_C.device) - start_E[slot_C[self.choice_R]]
             self.choice_R = self.choice_R[rank_R < capacity]
             rows_E = rows_E.clamp(max=capacity)
         if order_C is not None:

@@ -88,9 +88,11 @@ class MemoryRows(nn.Module):
         """
         super().__init__()
         self.shape = shape
-        self.rows_of_rank = shape.rows_of_share(parallel.num_experts) * parallel.local_experts
+        self.parallel = parallel
+        self.rows_of_share = shape.rows_of_share(parallel.num_experts)
+        self.rows_of_rank = self.rows_of_share * parallel.local_experts
         # A request goes to a rank, whichever of its shares has the row.
-        self.dispatcher = make_dispatcher(replace(parallel, num_experts=parallel.size))
+        self.dispatcher = make_dispatcher(replace(parallel, num_experts=parallel.size, order=None))
         seed_J = draws(seed, len(shape.rows_J), stream=number).view(np.int64)
         first_J = np.cumsum((0, *shape.rows_J[:-1]))
         # On the CPU, also in a model that is built without memory to be counted.
@@ -115,6 +117,9 @@ class MemoryRows(nn.Module):
         """
         if not self.dispatcher.parallel.is_shared:
             return MemoryLookup(row_TJ)
+        slot_E = self.parallel.slots(row_TJ.device)
+        if slot_E is not None:  # a share lies where the expert of its number does: a shard of a checkpoint has both
+            row_TJ = slot_E[row_TJ // self.rows_of_share] * self.rows_of_share + row_TJ % self.rows_of_share
         rank_Q1 = (row_TJ // self.rows_of_rank).view(-1, 1)
         return MemoryLookup(row_TJ % self.rows_of_rank, self.dispatcher.begin(rank_Q1))
 

@@ -131,6 +131,7 @@ MODEL = {
     "shared_expert": SPARSE,
     "expert_parallel_size": SPARSE,
     "expert_dispatch": SPARSE,
+    "expert_placement": SPARSE,  # refused where each rank holds one expert or all
     "from_dense": Statement(SPARSE.acts, SPARSE.needs, is_shared=False),
     "freeze": Statement(SPARSE.acts, SPARSE.needs, is_shared=False),
     "map_experts": ALWAYS,  # refused in training, in which it never acts

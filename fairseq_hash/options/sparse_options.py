@@ -17,6 +17,7 @@ from fairseq_hash.options.hash_options import HashOptions
 from fairseq_hash.options.memory_options import MemoryOptions
 from fairseq_hash.options.stable_options import StableOptions
 from fairseq_hash.options.topk_options import TopKOptions
+from fairseq_hash.parallel.placement import BALANCED, CONTIGUOUS
 
 PLACEMENTS = ("replace", "insert")
 FORMS = ("plain", "swiglu")
@@ -95,6 +96,12 @@ class SparseOptions(GateOptions, HashOptions, MemoryOptions, TopKOptions, BatchR
         "all-to-all",
         "token dispatcher between ranks that share experts: all-to-all (sends exactly the rows that must move) or "
         "fairscale (its MOELayer: full capacity buffers, fp32 only); the result is the same",
+    )
+    expert_placement: str = option(
+        CONTIGUOUS,
+        "which experts share a rank: contiguous (the next E / P), balanced (ranks as even as the hash tables' loads "
+        "allow, by the counts in the dictionary and the lines of the binarized train), or a file of loads, as "
+        "fairseq-hash plan --loads writes it; the result is the same, and checkpoints do not depend on it",
     )
     from_dense: str = option(
         "",
@@ -185,6 +192,11 @@ class SparseOptions(GateOptions, HashOptions, MemoryOptions, TopKOptions, BatchR
             )
         check_one_of("--sparse-placement", self.sparse_placement, PLACEMENTS)
         check_one_of("--expert-dispatch", self.expert_dispatch, tuple(DISPATCHERS))
+        if self.expert_placement == BALANCED and self.is_sparse and "hash" not in self.routers:
+            raise UserError(
+                f"--expert-placement {BALANCED} needs the tables of hash layers, and --router {self.router} has none; "
+                "give a file of loads (fairseq-hash plan --loads --from-run RUN --out FILE)"
+            )
         check_one_of("--base-balance", self.base_balance, BALANCES)
         check_one_of("--expert-form", self.expert_form, FORMS)
         check_one_of("--freeze", self.freeze, FREEZES)

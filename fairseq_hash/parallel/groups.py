@@ -1,12 +1,17 @@
 """Expert parallelism: which rank holds which experts, and what becomes of their gradients.
 
 The W ranks of a job form W / P groups of P consecutive ranks (P is `--expert-parallel-size`). In each group every rank
-holds E / P consecutive experts and serves the tokens of the whole group with them. The ranks at one place of all groups
-hold the same experts: they are replicas, and their gradients are added up among themselves.
+holds E / P experts and serves the tokens of the whole group with them: consecutive ones, or those that a placement puts
+there. The ranks at one place of all groups hold the same experts: they are replicas, and their gradients are added up
+among themselves.
+
+Experts have ids, under which all else knows them, and slots, of which each rank holds the next E / P: rows travel by
+slot.
 """
 
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +22,7 @@ from torch import Tensor, nn
 from fairseq_hash.core.errors import UserError
 
 MOST_PLACES = 8  # that a line of the log names
+MOST_RUNS = 3  # of consecutive experts of a rank that it names
 
 
 @dataclass
@@ -45,6 +51,7 @@ class ExpertParallel:
         world_size: W, all ranks.
         group: the process group of this rank's group; None where P = 1.
         replicas: the process group of the ranks with the same experts; None where there is no other.
+        order: the id of the expert in each slot, ascending within each rank; None: slot and id are the same.
         traffic: what this rank has sent so far by our own exchange.
     """
 
@@ -54,6 +61,7 @@ class ExpertParallel:
     world_size: int = 1
     group: "dist.ProcessGroup | None" = None
     replicas: "dist.ProcessGroup | None" = None
+    order: "tuple[int, ...] | None" = None
     traffic: Traffic = field(default_factory=Traffic, compare=False)
 
     @property
@@ -72,24 +80,38 @@ class ExpertParallel:
         return self.num_experts // self.size
 
     @property
-    def expert_ids(self) -> range:
-        """The experts that this rank holds."""
+    def expert_ids(self) -> Sequence[int]:
+        """The experts that this rank holds, ascending."""
         return self.experts_at(self.place)
 
     @property
-    def saved_experts(self) -> range:
+    def saved_experts(self) -> Sequence[int]:
         """The experts that this rank writes to a checkpoint: its share of those that it and its replicas hold."""
         replicas, replica = self.world_size // self.size, self.rank // self.size
-        cuts = [self.expert_ids.start + self.local_experts * share // replicas for share in (replica, replica + 1)]
-        return range(*cuts)
+        first, end = (self.local_experts * share // replicas for share in (replica, replica + 1))
+        return self.expert_ids[first:end]
 
-    def experts_at(self, place: int) -> range:
-        """Return the experts of the rank at a place in a group."""
-        return range(place * self.local_experts, (place + 1) * self.local_experts)
+    def experts_at(self, place: int) -> Sequence[int]:
+        """Return the experts of the rank at a place in a group, ascending."""
+        slots = slice(place * self.local_experts, (place + 1) * self.local_experts)
+        return (range(self.num_experts) if self.order is None else self.order)[slots]
+
+    def placed(self, order: Sequence[int]) -> "ExpertParallel":
+        """Return the same with the experts in other slots."""
+        return replace(self, order=None if list(order) == list(range(self.num_experts)) else tuple(order))
+
+    def slots(self, device: torch.device) -> "Tensor | None":
+        """Return the slot of each expert, int64 `[E]`; None where it is the expert's id."""
+        return None if self.order is None else _slots(self.order, device)
 
     def in_segments(self, segments: int) -> "ExpertParallel":
         """Return the same with E x `segments` groups of rows, those of each expert beside one another."""
-        return self if segments == 1 else replace(self, num_experts=self.num_experts * segments)
+        if segments == 1:
+            return self
+        order = self.order
+        if order is not None:
+            order = tuple(expert * segments + segment for expert in order for segment in range(segments))
+        return replace(self, num_experts=self.num_experts * segments, order=order)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ExpertParallel":
         """Return the same object: process groups cannot be copied, and a copied model has the same place."""
@@ -100,7 +122,7 @@ class ExpertParallel:
         if not self.is_shared:
             return f"every rank of {self.world_size} holds all {self.num_experts} experts"
         places = [
-            f"rank {_ranges(range(place, self.world_size, self.size))}: {_first_to_last(self.experts_at(place))}"
+            f"rank {_ranges(range(place, self.world_size, self.size))}: {_named(self.experts_at(place))}"
             for place in range(self.size)
         ]
         if len(places) > MOST_PLACES:
@@ -110,8 +132,26 @@ class ExpertParallel:
         return f"{who} {self.num_experts} experts: {'; '.join(places)}"
 
 
-def _first_to_last(ids: range) -> str:
-    return str(ids[0]) if len(ids) == 1 else f"{ids[0]} to {ids[-1]}"
+@functools.lru_cache
+def _slots(order: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(order, device=device).argsort()
+
+
+def runs_of(ids: Sequence[int]) -> list[range]:
+    """Return ascending ids as runs of consecutive ones."""
+    runs: list[range] = []
+    for one in ids:
+        if runs and runs[-1].stop == one:
+            runs[-1] = range(runs[-1].start, one + 1)
+        else:
+            runs.append(range(one, one + 1))
+    return runs
+
+
+def _named(ids: Sequence[int]) -> str:
+    """Return at most a few of the ids: 0 to 2, 5, 7, ..."""
+    runs = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs_of(ids)]
+    return ", ".join([*runs[:MOST_RUNS], *(["..."] if len(runs) > MOST_RUNS else [])])
 
 
 def _ranges(ranks: range) -> str:

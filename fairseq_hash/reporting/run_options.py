@@ -13,7 +13,8 @@ VOLATILE = {
     *("no_save", "no_epoch_checkpoints", "no_last_checkpoints", "no_save_optimizer_state"),
     *("keep_interval_updates", "keep_interval_updates_pattern", "keep_last_epochs", "keep_best_checkpoints"),
     "write_checkpoints_asynchronously",
-    *("expert_parallel_size", "expert_dispatch"),  # the ranks of the experts and the dispatcher change no result
+    # The ranks of the experts and the dispatcher change no result.
+    *("expert_parallel_size", "expert_dispatch", "expert_placement"),
     "recompute_hidden",  # the same numbers in less memory
     "base_shuffle",  # of fairseq's own BASE layer, which the model refuses; flags and Hydra have other defaults
 }

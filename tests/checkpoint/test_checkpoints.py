@@ -6,6 +6,7 @@ The yardstick is one process that trains without a stop. `-s` shows the largest 
 import functools
 import json
 import shutil
+from itertools import pairwise
 
 import pytest
 import ranks
@@ -26,8 +27,10 @@ SHARINGS = {
     "8": (8, 0),
     "4 in groups of 2": (4, 2),
     "2 with all experts each": (2, 1),
+    "3, placed": (3, 0),
+    "4 in groups of 2, placed": (4, 2),
 }
-QUICK = {"1", "3", "4 in groups of 2"}
+QUICK = {"1", "3", "4 in groups of 2", "3, placed"}
 
 
 def arguments(sharing, folder):
@@ -37,6 +40,8 @@ def arguments(sharing, folder):
     given += (*OPTIMIZERS["adam"], "--max-tokens", "48", "--dropout", "0.0")
     # 180 rows of a memory in 24 shares: the last of them has rows that nobody looks up.
     given += ("--memory-layers", "1", "--memory-heads", "2", "--memory-rows", "45", "--memory-width", "8")
+    if sharing.endswith("placed"):
+        given += ("--expert-placement", "balanced")
     given += ("--update-freq", EXPERTS // world_size, "--expert-parallel-size", size, "--save-dir", folder)
     return tuple(map(str, given))
 
@@ -90,6 +95,8 @@ PAIRS = [
 @pytest.mark.parametrize(("saved_by", "loaded_by"), PAIRS)
 def test_a_checkpoint_loads_at_any_number_of_ranks_and_training_goes_on(alone, saved, resumed, saved_by, loaded_by):
     _, before = saved(saved_by)
+    held = [expert for record in before[: before[0]["size"]] for expert in record["experts"]]
+    assert (held != sorted(held)) == saved_by.endswith("placed")
     savers = tuple(name for name in SHARINGS if name in QUICK or not {saved_by, loaded_by} <= QUICK)
     after = [record[saved_by] for record in resumed(loaded_by, savers)]
     assert [record["at"] for record in after] == [STOP] * len(after)
@@ -109,12 +116,16 @@ def test_a_checkpoint_loads_at_any_number_of_ranks_and_training_goes_on(alone, s
 
 
 def test_each_expert_is_written_once_by_all_ranks(saved):
-    for sharing in ("1", "3", "4 in groups of 2"):
-        folder, _ = saved(sharing)
-        world_size = SHARINGS[sharing][0]
+    for sharing in ("1", "3", "4 in groups of 2", "3, placed"):
+        folder, before = saved(sharing)
+        expected = SHARINGS[sharing][0]  # replicas share the work
+        if sharing.endswith("placed"):  # a shard is of consecutive experts
+            ids = [record["experts"] for record in before]
+            expected = sum(1 + sum(expert != last + 1 for last, expert in pairwise(held)) for held in ids)
+            assert expected > 3
         for part in ("weights", "optimizer"):
             files = sorted(folder.glob(f"experts/update-{STOP}.*.{part}.*.safetensors"))
-            assert len(files) == world_size  # replicas share the work
+            assert len(files) == expected
             held = []
             for path in files:
                 with safe_open(path, framework="pt") as file:

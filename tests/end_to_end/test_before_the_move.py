@@ -31,16 +31,25 @@ def before(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", [*ROUTERS, "hash, placed"])
 def test_training_goes_on(before, tmp_path, name):
-    """On as many processes as it was trained on, with the losses and gradient norms of then, as they were printed."""
+    """On as many processes as it was trained on, with the losses and gradient norms of then, as they were printed.
+
+    Then there was no placement of experts.
+    """
+    name, _, is_placed = name.partition(", ")
     run = before / "runs" / name
     (run / "checkpoint_best.pt").rename(run / "checkpoint_last.pt")
     options = ("--no-save", "--disable-validation", "--num-workers", "0", "--max-update", "12")
+    if is_placed:
+        loads = tmp_path / "loads.csv"  # the first and the last expert share a rank
+        loads.write_text("layer,expert,load\n0,0,5\n0,1,4\n0,2,2\n0,3,1\n")
+        options += ("--expert-placement", loads)
     arguments = train_arguments(before / "data", run, *ROUTERS[name], *options)
     if name == "hash":
         done, other = on_ranks(2, "-m", "fairseq_cli.train", *arguments)
         assert done.returncode == other.returncode == 0, done.stderr[-3000:]
+        assert ("rank 0: 0, 3; rank 1: 1 to 2" in done.stderr + other.stderr) == bool(is_placed)
     else:
         done = command("train", *arguments)
     expected = json.loads((before / "resumed.json").read_text())[name]

@@ -24,7 +24,17 @@ from fairseq_hash.cli.tables import read_dictionary
 from fairseq_hash.hashing import TableShape, build_table, save_table
 
 WORLDS = (2, 3, 4)
-OF_MANY = ("hash, 6 experts, adam", "hash, 8 experts, adam", "switch, 4 experts, sgd", "groups of two", "no groups")
+# By the table, and by a file that names every expert's load.
+PLACED = ("--expert-placement", "balanced"), ("--expert-placement", "{loads}")
+OF_MANY = (
+    "placed by the table",
+    "groups of two, placed by a file",
+    "hash, 6 experts, adam",
+    "hash, 8 experts, adam",
+    "switch, 4 experts, sgd",
+    "groups of two",
+    "no groups",
+)
 
 
 def cases(world_size):
@@ -74,8 +84,16 @@ def cases(world_size):
         memory = ("--memory-layers", "0,1", "--memory-rows", "29", "--memory-width", "8", "--memory-heads", "2")
         made["memories beside experts"] = arguments("hash", 4, "adam", *memory, "--memory-orders", "1,2,3")
         made["memories without experts"] = arguments("none", 4, "sgd", *memory)
+        made["placed by two tables, a memory"] = arguments("hash", 8, "adam", *PLACED[0], "--hash-per-layer", *memory)
+        made["segments, placed"] = arguments("hash", 6, "sgd", *PLACED[0], "--multi-hash", "2")
+        full = ("--capacity-factor", "0.8", *by_fairscale)
+        made["switch by fairscale, placed by a file"] = arguments("switch", 4, "sgd", *PLACED[1], *full)
         made["gated, hash then switch"] = arguments("hash,switch", 4, "sgd", "--expert-form", "swiglu")
     if world_size == 4:
+        made["placed by the table"] = arguments("hash", 8, "adam", *PLACED[0])
+        made["groups of two, placed by a file"] = arguments(
+            "switch", 4, "adam", "--expert-parallel-size", "2", *PLACED[1]
+        )
         made["groups of two"] = arguments("hash", 8, "adam", "--expert-parallel-size", "2")
         made["no groups"] = arguments("hash", 8, "sgd", "--expert-parallel-size", "1")
     return made
@@ -90,8 +108,11 @@ def trainings(data, tmp_path_factory):
         table = build_table("balanced", *read_dictionary(data / "dict.txt"), TableShape(world_size), 0)
         path = tmp_path_factory.mktemp("tables") / "all to the first.safetensors"
         save_table(dataclasses.replace(table, expert_HK=np.zeros_like(table.expert_HK)), path)
+        loads = path.with_name("loads.csv")
+        given = zip(range(4), (5, 4, 2, 1), strict=True)  # the first and the last share a rank
+        loads.write_text("layer,expert,load\n" + "".join(f"1,{expert},{load}\n" for expert, load in given))
         chosen = {
-            name: tuple(word.format(all_to_first=path) for word in words)
+            name: tuple(word.format(all_to_first=path, loads=loads) for word in words)
             for name, words in cases(world_size).items()
             if is_slow(world_size, name) == slow
         }
@@ -120,6 +141,8 @@ def test_many_processes_train_as_one(trainings, world_size, name):
     alone, many = trainings(world_size, is_slow(world_size, name))[name]
     assert len(alone["loss"]) == len(alone["norm"]) == recorded.UPDATES
     assert alone["dummies"] == 0
+    held = [expert for record in many[: many[0]["size"]] for expert in record["experts"]]
+    assert (held != sorted(held)) == ("placed" in name)
     # Otherwise the case of a rank without a batch was not there.
     assert sum(record["dummies"] for record in many) > 0
     assert max(alone["norm"]) > 0.2, "clipping is not active"

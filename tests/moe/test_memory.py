@@ -90,11 +90,14 @@ def test_the_layer_and_all_its_gradients_are_those_of_the_naive_loop():
     assert given["experts.weight"].grad.count_nonzero() > 50
 
 
-def share(world_size):
+PLACED = (1, 4, 0, 2, 3, 5)
+
+
+def share(world_size, order):
     """What one of several ranks computes: values, and gradients of its rows; `ranks` runs it."""
     rank, group = torch.distributed.get_rank(), torch.distributed.new_group(list(range(world_size)))
     # 118 rows in 6 shares of 20, two for each rank: the last one has two rows that nobody looks up.
-    parallel = ExpertParallel(2 * world_size, world_size, rank, world_size, group)
+    parallel = ExpertParallel(2 * world_size, world_size, rank, world_size, group).placed(order)
     rows, layer = make_layer(parallel)
     token_BL, x_LBD = batch(rank)
     y_LBD = run(rows, layer, token_BL, x_LBD.requires_grad_())
@@ -114,11 +117,12 @@ def batch(rank):
     return token_BL if rank < 2 else torch.full_like(token_BL, PAD), torch.randn(5, 2, WIDTH, generator=generator)
 
 
-def test_ranks_that_share_rows_compute_what_one_does():
-    shared = ranks.run(3, "test_memory:share", 3)
+@pytest.mark.parametrize("order", [tuple(range(6)), PLACED])
+def test_ranks_that_share_rows_compute_what_one_does(order):
+    shared = ranks.run(3, "test_memory:share", 3, order)
     parallel = ExpertParallel(6)
     rows, layer = make_layer(parallel)
-    assert torch.equal(torch.cat([of_rank["rows"] for of_rank in shared]), layer.experts.weight)
+    assert torch.equal(torch.cat([of_rank["rows"] for of_rank in shared]), layer.experts.weight[list(order)])
     for rank, of_rank in enumerate(shared):
         token_BL, x_LBD = batch(rank)
         y_LBD = run(rows, layer, token_BL, x_LBD.requires_grad_())
@@ -126,7 +130,7 @@ def test_ranks_that_share_rows_compute_what_one_does():
         torch.testing.assert_close(of_rank["y"], y_LBD.detach(), rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(of_rank["x"], x_LBD.grad, rtol=1e-6, atol=1e-6)
     gradient = torch.cat([of_rank["gradient"] for of_rank in shared])
-    torch.testing.assert_close(gradient, layer.experts.weight.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, layer.experts.weight.grad[list(order)], rtol=1e-5, atol=1e-6)
 
 
 def make_model(data, *arguments):

@@ -47,6 +47,7 @@ EXAMPLES = {
     "shared_expert": (True, HASH, None),
     "expert_parallel_size": (1, HASH, None),
     "expert_dispatch": ("fairscale", HASH, None),
+    "expert_placement": ("balanced", HASH, None),
     "from_dense": ("dense.pt", HASH, None),
     "freeze": ("experts", HASH, None),
     "hash_table": ("random", HASH, SWITCH),

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.moe.experts import ExpertFeedForward, ExpertStack
-from fairseq_hash.parallel.groups import ExpertParallel, choose_size
+from fairseq_hash.parallel.groups import ExpertParallel, choose_size, runs_of
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
@@ -43,6 +43,11 @@ def test_base_shuffles_anew_each_time():
     assert all(0.9 < value < 1.1 for value in quality + other_quality)
 
 
+def interleaved(num_experts, size):
+    """Expert e on rank e mod P."""
+    return [expert for rank in range(size) for expert in range(rank, num_experts, size)]
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -57,8 +62,9 @@ def test_experts_start_the_same_wherever_they_are(make):
         for place in range(size):
             parallel = ExpertParallel(12, size, place, size)
             torch.rand(place)  # what other ranks drew before does not matter
-            for name, parameter in make(parallel.expert_ids).named_parameters():
-                assert torch.equal(parameter, whole[name][parallel.expert_ids.start : parallel.expert_ids.stop])
+            for one in (parallel, parallel.placed(interleaved(12, size))):
+                for name, parameter in make(one.expert_ids).named_parameters():
+                    assert torch.equal(parameter, whole[name][list(one.expert_ids)])
 
 
 @pytest.mark.parametrize(
@@ -81,8 +87,20 @@ def test_every_expert_is_held_once_in_each_group_and_saved_once():
         for start in range(0, world_size, size):
             held = [expert for place in places[start : start + size] for expert in place.expert_ids]
             assert held == list(range(num_experts))
-        assert sorted(expert for place in places for expert in place.saved_experts) == list(range(num_experts))
-        assert all(set(place.saved_experts) <= set(place.expert_ids) for place in places)
+        for given in (places, [place.placed(interleaved(num_experts, size)) for place in places]):
+            assert sorted(expert for place in given for expert in place.saved_experts) == list(range(num_experts))
+            assert all(set(place.saved_experts) <= set(place.expert_ids) for place in given)
+
+
+def test_slots_are_where_the_experts_of_an_order_are():
+    place = ExpertParallel(6, 2, 1, 2)
+    assert place.slots(torch.device("cpu")) is None and place.placed(range(6)) == place
+    placed = place.placed([0, 3, 4, 1, 2, 5])
+    assert list(placed.expert_ids) == [1, 2, 5] and placed.slots(torch.device("cpu")).tolist() == [0, 3, 4, 1, 2, 5]
+    segments = placed.in_segments(2)
+    assert list(segments.expert_ids) == [2, 3, 4, 5, 10, 11]  # the segments of an expert beside one another
+    assert segments.slots(torch.device("cpu")).tolist() == [0, 1, 6, 7, 8, 9, 2, 3, 4, 5, 10, 11]
+    assert runs_of([1, 2, 5]) == [range(1, 3), range(5, 6)] and runs_of(range(3)) == [range(3)] and runs_of([]) == []
 
 
 def test_log_says_who_holds_what():
@@ -93,4 +111,7 @@ def test_log_says_who_holds_what():
         "rank 5: 10 to 11; ...; rank 31: 62 to 63"
     )
     assert "rank 0, 4, ... 508: 0;" in ExpertParallel(4, 4, 0, 512).describe()
+    placed = ExpertParallel(8, 2, 0, 2).placed([0, 1, 2, 5, 3, 4, 6, 7])
+    assert placed.describe() == "2 ranks share 8 experts: rank 0: 0 to 2, 5; rank 1: 3 to 4, 6 to 7"
+    assert ExpertParallel(12, 2, 0, 2).placed(interleaved(12, 2)).describe().endswith("rank 1: 1, 3, 5, ...")
     assert ExpertParallel(6, 1, 0, 3).describe() == "every rank of 3 holds all 6 experts"

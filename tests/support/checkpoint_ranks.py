@@ -6,8 +6,6 @@ import time
 import recorded
 from fairseq import checkpoint_utils
 
-from fairseq_hash.moe.layer import SparseLayer
-
 
 def save(data, arguments, updates):
     """Train, save, and return losses, norms, parameters and Adam's moments."""
@@ -15,7 +13,7 @@ def save(data, arguments, updates):
     record = recorded.keep_losses_and_norms(trainer)
     recorded.run(trainer, epoch_itr, updates)
     checkpoint_utils.save_checkpoint(trainer.cfg.checkpoint, trainer, epoch_itr, 1.0)
-    return {**record, "state": state_of(trainer), "size": group_size(trainer)}
+    return {**record, "state": state_of(trainer), **recorded.held_by(trainer.get_model())}
 
 
 def resume_all(data, cases, updates):
@@ -29,14 +27,9 @@ def resume_all(data, cases, updates):
         record = recorded.keep_losses_and_norms(trainer)
         loaded, at = state_of(trainer), trainer.get_num_updates()
         recorded.run(trainer, epoch_itr, updates)
-        results[name] = {**record, "loaded": loaded, "at": at, "state": state_of(trainer), "size": group_size(trainer)}
+        held = recorded.held_by(trainer.get_model())
+        results[name] = {**record, "loaded": loaded, "at": at, "state": state_of(trainer), **held}
     return results
-
-
-def group_size(trainer):
-    """Return the number of ranks that share one set of experts."""
-    layers = [module for module in trainer.get_model().modules() if isinstance(module, SparseLayer)]
-    return layers[0].parallel.size if layers else 1
 
 
 def state_of(trainer):

@@ -21,7 +21,7 @@ def arguments(router, experts, optimizer, *more):
 def one_process(all_arguments, world_size):
     """Return the arguments with which one process takes the batches of `world_size` ranks."""
     changed = list(all_arguments)
-    for option in ("--expert-dispatch", "--expert-parallel-size", "--ddp-backend"):
+    for option in ("--expert-dispatch", "--expert-parallel-size", "--expert-placement", "--ddp-backend"):
         if option in changed:  # one process has nobody to share with
             del changed[changed.index(option) : changed.index(option) + 2]
     if "--update-freq" in changed:
@@ -32,14 +32,15 @@ def one_process(all_arguments, world_size):
 
 
 def whole(records, pick, name):
-    """Return a tensor of all experts, put together from the ranks; or one that every rank has, which must be equal."""
+    """Return a tensor of all experts by id, put together from the ranks; or one that all ranks have, which is equal."""
     size = records[0]["size"]
     tensors = [pick(record)[name] for record in records]
     if ".experts." not in name or size == 1:
         assert all(torch.equal(tensor, tensors[0]) for tensor in tensors), f"{name} differs between ranks"
         return tensors[0]
     assert all(torch.equal(tensor, tensors[rank % size]) for rank, tensor in enumerate(tensors)), "replicas differ"
-    return torch.cat(tensors[:size])
+    held = torch.tensor([expert for record in records[:size] for expert in record["experts"]])
+    return torch.cat(tensors[:size])[held.argsort()]
 
 
 def relative(tensor, reference):

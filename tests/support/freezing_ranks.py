@@ -46,6 +46,6 @@ def stop_and_go_on(data, cases):
         resumed, loaded = recorded.keep_losses_and_norms(trainer), copy_of(trainer)
         recorded.run(trainer, epoch_itr, END)
         resumed.update(state=copy_of(trainer), loaded=loaded)
-        size = trainer.get_model().decoder.parallel.size
-        results[name] = {"whole": whole_run, "saved": saved, "resumed": resumed, "size": size}
+        held = recorded.held_by(trainer.get_model())
+        results[name] = {"whole": whole_run, "saved": saved, "resumed": resumed, **held}
     return results

@@ -27,6 +27,7 @@ from fairseq_hash.moe.layer import SparseLayer
 from fairseq_hash.moe.routers import SinkhornRouter, SwitchRouter
 from fairseq_hash.moe.routers.sinkhorn import add_up_over
 from fairseq_hash.moe.routing_context import HashRoute, RoutingContext
+from fairseq_hash.moe.routing_stats import RoutingReport
 from fairseq_hash.parallel.collectives import gather
 from fairseq_hash.parallel.groups import ExpertParallel, expert_parallel
 
@@ -48,6 +49,7 @@ def layouts(draw, world_size):
         "drops_randomly": draw(st.booleans()),
         # Which experts get tokens at all: with few of them, whole ranks get none.
         "busy": draw(st.integers(1, 3 * size)),
+        "is_placed": draw(st.booleans()),
         "seed": draw(st.integers(0, 2**16)),
     }
 
@@ -63,6 +65,18 @@ def random_layouts(check, examples):
         check(layout)
 
     run()
+
+
+def share_out(layout):
+    """Return who holds which experts: the next ones, or random ones."""
+    parallel = expert_parallel(layout["num_experts"], layout["size"])
+    if not layout["is_placed"]:
+        return parallel
+    order = torch.randperm(layout["num_experts"], generator=torch.Generator().manual_seed(layout["seed"]))
+    order = order.view(layout["size"], -1).sort(dim=1).values.flatten().tolist()
+    placed = parallel.placed(order)
+    assert [expert for place in range(layout["size"]) for expert in placed.experts_at(place)] == order
+    return placed
 
 
 def make_tokens(layout):
@@ -97,7 +111,7 @@ def all_experts(num_experts):
 def check_against_loop(layout):
     """Output, gradients and bytes moved of one layer, forward and backward."""
     rank, choices, factor = dist.get_rank(), layout["choices"], layout["capacity_factor"]
-    parallel = expert_parallel(layout["num_experts"], layout["size"])
+    parallel = share_out(layout)
     torch.manual_seed(1)
     experts = ExpertFeedForward(parallel.expert_ids, WIDTH, HIDDEN, F.gelu, 0.0, (0,))
     layer = SparseLayer(None, experts, make_dispatcher(parallel), factor, factor, hash_route=0)
@@ -110,8 +124,10 @@ def check_against_loop(layout):
         order_C = random_order(expert_TK) if layout["drops_randomly"] and factor else None
         under_way = make_dispatcher(parallel).begin(expert_TK, factor, order_C)
         route = Assignment(expert_TK, weight_TK), under_way
-        y_LBD, _ = layer(x_TD.unsqueeze(1), RoutingContext(None, [HashRoute(*route)]))
+        y_LBD, report = layer(x_TD.unsqueeze(1), RoutingContext(None, [HashRoute(*route)]))
         (y_LBD * y_LBD.detach().cos()).sum().backward()
+    chosen_E = torch.bincount(expert_TK.flatten(), minlength=layout["num_experts"])
+    assert torch.equal(RoutingReport(report).tokens_per_expert_E.long(), chosen_E)
 
     whole = all_experts(layout["num_experts"])
     whole = {name: p.detach().double().requires_grad_() for name, p in whole.named_parameters()}
@@ -123,7 +139,8 @@ def check_against_loop(layout):
         x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
         chosen = expert.flatten().tolist()
         kept = reference.kept_under_capacity(chosen, layout["num_experts"], factor, order_of(layout, other))
-        homes = [int(e) // parallel.local_experts for e in expert.flatten()]
+        held = {e: place for place in range(parallel.size) for e in parallel.experts_at(place)}
+        homes = [held[int(e)] for e in expert.flatten()]
         for home, is_kept in zip(homes, kept, strict=True):
             sent_rows += is_kept and other == rank and home != parallel.place
             received_rows += is_kept and other != rank and home == parallel.place
@@ -140,7 +157,7 @@ def check_against_loop(layout):
     torch.testing.assert_close(gradient(x_TD), gradient(x), **TOLERANCE)
     torch.testing.assert_close(gradient(weight_TK), gradient(weight), **TOLERANCE)
     for name, parameter in experts.named_parameters():
-        own = gradient(whole[name])[parallel.expert_ids.start : parallel.expert_ids.stop]
+        own = gradient(whole[name])[list(parallel.expert_ids)]
         torch.testing.assert_close(gradient(parameter), own, **TOLERANCE)
 
     # Dispatch and the backward pass of combine send this rank's rows; combine and the backward pass of dispatch those
@@ -185,7 +202,7 @@ def check_fairscale(layout):
     made = [value.to(ranks.device()) for value in make_tokens(layout)[dist.get_rank()]]
     found = []
     for way in ("all-to-all", "fairscale"):
-        parallel = expert_parallel(layout["num_experts"], layout["size"])
+        parallel = share_out(layout)
         dispatcher = make_dispatcher(parallel, way)
         torch.manual_seed(1)
         experts = ExpertFeedForward(parallel.expert_ids, WIDTH, HIDDEN, F.gelu, 0.0, (0,)).to(ranks.device())

@@ -41,9 +41,15 @@ def train(data, arguments, updates=UPDATES):
     run(trainer, epoch_itr, updates)
     validate(trainer)
     record["parameters"] = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
+    return record | held_by(model)
+
+
+def held_by(model):
+    """Return the number of ranks that share one set of experts, and those of this rank."""
     layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
-    record["size"] = layers[0].parallel.size if layers else 1
-    return record
+    if not layers:
+        return {"size": 1, "experts": [0]}
+    return {"size": layers[0].parallel.size, "experts": list(layers[0].parallel.expert_ids)}
 
 
 def keep_losses_and_norms(trainer):

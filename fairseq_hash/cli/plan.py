@@ -15,8 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the verb `plan`, and add its arguments."""
     parser.description = (
         "Compose a configuration as fairseq-hydra-train does, and print what it means: parameters, work, memory. "
-        "Without one of --list, --all, --check, --flags, --run-dir, --loads, --dry-run and --calibrate, print the table "
-        "of one experiment."
+        "Without one of --list, --all, --check, --flags, --run-dir, --loads, --dry-run and --calibrate, print the "
+        "table of one experiment."
     )
     add = parser.add_argument
     add("--config-dir", type=Path, default=own_configs(), metavar="DIR", help="default: the project's own")

@@ -155,10 +155,13 @@ def loads_of_run(experiment: Experiment, ranks: int, folder: Path) -> PlannedLoa
     Raises:
         UserError: if it logged none, or those of other experts.
     """
-    options = SparseOptions.from_config(experiment.config.model)
-    parallel = place_of(experiment.config, ranks)
+    config = experiment.config
+    options = SparseOptions.from_config(config.model)
+    if options.expert_placement == BALANCED:
+        raise UserError(f"--expert-placement {BALANCED} is by hash tables, --from-run by a run; leave one of them out")
+    parallel = place_of(config, ranks)
     run, loads = load_run(folder), {}
-    for layer in options.layer_numbers(experiment.config.model.decoder_layers):
+    for layer in options.layer_numbers(config.model.decoder_layers):
         logged = [values[key] for values in settled_intervals(run) if (key := f"layer{layer}_load") in values]
         if not logged or len(logged[0]) != options.num_experts:
             found = f"those of {len(logged[0])} experts" if logged else "no loads"
@@ -168,7 +171,11 @@ def loads_of_run(experiment: Experiment, ranks: int, folder: Path) -> PlannedLoa
             )
         loads[layer] = np.mean(logged, axis=0)
     placements = {CONTIGUOUS: parallel, "by this run": place(parallel, loads)}
-    return PlannedLoads(f"the loads that {folder} logged, from a tenth of the run on", loads, placements)
+    return PlannedLoads(
+        f"the loads that {folder} logged, without its first tenth",
+        loads,
+        _own_first(placements, options, config, parallel),
+    )
 
 
 def _placements(
@@ -179,7 +186,7 @@ def _placements(
     tables: Mapping[int, HashTable],
     loads: Loads,
 ) -> dict[str, ExpertParallel]:
-    """Return the placements to compare. Where one option names one, it is the first."""
+    """Return the placements to compare; the experiment's own comes first."""
     placements = {CONTIGUOUS: parallel}
     if parallel.is_shared and parallel.local_experts > 1:
         try:
@@ -189,11 +196,17 @@ def _placements(
             if options.expert_placement == BALANCED:
                 raise
             placements["by this text"] = place(parallel, loads)
-    if options.expert_placement not in (CONTIGUOUS, BALANCED):
-        given = loads_of_file(options, config.model.decoder_layers)
-        placements[options.expert_placement] = place(parallel, given)
+    return _own_first(placements, options, config, parallel)
+
+
+def _own_first(
+    placements: Mapping[str, ExpertParallel], options: SparseOptions, config: DictConfig, parallel: ExpertParallel
+) -> dict[str, ExpertParallel]:
+    """Return placements in another order: the one that `--expert-placement` names first, which may be by a file."""
     own = options.expert_placement
-    return {own: placements[own], **placements}
+    if own in placements:
+        return {own: placements[own], **placements}
+    return {own: place(parallel, loads_of_file(options, config.model.decoder_layers)), **placements}
 
 
 def _task(config: DictConfig, data: "Path | None" = None) -> LanguageModelingTask:

@@ -82,7 +82,15 @@ def open_shards(folder: Path, manifest: Manifest, part: str) -> list[ShardFile]:
 
 
 def saved_tensors(files: Sequence[ShardFile]) -> dict[str, SavedExperts]:
-    """Return what some shards hold, by name."""
+    """Return what some shards hold, by name.
+
+    Raises:
+        UserError: if they do not hold the same tensors.
+    """
+    kinds = [{name: (one.dtype, one.shape[1:]) for name, one in file.tensors.items()} for file in files]
+    for file, kind in zip(files, kinds, strict=True):
+        if kind != kinds[0]:
+            raise UserError(f"{file.path} holds other tensors than {files[0].path}; use another checkpoint")
     return {name: SavedExperts(name, files) for name in files[0].tensors} if files else {}
 
 

@@ -116,8 +116,9 @@ def read_tensors(path: Path, name: "str | None") -> tuple[dict[str, np.ndarray],
         if name is not None:
             raise UserError(f"--tensor {name}: {path} has one tensor without a name; leave --tensor out")
         try:
-            array = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            # Mapped, as a damaged header may ask for any memory. Its text is parsed by Python's own parser.
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except Exception as error:
             raise UserError(f"{path} is damaged or no .npy file ({type(error).__name__})") from None
         return {path.name: _as_table(array, f"{path}")}, None
     try:

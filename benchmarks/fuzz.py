@@ -128,17 +128,21 @@ def main() -> int:
         return 0
     from fuzz_readers import READERS
 
+    from fairseq_hash.core.files import atomic_write
+
     names = arguments.reader or list(READERS)
     if unknown := [name for name in names if name not in READERS]:
         parser.error(f"there is no reader {unknown[0]}; there are {', '.join(READERS)}")
-    results = [fuzz(name, arguments) for name in names]
-    report = report_of(results, arguments)
-    print(report, end="")
+    results = []
+    for name in names:
+        results.append(fuzz(name, arguments))
+        if arguments.out:  # after each reader: all of them take long
+            with atomic_write(arguments.out) as partial:
+                partial.write_text(report_of(results, arguments), encoding="utf-8")
+    print(report_of(results, arguments), end="")
     for result in results:
         for fault in result["faults"].values():
             print(f"\n{result['reader']}, input {fault['first']}: {fault['what']}\n{fault['trace']}", file=sys.stderr)
-    if arguments.out:
-        arguments.out.write_text(report, encoding="utf-8")
     return int(any(result["faults"] for result in results))
 
 

@@ -236,7 +236,7 @@ def _validator(headers: Message) -> str | None:
 def _length(file: RemoteFile, headers: Message) -> int:
     """Return the length of the whole file in bytes, as the server says it; checked if the length is published."""
     stated = headers.get("Content-Length", "")
-    total = int(stated) if stated.isdigit() else file.size
+    total = int(stated) if re.fullmatch("[0-9]{1,18}", stated) else file.size
     if total is None:
         raise UserError(f"{file.url}: the server does not say how long the file is; try again later, {OTHERWISE}")
     if file.size not in (None, total):

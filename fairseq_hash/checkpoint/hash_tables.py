@@ -10,7 +10,7 @@ from torch import Tensor
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.hashing import HashTable, TableRecord
 
-NAME = r"decoder\.hash_tables\.(\d+)\.(\w+)"
+NAME = r"decoder\.hash_tables\.(\d{1,9})\.(\w+)"
 
 
 def as_array(tensor: Tensor) -> np.ndarray:

@@ -82,7 +82,7 @@ def _sparse_layers(model: Iterable[str]) -> list[int]:
     """Return the numbers of the layers with experts, as --sparse-layers has them."""
     names = "\n".join(model)
     places, with_attention = (
-        sorted({int(place) for place in re.findall(rf"^decoder\.layers\.(\d+)\.{part}\.", names, re.MULTILINE)})
+        sorted({int(place) for place in re.findall(rf"^decoder\.layers\.(\d{{1,9}})\.{part}\.", names, re.MULTILINE)})
         for part in (r"(?!memory\.).*\.experts", "self_attn")
     )
     # A memory takes a place of its own before its layer, an inserted stack one behind it.

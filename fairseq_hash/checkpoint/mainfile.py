@@ -14,12 +14,18 @@ from typing import Any
 import torch
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.fields import fits
 from fairseq_hash.core.files import atomic_write
 
 # How torch began its files before version 1.6: a pickle of a number.
 OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 # The kinds of the entries that fairseq writes.
-KINDS = {"model": dict, "optimizer_history": list, "extra_state": dict, "last_optimizer_state": dict}
+KINDS = {
+    "model": dict[str, torch.Tensor],
+    "optimizer_history": list[dict[str, Any]],
+    "extra_state": dict[str, Any],
+    "last_optimizer_state": dict[str, Any],
+}
 
 
 def write_main(state: Mapping[str, Any], path: "str | os.PathLike[str]") -> None:
@@ -139,7 +145,10 @@ def _check_old(path: "str | os.PathLike[str]") -> None:
     before its persistent id, is compared with the size of the file.
     """
     with open(path, "rb") as file:
-        if not file.read(len(OLD)).startswith(OLD):
+        start = file.read(len(OLD))
+        if start != OLD and OLD.startswith(start):
+            raise EOFError
+        if start != OLD:
             raise UserError(f"{path} is damaged or no checkpoint (torch did not write it); use another checkpoint")
         most, number = os.fstat(file.fileno()).st_size, 0
         for _ in range(3):
@@ -172,14 +181,9 @@ def _check_sizes(state: Any, path: "str | os.PathLike[str]") -> None:
 
 def _check_kinds(state: Mapping[str, Any], path: "str | os.PathLike[str]") -> None:
     """Raise `UserError` where an entry that fairseq writes is of another kind."""
-    wrong = [name for name, kind in KINDS.items() if state.get(name) is not None and not isinstance(state[name], kind)]
-    optimizer, histories = state.get("last_optimizer_state") or {}, state.get("optimizer_history") or []
-    wrong += ["model"] if not all(isinstance(name, str) for name in state["model"]) else []
-    wrong += ["model"] if not all(isinstance(value, torch.Tensor) for value in state["model"].values()) else []
-    wrong += ["optimizer_history"] if not all(isinstance(one, dict) for one in histories) else []
-    wrong += ["last_optimizer_state"] if optimizer and not isinstance(optimizer.get("state"), dict) else []
-    if wrong:
-        raise UserError(f"{path} is damaged or no checkpoint of fairseq (its {wrong[0]}); use another checkpoint")
+    for name, kind in KINDS.items():
+        if (name == "model" or state.get(name) is not None) and not fits(state[name], kind):
+            raise UserError(f"{path} is damaged or no checkpoint of fairseq (its {name}); use another checkpoint")
 
 
 def _reason(error: Exception) -> str:

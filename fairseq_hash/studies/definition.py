@@ -76,7 +76,7 @@ class StudyModel:
     @property
     def family(self) -> "tuple[str, int] | None":
         """In a study of scaling, `Hash 16` is of the family `Hash` and has 16 experts; None without a number."""
-        named = re.fullmatch(r"(.+) (\d+)", self.name)
+        named = re.fullmatch(r"(.+) (\d{1,9})", self.name)
         return (named[1], int(named[2])) if named else None
 
 

@@ -144,6 +144,6 @@ def load_main_file(folder: Path) -> None:
 READERS = (
     Reader("shard", shard_seeds, read_shard),
     Reader("manifest", manifest_seeds, read_manifest),
-    Reader("main file of a checkpoint", main_seeds, read_main_file, main_hostile, share=0.4),
+    Reader("main file of a checkpoint", main_seeds, read_main_file, main_hostile, share=0.3),
     Reader("checkpoint for training", main_seeds, load_main_file, main_hostile, share=0.1),
 )

@@ -193,10 +193,10 @@ def read_texts(folder: Path) -> None:
 
 
 READERS = (
-    Reader("training log", log_seeds, read_logs, log_hostile, share=0.3),
+    Reader("training log", log_seeds, read_logs, log_hostile, share=0.2),
     Reader("result of a benchmark", benchmark_seeds, read_benchmarks, lambda: [{"layer.json": b"[" * DEPTH}]),
     Reader("record of a study", record_seeds, read_study_records, record_hostile),
-    Reader("definition of a study", study_seeds, read_study, study_hostile, share=0.5),
-    Reader("configuration", config_seeds, read_config, config_hostile, share=0.03),
+    Reader("definition of a study", study_seeds, read_study, study_hostile, share=0.3),
+    Reader("configuration", config_seeds, read_config, config_hostile, share=0.02),
     Reader("note and text", text_seeds, read_texts, lambda: [{"note": b"\xff"}]),
 )

@@ -9,6 +9,7 @@ import zipfile
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -151,8 +152,10 @@ def _check_old(path: "str | os.PathLike[str]") -> None:
         if start != OLD:
             raise UserError(f"{path} is damaged or no checkpoint (torch did not write it); use another checkpoint")
         most, number = os.fstat(file.fileno()).st_size, 0
+        # A damaged length, too, asks for memory.
+        bounded: Any = SimpleNamespace(read=lambda size: file.read(min(size, most)), readline=file.readline)
         for _ in range(3):
-            for operation, argument, _ in pickletools.genops(file):
+            for operation, argument, _ in pickletools.genops(bounded):
                 if isinstance(argument, int) and operation.name.startswith(("BININT", "INT", "LONG")):
                     number = argument
                 elif operation.name == "BINPERSID" and number > most:

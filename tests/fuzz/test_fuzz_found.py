@@ -24,6 +24,8 @@ from data_prep.corpora import CORPORA, fetch_text
 from data_prep.download import _remembered
 from data_prep.options import check_like
 from data_prep.text import read_lines
+from fairseq_hash.api.loading import task_of
+from fairseq_hash.checkpoint.hash_tables import tables_of
 from fairseq_hash.checkpoint.inspection import facts
 from fairseq_hash.checkpoint.loading import read_checkpoint
 from fairseq_hash.checkpoint.mainfile import read_main
@@ -238,6 +240,50 @@ def test_an_old_file_that_asks_for_memory(tmp_path):
     assert large != content
     assert "68,719,476,736 elements" in refused(read_main, written(tmp_path / "c.pt", large))
     assert list(read_main(written(tmp_path / "c.pt", content))["model"]) == ["w"]
+
+
+def test_an_old_file_with_a_length_of_two_billion(tmp_path):
+    """A text in it said to be that long, and memory for it was asked for."""
+    content = torch_bytes({"model": {"w": torch.zeros(4)}}, _use_new_zipfile_serialization=False)
+    spoilt = content.replace(b"X\x05\x00\x00\x00model", b"X\xff\xff\xff\x7fmodel")
+    assert spoilt != content
+    assert "damaged or no checkpoint" in refused(read_main, written(tmp_path / "c.pt", spoilt))
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("extra_state", {"train_iterator": 5}),
+        ("extra_state", {"train_iterator": {"epoch": torch.zeros(1)}}),
+        ("optimizer_history", [{"num_updates": torch.zeros(1), "optimizer_name": 5}]),
+        ("cfg", {"model": {"router": ["x"], "decoder_embed_dim": torch.zeros(1)}}),
+    ],
+)
+def test_what_a_checkpoint_does_not_say_is_not_known(tmp_path, entry, value):
+    path = written(tmp_path / "c.pt", torch_bytes({"model": {"w": torch.zeros(1)}, entry: value}))
+    found = json.loads(json.dumps(facts(path, read_checkpoint(path))))
+    assert [found[name] for name in ("update", "epoch", "router", "model_width")] == [None] * 4
+
+
+@pytest.mark.parametrize("cfg", [5, {"task": ["language_modeling"]}, {}])
+def test_a_checkpoint_whose_task_is_no_group_of_options(cfg):
+    assert "no cfg" in refused(task_of, {"cfg": cfg}, "a file")
+
+
+def test_experts_that_are_no_matrices(tmp_path):
+    path = written(tmp_path / "c.pt", torch_bytes({"model": {"decoder.layers.0.experts.fc1_weight": torch.zeros(())}}))
+    assert facts(path, read_checkpoint(path))["experts"] == 0
+
+
+@pytest.mark.parametrize(
+    "option", [{"hash_feature": 5}, {"hash_length": "x"}, {"multi_hash": "2"}, {"num_experts": [4]}, {"digest": 1.5}]
+)
+def test_a_checkpoint_whose_table_has_options_of_another_kind(option):
+    given = {"hash_feature": "token", "num_experts": 4} | option
+    digest = torch.full((32,), given.pop("digest", 7), dtype=torch.float64 if "digest" in option else torch.uint8)
+    model = {"decoder.hash_tables.0.expert": torch.zeros(4, 1, dtype=torch.int64)}
+    model["decoder.hash_tables.0.dictionary_fingerprint"] = digest
+    assert "hash table is damaged (its " in refused(tables_of, model, given, given["num_experts"])
 
 
 def test_a_checkpoint_whose_options_fairseq_cannot_read(tmp_path):

@@ -4,12 +4,13 @@
     python benchmarks/fuzz.py [--inputs N] [--reader NAME ...] [--seed N] [--out FILE]
 
 A mutated file may be accepted, or refused by a `UserError` in one line. All else is a fault: another error, a message
-that is not one printable line, more than 5 seconds, a demand for more than 1 GiB of memory, a command or a connection
-that is begun. The valid files, the mutations and the readers are those of tests/fuzz, which gives a short dose.
+that is not one printable line, more than 5 seconds of a core, a demand for more than 1 GiB of memory, a command or a
+connection that is begun. The valid files, the mutations and the readers are those of tests/fuzz, which gives a short
+dose.
 
 Each reader runs in a process of its own; slow readers get a share of the inputs (`share` in tests/fuzz). `slowest` is
-the longest reading of an input, mutation included; `peak` is the largest resident memory above that of the process
-before its first reading (10^6 bytes).
+the longest reading of an input, mutation included, in time of a core; `peak` is the largest resident memory above that
+of the process before its first reading (10^6 bytes).
 
 An input is the same in every run by reader, seed and number. To see one fault again:
 
@@ -17,37 +18,37 @@ An input is the same in every run by reader, seed and number. To see one fault a
 """
 
 import argparse
-import json
 import logging
 import math
-import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from dataclasses import asdict
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 for folder in ("tests/support", "tests/fuzz"):
     sys.path.insert(0, str(ROOT / folder))
 sys.path.insert(0, str(ROOT))
 
+from fuzz_readers import READERS  # noqa: E402
+from fuzz_rounds import Round, play  # noqa: E402
+from rounds import reset_peak, resident  # noqa: E402
+
+from fairseq_hash.core.files import atomic_write  # noqa: E402
+from fairseq_hash.provenance import provenance  # noqa: E402
+
 LINES = 10  # of progress for each reader
 
 
-def in_this_process(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Fuzz one reader; return what came of it."""
-    import torch
-    from fuzz_readers import READERS
-    from fuzz_rounds import Round, play
-    from rounds import reset_peak, resident
-
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    reader = READERS[arguments.child]
+def in_this_process(name: str, arguments: argparse.Namespace, connection: Connection) -> None:
+    """Fuzz one reader, and send what came of it."""
+    reader = READERS[name]
     inputs = math.ceil(arguments.inputs * reader.share)
     every = max(1, inputs // LINES)
 
@@ -61,30 +62,30 @@ def in_this_process(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         result = play(reader, Path(folder), arguments.inputs, arguments.seed, tell, arguments.first)
     result.peak_bytes = max(0, resident("VmHWM") - before) if is_measured else None
-    return asdict(result)
+    connection.send(asdict(result))
 
 
 def fuzz(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Fuzz one reader in a process of its own; one that dies is a fault."""
+    """Fuzz one reader in a process of its own, a copy of this one; one that dies is a fault."""
     print(f"{name}:", file=sys.stderr, flush=True)
-    command = [sys.executable, __file__, "--child", name]
-    command += [f"--{key}={getattr(arguments, key)}" for key in ("inputs", "seed", "first")]
-    start = time.monotonic()
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        what = f"the process ended with status {done.returncode}"
-        fault = {"what": what, "first": -1, "trace": "", "times": 1}
+    context = get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=in_this_process, args=(name, arguments, sender))
+    child.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        child.join()
+        fault = {"what": f"the process ended with status {child.exitcode}", "first": -1, "trace": "", "times": 1}
         result: dict[str, Any] = dict.fromkeys(("inputs", "accepted", "refused", "slowest_ms"), 0)
-        result |= {"reader": name, "faults": {what: fault}, "peak_bytes": None}
-    else:
-        result = json.loads(done.stdout.splitlines()[-1])
-    return {**result, "seconds": time.monotonic() - start}
+        return result | {"reader": name, "faults": {"": fault}, "peak_bytes": None}
+    finally:
+        child.join()
 
 
 def report_of(results: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
     """Return the report in Markdown."""
-    from fairseq_hash.provenance import provenance
-
     words = f"`python benchmarks/fuzz.py --inputs {arguments.inputs} --seed {arguments.seed}`"
     lines = ["# Fuzzing of readers", "", f"{words}: mutated files for each reader of files.", ""]
     lines += [f"- {name}: {value}" for name, value in provenance().items() if value not in (None, [])]
@@ -101,7 +102,7 @@ def report_of(results: list[dict[str, Any]], arguments: argparse.Namespace) -> s
     lines += [
         "",
         "Accepted: the mutation left a file that says something sound, or is never read. Refused: by one line. Faults: "
-        "all else. The machine was not idle: a slowest reading is that of this machine at that moment.",
+        "all else. The slowest reading is in time of a core.",
     ]
     for result in results:
         for fault in result["faults"].values():
@@ -121,15 +122,10 @@ def main() -> int:
     add("--seed", type=int, default=1, metavar="N", help="of the mutations (default: %(default)s)")
     add("--first", type=int, default=0, metavar="N", help="number of the first input (default: %(default)s)")
     add("--out", type=Path, metavar="FILE", help="also write the report to a file")
-    add("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child:
-        print(json.dumps(in_this_process(arguments)))
-        return 0
-    from fuzz_readers import READERS
-
-    from fairseq_hash.core.files import atomic_write
-
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     names = arguments.reader or list(READERS)
     if unknown := [name for name in names if name not in READERS]:
         parser.error(f"there is no reader {unknown[0]}; there are {', '.join(READERS)}")

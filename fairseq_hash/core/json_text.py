@@ -1,7 +1,19 @@
 """JSON that somebody else wrote: read, or refused by one kind of error."""
 
 import json
+import re
 from typing import Any
+
+BRACKETS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
+
+
+def depth_of(text: str) -> int:
+    """Return how many brackets of a text lie within each other, those in quotes included."""
+    depth = deepest = 0
+    for sign in re.findall(r"[()\[\]{}]", text):
+        depth += BRACKETS[sign]
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def parse_json(text: "str | bytes") -> Any:

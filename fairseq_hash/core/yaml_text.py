@@ -6,12 +6,12 @@ from pathlib import Path
 import yaml
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.json_text import depth_of
 
 DEEPEST = 50  # brackets within each other
 MOST_VALUES = 100_000  # once every alias is replaced by what it stands for
 MOST_BYTES = 1 << 20
 ALIAS = re.compile(r"(?m)(?:^|[\s\[{,:-])\*\w")
-BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
 def check_yaml(path: Path) -> None:
@@ -25,11 +25,7 @@ def check_yaml(path: Path) -> None:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return
-    depth = deepest = 0
-    for line in text.splitlines():
-        for sign in line.partition(" #")[0]:
-            depth += BRACKETS.get(sign, 0)
-            deepest = max(deepest, depth)
+    deepest = depth_of("".join(line.partition(" #")[0] for line in text.splitlines()))
     if deepest > DEEPEST:
         raise UserError(f"{path} is nested too deeply ({deepest} brackets); give at most {DEEPEST}")
     if ALIAS.search(text) and _values(text) > MOST_VALUES:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.core.json_text import parse_object
+from fairseq_hash.core.json_text import depth_of, parse_object
 from fairseq_hash.reporting.log_kinds import (
     OF_EVALUATION,
     OF_RECORD,
@@ -29,6 +29,7 @@ LINE = re.compile(
 # An oracle's result says that it is one (`fairseq_patches/eval_lm.py`).
 NUMBER = r"([-+]?(?:\d[\d.]*(?:e[-+]?\d+)?|inf|nan))"
 RESULT = rf"Loss \(base 2\): {NUMBER}, Perplexity(?: of an oracle, which sees the next token)?: {NUMBER}"
+DEEPEST = 50  # brackets within each other in a configuration
 MODEL_RECORD = "model_record | "
 # Lines about omitted samples: of fairseq in an evaluation, of `fairseq_patches.lengths` in a training.
 SKIPPED = r"(\d[\d,]{0,20}) samples have invalid sizes and will be skipped"
@@ -261,12 +262,14 @@ def parse_config(text: str, needed: tuple[str, ...] = ()) -> dict[str, Any]:
     that lacks an option which is `needed`, or has one of another kind.
     """
     try:
+        if depth_of(text) > DEEPEST:  # of which Python's parser says that memory is short
+            raise ValueError("it is nested too deeply")
         config = dict(flat(_literal(ast.parse(text, mode="eval").body)))
         check_entries("its configuration", config, OPTIONS, needed)
         return config
     except UserError:
         raise
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # MemoryError: of brackets that the parser refuses
+    except (SyntaxError, ValueError, RecursionError):
         raise UserError(
             f"cannot read a configuration in a log: {text[:60]}...; give the log as fairseq wrote it"
         ) from None

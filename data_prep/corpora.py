@@ -223,7 +223,7 @@ def _split_documents(source: Path, max_bytes: int | None, files: dict[str, Binar
     size = source.stat().st_size
     written, number = 0, 0
     with open(source, "rb") as archive, open_xz(archive) as text:
-        for number, document in enumerate(_documents(text)):
+        for number, document in enumerate(_documents(text, source)):
             split = split_of_document(number)
             file = files[split]
             block = b"\n" + document if file.tell() else document
@@ -246,7 +246,7 @@ def split_of_document(number: int) -> str:
     return {DOCUMENTS_A_ROUND - 2: "valid", DOCUMENTS_A_ROUND - 1: "test"}.get(number % DOCUMENTS_A_ROUND, "train")
 
 
-def _documents(text: BinaryIO) -> Iterator[bytes]:
+def _documents(text: BinaryIO, source: Path) -> Iterator[bytes]:
     """Join lines to documents. Blank lines separate documents and belong to none; every line ends with a newline.
 
     Raises:
@@ -256,7 +256,7 @@ def _documents(text: BinaryIO) -> Iterator[bytes]:
     while line := text.readline(LONGEST_DOCUMENT):
         if len(document) + len(line) >= LONGEST_DOCUMENT:
             raise UserError(
-                f"a document has more than {LONGEST_DOCUMENT >> 20} MiB without a blank line; give text with a blank "
+                f"{source} has more than {LONGEST_DOCUMENT >> 20} MiB without a blank line; give text with a blank "
                 "line between documents"
             )
         if line.strip():

@@ -1,7 +1,7 @@
 """What a log must say for a report, and of which kind: asked when it is read, as a damaged log may say anything."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fairseq_hash.core.errors import UserError
@@ -42,24 +42,28 @@ RECORD = {
 OF_RECORD = ("router", "num_experts", "parameters_total", "parameters_active", "dictionary_fingerprint", "date")
 NUMBERS = re.compile(r"ups|wps|wall|ppl|peak_gb|num_updates|layer\d+_.+")
 OF_INTERVAL, OF_VALIDATION = ("ups", "wps", "wall", "ppl"), ("ppl",)
+REMEDY = "give the log as fairseq wrote it"
 
 
-def check_entries(what: str, given: Mapping[str, Any], kinds: Mapping[str, Any], needed: tuple[str, ...]) -> None:
-    """Raise `UserError` for the first entry that is missing or not of its kind."""
-    for name in needed:
-        if name not in given:
-            raise UserError(f"{what} has no {name}; give the log as fairseq wrote it")
+def check_entries(what: str, given: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    """Raise `UserError` for the first entry that is not of its kind."""
     for name, kind in kinds.items():
         if name in given and not fits(given[name], kind):
-            raise UserError(f"{what} says that {name} is {given[name]!r}; give the log as fairseq wrote it")
+            raise UserError(f"{what} says that {name} is {given[name]!r}; {REMEDY}")
 
 
 def check_statistics(source: str, values: Mapping[str, Any]) -> None:
-    """Raise `UserError` unless statistics have the numbers of a report; `source` is the logger that wrote them."""
-    needed = OF_VALIDATION if source == "valid" else OF_INTERVAL
-    for name in (*(name for name in needed if name not in values), *filter(NUMBERS.fullmatch, values)):
+    """Raise `UserError` unless statistics are numbers where a report needs some; `source` is the logger of the line."""
+    for name in filter(NUMBERS.fullmatch, values):
         # Not `fits`: a loss may be no number.
-        one = values.get(name)
+        one = values[name]
         parts = one if isinstance(one, list) and one and name.startswith("layer") else [one]
         if not all(type(part) in (int, float) for part in parts):
-            raise UserError(f"its statistics ({source}) say that {name} is {one!r}; give the log as fairseq wrote it")
+            raise UserError(f"its statistics ({source}) say that {name} is {one!r}; {REMEDY}")
+
+
+def require(what: str, given: Mapping[str, Any], needed: Iterable[str]) -> None:
+    """Raise `UserError` for the first entry that is missing."""
+    for name in needed:
+        if name not in given:
+            raise UserError(f"{what} has no {name}; {REMEDY}")

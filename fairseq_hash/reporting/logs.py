@@ -11,15 +11,7 @@ from typing import Any
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.json_text import depth_of, parse_object
-from fairseq_hash.reporting.log_kinds import (
-    OF_EVALUATION,
-    OF_RECORD,
-    OF_TRAINING,
-    OPTIONS,
-    RECORD,
-    check_entries,
-    check_statistics,
-)
+from fairseq_hash.reporting.log_kinds import OF_EVALUATION, OPTIONS, RECORD, check_entries, check_statistics, require
 
 # fairseq's own commands write the first form, Hydra's the second. The last header in a line counts: text before it was
 # cut off when an earlier session was killed.
@@ -173,7 +165,7 @@ def read_training(lines: Iterable[Line]) -> "TrainingLog | None":
     evaluating = False  # an evaluation records its model, too
     for line in lines:
         if line.source == "fairseq_cli.train" and line.message.startswith("{"):
-            log.configs.append(parse_config(line.message, OF_TRAINING))
+            log.configs.append(parse_config(line.message))
             log.finished, log.stopped_by, log._resumed, evaluating = None, None, None, False
             log._started = line.time
         elif line.source == "fairseq_cli.eval_lm":
@@ -210,7 +202,7 @@ def _model_record(line: Line) -> "dict[str, Any] | None":
         record = parse_object(line.message.removeprefix(MODEL_RECORD))
     except ValueError:
         return None
-    check_entries("its model_record", record, RECORD, OF_RECORD)
+    check_entries("its model_record", record, RECORD)
     return record
 
 
@@ -234,7 +226,8 @@ def read_evaluations(lines: Iterable[Line]) -> list[Evaluation]:
     found: list[Evaluation] = []
     for line in lines:
         if line.source == "fairseq_cli.eval_lm" and line.message.startswith("{"):
-            config = parse_config(line.message, OF_EVALUATION)
+            config = parse_config(line.message)
+            require("its configuration", config, OF_EVALUATION)
             checkpoint = Path(config["common_eval.path"] or "").name
             found.append(Evaluation(config, line.time, config["dataset.gen_subset"], checkpoint))
         elif found and (record := _model_record(line)):
@@ -255,17 +248,17 @@ def _float(text: str) -> float:
         raise UserError(f"an evaluation's result is {text}; give the log as fairseq-eval-lm wrote it") from None
 
 
-def parse_config(text: str, needed: tuple[str, ...] = ()) -> dict[str, Any]:
+def parse_config(text: str) -> dict[str, Any]:
     """Return the configuration that fairseq logs first, flat: `{"optimization.max_update": 300, ...}`.
 
-    fairseq prints it like Python, except that choices have no quotes. Raises `UserError` for other text, and for one
-    that lacks an option which is `needed`, or has one of another kind.
+    fairseq prints it like Python, except that choices have no quotes. Raises `UserError` for other text, and for
+    one that has an option of another kind.
     """
     try:
         if depth_of(text) > DEEPEST:  # of which Python's parser says that memory is short
             raise ValueError("it is nested too deeply")
         config = dict(flat(_literal(ast.parse(text, mode="eval").body)))
-        check_entries("its configuration", config, OPTIONS, needed)
+        check_entries("its configuration", config, OPTIONS)
         return config
     except UserError:
         raise

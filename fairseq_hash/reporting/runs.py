@@ -12,6 +12,7 @@ from fairseq_hash.core.fields import fits
 from fairseq_hash.core.json_text import parse_object
 from fairseq_hash.reporting.endings import last_error, why_no_result, why_not_done
 from fairseq_hash.reporting.folders import find_runs, log_files, tells_of_training
+from fairseq_hash.reporting.log_kinds import OF_INTERVAL, OF_RECORD, OF_TRAINING, OF_VALIDATION, require
 from fairseq_hash.reporting.logs import Evaluation, Line, TrainingLog, read_evaluations, read_lines, read_training
 from fairseq_hash.reporting.run_options import STOPS, stable
 
@@ -73,6 +74,7 @@ def load_run(folder: Path) -> Run:
     lines: Iterable[Line] = sorted(dict.fromkeys(line for file in files for line in file), key=lambda line: line.time)
     try:
         training = read_training(lines)
+        _check_whole(training)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     if training is None:
@@ -89,6 +91,20 @@ def load_run(folder: Path) -> Run:
     newest = max(filter(tells_of_training, paths), key=lambda path: path.stat().st_mtime)
     run.grown, run.error = newest.stat().st_mtime, last_error(newest)
     return run
+
+
+def _check_whole(training: "TrainingLog | None") -> None:
+    """Raise `UserError` for a log that lacks what reports take for granted."""
+    if training is None:
+        return
+    for config in training.configs:
+        require("its configuration", config, OF_TRAINING)
+    if training.model is not None:
+        require("its model_record", training.model, OF_RECORD)
+    for values in training.intervals.values():
+        require("a line of its statistics", values, OF_INTERVAL)
+    for values in training.validations.values():
+        require("a line of its validations", values, OF_VALIDATION)
 
 
 def _evaluations(path: Path, lines: Sequence[Line]) -> list[Evaluation]:

@@ -80,20 +80,22 @@ class BinarizedText(Text):
                 magic, version, code, lines = HEADER.unpack(header) if len(header) == HEADER.size else (b"", 0, 0, 0)
                 if magic != MAGIC or version != 1 or code not in DTYPES:
                     raise UserError(f"{index} is not an index that fairseq-preprocess wrote (--dataset-impl mmap)")
-                # Before anything of this number is asked for: a damaged one can be any.
+                # Before memory for so many lines is asked for: a damaged number can be any.
                 if HEADER.size + LINE * lines != index.stat().st_size:
-                    raise UserError(
-                        f"{index} is damaged: its size does not go with its {lines:,} lines; binarize the text again"
-                    )
+                    raise self._damaged(index, lines)
                 size_L = np.fromfile(file, dtype="<i4", count=lines)
             self.dtype, self.bytes = np.dtype(DTYPES[code]), self.bin.stat().st_size
         except OSError as error:
             raise UserError(f"cannot read {error.filename} ({error.strerror})") from None
         is_whole = len(size_L) == lines and int(size_L.min(initial=0)) >= 0
         if not is_whole or int(size_L.sum(dtype=np.int64)) * self.dtype.itemsize != self.bytes:
-            raise UserError(
-                f"{self.bin} is damaged: its size differs from that in {index.name}; binarize the text again"
-            )
+            raise self._damaged(index, lines)
+
+    def _damaged(self, index: Path, lines: int) -> UserError:
+        return UserError(
+            f"{self.bin} is damaged: its size differs from that in {index.name}, which says that there are {lines:,} "
+            "lines; binarize the text again"
+        )
 
     def _blocks(self) -> Iterator[tuple[np.ndarray, int]]:
         with self.bin.open("rb") as file:

@@ -20,10 +20,15 @@ def parse_json(text: "str | bytes") -> Any:
     """Return the value of a JSON text.
 
     Raises:
-        ValueError: if it is no JSON, or is nested more deeply than Python can read.
+        ValueError: if it is no JSON, is nested more deeply than Python can read, or has half of a character (a lone
+            surrogate), which no file can be written with.
     """
     try:
-        return json.loads(text)
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

@@ -97,7 +97,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read --benchmarks {path}: {error.strerror}; give a JSON file") from None
     except ValueError as error:
         raise _refusal(path, f"it is no JSON ({' '.join(str(error).split())})") from None
-    if not isinstance(content, dict) or content.get("benchmark") not in KINDS:
+    if not isinstance(content, dict) or content.get("benchmark") not in list(KINDS):  # it may be no text at all
         raise _refusal(path, f'it has no "benchmark" that is one of {", ".join(KINDS)}')
     if not isinstance(content.get("left_out") or [], list):
         raise _refusal(path, 'its "left_out" is no list')

@@ -29,9 +29,9 @@ def test_a_message_cannot_speak_to_a_terminal():
     assert str(UserError("a\x1b[31mb\r\n\tc\u202ed\ud800")) == "a?[31mb c?d?"
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000, "{", "", "\x00"])
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000, "{", "", "\x00", b"\xff", '"\\ud800"'])
 def test_json_that_cannot_be_read_is_one_kind_of_error(text):
-    with pytest.raises(ValueError, match=r"nested too deeply|Exceeds the limit|line 1 column"):
+    with pytest.raises(ValueError, match=r"nested too deeply|Exceeds the limit|line 1 column|surrogates|decode byte"):
         parse_json(text)
 
 

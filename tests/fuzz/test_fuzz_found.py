@@ -366,14 +366,23 @@ def test_a_run_whose_record_is_no_object(tmp_path, content):
     assert "run.json" in refused(read_logs, tmp_path / "run")
 
 
-@pytest.mark.parametrize("content", [DEEP, '{"benchmark": "layer", "rows": [{}], "left_out": 0.5}'])
-def test_a_result_of_a_benchmark_that_is_nested_or_leaves_out_a_number(tmp_path, content):
+@pytest.mark.parametrize(
+    "content", [DEEP, '{"benchmark": "layer", "rows": [{}], "left_out": 0.5}', '{"benchmark": ["layer"]}']
+)
+def test_a_result_of_a_benchmark_that_is_nested_or_has_other_kinds(tmp_path, content):
     assert "layer.json" in refused(load_benchmarks, [written(tmp_path / "layer.json", content)])
 
 
 @pytest.mark.parametrize(
     ("entry", "value"),
-    [("seed", [1]), ("learning_rate", "x"), ("validations", []), ("tokens", float("nan")), ("test", {"a": {}})],
+    [
+        ("seed", [1]),
+        ("learning_rate", "x"),
+        ("validations", []),
+        ("tokens", float("nan")),
+        ("test", {"a": {}}),
+        ("provenance", {"commit": "\ud800"}),
+    ],
 )
 def test_a_record_of_a_study_with_another_kind_of_value(tmp_path, entry, value):
     from fuzz_reports import _records

@@ -381,7 +381,7 @@ def test_a_result_of_a_benchmark_that_is_nested_or_has_other_kinds(tmp_path, con
         ("validations", []),
         ("tokens", float("nan")),
         ("test", {"a": {}}),
-        ("provenance", {"commit": "\ud800"}),
+        ("provenance", {"commit": "\ud800"}),  # half of a character
     ],
 )
 def test_a_record_of_a_study_with_another_kind_of_value(tmp_path, entry, value):

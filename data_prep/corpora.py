@@ -3,9 +3,10 @@
 import lzma
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -223,7 +224,7 @@ def _split_documents(source: Path, max_bytes: int | None, files: dict[str, Binar
     size = source.stat().st_size
     written, number = 0, 0
     with open(source, "rb") as archive, open_xz(archive) as text:
-        for number, document in enumerate(_documents(text, source)):
+        for number, document in enumerate(_documents(iter(partial(text.readline, LONGEST_DOCUMENT), b""), source)):
             split = split_of_document(number)
             file = files[split]
             block = b"\n" + document if file.tell() else document
@@ -246,14 +247,14 @@ def split_of_document(number: int) -> str:
     return {DOCUMENTS_A_ROUND - 2: "valid", DOCUMENTS_A_ROUND - 1: "test"}.get(number % DOCUMENTS_A_ROUND, "train")
 
 
-def _documents(text: BinaryIO, source: Path) -> Iterator[bytes]:
+def _documents(lines: Iterable[bytes], source: "Path | str" = "the text") -> Iterator[bytes]:
     """Join lines to documents. Blank lines separate documents and belong to none; every line ends with a newline.
 
     Raises:
         UserError: if a document is so long that it is none.
     """
     document = bytearray()
-    while line := text.readline(LONGEST_DOCUMENT):
+    for line in lines:
         if len(document) + len(line) >= LONGEST_DOCUMENT:
             raise UserError(
                 f"{source} has more than {LONGEST_DOCUMENT >> 20} MiB without a blank line; give text with a blank "

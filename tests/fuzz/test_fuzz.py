@@ -14,4 +14,5 @@ INPUTS = 100
 def test_mutated_files(tmp_path, name):
     result = play(READERS[name], tmp_path, INPUTS, seed=1)
     assert not result.faults, "\n".join(f"input {f.first}: {f.what}\n{f.trace}" for f in result.faults.values())
-    assert result.refused > result.inputs / 20, "hardly anything is refused: are the mutations any?"
+    if result.inputs >= 20:
+        assert result.refused > result.inputs / 20, "hardly anything is refused: are the mutations any?"

@@ -1,12 +1,12 @@
 """Public corpora: from their archives to three plain text files (train, valid, test)."""
 
-import io
 import lzma
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,6 +14,7 @@ from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.files import atomic_write, remove_partials
 
 from .download import OnProgress, RemoteFile, download, exclusive, mismatch
+from .text import open_xz
 
 SPLITS = ("train", "valid", "test")
 BLOCK = 1 << 20  # bytes
@@ -22,6 +23,7 @@ BLOCK = 1 << 20  # bytes
 # over the whole corpus, a smaller part of the corpus has the same documents in them, and each has about 0.05 % of it (5
 # MB of 10 GB).
 DOCUMENTS_A_ROUND = 2000
+LONGEST_DOCUMENT = 1 << 28  # bytes; a document is held in memory
 
 OnPhase = Callable[[str, int, int | None], None]
 
@@ -221,8 +223,8 @@ def _split_documents(source: Path, max_bytes: int | None, files: dict[str, Binar
     """Decompress an xz stream of documents and distribute them over the splits."""
     size = source.stat().st_size
     written, number = 0, 0
-    with open(source, "rb") as archive, lzma.open(archive) as text:
-        for number, document in enumerate(_documents(io.BufferedReader(text, BLOCK))):
+    with open(source, "rb") as archive, open_xz(archive) as text:
+        for number, document in enumerate(_documents(iter(partial(text.readline, LONGEST_DOCUMENT), b""), source)):
             split = split_of_document(number)
             file = files[split]
             block = b"\n" + document if file.tell() else document
@@ -245,10 +247,19 @@ def split_of_document(number: int) -> str:
     return {DOCUMENTS_A_ROUND - 2: "valid", DOCUMENTS_A_ROUND - 1: "test"}.get(number % DOCUMENTS_A_ROUND, "train")
 
 
-def _documents(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Join lines to documents. Blank lines separate documents and belong to none; every line ends with a newline."""
+def _documents(lines: Iterable[bytes], source: "Path | str" = "the text") -> Iterator[bytes]:
+    """Join lines to documents. Blank lines separate documents and belong to none; every line ends with a newline.
+
+    Raises:
+        UserError: if a document is so long that it is none.
+    """
     document = bytearray()
     for line in lines:
+        if len(document) + len(line) >= LONGEST_DOCUMENT:
+            raise UserError(
+                f"{source} has more than {LONGEST_DOCUMENT >> 20} MiB without a blank line; give text with a blank "
+                "line between documents"
+            )
         if line.strip():
             document += line.rstrip(b"\n") + b"\n"
         elif document:

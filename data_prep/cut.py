@@ -22,7 +22,7 @@ from fairseq_hash.table_tools.token_streams import open_text
 
 from .binarize import binarize, count_symbols
 from .corpora import SPLITS
-from .options import DICTIONARY, MODEL, PROVENANCE, read_json
+from .options import DICTIONARY, MODEL, PROVENANCE, identity_in
 from .prepare import is_done, place_of
 
 PASSAGES = {"train": 64, "valid": 16, "test": 16}  # at most
@@ -57,7 +57,7 @@ def cut(data: Path, out: Path, wanted: dict[str, "int | None"]) -> bool:
         "of": {name: sha256_of_file(data / name) for name in names},
         "tokens": wanted,
         # Whether the symbols are words: `--like` asks.
-        "words": read_json(data / PROVENANCE).get("identity", {}).get("words"),
+        "words": identity_in(data).get("words"),
     }
     if is_done(out, identity):
         return False

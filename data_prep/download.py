@@ -16,6 +16,8 @@ from email.message import Message
 from pathlib import Path
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.fields import fits
+from fairseq_hash.core.json_text import parse_object
 from fairseq_hash.provenance import __version__, sha256_of_file
 
 TIMEOUT = 60.0  # seconds in which a server must connect, and then send something
@@ -178,10 +180,13 @@ def _attempt(file: RemoteFile, stream: io.FileIO, sidecar: Path, on_progress: On
 def _remembered(sidecar: Path, url: str) -> dict[str, object]:
     """Return the sidecar's facts about the file at `url`; nothing if the sidecar is missing or damaged."""
     try:
-        whole = json.loads(sidecar.read_text())
-        if whole["url"] == url:
-            return {"validator": whole["validator"], "total": whole["total"]}
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        whole = parse_object(sidecar.read_text(encoding="utf-8"))
+        validator, total = whole["validator"], whole["total"]
+        # A validator is sent in a header.
+        is_sound = fits(validator, str) and validator.isascii() and validator.isprintable() and fits(total, int)
+        if whole["url"] == url and is_sound:
+            return {"validator": validator, "total": total}
+    except (FileNotFoundError, ValueError, KeyError):
         pass
     return {"validator": None, "total": None}
 
@@ -231,7 +236,7 @@ def _validator(headers: Message) -> str | None:
 def _length(file: RemoteFile, headers: Message) -> int:
     """Return the length of the whole file in bytes, as the server says it; checked if the length is published."""
     stated = headers.get("Content-Length", "")
-    total = int(stated) if stated.isdigit() else file.size
+    total = int(stated) if re.fullmatch("[0-9]{1,18}", stated) else file.size
     if total is None:
         raise UserError(f"{file.url}: the server does not say how long the file is; try again later, {OTHERWISE}")
     if file.size not in (None, total):

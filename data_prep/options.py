@@ -1,12 +1,12 @@
 """Options of data preparation, and their checks before work starts."""
 
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.json_text import parse_object
 from fairseq_hash.core.options import option
 from fairseq_hash.hashing.dictionary import read_dictionary
 from fairseq_hash.provenance import DATA_RECORD, sha256_of_file, usable_cores
@@ -61,7 +61,7 @@ def check_like(folder: Path, words: bool) -> None:
     needed = [DICTIONARY, PROVENANCE] + ([] if words else [MODEL])
     if missing := [name for name in needed if not (folder / name).is_file()]:
         raise UserError(f"--like {folder} has no {missing[0]}; give a folder that fairseq-hash data made")
-    made_by_words = read_json(folder / PROVENANCE).get("identity", {}).get("words")
+    made_by_words = identity_in(folder).get("words")
     if made_by_words is not None and made_by_words != words:
         remedy = "leave out --words" if words else "give --words, too"
         raise UserError(f"--like {folder} was made of {'words' if made_by_words else 'pieces'}; {remedy}")
@@ -74,9 +74,15 @@ def check_like(folder: Path, words: bool) -> None:
         )
 
 
+def identity_in(folder: Path) -> dict[str, Any]:
+    """Return what a folder of data was made of, nothing if its record does not say."""
+    identity = read_json(folder / PROVENANCE).get("identity")
+    return identity if isinstance(identity, dict) else {}
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """Return what a JSON file holds, nothing if it cannot be read."""
+    """Return the object that a JSON file holds, nothing if it holds none or cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}

@@ -2,17 +2,65 @@
 
 import bz2
 import gzip
+import io
 import lzma
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from fairseq_hash.core.errors import UserError
 
-OPENERS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
+MOST_MEMORY = 256 << 20  # bytes that unpacking xz may take: xz -9 needs 65 MiB, and a file can ask for 4 GiB
+BLOCK = 1 << 16  # bytes
 LONGEST_LINE = 1 << 24  # bytes; a line is held in memory, and real training lines are much shorter
+
+
+class XZ(io.RawIOBase):
+    """The text of an xz file, read with little memory whatever the file asks for. Python's own reader has no limit."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self.raw, self.decoder = raw, _decoder()
+
+    def readable(self) -> bool:
+        """Return that it can be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read the next bytes of the text; return their number, 0 at its end.
+
+        Raises:
+            lzma.LZMAError: if the file is damaged, or asks for more than `MOST_MEMORY`.
+            EOFError: if it ends too early.
+        """
+        while True:
+            if self.decoder.eof:  # of a stream; another one may follow, after zeros
+                rest = (self.decoder.unused_data or self.raw.read(BLOCK)).lstrip(b"\0")
+                while not rest and (block := self.raw.read(BLOCK)):
+                    rest = block.lstrip(b"\0")
+                if not rest:
+                    return 0
+                self.decoder = _decoder()
+            else:
+                rest = self.raw.read(BLOCK) if self.decoder.needs_input else b""
+                if self.decoder.needs_input and not rest:
+                    raise EOFError("the file ended before the end of its stream")
+            if text := self.decoder.decompress(rest, len(buffer)):
+                buffer[: len(text)] = text
+                return len(text)
+
+
+def _decoder() -> lzma.LZMADecompressor:
+    return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MOST_MEMORY)
+
+
+def open_xz(raw: BinaryIO) -> io.BufferedReader:
+    """Return the text of an open xz file, as bytes."""
+    return io.BufferedReader(XZ(raw), 1 << 20)
+
+
+OPENERS = {".xz": open_xz, ".gz": gzip.open, ".bz2": bz2.open}
 
 
 def check_files(files: Sequence[Path]) -> None:

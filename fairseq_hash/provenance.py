@@ -1,7 +1,6 @@
 """Where a result comes from: code version, commit, library versions, hardware and date."""
 
 import hashlib
-import json
 import os
 import platform
 import resource
@@ -10,6 +9,8 @@ import sys
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
+
+from fairseq_hash.core.json_text import parse_json
 
 __version__ = "0.1.0"
 
@@ -59,7 +60,8 @@ def commit() -> str | None:
 def corpus_of(data: Path) -> "str | None":
     """Return the corpus of a folder of prepared data by its name, None if data_prep did not record it."""
     try:
-        return json.loads((data / DATA_RECORD).read_text(encoding="utf-8"))["identity"]["corpus"]
+        corpus = parse_json((data / DATA_RECORD).read_text(encoding="utf-8"))["identity"]["corpus"]
+        return corpus if isinstance(corpus, str) else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
 

@@ -30,9 +30,10 @@ STATE = VENV / "setup.json"
 WHEELS = VENV / "wheels"
 KEPT = {"lock", "in-use", STATE.name, WHEELS.name}
 PINS = ROOT / "scripts" / "pins-py311.txt"
-PINNED_PYTHON = (3, 11)
-TORCH = "2.13.0"
-OLDEST_TORCH = (2, 11)
+WHY = re.compile(r"^[ \t]*# Why: .*\n", re.MULTILINE)  # the reason of a pin or a bound, beside it
+PINNED_PYTHON = (3, 11)  # on which all tests run before a commit; pins for each Python would be tested by nobody
+TORCH = "2.13.0"  # with which the whole project was tested, and all of its results were made
+OLDEST_TORCH = (2, 11)  # the oldest that was tried (docs/install.md)
 DISK_GB = 3  # the environment with a CPU build of torch takes 1.7 GB
 
 
@@ -40,7 +41,8 @@ def requirements() -> str:
     """Return a hash of everything in the project that decides what is installed."""
     version = re.search(r'^__version__ = "(.+)"', (ROOT / "fairseq_hash" / "provenance.py").read_text(), re.MULTILINE)
     project, _, _ = (ROOT / "pyproject.toml").read_text().partition("\n[tool.ruff]")
-    parts = [version.group(1) if version else "", project, PINS.read_text(), build_fairseq.VERSION, TORCH]
+    texts = (WHY.sub("", text) for text in (project, PINS.read_text()))
+    parts = [version.group(1) if version else "", *texts, build_fairseq.VERSION, TORCH]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

@@ -93,7 +93,11 @@ def task_of(state: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     """Return the task's options of a checkpoint. Raises `UserError` if it is not of a language model."""
     if state.get("cfg") is None:
         raise UserError(f"{path} does not say how its model was made (no cfg); give a checkpoint of fairseq-train")
-    options = state["cfg"].get("task") or {}
+    options = state["cfg"].get("task") if isinstance(state["cfg"], Mapping) else None
+    if not isinstance(options, Mapping):
+        raise UserError(
+            f"{path} does not say what it was trained for (no cfg.task); give a checkpoint of fairseq-train"
+        )
     if options.get("_name") != "language_modeling":
         raise UserError(f"{path} was trained for the task {options.get('_name')}; give a model of language_modeling")
     return options

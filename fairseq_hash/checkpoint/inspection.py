@@ -8,6 +8,7 @@ from typing import Any
 
 from fairseq_hash.checkpoint.hash_tables import tables_of
 from fairseq_hash.checkpoint.manifest import KEY, Manifest, expert_tensors
+from fairseq_hash.core.fields import fits
 from fairseq_hash.hashing.table import fingerprint_of_tables
 
 
@@ -21,7 +22,8 @@ def facts(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     history = (state.get("optimizer_history") or [{}])[-1]
     names = expert_tensors(model, manifest)
     experts = {name: value for name, value in model.items() if name in names}
-    inwards = {name: value for name, value in experts.items() if name.endswith(("fc1_weight", "gate_up_weight"))}
+    ends = ("fc1_weight", "gate_up_weight")
+    inwards = {name: value for name, value in experts.items() if name.endswith(ends) and len(value.shape) == 3}
     first_name, first = next(iter(inwards.items()), ("", None))
     kind = "sharded" if manifest is not None and manifest.shards else "plain" if experts else "dense"
     if manifest is None and KEY in state:
@@ -33,16 +35,16 @@ def facts(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "file": str(path),
         "kind": kind,
-        "update": manifest.update if manifest is not None else history.get("num_updates"),
-        "epoch": (state.get("extra_state") or {}).get("train_iterator", {}).get("epoch"),
+        "update": manifest.update if manifest is not None else _of(history, "num_updates", int),
+        "epoch": _of(_of(state.get("extra_state"), "train_iterator", dict), "epoch", int),
         "router": manifest.router if manifest is not None else _router(options),
         "experts": 0 if first is None else len(first),
         "sparse_layers": _sparse_layers(model),
-        "model_width": first.shape[2] if first is not None else options.get("decoder_embed_dim"),
+        "model_width": first.shape[2] if first is not None else _of(options, "decoder_embed_dim", int),
         "expert_hidden_width": first.shape[1] // (1 + ("gate_up" in first_name)) if first is not None else None,
         "parameters": {"total": sum(sizes.values()), **sizes},
         "bytes": {"main_file": path.stat().st_size, **{f"{part}_shards": size for part, size in in_shards.items()}},
-        "optimizer": history.get("optimizer_name", "unknown") if state.get("last_optimizer_state") else None,
+        "optimizer": _of(history, "optimizer_name", str) or "unknown" if state.get("last_optimizer_state") else None,
         **fingerprints(model, options, manifest),
         "save": manifest.save if manifest is not None else None,
         "provenance": manifest.provenance if manifest is not None else {},
@@ -50,9 +52,15 @@ def facts(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _of(given: Any, name: str, kind: type) -> Any:
+    """Return an entry; None where there is none of this kind, as a file may say anything."""
+    value = given.get(name) if isinstance(given, Mapping) else None
+    return value if fits(value, kind) else None
+
+
 def _router(options: Mapping[str, Any]) -> "str | None":
     """Return the router that was asked for; None for a model that has no such option."""
-    return "none" if options.get("router") == "" else options.get("router")
+    return "none" if options.get("router") == "" else _of(options, "router", str)
 
 
 def model_options(state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -82,7 +90,7 @@ def _sparse_layers(model: Iterable[str]) -> list[int]:
     """Return the numbers of the layers with experts, as --sparse-layers has them."""
     names = "\n".join(model)
     places, with_attention = (
-        sorted({int(place) for place in re.findall(rf"^decoder\.layers\.(\d+)\.{part}\.", names, re.MULTILINE)})
+        sorted({int(place) for place in re.findall(rf"^decoder\.layers\.(\d{{1,9}})\.{part}\.", names, re.MULTILINE)})
         for part in (r"(?!memory\.).*\.experts", "self_attn")
     )
     # A memory takes a place of its own before its layer, an inserted stack one behind it.

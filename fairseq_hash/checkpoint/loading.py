@@ -15,6 +15,7 @@ from fairseq_hash.checkpoint.mainfile import read_main
 from fairseq_hash.checkpoint.manifest import Manifest
 from fairseq_hash.checkpoint.sharded_tensor import SavedExperts, open_shards, saved_tensors, take
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.fields import fits
 from fairseq_hash.parallel.collectives import run_on_all_ranks
 from fairseq_hash.parallel.groups import ExpertParallel
 
@@ -71,10 +72,13 @@ def _with_saved_experts(
         folder = Path(path).parent
         weights.update(saved_tensors(open_shards(folder, manifest, "weights")))
         if _with_optimizer and manifest.numbers:
-            optimizer = state["last_optimizer_state"]["state"]
+            optimizer: Any = (state.get("last_optimizer_state") or {}).get("state")
             for name, value in saved_tensors(open_shards(folder, manifest, "optimizer")).items():
                 parameter, _, key = name.rpartition("/")
-                optimizer[manifest.numbers[parameter]][key] = value
+                number = manifest.numbers.get(parameter)
+                if not fits(optimizer, dict[Any, dict[str, Any]]) or number not in optimizer:
+                    raise UserError(f"{path} has no optimizer state of {parameter}; use another checkpoint")
+                optimizer[number][key] = value
     state["model"] = SavedState(weights, str(path), manifest)
     return state
 

@@ -2,19 +2,31 @@
 
 import os
 import pickle
+import pickletools
 import re
 import shutil
 import zipfile
-import zlib
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.fields import fits
 from fairseq_hash.core.files import atomic_write
+
+# How torch began its files before version 1.6: a pickle of a number.
+OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+# The kinds of the entries that fairseq writes.
+KINDS = {
+    "model": dict[str, torch.Tensor],
+    "optimizer_history": list[dict[str, Any]],
+    "extra_state": dict[str, Any],
+    "last_optimizer_state": dict[str, Any],
+}
 
 
 def write_main(state: Mapping[str, Any], path: "str | os.PathLike[str]") -> None:
@@ -102,6 +114,8 @@ def read_main(path: "str | os.PathLike[str]", is_checked: bool = True) -> dict[s
                 if archive.testzip() is not None:
                     raise UserError(f"{path} is damaged: its contents fail their checksums; use another checkpoint")
         # What torch wrote before version 1.6 is no archive and cannot be mapped.
+        if not is_zip:
+            _check_old(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except FileNotFoundError:
         raise UserError(not_here(path)) from None
@@ -114,11 +128,65 @@ def read_main(path: "str | os.PathLike[str]", is_checked: bool = True) -> dict[s
         raise UserError(f"{path} is damaged or no checkpoint; use another checkpoint") from error
     except EOFError:
         raise UserError(f"{path} is damaged or no checkpoint (it ends too early); use another checkpoint") from None
-    except (OSError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except UserError:
+        raise
+    except Exception as error:  # torch's reader of pickles raises whatever a damaged one leads to
         raise UserError(f"{path} is damaged or no checkpoint ({_reason(error)}); use another checkpoint") from error
     if not isinstance(state, dict) or "model" not in state:
         raise UserError(f"{path} is no checkpoint: it has no model")
+    _check_sizes(state, path)
+    _check_kinds(state, path)
     return state
+
+
+def _check_old(path: "str | os.PathLike[str]") -> None:
+    """Raise `UserError` unless a file can be what torch wrote before version 1.6: four pickles, then the tensors' data.
+
+    torch asks for the memory of a tensor before it looks for its data: here the number of its elements, the last number
+    before its persistent id, is compared with the size of the file.
+    """
+    with open(path, "rb") as file:
+        start = file.read(len(OLD))
+        if start != OLD and OLD.startswith(start):
+            raise EOFError
+        if start != OLD:
+            raise UserError(f"{path} is damaged or no checkpoint (torch did not write it); use another checkpoint")
+        most, number = os.fstat(file.fileno()).st_size, 0
+        # A damaged length, too, asks for memory.
+        bounded: Any = SimpleNamespace(read=lambda size: file.read(min(size, most)), readline=file.readline)
+        for _ in range(3):
+            for operation, argument, _ in pickletools.genops(bounded):
+                if isinstance(argument, int) and operation.name.startswith(("BININT", "INT", "LONG")):
+                    number = argument
+                elif operation.name == "BINPERSID" and number > most:
+                    raise UserError(
+                        f"{path} is damaged: a tensor of {number:,} elements is larger than the file; use another "
+                        "checkpoint"
+                    )
+
+
+def _check_sizes(state: Any, path: "str | os.PathLike[str]") -> None:
+    """Raise `UserError` for a tensor that is larger than its file: a few bytes can say to be any number of rows."""
+    most = Path(path).stat().st_size
+    waiting, seen = [state], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            if value.numel() * value.dtype.itemsize > most:
+                raise UserError(
+                    f"{path} is damaged: a tensor of shape {list(value.shape)} is larger than the file; use another "
+                    "checkpoint"
+                )
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))  # a pickle may hold itself
+            waiting += [*value.keys(), *value.values()] if isinstance(value, dict) else value
+
+
+def _check_kinds(state: Mapping[str, Any], path: "str | os.PathLike[str]") -> None:
+    """Raise `UserError` where an entry that fairseq writes is of another kind."""
+    for name, kind in KINDS.items():
+        if (name == "model" or state.get(name) is not None) and not fits(state[name], kind):
+            raise UserError(f"{path} is damaged or no checkpoint of fairseq (its {name}); use another checkpoint")
 
 
 def _reason(error: Exception) -> str:

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
-from types import UnionType
-from typing import Any, get_origin, get_type_hints
+from typing import Any
 
 from fairseq_hash.checkpoint.shards import Shard
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.fields import wrong_field
 
 KEY = "fairseq_hash"  # of the main file's dictionary
 FORMAT = 1
@@ -65,10 +65,8 @@ class Manifest:
             manifest = cls(**{**values, **lists})
         except (KeyError, TypeError) as error:
             raise UserError(f"{path} has a damaged manifest ({error}); use another checkpoint") from None
-        for record in (manifest, *manifest.shards):
-            kinds = get_type_hints(type(record))
-            if wrong := [name for name, kind in kinds.items() if not _is_of(vars(record)[name], kind)]:
-                raise UserError(f"{path} has a damaged manifest (its {wrong[0]}); use another checkpoint")
+        if (wrong := wrong_field(manifest)) is not None:
+            raise UserError(f"{path} has a damaged manifest (its {wrong}); use another checkpoint")
         for shard in manifest.shards:
             if PurePosixPath(shard.file).is_absolute() or ".." in PurePosixPath(shard.file).parts:
                 raise UserError(
@@ -117,8 +115,3 @@ def require_all_experts(state: Mapping[str, Any], manifest: "Manifest | None", p
             f"{path} has the experts of one rank only, as --ddp-backend fully_sharded saves them; give a checkpoint of "
             "all experts, such as a training with another --ddp-backend saves"
         )
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-    """Return whether a value is of a field's type, as a file may say anything; what it contains is not looked at."""
-    return isinstance(value, kind if isinstance(kind, UnionType) else get_origin(kind) or kind)

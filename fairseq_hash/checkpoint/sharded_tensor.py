@@ -76,14 +76,24 @@ def open_shards(folder: Path, manifest: Manifest, part: str) -> list[ShardFile]:
         UserError: if one is missing or another file, or where they are not all experts.
     """
     shards = manifest.part(part)
-    held = [expert for shard in shards for expert in shard.expert_ids]
-    if shards and held != list(range(manifest.num_experts)):
+    ends = [0, *(shard.first + shard.experts for shard in shards)]
+    is_gapless = all(shard.first == end and shard.experts > 0 for shard, end in zip(shards, ends, strict=False))
+    if shards and not (is_gapless and ends[-1] == manifest.num_experts):
+        held = ", ".join(f"{shard.first} to {shard.first + shard.experts - 1}" for shard in shards)
         raise UserError(f"the checkpoint's {part} shards hold experts {held}, not 0 to {manifest.num_experts - 1}")
     return [ShardFile(folder / shard.file, shard) for shard in shards]
 
 
 def saved_tensors(files: Sequence[ShardFile]) -> dict[str, SavedExperts]:
-    """Return what some shards hold, by name."""
+    """Return what some shards hold, by name.
+
+    Raises:
+        UserError: if they do not hold the same tensors.
+    """
+    kinds = [{name: (one.dtype, one.shape[1:]) for name, one in file.tensors.items()} for file in files]
+    for file, kind in zip(files, kinds, strict=True):
+        if kind != kinds[0]:
+            raise UserError(f"{file.path} holds other tensors than {files[0].path}; use another checkpoint")
     return {name: SavedExperts(name, files) for name in files[0].tensors} if files else {}
 
 

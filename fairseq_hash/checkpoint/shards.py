@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fairseq_hash.checkpoint.safetensors_stream import row_bytes, write_safetensors
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.fields import fits
 from fairseq_hash.core.files import atomic_write
+from fairseq_hash.core.json_text import parse_object
 
 FORMAT = "fairseq_hash experts 1"
 MOST_HEADER = 1 << 28  # bytes; a damaged length is not a reason to ask for all memory
@@ -97,12 +99,30 @@ class ShardFile:
             if size != shard.bytes:
                 raise UserError(f"{path} has {size:,} bytes and had {shard.bytes:,} when it was saved: it is damaged")
             with safe_open(path, "pt") as opened:
-                self._rows_sha256 = json.loads(opened.metadata()["about"])["rows_sha256"]
+                self._rows_sha256 = parse_object((opened.metadata() or {})["about"])["rows_sha256"]
                 self.tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            self._check_rows()
+        except (SafetensorError, KeyError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"{path} is damaged or no shard ({type(error).__name__}), and the checkpoint needs it"
+            ) from error
         except OSError as error:
             raise UserError(
                 f"{path} cannot be read ({error.strerror or error}), and the checkpoint needs it"
             ) from error
+
+    def _check_rows(self) -> None:
+        """Raise `UserError` unless every tensor has a row, and a checksum of it, for each expert of the shard."""
+        if not fits(self._rows_sha256, dict[str, list[str]]) or self._rows_sha256.keys() != self.tensors.keys():
+            raise UserError(f"{self.path} is damaged: it does not have a checksum for each tensor")
+        for name, tensor in self.tensors.items():
+            if not tensor.dim() or not len(tensor) == len(self._rows_sha256[name]) == self.shard.experts:
+                raise UserError(
+                    f"{self.path} is damaged: {name} has shape {list(tensor.shape)} and {len(self._rows_sha256[name])} "
+                    f"checksums, for {self.shard.experts} experts"
+                )
 
     def row(self, name: str, expert: int) -> Tensor:
         """Return an expert's row of a tensor, in the file's memory.
@@ -136,6 +156,6 @@ def _read_header(file: BinaryIO) -> bytes:
 def _difference(header: bytes) -> str:
     """Say what a file with another header is."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        about = json.loads(json.loads(header[8:])["__metadata__"]["about"])
+        about = parse_object(parse_object(header[8:])["__metadata__"]["about"])
         return f"it belongs to save {about['save']} at update {about['update']}"
     return "its header is damaged"

@@ -64,7 +64,7 @@ def expand_dense(dense: "dict[str, Tensor]", model: Any) -> dict[str, Any]:
     places = [place for place, layer in enumerate(layers) if hasattr(layer, "self_attn")]
     state: dict[str, Any] = {}
     for name, tensor in dense.items():
-        found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
+        found = re.fullmatch(r"decoder\.layers\.(\d{1,9})\.(.*)", name)
         if found is None or int(found[1]) >= len(places):
             state[name] = tensor
             continue

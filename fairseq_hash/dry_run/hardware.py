@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.yaml_text import check_yaml
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def hardware(name: str) -> Hardware:
     path = Path(name)
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         raise UserError(f"--gpu {name} is neither {', '.join(GPUS)} nor a YAML file that is there")
+    check_yaml(path)
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -17,8 +17,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.yaml_text import check_yaml
 from fairseq_hash.experiments.names import experiment_names
 from fairseq_hash.lm.model import HashTransformerLMConfig
 
@@ -64,6 +66,8 @@ def compose(config_dir: Path, name: str, overrides: Sequence[str] = ()) -> Exper
         near = difflib.get_close_matches(name, experiment_names(config_dir), n=3, cutoff=0.3)
         hint = f"; near: {', '.join(near)}" if near else ""
         raise UserError(f"{config_dir} has no experiment {name}{hint} (fairseq-hash plan --list names all)")
+    for path in config_dir.rglob("*.yaml"):
+        check_yaml(path)
     hydra_init()
     before = HydraConfig.instance().cfg
     try:
@@ -73,7 +77,12 @@ def compose(config_dir: Path, name: str, overrides: Sequence[str] = ()) -> Exper
                 config = hydra.compose(name, list(overrides), return_hydra_config=True)
         HydraConfig.instance().set_config(config)
         return _finished(name, config)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra's ValueError: a group set to null
+    except UserError:
+        raise
+    except RecursionError as error:
+        raise UserError(f"{name}: its files refer to themselves, or are nested too deeply") from error
+    # Hydra's own errors, and those that it does not expect, such as for a list where a name must be.
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{name}: {_one_line(error)}") from error
     except SystemExit as error:  # raised by `fairseq_patches.configuration` when fairseq merges in the defaults
         raise UserError(f"{name}: {str(error).removeprefix('fairseq_hash: ')}") from error

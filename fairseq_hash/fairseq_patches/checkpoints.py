@@ -12,6 +12,7 @@ import torch.distributed as dist
 from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
+from omegaconf.errors import OmegaConfBaseException
 
 from fairseq_hash.checkpoint.loading import loading_weights_only, read_checkpoint
 from fairseq_hash.checkpoint.mainfile import duplicate, not_here, write_main
@@ -79,7 +80,16 @@ def _read_without_running_code(
     read = functools.partial(read_checkpoint, path, is_checked=is_checked)
     state = run_on_all_ranks(read) if load_on_all_ranks else read()
     with replaced(checkpoint_utils, "torch", _TorchThatHasLoaded(state)):
-        return original(path, arg_overrides, load_on_all_ranks)
+        try:
+            return original(path, arg_overrides, load_on_all_ranks)
+        except (KeyError, TypeError, AttributeError, ValueError, LookupError, OmegaConfBaseException) as error:
+            if isinstance(error, UserError):
+                raise
+            # Upstream turns the options of older versions into those of this one, and takes them for what it wrote.
+            words = " ".join(str(error).split())
+            raise UserError(
+                f"{path} has options that fairseq cannot read ({type(error).__name__}: {words}); use another checkpoint"
+            ) from error
 
 
 @override("fairseq.checkpoint_utils", "load_model_ensemble_and_task", one_line=True)

@@ -10,8 +10,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.fields import wrong_field
 from fairseq_hash.core.files import output_file
-from fairseq_hash.hashing.table import HashTable, TableRecord
+from fairseq_hash.core.json_text import parse_object
+from fairseq_hash.hashing.table import HashTable, TableRecord, check_table_size
 
 FILE_FORMAT = "fairseq_hash table 1"
 EXPERT = "expert"  # the table's own array; all others belong to its index
@@ -38,7 +40,15 @@ def load_table(path: "str | os.PathLike[str]") -> HashTable:
             metadata = file.metadata() or {}
             if metadata.get("format") != FILE_FORMAT:
                 raise UserError(f"{path} is not a hash table of this package; build one with fairseq-hash tables build")
+            record = TableRecord(**parse_object(metadata["record"]))
+            if (wrong := wrong_field(record)) is not None:
+                raise UserError(f"{path} has a damaged record (its {wrong}); build the table again")
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return HashTable(arrays.pop(EXPERT), TableRecord(**json.loads(metadata["record"])), arrays)
-    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            table = HashTable(arrays.pop(EXPERT), record, arrays)
+            rows, columns = table.expert_HK.shape
+            check_table_size(rows, columns, record.num_experts)
+            return table
+    except UserError:
+        raise
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged or no table file ({type(error).__name__}); build it again") from error

@@ -67,7 +67,7 @@ def update_key(key: str) -> str:
 
 def of_log_key(key: str) -> "tuple[int, str] | None":
     """Return the layer and the router of a name in fairseq's log; None if it is of something else."""
-    found = re.fullmatch(r"_layer(\d+)\|([^|]+)", key)
+    found = re.fullmatch(r"_layer(\d{1,9})\|([^|]+)", key)
     return (int(found[1]), found[2]) if found else None
 
 

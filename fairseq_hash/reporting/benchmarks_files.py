@@ -1,6 +1,5 @@
 """The JSON files that the programs in benchmarks/ write with `--json`."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.json_text import parse_json
 
 KINDS = {"layer": "One layer", "train": "Whole trainings", "communication": "Shared experts"}
 PARTS = ("route", "gather", "exchange", "experts", "combine")  # of a call, in their order
@@ -92,13 +92,15 @@ def load_benchmarks(paths: Sequence[Path]) -> list[Benchmark]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read --benchmarks {path}: {error.strerror}; give a JSON file") from None
     except ValueError as error:
         raise _refusal(path, f"it is no JSON ({' '.join(str(error).split())})") from None
-    if not isinstance(content, dict) or content.get("benchmark") not in KINDS:
+    if not isinstance(content, dict) or content.get("benchmark") not in list(KINDS):  # it may be no text at all
         raise _refusal(path, f'it has no "benchmark" that is one of {", ".join(KINDS)}')
+    if not isinstance(content.get("left_out") or [], list):
+        raise _refusal(path, 'its "left_out" is no list')
     if not isinstance(content.get("rows"), list) or not content["rows"]:
         raise _refusal(path, 'it has no "rows"')
     return content

@@ -52,7 +52,7 @@ def why_partial(run: Run) -> "str | None":
 def sparse_layers(run: Run) -> list[int]:
     """Return the sparse layers in the training's log."""
     keys = {key for values in run.training.intervals.values() for key in values}
-    return sorted(int(found[1]) for key in keys if (found := re.fullmatch(r"layer(\d+)_load_max", key)))
+    return sorted(int(found[1]) for key in keys if (found := re.fullmatch(r"layer(\d{1,9})_load_max", key)))
 
 
 def router_statistics(run: Run, layer: int) -> list[str]:
@@ -178,7 +178,7 @@ def layers_for_readers(models: pd.DataFrame) -> pd.DataFrame:
     Loads, dropped tokens and the routers' own statistics: means over the training's log intervals.
     """
     rows = []
-    layers = [int(found[1]) for name in models if (found := re.fullmatch(r"layer(\d+)_dropped", name))]
+    layers = [int(found[1]) for name in models if (found := re.fullmatch(r"layer(\d{1,9})_dropped", name))]
     found = (re.fullmatch(r"layer\d+_(\w+)_train", name) for name in models)
     own = dict.fromkeys(name[1] for name in found if name and name[1] not in OF_EVERY_LAYER)
     for model in models.to_dict("records"):

@@ -1,7 +1,6 @@
 """Reads fairseq's logs line by line: a training log over all its sessions, and outputs of evaluations."""
 
 import ast
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.json_text import depth_of, parse_object
+from fairseq_hash.reporting.log_kinds import OF_EVALUATION, OPTIONS, RECORD, check_entries, check_statistics, require
 
 # fairseq's own commands write the first form, Hydra's the second. The last header in a line counts: text before it was
 # cut off when an earlier session was killed.
@@ -18,10 +19,12 @@ LINE = re.compile(
     r".*(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?: \| [A-Z]+ \| ([\w.]+) \| |,\d+\]\[([\w.]+)\]\[[A-Z]+\] - )(.*)",
 )
 # An oracle's result says that it is one (`fairseq_patches/eval_lm.py`).
-RESULT = r"Loss \(base 2\): (\S+), Perplexity(?: of an oracle, which sees the next token)?: (\S+)"
+NUMBER = r"([-+]?(?:\d[\d.]*(?:e[-+]?\d+)?|inf|nan))"
+RESULT = rf"Loss \(base 2\): {NUMBER}, Perplexity(?: of an oracle, which sees the next token)?: {NUMBER}"
+DEEPEST = 50  # brackets within each other in a configuration
 MODEL_RECORD = "model_record | "
 # Lines about omitted samples: of fairseq in an evaluation, of `fairseq_patches.lengths` in a training.
-SKIPPED = r"([\d,]+) samples have invalid sizes and will be skipped"
+SKIPPED = r"(\d[\d,]{0,20}) samples have invalid sizes and will be skipped"
 LEFT_OUT = r"[\d,]+ of [\d,]+ samples of (\S+), with .* and left out$"
 
 
@@ -150,7 +153,7 @@ def statistics(line: Line) -> dict[str, Any]:
     Raises `ValueError` for a line that was cut off.
     """
     prefix = "" if line.source == "train_inner" else f"{line.source}_"
-    values = {key.removeprefix(prefix): _number(value) for key, value in json.loads(line.message).items()}
+    values = {key.removeprefix(prefix): _number(value) for key, value in parse_object(line.message).items()}
     if "oracle_ppl" in values:  # the model's record says that it is an oracle
         values["ppl"] = values.pop("oracle_ppl")
     return values
@@ -174,10 +177,10 @@ def read_training(lines: Iterable[Line]) -> "TrainingLog | None":
         elif line.source == "fairseq.trainer" and line.message.startswith("No existing checkpoint found"):
             log.rewind(0)
         elif line.source == "fairseq.trainer" and (
-            loaded := re.match(r"Loaded checkpoint .* @ (\d+) updates", line.message)
+            loaded := re.match(r"Loaded checkpoint .* @ (\d{1,18}) updates", line.message)
         ):
             log.resume(int(loaded[1]), line.time)
-        elif not evaluating and (types := re.match(r"dictionary: (\d+) types", line.message)):
+        elif not evaluating and (types := re.match(r"dictionary: (\d{1,18}) types", line.message)):
             log.dictionary_types = int(types[1])
         elif not evaluating and (text := re.match(LEFT_OUT, line.message)):
             log.left_out_of.add(text[1])
@@ -196,9 +199,11 @@ def _model_record(line: Line) -> "dict[str, Any] | None":
     if line.source != "fairseq_hash.model" or not line.message.startswith(MODEL_RECORD):
         return None
     try:
-        return json.loads(line.message.removeprefix(MODEL_RECORD))
+        record = parse_object(line.message.removeprefix(MODEL_RECORD))
     except ValueError:
         return None
+    check_entries("its model_record", record, RECORD)
+    return record
 
 
 def _add_statistics(log: TrainingLog, line: Line) -> None:
@@ -206,6 +211,7 @@ def _add_statistics(log: TrainingLog, line: Line) -> None:
         values = statistics(line)
     except ValueError:
         return  # the process was killed while it wrote
+    check_statistics(line.source, values)
     if "wall" in values:
         values["wall"] = log.wall_at(line.time, values["wall"])
     update = values.get("num_updates")
@@ -221,27 +227,42 @@ def read_evaluations(lines: Iterable[Line]) -> list[Evaluation]:
     for line in lines:
         if line.source == "fairseq_cli.eval_lm" and line.message.startswith("{"):
             config = parse_config(line.message)
+            require("its configuration", config, OF_EVALUATION)
             checkpoint = Path(config["common_eval.path"] or "").name
             found.append(Evaluation(config, line.time, config["dataset.gen_subset"], checkpoint))
         elif found and (record := _model_record(line)):
             found[-1].model = record
         elif found and (skipped := re.match(SKIPPED, line.message)):
             found[-1].skipped += int(skipped[1].replace(",", ""))
-        elif found and (tokens := re.match(r"Evaluated ([\d,]+) tokens", line.message)):
+        elif found and (tokens := re.match(r"Evaluated (\d[\d,]{0,20}) tokens", line.message)):
             found[-1].tokens = int(tokens[1].replace(",", ""))
         elif found and (result := re.match(RESULT, line.message)):
-            found[-1].loss_bits, found[-1].perplexity = float(result[1]), float(result[2])
+            found[-1].loss_bits, found[-1].perplexity = map(_float, result.groups())
     return found
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"an evaluation's result is {text}; give the log as fairseq-eval-lm wrote it") from None
 
 
 def parse_config(text: str) -> dict[str, Any]:
     """Return the configuration that fairseq logs first, flat: `{"optimization.max_update": 300, ...}`.
 
-    fairseq prints it like Python, except that choices have no quotes. Raises `UserError` for other text.
+    fairseq prints it like Python, except that choices have no quotes. Raises `UserError` for other text, and for
+    one that has an option of another kind.
     """
     try:
-        return dict(flat(_literal(ast.parse(text, mode="eval").body)))
-    except (SyntaxError, ValueError):
+        if depth_of(text) > DEEPEST:  # of which Python's parser says that memory is short
+            raise ValueError("it is nested too deeply")
+        config = dict(flat(_literal(ast.parse(text, mode="eval").body)))
+        check_entries("its configuration", config, OPTIONS)
+        return config
+    except UserError:
+        raise
+    except (SyntaxError, ValueError, RecursionError):
         raise UserError(
             f"cannot read a configuration in a log: {text[:60]}...; give the log as fairseq wrote it"
         ) from None
@@ -249,7 +270,7 @@ def parse_config(text: str) -> dict[str, Any]:
 
 def _literal(node: ast.expr) -> Any:
     if isinstance(node, ast.Dict):
-        return {_literal(key): _literal(value) for key, value in zip(node.keys, node.values, strict=True)}
+        return {str(_literal(key)): _literal(value) for key, value in zip(node.keys, node.values, strict=True)}
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Namespace":
         return {keyword.arg: _literal(keyword.value) for keyword in node.keywords}
     if isinstance(node, (ast.List, ast.Tuple)):

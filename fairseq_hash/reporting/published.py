@@ -14,7 +14,7 @@ from fairseq_hash.reporting.runs import Run
 
 PUBLISHED = "experiment.published."
 BY_UPDATE = "valid_by_update"
-FIGURE = re.compile(r"(\d+(?:\.\d+)?) ([A-Z])")
+FIGURE = re.compile(r"(\d{1,18}(?:\.\d+)?) ([A-Z])")
 # Figures with other marks, such as M for memory and C for arithmetic, are not compared with results.
 MARKS = {
     "A": "the authors' own figure, table or README",
@@ -43,7 +43,7 @@ def figures_of(runs: Sequence[Run]) -> dict[str, PublishedFigure]:
 def curve_of(runs: Sequence[Run]) -> dict[int, PublishedFigure]:
     """Return the published validation perplexities of a model by update."""
     by_update = {name.partition(".")[2]: figure for name, figure in _named(runs).items() if name.startswith(BY_UPDATE)}
-    return {int(update): figure for update, figure in by_update.items() if update.isdecimal()}
+    return {int(update): figure for update, figure in by_update.items() if update.isdecimal() and len(update) < 19}
 
 
 def _named(runs: Sequence[Run]) -> dict[str, PublishedFigure]:

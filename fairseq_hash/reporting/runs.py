@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.fields import fits
+from fairseq_hash.core.json_text import parse_object
 from fairseq_hash.reporting.endings import last_error, why_no_result, why_not_done
 from fairseq_hash.reporting.folders import find_runs, log_files, tells_of_training
+from fairseq_hash.reporting.log_kinds import OF_INTERVAL, OF_RECORD, OF_TRAINING, OF_VALIDATION, require
 from fairseq_hash.reporting.logs import Evaluation, Line, TrainingLog, read_evaluations, read_lines, read_training
 from fairseq_hash.reporting.run_options import STOPS, stable
 
@@ -69,7 +72,11 @@ def load_run(folder: Path) -> Run:
     files = [read_lines(path) for path in paths]
     # A preempted run has one file per session, and a session may be in two files (a redirection and SLURM's own).
     lines: Iterable[Line] = sorted(dict.fromkeys(line for file in files for line in file), key=lambda line: line.time)
-    training = read_training(lines)
+    try:
+        training = read_training(lines)
+        _check_whole(training)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
     if training is None:
         raise UserError(f"{folder} holds no training log ({', '.join(path.name for path in paths)})")
     run = Run(folder, training, record=_read_record(folder / RECORD))
@@ -86,8 +93,25 @@ def load_run(folder: Path) -> Run:
     return run
 
 
+def _check_whole(training: "TrainingLog | None") -> None:
+    """Raise `UserError` for a log that lacks what reports take for granted."""
+    if training is None:
+        return
+    for config in training.configs:
+        require("its configuration", config, OF_TRAINING)
+    if training.model is not None:
+        require("its model_record", training.model, OF_RECORD)
+    for values in training.intervals.values():
+        require("a line of its statistics", values, OF_INTERVAL)
+    for values in training.validations.values():
+        require("a line of its validations", values, OF_VALIDATION)
+
+
 def _evaluations(path: Path, lines: Sequence[Line]) -> list[Evaluation]:
-    found = read_evaluations(lines)
+    try:
+        found = read_evaluations(lines)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     if found and found[-1].perplexity is None:
         found[-1].error = last_error(path)
     return found
@@ -95,7 +119,10 @@ def _evaluations(path: Path, lines: Sequence[Line]) -> list[Evaluation]:
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        record = parse_object(path.read_text(encoding="utf-8"))
+        if not fits(record.get("commands", {}), dict[str, list[str]]):
+            raise ValueError("its commands are no lists of words by their step")
+        return record
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

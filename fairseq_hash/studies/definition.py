@@ -17,6 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.fields import wrong_field
+from fairseq_hash.core.yaml_text import check_yaml
 
 FACTOR = 2.0  # between neighbours of a grid that grows
 EMBEDDED = "embedded"  # the text that comes with Python
@@ -74,7 +76,7 @@ class StudyModel:
     @property
     def family(self) -> "tuple[str, int] | None":
         """In a study of scaling, `Hash 16` is of the family `Hash` and has 16 experts; None without a number."""
-        named = re.fullmatch(r"(.+) (\d+)", self.name)
+        named = re.fullmatch(r"(.+) (\d{1,9})", self.name)
         return (named[1], int(named[2])) if named else None
 
 
@@ -137,15 +139,15 @@ def load_study(path: Path) -> Study:
     Raises:
         UserError: with one line, if the file or a value in it cannot be used.
     """
-    given = _read(path)
+    given = _read(path, ())
     models = given.pop("models", None) or {}
     if not isinstance(models, dict):
         raise UserError(f"{path}: models is not a list of names with their settings; write NAME: {{experiment: ...}}")
-    text = _filled(StudyText, given.pop("text", None) or {}, f"{path}: text")
+    text = _filled(StudyText, _entries(given.pop("text", None) or {}, f"{path}: text"), f"{path}: text")
     named = {
-        str(name): _filled(StudyModel, {"name": str(name), **of_model}, f"{path}: model {name}")
+        str(name): _filled(StudyModel, {"name": str(name), **_entries(of_model, where)}, where)
         for name, of_model in models.items()
-        if of_model is not None
+        if of_model is not None and (where := f"{path}: model {name}")
     }
     comparisons = given.pop("comparisons", None) or []
     if not isinstance(comparisons, list) or not all(isinstance(pair, list) for pair in comparisons):
@@ -170,19 +172,34 @@ def quick(study: Study) -> Study:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, extended: tuple[Path, ...]) -> dict[str, Any]:
+    """Return the entries of a file, with those of the file that it extends; `extended` are the files that extend it."""
     try:
+        check_yaml(path)
         config = OmegaConf.load(path)
+        if not OmegaConf.is_dict(config):
+            raise UserError(f"{path} is no list of entries with their values; write title: ... and so on")
         if "extends" in config:
-            other = path.with_name(f"{config.pop('extends')}.yaml")
-            if not other.is_file():
-                raise UserError(f"{path} extends {other.name}, which is not beside it")
-            config = OmegaConf.merge(OmegaConf.create(_read(other)), config)
+            name = config.pop("extends")
+            if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+                raise UserError(f"{path} extends {name}; give the name of a study beside it")
+            other = path.with_name(f"{name}.yaml")
+            if not other.is_file() or other in (path, *extended):
+                raise UserError(f"{path} extends {other.name}, which is not beside it or extends this one")
+            config = OmegaConf.merge(OmegaConf.create(_read(other, (path, *extended))), config)
         return OmegaConf.to_container(config, resolve=True)
     except FileNotFoundError:
         raise UserError(f"there is no study {path}; give a YAML file, or the name of one in configs/studies") from None
-    except (OSError, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+    except UserError:
+        raise
+    except (OSError, OmegaConfBaseException, YAMLError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def _entries(given: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(given, dict):
+        raise UserError(f"{where} is no list of entries with their values; write NAME: VALUE")
+    return given
 
 
 def _filled(kind: type, given: Mapping[str, Any], where: str) -> Any:
@@ -195,7 +212,10 @@ def _filled(kind: type, given: Mapping[str, Any], where: str) -> Any:
     needed = (f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING)
     if missing := [name for name in needed if name not in given]:
         raise UserError(f"{where} lacks {missing[0]}; give it")
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+    made = kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+    if (wrong := wrong_field(made)) is not None:
+        raise UserError(f"{where}: {wrong} is {getattr(made, wrong)}, which is not of its kind; see docs/studies.md")
+    return made
 
 
 def _check(study: Study, where: str) -> None:

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.core.fields import wrong_field
 from fairseq_hash.core.files import atomic_write
+from fairseq_hash.core.json_text import parse_object
 
 TUNING, FINAL = "tuning", "final"
 
@@ -157,25 +159,38 @@ def read_record(path: Path) -> RunRecord:
         content["test"] = {name: Scores(**one) for name, one in content["test"].items()}
     except (TypeError, AttributeError) as error:
         raise _no_record(path, error) from None
-    return RunRecord(**content)
+    record = _checked(path, RunRecord(**content))
+    if not record.validations and not record.diverged:
+        raise _no_record(path, "it has no validation")
+    return record
 
 
 def read_facts(path: Path) -> TextFacts:
     """Read the facts of a text. Raises `UserError` if they cannot be used."""
-    return TextFacts(**_content(path, TextFacts))
+    facts = _checked(path, TextFacts(**_content(path, TextFacts)))
+    counts = (facts.tokens, facts.bytes)
+    if not all(count.keys() >= {"train", "valid", "test"} and min(count.values()) > 0 for count in counts):
+        raise _no_record(path, "a split has no tokens or bytes")
+    return facts
+
+
+def _checked(path: Path, record: Any) -> Any:
+    if (wrong := wrong_field(record)) is not None:
+        raise _no_record(path, f"its {wrong} is not of its kind")
+    return record
 
 
 def _content(path: Path, kind: type) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_object(path.read_text(encoding="utf-8"))
         if set(content) != {f.name for f in fields(kind)}:
             raise ValueError("it has other entries than this version writes")
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise _no_record(path, error) from None
     return content
 
 
-def _no_record(path: Path, error: Exception) -> UserError:
+def _no_record(path: Path, error: "Exception | str") -> UserError:
     return UserError(f"{path} is no record of a study ({error}); delete it, and the run is made again")
 
 

@@ -116,8 +116,9 @@ def read_tensors(path: Path, name: "str | None") -> tuple[dict[str, np.ndarray],
         if name is not None:
             raise UserError(f"--tensor {name}: {path} has one tensor without a name; leave --tensor out")
         try:
-            array = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            # Mapped, as a damaged header may ask for any memory. Its text is parsed by Python's own parser.
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except Exception as error:
             raise UserError(f"{path} is damaged or no .npy file ({type(error).__name__})") from None
         return {path.name: _as_table(array, f"{path}")}, None
     try:
@@ -134,14 +135,14 @@ def read_tensors(path: Path, name: "str | None") -> tuple[dict[str, np.ndarray],
                     raise UserError(f"{one} of {path} is of type {kind}; a table is of int64 or int32")
             stated = (file.metadata() or {}).get("num_experts", "")
             tables = {one: _as_table(file.get_tensor(one), f"{one} of {path}") for one in sorted(chosen, key=_numbers)}
-            return tables, int(stated) if stated.isdecimal() else None
+            return tables, int(stated) if stated.isdecimal() and len(stated) < 19 else None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or no safetensors file ({type(error).__name__})") from None
 
 
 def _numbers(name: str) -> list["int | str"]:
     """Return a name with its numbers as numbers, so that layer 10 comes after layer 9."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d{1,9})", name)]
 
 
 def _as_table(array: np.ndarray, what: str) -> np.ndarray:

@@ -18,6 +18,7 @@ BLOCK = 1 << 20  # tokens of a binarized text, or characters of a file, in memor
 # The index file of fairseq/data/indexed_dataset.py: magic, version (8 bytes), dtype code (1), length (8); then the
 # number of tokens of every line (int32) and the byte where it starts (int64).
 HEADER = struct.Struct("<9sQBQ")
+LINE = 4 + 8
 MAGIC = b"MMIDIDX\x00\x00"
 DTYPES = {4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4"}  # by dtype code
 
@@ -79,14 +80,22 @@ class BinarizedText(Text):
                 magic, version, code, lines = HEADER.unpack(header) if len(header) == HEADER.size else (b"", 0, 0, 0)
                 if magic != MAGIC or version != 1 or code not in DTYPES:
                     raise UserError(f"{index} is not an index that fairseq-preprocess wrote (--dataset-impl mmap)")
+                # Before memory for so many lines is asked for: a damaged number can be any.
+                if HEADER.size + LINE * lines != index.stat().st_size:
+                    raise self._damaged(index, lines)
                 size_L = np.fromfile(file, dtype="<i4", count=lines)
             self.dtype, self.bytes = np.dtype(DTYPES[code]), self.bin.stat().st_size
         except OSError as error:
             raise UserError(f"cannot read {error.filename} ({error.strerror})") from None
-        if len(size_L) != lines or int(size_L.sum(dtype=np.int64)) * self.dtype.itemsize != self.bytes:
-            raise UserError(
-                f"{self.bin} is damaged: its size differs from that in {index.name}; binarize the text again"
-            )
+        is_whole = len(size_L) == lines and int(size_L.min(initial=0)) >= 0
+        if not is_whole or int(size_L.sum(dtype=np.int64)) * self.dtype.itemsize != self.bytes:
+            raise self._damaged(index, lines)
+
+    def _damaged(self, index: Path, lines: int) -> UserError:
+        return UserError(
+            f"{self.bin} is damaged: its size differs from that in {index.name}, which says that there are {lines:,} "
+            "lines; binarize the text again"
+        )
 
     def _blocks(self) -> Iterator[tuple[np.ndarray, int]]:
         with self.bin.open("rb") as file:

@@ -79,7 +79,7 @@ def test_verify_of_files_that_are_none_and_shards_that_are_not_all(saved, merged
     assert status == 1 and err.startswith("fairseq-hash: 3 of 6 files")
     wrong = [line for line in out.splitlines() if line.startswith("wrong: ")]
     assert wrong[0] == f"wrong: {given[0]} does not exist" and str(given[1]) in wrong[1]
-    assert wrong[2] == f"wrong: {given[2]}: the checkpoint's weights shards hold experts [0, 1], not 0 to 3"
+    assert wrong[2] == f"wrong: {given[2]}: the checkpoint's weights shards hold experts 0 to 1, not 0 to 3"
     assert out.splitlines()[-1].startswith(f"ok: {merged / 'two.pt'}, ")
 
 

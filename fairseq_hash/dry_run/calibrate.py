@@ -1,23 +1,33 @@
 """Measures this CPU for a dry run: the rates that matrix products, memory and exchanges between processes reach."""
 
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from torch import Tensor
+from fairseq.trainer import Trainer
 
+import fairseq_hash
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.files import check_out, output_file
 from fairseq_hash.core.memory import machine_bytes
-from fairseq_hash.dry_run.hardware import Hardware, as_yaml
+from fairseq_hash.dry_run.hardware import GPUS, Hardware, as_yaml
+from fairseq_hash.dry_run.roofline import CALLS, Roofline
+from fairseq_hash.dry_run.update import batches_of, silence
+from fairseq_hash.experiments.compose import compose
+from fairseq_hash.experiments.names import own_configs
+from fairseq_hash.experiments.sizes import made_task
 from fairseq_hash.provenance import provenance
 
-ROUNDS = 40
+ROUNDS, WARM_UP = 40, 5
+VOCABULARY = 20
+TINY = ["model.decoder_embed_dim=8", "model.decoder_ffn_embed_dim=8", "dataset.max_tokens=64"]
 ROWS, WIDTH, HIDDEN = 1024, 256, 1024  # of a product like those of a small feed-forward network
 CACHE = 2**22  # bytes of one operation that its next one finds in a core's cache
 EXCHANGED = 2**22  # bytes
@@ -40,7 +50,7 @@ def calibrate(path: Path) -> None:
 
 
 def measure() -> Hardware:
-    """Return what this CPU reaches, the best of several rounds."""
+    """Return what this CPU reaches, medians of several rounds, on a machine that should do nothing else."""
     origin = provenance()
     rates = {str(dtype).removeprefix("torch."): _products(dtype) for dtype in DTYPES}
     wire, latency = _wire()
@@ -64,14 +74,14 @@ def measure() -> Hardware:
 
 
 def _seconds(work: Callable[[], object], repeats: int = 1) -> float:
-    """Return the time of one call in the fastest round: whatever else the machine does makes others slower."""
+    """Return the median time of one call; the first rounds only warm up."""
     times = []
     for _ in range(ROUNDS):
         start = time.perf_counter()
         for _ in range(repeats):
             work()
         times.append((time.perf_counter() - start) / repeats)
-    return min(times)
+    return statistics.median(times[WARM_UP:])
 
 
 def _products(dtype: torch.dtype) -> float:
@@ -87,16 +97,22 @@ def _bandwidth(size: int) -> float:
 
 
 def _call() -> float:
-    """Return microseconds of an operation that has next to nothing to do, with its part in a backward pass."""
-    one = torch.ones(1, requires_grad=True)
+    """Return microseconds of an operation beside its work: of an update of a model so small that it has hardly any.
 
-    def work() -> None:
-        value: Tensor = one
-        for _ in range(20):
-            value = value * 2
-        value.backward()
-
-    return _seconds(work) / 40 * 1e6
+    So they hold what Python, autograd and fairseq's trainer take for an operation.
+    """
+    fairseq_hash.register()
+    experiment = compose(own_configs(), "laptop/dense", TINY)
+    config = experiment.config
+    config.common.cpu = True
+    with silence():
+        task = made_task(config, VOCABULARY)
+        trainer = Trainer(config, task, task.build_model(config.model), task.build_criterion(config.criterion))
+        batches = batches_of(config).made()
+        seconds = _seconds(lambda: trainer.train_step(batches))
+        with Roofline(replace(GPUS["h100"], call=1.0)) as counted:
+            trainer.train_step(batches)
+    return seconds / counted.seconds[CALLS]
 
 
 def _wire() -> tuple[float, float]:

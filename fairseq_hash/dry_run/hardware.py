@@ -20,7 +20,8 @@ class Hardware:
         memory: bytes.
         flops: 10^12 a second of matrix products, by dtype (`bfloat16`, `float16`, `float32`), as they are reached.
         bandwidth: 10^9 bytes a second of memory, as they are reached.
-        call: microseconds that an operation takes beside its work.
+        call: microseconds that an operation takes beside its work: on a CPU those of Python, on a GPU those of a
+            kernel's start, where Python runs ahead.
         wire_inside: 10^9 bytes a second that a device sends to others of its node.
         wire_between: 10^9 bytes a second that a device sends to other nodes.
         latency: microseconds of one collective beside its bytes.

@@ -118,7 +118,7 @@ def dry_run(experiment: Experiment, ranks: int, rank: int, on: Hardware, rows: R
         raise UserError(f"rank {rank} is not one of {ranks} ranks; give one from 0 to {ranks - 1}")
     config = _config(experiment, ranks, rank)
     place = replace(place_of(config, ranks), rank=rank)
-    with world(ranks, rank, GPU_WAYS if on.is_gpu else None), _silence(), _set(rows):
+    with world(ranks, rank, GPU_WAYS if on.is_gpu else None), silence(), _set(rows):
         task = made_task(config, experiment.about.get("vocabulary", 0))
         with torch.device("meta"):
             model, criterion = task.build_model(config.model), task.build_criterion(config.criterion)
@@ -154,8 +154,8 @@ def dry_run(experiment: Experiment, ranks: int, rank: int, on: Hardware, rows: R
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Log nothing: what is logged here is of trainings, and this is none."""
+def silence() -> Iterator[None]:
+    """Log nothing: what is logged is of trainings, and this is none."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

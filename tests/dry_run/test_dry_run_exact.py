@@ -1,5 +1,4 @@
-"""A dry run against real processes: the bytes of every collective to the byte, the memory within 1 % for one
-rank, and within 10 % for several."""
+"""A dry run against real processes: the bytes of every collective to the byte, the memory within 1 %."""
 
 import itertools
 from collections import Counter
@@ -52,7 +51,10 @@ def test_dry_run_is_what_a_rank_does(world):
             total = Counter()
             for call in of.calls:
                 total[call.kind] += call.bytes
-            found[case, rank] = dict(total) == of_ranks[rank]["bytes"], sum(of.peak.values()) / of_ranks[rank]["peak"]
-    # gloo's threads let go of what they sent a little later, at no fixed time; alone, counters differ.
-    tolerance = 0.01 if world == 1 else 0.1
-    assert {case: share for case, (is_same, share) in found.items() if not is_same or abs(share - 1) > tolerance} == {}
+            # The profiler does not see what gloo's threads give back: beside others, a rank's real tensors are watched.
+            seen_peak = of_ranks[rank]["peak" if world == 1 else "watched"]
+            found[case, rank] = dict(total) == of_ranks[rank]["bytes"], sum(of.peak.values()) / seen_peak
+            if world == 1:
+                assert of_ranks[rank]["watched"] == pytest.approx(seen_peak, rel=0.01)
+    wrong = {case: share for case, (is_same, share) in found.items() if not is_same or abs(share - 1) > 0.01}
+    assert wrong == {}

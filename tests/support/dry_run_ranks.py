@@ -10,6 +10,7 @@ from fairseq.trainer import Trainer
 
 import fairseq_hash
 from fairseq_hash.dry_run.collectives import CollectiveCounter
+from fairseq_hash.dry_run.memory import MemoryWatch
 from fairseq_hash.experiments.compose import compose
 from fairseq_hash.experiments.names import own_configs
 from fairseq_hash.moe.all_to_all import AllToAllDispatcher
@@ -45,7 +46,7 @@ def measure(name, overrides):
     config.distributed_training.distributed_rank = dist.get_rank()
     torch.manual_seed(1)
     # From the start on: of memory that was taken before, the profiler does not see that it is given back.
-    with torch.profiler.profile(profile_memory=True) as profiler:
+    with torch.profiler.profile(profile_memory=True) as profiler, MemoryWatch() as watch:
         task = made_task(config, vocabulary)
         model, criterion = task.build_model(config.model), task.build_criterion(config.criterion)
         trainer = Trainer(config, task, model, criterion)
@@ -56,10 +57,12 @@ def measure(name, overrides):
                 tokens.copy_((torch.rand(tokens.shape).square() * vocabulary).long() + 4)  # uneven
         chosen = record_choices()
         trainer.train_step(samples)
+        watch.begin()
         with CollectiveCounter() as counter, torch.profiler.record_function(SECOND):
             trainer.train_step(samples)
     counts = [chosen_E.tolist() for chosen_E in chosen]
-    return {"chosen": counts, "bytes": dict(counter.bytes), "peak": peak_of(profiler)}
+    watched = sum(watch.peak.values())
+    return {"chosen": counts, "bytes": dict(counter.bytes), "peak": peak_of(profiler), "watched": watched}
 
 
 def record_choices():

@@ -22,7 +22,7 @@ from fairseq_hash.dry_run.roofline import Roofline
 from fairseq_hash.dry_run.world import check_dispatch, without_data, world
 from fairseq_hash.experiments.compose import Experiment
 from fairseq_hash.experiments.memory import place_of
-from fairseq_hash.experiments.sizes import made_task, without_files
+from fairseq_hash.experiments.sizes import made_task, vocabulary_of, without_files
 from fairseq_hash.fairseq_patches.registry import replaced
 from fairseq_hash.moe.kernels.feed_forward import GPU_WAYS
 from fairseq_hash.parallel.groups import ExpertParallel
@@ -116,10 +116,10 @@ def dry_run(experiment: Experiment, ranks: int, rank: int, on: Hardware, rows: R
     """
     if not 0 <= rank < ranks:
         raise UserError(f"rank {rank} is not one of {ranks} ranks; give one from 0 to {ranks - 1}")
-    config = _config(experiment, ranks, rank)
+    config, vocabulary = _config(experiment, ranks, rank), vocabulary_of(experiment)
     place = replace(place_of(config, ranks), rank=rank)
     with world(ranks, rank, GPU_WAYS if on.is_gpu else None), silence(), _set(rows):
-        task = made_task(config, experiment.about.get("vocabulary", 0))
+        task = made_task(config, vocabulary)
         with torch.device("meta"):
             model, criterion = task.build_model(config.model), task.build_criterion(config.criterion)
         memory, counter, roofline = MemoryWatch(), CollectiveCounter(), Roofline(on)
@@ -192,9 +192,10 @@ def _config(experiment: Experiment, ranks: int, rank: int) -> DictConfig:
 
 def batches_of(config: DictConfig) -> Batches:
     """Return the batches of an update; `Trainer` has scaled their number to the ranks by now."""
-    length = config.task.tokens_per_sample
-    sentences = max(1, config.dataset.max_tokens // length)
-    return Batches(config.optimization.update_freq[0], min(sentences, config.dataset.batch_size or sentences), length)
+    length, dataset = config.task.tokens_per_sample, config.dataset
+    most = [dataset.max_tokens // length] if dataset.max_tokens else []
+    most += [dataset.batch_size] if dataset.batch_size else []
+    return Batches(config.optimization.update_freq[0], max(1, min(most, default=1)), length)
 
 
 def _optimizer_state(trainer: Trainer) -> Iterator["Tensor | None"]:

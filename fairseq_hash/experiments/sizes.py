@@ -133,12 +133,18 @@ def build_on_meta(experiment: Experiment) -> nn.Module:
     """
     config = without_files(OmegaConf.create(OmegaConf.to_container(experiment.config)))
     config.model.expert_parallel_size, config.model.expert_dispatch = 0, "all-to-all"
+    task = made_task(config, vocabulary_of(experiment))
+    log = logging.getLogger("fairseq_hash.model")  # of a model that is trained; this one is not
+    with torch.device("meta"), replaced(log, "disabled", True):
+        return HashTransformerLanguageModel.build_model(config.model, task)
+
+
+def vocabulary_of(experiment: Experiment) -> int:
+    """Return how many symbols an experiment's dictionary has. Raises `UserError` if it does not say."""
     vocabulary = experiment.about.get("vocabulary")
     if not vocabulary:
         raise UserError(f"{experiment.name} states no experiment.vocabulary, so its size is not known")
-    log = logging.getLogger("fairseq_hash.model")  # of a model that is trained; this one is not
-    with torch.device("meta"), replaced(log, "disabled", True):
-        return HashTransformerLanguageModel.build_model(config.model, made_task(config, vocabulary))
+    return int(vocabulary)
 
 
 def without_files(config: DictConfig) -> DictConfig:

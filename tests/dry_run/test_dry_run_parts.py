@@ -15,7 +15,7 @@ from fairseq_hash.dry_run.hardware import GPUS, Hardware, as_yaml, hardware
 from fairseq_hash.dry_run.known_rows import KnownDispatcher, even_rows, rows_of
 from fairseq_hash.dry_run.report import in_nodes, seconds_of, show
 from fairseq_hash.dry_run.roofline import Roofline
-from fairseq_hash.dry_run.update import dry_run
+from fairseq_hash.dry_run.update import batches_of, dry_run
 from fairseq_hash.experiments.sizes import sizes
 from fairseq_hash.parallel.groups import ExpertParallel
 
@@ -174,6 +174,25 @@ def test_what_a_dry_run_refuses_is_one_line(name, overrides, ranks, rank, words)
         dry_run(experiment_of(name, [*SMALL, ANY, *overrides]), ranks, rank, GPUS["h100"])
     assert words in str(refusal.value) and "\n" not in str(refusal.value)
     assert not torch.distributed.is_initialized()
+
+
+def test_dry_run_needs_a_vocabulary():
+    with pytest.raises(UserError, match="states no experiment.vocabulary"):
+        dry_run(experiment_of("laptop/hash", [*SMALL, ANY, "experiment.vocabulary=null"]), 2, 0, GPUS["h100"])
+
+
+@pytest.mark.parametrize(
+    ("given", "sentences"),
+    [
+        (["dataset.max_tokens=200"], 3),
+        (["dataset.max_tokens=200", "dataset.batch_size=2"], 2),
+        (["dataset.max_tokens=null", "dataset.batch_size=5"], 5),
+        (["dataset.max_tokens=10"], 1),
+    ],
+)
+def test_batches_are_those_of_the_configuration(given, sentences):
+    """Samples have 64 tokens: as many as both limits allow, and one at least."""
+    assert batches_of(experiment_of("laptop/hash", [ANY, *given]).config).sentences == sentences
 
 
 def test_nodes_share_the_ranks():

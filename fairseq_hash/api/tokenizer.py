@@ -40,7 +40,8 @@ class Pieces:
         """
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
+            self._processor.id_to_piece(list(range(self._processor.get_piece_size())))  # each can be read
+        except (OSError, RuntimeError, UnicodeDecodeError) as error:
             raise UserError(
                 f"{path} is not a SentencePiece model; give the one with which the data was prepared"
             ) from error

@@ -107,11 +107,11 @@ def _check_pieces(path: Path, symbols: Sequence[str]) -> None:
         raise UserError(f"--sentencepiece {path} does not exist; give the model with which the data was cut")
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
+        known = {processor.id_to_piece(number) for number in range(processor.get_piece_size())}
+    except (OSError, RuntimeError, UnicodeDecodeError) as error:
         raise UserError(
             f"--sentencepiece {path} is not a SentencePiece model; give the one with which the data was cut"
         ) from error
-    known = {processor.id_to_piece(number) for number in range(processor.get_piece_size())}
     # Characters that a model does not know are also symbols, unless the model falls back to bytes.
     own = [symbol for symbol in symbols[4:] if not symbol.startswith("madeupword")]
     others = [symbol for symbol in own if symbol not in known]

@@ -110,7 +110,9 @@ def ordered(subsets: Iterable[str]) -> list[str]:
 
 
 def _mean(intervals: Sequence[dict[str, Any]], key: str) -> float:
-    return statistics.fmean(values[key] for values in intervals if key in values)
+    """Return the mean of a value over the intervals that have it; NaN where none has, as in a damaged log."""
+    found = [values[key] for values in intervals if key in values]
+    return statistics.fmean(found) if found else math.nan
 
 
 def table_of_runs(models: dict[str, list[Run]]) -> pd.DataFrame:
@@ -143,7 +145,8 @@ def for_readers(models: pd.DataFrame) -> pd.DataFrame:
     """Return the table of models as text with headings and units, for people."""
 
     def column(name: str, form: str) -> list[str]:
-        return [NOTHING if pd.isna(value) else form.format(value) for value in models[name]]
+        values = models.get(name, [math.nan] * len(models))  # no run's log may have it
+        return [NOTHING if pd.isna(value) else form.format(value) for value in values]
 
     shown: dict[str, list[str]] = {"Model": list(models["model"])}
     for name in [name for name in models if name.endswith("_perplexity")]:

@@ -59,7 +59,7 @@ def why_no_result(evaluation: Evaluation, training: TrainingLog) -> "str | None"
         return f"scored one of {parts} parts of the text; repeat it in one process, without --num-shards"
     if training.finished is not None and evaluation.time < training.finished:
         return "was made before training was done; repeat it"
-    models = [one["dictionary_fingerprint"] for one in (evaluation.model, training.model) if one]
-    if len(set(models)) > 1:
+    models = {one.get("dictionary_fingerprint") for one in (evaluation.model, training.model) if one} - {None}
+    if len(models) > 1:
         return "was made with another dictionary than the training"
     return None

@@ -7,10 +7,12 @@ import io
 import itertools
 import json
 import lzma
+import math
 import struct
 import zipfile
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from fairseq.data import Dictionary
@@ -37,6 +39,7 @@ from fairseq_hash.core.errors import UserError
 from fairseq_hash.hashing import load_table
 from fairseq_hash.hashing.dictionary import read_dictionary
 from fairseq_hash.reporting.benchmarks_files import load_benchmarks
+from fairseq_hash.reporting.comparison_table import _mean, for_readers
 from fairseq_hash.studies.definition import load_study
 from fairseq_hash.table_tools.tid2eid import read_tensors
 from fairseq_hash.table_tools.token_streams import open_text
@@ -491,3 +494,12 @@ def test_dictionary_with_a_blank_line_is_refused(tmp_path, text):
         read_dictionary(path)
     with pytest.raises(ValueError, match="Incorrect dictionary format"):
         Dictionary.load(str(path))
+
+
+def test_a_report_of_logs_that_lack_what_it_shows():
+    """A statistic without values, and a table without a column: both were tracebacks of the report."""
+    row = {"model": "a", "runs": 1, "parameters_total": 1, "parameters_active": 1, "wall_seconds": 1.0}
+    lacking = ("load_max_train", "load_max_valid", "dropped")
+    models = pd.DataFrame([row | dict.fromkeys(lacking, float("nan"))])
+    assert list(for_readers(models)["Updates"]) == ["–"]
+    assert math.isnan(_mean([{"other": 1.0}], "load_max"))

@@ -50,6 +50,7 @@ class Plan:
         save_every: updates between two saves.
         victim: the rank that ends at a file operation.
         operation: the number of that operation in the folder, from 1; 0: none.
+        subset: the split that it trains on.
     """
 
     world_size: int
@@ -57,6 +58,7 @@ class Plan:
     save_every: int = 1
     victim: int = 0
     operation: int = 0
+    subset: str = "valid"
 
 
 def prepare() -> None:
@@ -130,7 +132,7 @@ def _train(data: Path, folder: Path, plan: Plan, rank: int, meeting: str, sender
 
 
 def _train_and_save(data: Path, folder: Path, plan: Plan, sender: Any, operations: Callable[[], int]) -> None:
-    options = case("hash", EXPERTS, "adam", *SAVING, "--save-dir", str(folder))
+    options = (*case("hash", EXPERTS, "adam", *SAVING, "--save-dir", str(folder)), "--train-subset", plan.subset)
     trainer, epoch_itr = recorded.make_trainer(data, (*options, "--update-freq", str(BATCHES // plan.world_size)))
     sender.send(("loaded", trainer.get_num_updates(), prints(trainer)))
     record = recorded.keep_losses_and_norms(trainer)

@@ -13,7 +13,7 @@ from fuzz_seeds import ROOT, run_files
 from made_runs import write_run
 from made_study import made_facts, made_runs_of_study, made_study
 
-from fairseq_hash.cli.experts import read_text
+from fairseq_hash.cli.texts import read_text
 from fairseq_hash.experiments.compose import compose
 from fairseq_hash.reporting.benchmarks import split, times
 from fairseq_hash.reporting.benchmarks_files import load_benchmarks

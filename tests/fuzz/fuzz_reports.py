@@ -25,6 +25,9 @@ from fairseq_hash.studies.definition import load_study, quick
 from fairseq_hash.studies.records import read_facts, read_records, write_record
 from fairseq_hash.studies.results import gather
 from fairseq_hash.studies.schedule import done_of, expected_runs, wanted
+from fairseq_hash.training.expert_alarm import ExpertAlarm
+from fairseq_hash.training.monitor_file import NAME as MONITOR
+from fairseq_hash.training.monitor_file import MonitorFile
 
 CONFIGS = ROOT / "configs"
 EXPERIMENTS = ("laptop/hash", "laptop/topk_bias", "reddit/hash_1x64", "stablemoe/switch", "cc100_en/hash_4.5b")
@@ -192,11 +195,26 @@ def read_texts(folder: Path) -> None:
     read_text(str(folder / "note"))
 
 
+def monitor_seeds() -> list[Seed]:
+    """Return the monitor's file, as bytes and line by line."""
+    line = {"update": 2, "layer": 1, "router": "switch", "updates": 1, "dropped": 0.25, "load": [0.5, 0.5, 0.0]}
+    lines = [json.dumps({**line, "update": update}) for update in (1, 2, 3)]
+    return [{MONITOR: "".join(f"{text}\n" for text in lines).encode()}, {MONITOR: log_tree("\n".join(lines) + "\n")}]
+
+
+def read_monitor(folder: Path) -> None:
+    """Go on in the monitor's file, as a training that resumes."""
+    alarm = ExpertAlarm(2, 1.1)
+    for record in MonitorFile(folder).resume(2):
+        alarm.hear(record)
+
+
 READERS = (
     Reader("training log", log_seeds, read_logs, log_hostile, share=0.2),
     Reader("result of a benchmark", benchmark_seeds, read_benchmarks, lambda: [{"layer.json": b"[" * DEPTH}]),
     Reader("record of a study", record_seeds, read_study_records, record_hostile),
     Reader("definition of a study", study_seeds, read_study, study_hostile, share=0.3),
     Reader("configuration", config_seeds, read_config, config_hostile, share=0.02),
+    Reader("monitor's file", monitor_seeds, read_monitor, lambda: [{MONITOR: b"[" * DEPTH}, {MONITOR: b"1\n"}]),
     Reader("note and text", text_seeds, read_texts, lambda: [{"note": b"\xff"}]),
 )

@@ -5,15 +5,17 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from fuzz_formats import DEPTH, json_tree, log_tree, yaml_tree
-from fuzz_mutations import Seed
+from fuzz_formats import DEPTH, json_bytes, json_tree, log_tree, yaml_tree
+from fuzz_mutations import Seed, Tree
 from fuzz_rounds import Reader
 from fuzz_seeds import ROOT, run_files
 from made_runs import write_run
 from made_study import made_facts, made_runs_of_study, made_study
 
 from fairseq_hash.cli.texts import read_text
+from fairseq_hash.core.errors import UserError
 from fairseq_hash.experiments.compose import compose
 from fairseq_hash.reporting.benchmarks import split, times
 from fairseq_hash.reporting.benchmarks_files import load_benchmarks
@@ -198,15 +200,22 @@ def read_texts(folder: Path) -> None:
 def monitor_seeds() -> list[Seed]:
     """Return the monitor's file, as bytes and line by line."""
     line = {"update": 2, "layer": 1, "router": "switch", "updates": 1, "dropped": 0.25, "load": [0.5, 0.5, 0.0]}
-    lines = [json.dumps({**line, "update": update}) for update in (1, 2, 3)]
-    return [{MONITOR: "".join(f"{text}\n" for text in lines).encode()}, {MONITOR: log_tree("\n".join(lines) + "\n")}]
+
+    def dump(lines: Any) -> bytes:
+        return b"".join(json_bytes(one) + b"\n" for one in (lines if isinstance(lines, list) else [lines]))
+
+    lines = [{**line, "update": update} for update in (1, 2, 3)]
+    return [{MONITOR: dump(lines)}, {MONITOR: Tree(lines, dump)}]
 
 
 def read_monitor(folder: Path) -> None:
-    """Go on in the monitor's file, as a training that resumes."""
-    alarm = ExpertAlarm(2, 1.1)
-    for record in MonitorFile(folder).resume(2):
+    """Go on in the monitor's file, as a training that resumes. It refuses no file: a damaged line goes."""
+    alarm, lines = ExpertAlarm(2, 1.1), (folder / MONITOR).read_bytes().splitlines()
+    records = MonitorFile(folder).resume(10**9)
+    for record in records:
         alarm.hear(record)
+    if len(records) < len(lines):
+        raise UserError("a line went")
 
 
 READERS = (

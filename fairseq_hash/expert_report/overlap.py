@@ -1,7 +1,7 @@
 """How far a route is a table of token ids, beside chance and beside a real table. Shape suffixes: `moe.losses`.
 
-OpenMoE (Xue et al. 2024, section 4) found that learned routers send a token id mostly to the same experts, whatever the
-context. Here P is the number of pairs of a token id and an expert that occur.
+OpenMoE (Xue et al. 2024, arXiv 2402.01739) found that learned routers send a token id mostly to the same experts,
+whatever the context. Here P is the number of pairs of a token id and an expert that occur.
 """
 
 from dataclasses import dataclass

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import ranks
 import recorded
+import torch
 from exactness import SUBSETS, one_process
 from fairseq import checkpoint_utils
 from monitor_ranks import same
@@ -19,6 +20,9 @@ from fairseq_hash.core.errors import UserError
 from fairseq_hash.fairseq_patches.tensorboard import description_of
 from fairseq_hash.moe.routing_stats import OF_MONITOR
 from fairseq_hash.options.criterion_options import MonitorOptions, monitor_options
+from fairseq_hash.parallel.exchange_meter import ExchangeMeter
+from fairseq_hash.reporting.comparison_table import router_statistics
+from fairseq_hash.reporting.runs import load_run
 from fairseq_hash.training.expert_alarm import ExpertAlarm
 from fairseq_hash.training.expert_summary import logged, summary
 from fairseq_hash.training.monitor_file import NAME, MonitorFile
@@ -166,6 +170,39 @@ def test_log_tensorboard_and_file_say_the_same(data, tmp_path):
             assert event.value == pytest.approx(value)
             assert OF_MONITOR[name] in description_of(tag)
     assert set(logged(lines[0])) == set(OF_MONITOR)
+    (tmp_path / "train.log").write_text(done.stdout + done.stderr)
+    own = {"router_entropy", "balance_loss", "z_loss"}  # what a report shows as the router's
+    assert set(router_statistics(load_run(tmp_path), 1)) == own
+
+
+class Event:
+    """What stands for a CUDA event: it has a time once the device has come to it, which somebody waited for."""
+
+    said = []
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = len(self.said)
+        self.said.append("recorded")
+
+    def synchronize(self):
+        self.said.append("waited")
+
+    def elapsed_time(self, end):
+        assert self.said[-1] == "waited"
+        return 500.0 * (end.at - self.at)
+
+
+def test_on_a_gpu_the_time_lies_between_events_and_nothing_waits_before_it_is_asked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    meter = ExchangeMeter()
+    for size in (100, 20):
+        with meter.exchange(size, torch.device("cuda")):
+            pass
+    assert Event.said == ["recorded"] * 4 and meter.bytes == 120
+    assert meter.seconds() == 1.0 and Event.said[4:] == ["waited"]
 
 
 def without_times(lines):

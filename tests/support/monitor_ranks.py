@@ -134,3 +134,25 @@ def refused(data, words):
     with contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
         recorded.make_trainer(data, words)
     return said.getvalue()
+
+
+def train_and_die(data, words, saved, killed):
+    """Train, save after an update, go on to another one, and be killed in it, before its end."""
+    import os
+    import signal
+
+    from fairseq import checkpoint_utils
+
+    trainer, epoch_itr = recorded.make_trainer(data, words)
+    train_step = trainer.train_step
+
+    def step(samples):
+        if trainer.get_num_updates() == killed:
+            trainer.optimizer.step = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+        result = train_step(samples)
+        if trainer.get_num_updates() == saved:
+            checkpoint_utils.save_checkpoint(trainer.cfg.checkpoint, trainer, epoch_itr, 1.0)
+        return result
+
+    trainer.train_step = step
+    recorded.run(trainer, epoch_itr, killed + 1)

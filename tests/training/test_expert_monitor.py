@@ -3,8 +3,10 @@
 import json
 import logging
 import math
+import signal
 from pathlib import Path
 
+import forked
 import monitor_ranks
 import numpy as np
 import pytest
@@ -12,7 +14,6 @@ import ranks
 import recorded
 import torch
 from exactness import SUBSETS, one_process
-from fairseq import checkpoint_utils
 from monitor_ranks import same
 from plugin import records, train
 
@@ -210,20 +211,22 @@ def without_times(lines):
 
 
 def test_a_killed_training_goes_on_in_its_file(data, tmp_path):
-    """Killed after update 5, in the middle of a line; its checkpoint is of update 3."""
+    """Killed in update 6, after a checkpoint of update 3; another one's last line is cut off as well."""
     whole, killed = monitor_ranks.folders(tmp_path, "whole", "killed")
     words = (*CASES["switch"], "--monitor-interval", "1")
-    monitor_ranks.experiment(str(data), (*words, "--save-dir", whole), 6)
-    trainer, epoch_itr = recorded.make_trainer(str(data), (*words, "--save-dir", killed))
-    recorded.run(trainer, epoch_itr, 3)
-    checkpoint_utils.save_checkpoint(trainer.cfg.checkpoint, trainer, epoch_itr, 1.0)
-    expected = (Path(whole) / NAME).read_text().splitlines(keepends=True)
+    monitor_ranks.experiment(str(data), (*words, "--save-dir", whole), 7)
+    arguments = (str(data), (*words, "--save-dir", killed), 3, 5)
+    process = forked.start(monitor_ranks.train_and_die, arguments, tmp_path / "said", OMP_NUM_THREADS="1")
+    process.join(300)
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "said").read_text()[-2000:]
     path = Path(killed) / NAME
-    assert len(path.read_text().splitlines()) == 6
-    path.write_text(path.read_text() + "".join(expected[6:9]) + expected[9][:40])
-    monitor_ranks.experiment(str(data), (*words, "--save-dir", killed), 6)
-    found = [json.loads(line) for line in path.read_text().splitlines()]
-    assert without_times(found) == without_times(map(json.loads, expected))
+    lines = path.read_text().splitlines(keepends=True)
+    assert [json.loads(line)["update"] for line in lines] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    path.write_text("".join(lines) + lines[0][:40])
+    monitor_ranks.experiment(str(data), (*words, "--save-dir", killed), 7)
+    texts = [(Path(folder) / NAME).read_text() for folder in (killed, whole)]
+    found, expected = ([json.loads(line) for line in text.splitlines()] for text in texts)
+    assert without_times(found) == without_times(expected) and len(found) == 14
 
 
 def test_the_file_keeps_whole_lines_up_to_an_update(tmp_path, caplog):

@@ -14,7 +14,8 @@ from fairseq_hash.parallel.exchange_meter import ExchangeMeter
 class LayerMeter:
     """A layer that has one counts into it. Nothing here waits for the device.
 
-    With activation checkpointing each pass counts twice, choices and drops alike: their ratio stays.
+    With activation checkpointing each pass counts twice, choices and drops alike: their ratio stays. A batch
+    that fairseq fills in at the end of an epoch counts as any other.
 
     Attributes:
         exchange: what the exchanges of rows took.

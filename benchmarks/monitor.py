@@ -5,8 +5,9 @@
 
 Each model does rounds of three updates of random tokens with fairseq's trainer, one after the other and in the opposite
 order every other round: without the monitor, with it between two measurements, and with a measurement. A ratio is of
-two updates of one round. The share at an interval is what both kinds of updates cost together, from these ratios and,
-which a busy machine disturbs less, from the seconds that the monitor's own calls take.
+two updates of one round, of the processor's time in this process (rank 0), which a busy machine disturbs less than the
+time that passes. The share at an interval is what both kinds of updates cost together, from these ratios and, with less
+noise, from the time of the monitor's own calls.
 """
 
 import argparse
@@ -43,7 +44,14 @@ MODELS = {
 WARM_UP = 3
 WITHOUT, BETWEEN, MEASURED = "without", "between", "measured"
 NEVER = 10**12
-HEADINGS = ("ranks", "model", "update, ms", "between / without", "measured / without", "share at {} by ratios")
+HEADINGS = (
+    "ranks",
+    "model",
+    "update, ms of the processor",
+    "between / without",
+    "measured / without",
+    "share at {} by ratios",
+)
 HEADINGS += ("own, between, ms", "own, measured, ms", "share at {} by own time")
 
 
@@ -57,9 +65,9 @@ class OwnTime:
 
     def _timed(self, call: Any) -> Any:
         def timed(*args: Any) -> Any:
-            start = time.perf_counter()
+            start = time.process_time()
             result = call(*args)
-            self.seconds += time.perf_counter() - start
+            self.seconds += time.process_time() - start
             return result
 
         return timed
@@ -100,9 +108,9 @@ def measure(name: str, words: list[str], rounds: int, ranks: int, rank: int, fol
             own.seconds = 0.0
             if ranks > 1:
                 dist.barrier()
-            start = time.perf_counter()
+            start = time.process_time()
             trainer.train_step(samples)
-            seconds = time.perf_counter() - start
+            seconds = time.process_time() - start
             if number >= WARM_UP:
                 found[kind].append(seconds)
                 if kind != WITHOUT:

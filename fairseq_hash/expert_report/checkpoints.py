@@ -34,10 +34,10 @@ def by_update(folder: Path, main: Path) -> dict[int, Path]:
         UserError: if one of them is damaged.
     """
     found: dict[int, Path] = {}
-    for path in [main, *sorted(folder.glob("checkpoint*.pt"))]:
+    for path in sorted(folder.glob("checkpoint*.pt")):
         found.setdefault(updates_of(path), path)
-    chosen = dict(some(sorted(found.items()), MOST))
-    return dict(sorted({**chosen, updates_of(main): main}.items()))
+    update = updates_of(main)
+    return dict(sorted({**dict(some(sorted(found.items()), MOST)), update: main}.items()))
 
 
 def updates_of(path: Path) -> int:

@@ -20,7 +20,7 @@ from small_models import OPTIONS, checkpoint, loaded
 import fairseq_hash
 from fairseq_hash.api.routes import sparse_layers
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.expert_report import differences
+from fairseq_hash.expert_report import checkpoints, differences
 from fairseq_hash.expert_report.checkpoints import by_update, checkpoint_of, updates_of
 from fairseq_hash.expert_report.differences import of_outputs, of_weights
 from fairseq_hash.expert_report.overlap import Pairs, agreement, by_chance, by_table, overlap
@@ -192,12 +192,14 @@ def made_run(data, name):
     return Path(folder)
 
 
-def test_checkpoints_come_by_their_updates(data):
+def test_checkpoints_come_by_their_updates(data, monkeypatch):
     folder = made_run(data, "mixed")
     main = checkpoint_of(folder, "best")
     assert main.name == "checkpoint_best.pt" and updates_of(main) == 6
     found = by_update(folder, main)
     assert list(found) == [2, 4, 6] and found[6] == main and found[2].name == "checkpoint_1_2.pt"
+    monkeypatch.setattr(checkpoints, "MOST", 2)
+    assert list(by_update(folder, folder / "checkpoint_1_4.pt")) == [2, 4, 6]  # the ends, and the one that is asked for
 
 
 def done(*arguments):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fairseq_hash.hashing.builders import balanced_experts
+from fairseq_hash.hashing.builders import greedy_experts
 
 SEED = 1  # of the route by chance
 
@@ -103,7 +103,7 @@ def by_chance(pairs: Pairs) -> Pairs:
 def by_table(pairs: Pairs, vocabulary: int, experts: int) -> Pairs:
     """Return the route of the same tokens by a balanced hash table of this text, one expert for each token."""
     count_V = np.bincount(pairs.token_P, pairs.count_P, vocabulary).astype(np.int64)
-    expert_V = balanced_experts(count_V, experts)[:, 0]
+    expert_V = greedy_experts(count_V, count_V, np.zeros(experts, dtype=np.int64), 1)[:, 0]
     (token_P,) = np.nonzero(count_V)
     return Pairs.of(token_P, expert_V[token_P], count_V[token_P])
 

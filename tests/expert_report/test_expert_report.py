@@ -88,6 +88,11 @@ def test_chance_and_a_table_are_the_ends_of_the_scale():
     assert load_E[-1] == table.count_P.max() and load_E[-2] < 1.1 * load_E[0]  # one token has an expert of its own
 
 
+def test_a_text_without_repetition_has_a_table_too():
+    pairs = Pairs.of(np.arange(6), np.array([0, 0, 1, 2, 2, 2]))
+    assert by_table(pairs, 9, 3).load_E(3).tolist() == [2, 2, 2] and overlap(pairs).share == 1
+
+
 def test_one_expert_and_one_token_are_decided():
     assert overlap(Pairs.of(np.array([1, 1]), np.array([0, 0]))).nmi == 1
     assert overlap(Pairs.of(np.array([1, 2]), np.array([0, 0]))).explained == 1
@@ -264,6 +269,7 @@ def test_other_texts_checkpoints_and_places_of_experts(data, tmp_path):
     (tmp_path / "text.txt").write_text("word3 word1\nword2\n")
     out = done("experts", folder, tmp_path / "text.txt", "--checkpoint", "last")
     assert f"checkpoint_last.pt, after 6 updates; 6 tokens of {tmp_path / 'text.txt'}" in " ".join(out.split())
+    assert "3 tokens of" in done("experts", folder, tmp_path / "text.txt", "--tokens", 2)
     out = done("experts", folder, data, "--subset", "test", "--tokens", 50)
     assert "51 tokens of" in out and "/test" in "".join(out.split())
     held = done("experts", folder, "--tokens", 100, "--out", tmp_path / "held")

@@ -1,5 +1,6 @@
 """The main file of a checkpoint: written whole or not at all, read without running code from it."""
 
+import errno
 import os
 import pickle
 import pickletools
@@ -58,7 +59,11 @@ def cannot_write(path: "str | os.PathLike[str]", error: Exception) -> str:
     """Return the message for a file that cannot be written, such as on a full disc."""
     cause = next((e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)), error)
     what = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause).splitlines()[0]
-    return f"{path} cannot be written ({what}); earlier checkpoints are whole, make room and resume from them"
+    is_full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+    advice = "make room" if is_full or not isinstance(cause, OSError) else "make the folder writable"
+    if not Path(path).parent.is_dir():
+        return f"{path} cannot be written: its folder is gone; bring it back, or give another --save-dir"
+    return f"{path} cannot be written ({what}); earlier checkpoints are whole, {advice} and resume from them"
 
 
 def duplicate(source: "str | os.PathLike[str]", target: "str | os.PathLike[str]") -> None:

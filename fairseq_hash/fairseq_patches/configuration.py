@@ -71,12 +71,19 @@ def _name_missing_data(original: Callable[..., Any], cfg: Any, **kwargs: Any) ->
 
 
 @override("fairseq.tasks.language_modeling.LanguageModelingTask", "load_dataset", one_line=True)
-def _name_missing_subset(original: Callable[..., Any], task: Any, split: str, *args: Any, **kwargs: Any) -> Any:
-    """Say in one line that a folder lacks a subset; upstream it is a traceback."""
+def _name_missing_subset(
+    original: Callable[..., Any], task: Any, split: str, epoch: int = 1, *args: Any, **kwargs: Any
+) -> Any:
+    """Say in one line that a folder lacks a subset, the one of this epoch where there are several.
+
+    Upstream: it is a traceback.
+    """
     try:
-        return original(task, split, *args, **kwargs)
+        return original(task, split, epoch, *args, **kwargs)
     except FileNotFoundError as error:
+        folders = task.args.data.split(os.pathsep)
+        folder = folders[(epoch - 1) % len(folders)]
         raise UserError(
-            f"{task.args.data} has no subset {split} (no {split}.bin and {split}.idx); prepare the data with it, or "
-            "name another one (--train-subset, --valid-subset, --gen-subset)"
+            f"{folder} has no subset {split} (no {split}.bin and {split}.idx); prepare the data with it, or name "
+            "another one (--train-subset, --valid-subset, --gen-subset)"
         ) from error

@@ -19,6 +19,7 @@ from fairseq_hash.options.criterion_options import MonitorOptions, SparseCriteri
 from fairseq_hash.training.expert_alarm import ExpertAlarm
 from fairseq_hash.training.expert_monitor import ExpertMonitor
 from fairseq_hash.training.monitor_file import MonitorFile
+from fairseq_hash.training.not_finite import blame, experts_not_finite
 from fairseq_hash.training.router_updates import update_routers
 from fairseq_hash.training.shared_experts import SharedTraining, scaled_update_freq
 from fairseq_hash.training.trainer_state import TrainerState
@@ -83,7 +84,10 @@ def _keep_batch_size(cfg: Any, meant_for: int) -> None:
 
 @override("fairseq.trainer.Trainer", "train_step")
 def _end_together(original: Callable[..., Any], trainer: Trainer, samples: Any, *args: Any, **kwargs: Any) -> Any:
-    """End the job on an error of the reduction or the optimizer; say which rank has a loss that is not finite."""
+    """End the job on an error of the reduction or the optimizer; say which rank and which expert is not finite.
+
+    Upstream: NaN ends a training with the names of all modules, and nobody sees which expert has it.
+    """
     state = trainer.hash_state
     state.real_batches = [sample is not None and len(sample) > 0 for sample in samples]
     if state.monitor is not None:
@@ -91,6 +95,10 @@ def _end_together(original: Callable[..., Any], trainer: Trainer, samples: Any, 
     try:
         with contextlib.nullcontext() if state.shared is None else state.shared.an_update():
             return original(trainer, samples, *args, **kwargs)
+    except FloatingPointError as error:
+        if cause := blame(experts_not_finite(trainer.get_model())):
+            raise FloatingPointError(f"{error}{cause}") from error
+        raise
     finally:
         state.real_batches = []
 

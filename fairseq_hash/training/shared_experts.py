@@ -17,6 +17,7 @@ from fairseq_hash.moe.token_dispatcher import LocalDispatcher
 from fairseq_hash.parallel.collectives import gather
 from fairseq_hash.parallel.groups import ExpertParallel, norm_of_shards, norm_with_experts
 from fairseq_hash.parallel.watchdog import Watchdog, watchdog_of
+from fairseq_hash.training.not_finite import blame, experts_not_finite
 
 MOST_RANKS = 4096  # of those that are named where a batch cannot be shared
 BACKENDS = ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d", "fully_sharded")
@@ -86,7 +87,8 @@ def scaled_update_freq(update_freq: Sequence[int], meant_for: int, ranks: int) -
 class SharedTraining:
     """The gradient norm, the optimizer's state and the failures of a training whose ranks share experts."""
 
-    def __init__(self, parallel: ExpertParallel, watchdog: Watchdog) -> None:
+    def __init__(self, model: nn.Module, parallel: ExpertParallel, watchdog: Watchdog) -> None:
+        self.model = model
         self.parallel = parallel
         self.watchdog = watchdog
         self.finite: Tensor | None = None
@@ -105,7 +107,7 @@ class SharedTraining:
             return None
         check_training(cfg, type(layer.dispatcher))
         parallel = layer.parallel
-        return cls(parallel, watchdog_of(parallel.rank, parallel.world_size))
+        return cls(model, parallel, watchdog_of(parallel.rank, parallel.world_size))
 
     def watch_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Return a task's step, made to end the job on any error and to remember whether its losses were finite."""
@@ -130,11 +132,13 @@ class SharedTraining:
         except FloatingPointError as error:
             finite = gather(self.finite is None or bool(self.finite))
             ranks = [str(rank) for rank, is_finite in enumerate(finite) if not is_finite]
+            cause = blame([what for found in gather(experts_not_finite(self.model, not ranks)) for what in found])
             if self.parallel.rank > 0:
                 self.watchdog.leave()
             if not ranks:
-                self.watchdog.end(f"every rank: {error}, with finite losses; lower the learning rate or clip gradients")
-            self.watchdog.end(f"rank {', '.join(ranks)}: the loss is NaN or infinite")
+                advice = "lower the learning rate or clip gradients"
+                self.watchdog.end(f"every rank: {error}, with finite losses; {advice}{cause}")
+            self.watchdog.end(f"rank {', '.join(ranks)}: the loss is NaN or infinite{cause}")
         except Exception as error:
             self.watchdog.fail(error)
 

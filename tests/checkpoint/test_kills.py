@@ -1,7 +1,8 @@
 """Trainings killed at random moments around saving: what is there is whole, and the next one goes on from it.
 
 Two ranks that share experts save after every update. A kill is of one rank (the watchdog ends the other) or of all.
-`bash scripts/test.sh -m slow tests/checkpoint/test_kills.py -n 0 -s` shows what each of 20 kills left.
+`bash scripts/test.sh -m slow tests/checkpoint/test_kills.py -n 0 -s` shows what each of 20 kills left. Those are of
+real commands; `benchmarks/kills.py` kills a thousand times without fairseq's start, and this file has a short dose.
 """
 
 import random
@@ -9,7 +10,8 @@ import time
 
 import pytest
 import torch
-from forked import start_python
+from forked import run_python, start_python
+from hydra_configs import ROOT
 from plugin import train, train_arguments
 from saved_checkpoints import referenced
 
@@ -105,3 +107,9 @@ def test_kills_around_saving_leave_whole_checkpoints(data, tmp_path):
 @pytest.mark.slow
 def test_twenty_kills(data, tmp_path):
     kill_often(data, tmp_path, kills=20, seed=2)
+
+
+def test_short_dose_of_the_fast_kills(tmp_path):
+    done = run_python([ROOT / "benchmarks" / "kills.py", "--kills", "12", "--seed", "3"], OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| kills | 12 |" in done.stdout and "| saves lost | 0 |" in done.stdout

@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.experiments.compose import compose
 from fairseq_hash.experiments.names import own_configs
 from fairseq_hash.studies.definition import QUICK_TOKENS, folder_name, load_study, quick
 
@@ -124,3 +125,10 @@ def test_every_study_of_the_project_is_whole():
     assert paths
     for path in paths:
         assert load_study(path).name == path.stem
+
+
+@pytest.mark.parametrize("path", sorted((own_configs() / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_models_of_every_study_compose(path):
+    for model in load_study(path).trained():
+        if model.overrides:
+            compose(own_configs(), model.experiment, [*model.overrides, "task.data=data", "experiment.vocabulary=400"])

@@ -49,6 +49,9 @@ def main(how, failing_rank):
     def train_step(task, sample, model, criterion, optimizer, update_num, *args, **kwargs):
         nonlocal fails
         fails = update_num == 2 and dist.get_rank() == failing_rank
+        if fails and how == "expert":
+            layer = next(module for module in model.modules() if isinstance(module, SparseLayer))
+            next(layer.experts.parameters()).data[-1].fill_(float("nan"))
         if fails and how == "nan":
 
             def criterion(*args, original=criterion):

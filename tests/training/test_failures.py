@@ -28,10 +28,11 @@ FAILING = [
     ("outside", 1, 2, "rank 1: ValueError: made for the test"),
     ("memory", 1, 2, f"rank 1: {OUT_OF_MEMORY}"),
     ("nan", 1, 2, "rank 1: the loss is NaN or infinite"),
+    ("expert", 1, 2, "rank 0, 1: the loss is NaN or infinite; not finite: the weights of expert 5 of layer 1"),
 ]
 
 
-QUICK = {("killed", 1), ("silent", 0), ("error", 1), ("nan", 1)}
+QUICK = {("killed", 1), ("silent", 0), ("error", 1), ("nan", 1), ("expert", 1)}
 
 
 @pytest.mark.parametrize(

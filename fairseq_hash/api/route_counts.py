@@ -69,7 +69,7 @@ def count_routes(
     vocabulary, experts = len(model.dictionary), model.num_experts
     layer = next(layer for place, layer in sparse_layers(model.model) if place.number == number)
     chosen_VE, count_V = np.zeros((vocabulary, experts), dtype=np.int64), np.zeros(vocabulary, dtype=np.int64)
-    for token_BL in _batches(chain([np.array([model.start])], blocks), length):
+    for token_BL in text_batches(chain([np.array([model.start])], blocks), length):
         with watched(model.model) as decisions:
             model.model(token_BL.to(model.device))
         ((context, assignment, _),) = decisions[layer]
@@ -79,6 +79,7 @@ def count_routes(
     return chosen_VE, count_V
 
 
-def _batches(blocks: Iterable[np.ndarray], length: int) -> Iterator[Tensor]:
+def text_batches(blocks: Iterable[np.ndarray], length: int) -> Iterator[Tensor]:
+    """Yield a text as int64 `[B, L]`, samples of `length` tokens in order, as many as a model reads at once."""
     for token_BL, _ in samples(blocks, length):
         yield from torch.from_numpy(token_BL).split(max(TOKENS // length, 1))

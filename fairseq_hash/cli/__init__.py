@@ -20,7 +20,7 @@ VERBS = {
     "checkpoint": "show, verify, merge, split and average checkpoints",
     "export": "write a model for Hugging Face transformers",
     "sample": "let a model continue a text, and show which expert served each token",
-    "experts": "show which experts serve the tokens of a text, as a table",
+    "experts": "show which experts serve the tokens of a text; of a run, report what its experts do",
     "study": "run a comparison with a protocol: tuned learning rates, seeds, verdicts, n-gram lines",
     "report": "compare runs: tables, learning curves, perplexity by number of experts, expert loads, and a page with "
     "all of them",

@@ -1,13 +1,15 @@
-"""`fairseq-hash experts`: which experts serve the tokens of a text."""
+"""`fairseq-hash experts`: which experts serve the tokens of a text; of a run, what its experts do."""
 
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from fairseq_hash.cli.sample import add_model, load_model
+from fairseq_hash.cli.experts_of_run import TOKENS, report_run
+from fairseq_hash.cli.sample import add_model, check_checkpoint, load_model
+from fairseq_hash.cli.texts import read_text
 from fairseq_hash.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,21 +24,50 @@ EXAMPLES = 8
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the verb `experts`, and add its arguments."""
     parser.description = (
-        "Show which experts serve the tokens of a text: one line for each token, sparse layer and expert, "
-        "with tabs between the columns. A long text is cut into blocks as evaluation cuts it."
+        "Of a checkpoint: show which experts serve the tokens of a text, one line for each token, sparse layer and "
+        "expert, with tabs between the columns. A long text is cut into blocks as evaluation cuts it. Of a run's "
+        "folder: report what its experts do, that is, which tokens each serves, how they differ, and how far the "
+        "routes follow token ids, over the run's checkpoints."
     )
     add = parser.add_argument
-    add_model(parser)
-    add("text", metavar="TEXT", help="file of text, UTF-8; - reads standard input")
-    add("--summary", action="store_true", help="one line for each layer and expert: tokens, share, frequent tokens")
+    add_model(parser, "checkpoint of a language model, or the folder of a run")
+    add("text", nargs="?", metavar="TEXT", help="file of text, UTF-8; - reads standard input (default: the run's data)")
     add("--tokens-per-sample", type=int, metavar="N", help="tokens of a block (default: those of the training)")
-    add("--out", type=Path, metavar="FILE", help="write to FILE.tsv or FILE.csv instead")
-    add("--overwrite", action="store_true", help="replace FILE")
+    add("--out", type=Path, metavar="OUT", help="write to FILE.tsv or FILE.csv instead; of a run, files to this folder")
+    of_file = parser.add_argument_group("of a checkpoint")
+    of_file.add_argument(
+        "--summary", action="store_true", help="one line for each layer and expert: tokens, share, frequent tokens"
+    )
+    of_file.add_argument("--overwrite", action="store_true", help="replace FILE")
+    of_run = parser.add_argument_group("of a run")
+    of_run.add_argument("--checkpoint", dest="which", choices=("best", "last"), help="which one to use (default: best)")
+    of_run.add_argument("--subset", metavar="NAME", help="subset of the run's data to read (default: valid)")
+    of_run.add_argument("--tokens", type=int, metavar="N", help=f"tokens to read at most (default: {TOKENS:,})")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Read the text, load the model, and write the routes."""
+    """Read the text, load the model, and write the routes; or write the report on a run."""
+    if arguments.checkpoint.is_dir():
+        _refuse(arguments, ("summary", "overwrite"), f"{arguments.checkpoint} is a folder, and", "a checkpoint")
+        report_run(arguments)
+        return
+    check_checkpoint(arguments.checkpoint)
+    _refuse(arguments, ("which", "subset", "tokens"), f"{arguments.checkpoint} is a file, and", "the folder of a run")
+    if arguments.text is None:
+        raise UserError(f"no TEXT for {arguments.checkpoint}; give a file of text, or - for standard input")
+    show_routes(arguments)
+
+
+def _refuse(arguments: argparse.Namespace, names: Sequence[str], given: str, needs: str) -> None:
+    for name in names:
+        if getattr(arguments, name):
+            option = "checkpoint" if name == "which" else name
+            raise UserError(f"{given} --{option} needs {needs}; leave it out")
+
+
+def show_routes(arguments: argparse.Namespace) -> None:
+    """Show which experts of a checkpoint serve the tokens of a text."""
     from fairseq_hash.core.files import check_out, output_file
 
     out = arguments.out
@@ -62,26 +93,6 @@ def run(arguments: argparse.Namespace) -> None:
     with output_file(out) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         write_tables(tables, file, SEPARATORS[out.suffix])
     print(f"wrote {out}")
-
-
-def read_text(name: str) -> str:
-    """Return the text of a file, or of standard input.
-
-    Raises:
-        UserError: if it cannot be read, is not UTF-8, or has no word.
-    """
-    try:
-        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        text = content.decode("utf-8")
-    except OSError as error:
-        raise UserError(
-            f"{name} cannot be read ({error.strerror}); give a file of text, or - for standard input"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8 (byte {error.start:,}); give a file of text") from None
-    if not text.strip():
-        raise UserError(f"{'standard input' if name == '-' else name} is empty; give some text")
-    return text
 
 
 def blocks_of(model: "LanguageModel", text: str, length: "int | None") -> "Iterator[pd.DataFrame]":

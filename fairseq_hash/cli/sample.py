@@ -27,10 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add the options for loading a checkpoint."""
+def add_model(parser: argparse.ArgumentParser, what: str = "checkpoint of a language model") -> None:
+    """Add the options for loading a checkpoint; `what` can be given as one."""
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CKPT", help="checkpoint of a language model")
+    add("checkpoint", type=Path, metavar="CKPT", help=what)
     folder = "folder of its dict.txt (default: its training's data folder, or the checkpoint's own folder)"
     add("--data", type=Path, metavar="DIR", help=folder)
     add("--sentencepiece", type=Path, metavar="FILE", help="its SentencePiece model (default: beside dict.txt)")

@@ -133,6 +133,8 @@ def dry_run(experiment: Experiment, ranks: int, rank: int, on: Hardware, rows: R
             trainer = Trainer(config, task, model, criterion)
             # A trainer saves what it has where an update fails; here there is nothing to save.
             stack.enter_context(replaced(trainer, "save_checkpoint", lambda *args: None))
+            # A measurement reads values, which are not there, and has a file, which a training may be writing.
+            trainer.hash_state.monitor = None
             memory.mark_model(trainer._model)
             batches = batches_of(config).made()
             trainer.train_step(batches)

@@ -11,7 +11,7 @@ from torch.utils.tensorboard.summary import Summary, histogram, scalar
 
 from fairseq_hash.fairseq_patches.registry import override, replacement
 from fairseq_hash.moe.routers import router_names, statistics_of
-from fairseq_hash.moe.routing_stats import meanings
+from fairseq_hash.moe.routing_stats import OF_MONITOR, meanings
 
 # What fairseq and the criterion `hash_moe` log, over a log interval (`train_inner`), an epoch or a validation.
 DESCRIPTIONS = {
@@ -47,7 +47,7 @@ def description_of(tag: str) -> str:
     """Return what a number's name means, "" where that is not known."""
     if of_layer := re.fullmatch(r"layer(\d+)_(\w+)", tag):
         own = {name: text for router in router_names() for name, text in meanings(statistics_of(router)).items()}
-        known = {**OF_LAYER, **own}.get(of_layer[2])
+        known = {**OF_LAYER, **OF_MONITOR, **own}.get(of_layer[2])
         return f"Layer {of_layer[1]} (the first is 0): {known}" if known else ""
     return DESCRIPTIONS.get(tag, "")
 

@@ -18,7 +18,7 @@ from fairseq_hash.core.validators import check_at_least
 from fairseq_hash.lm.token_loss import adaptive_cross_entropy, token_cross_entropy
 from fairseq_hash.moe.routers import statistics_of
 from fairseq_hash.moe.routing_stats import RoutingReport, log_key, loss_weights, names_of, of_log_key, update_key
-from fairseq_hash.options.criterion_options import HashMoECriterionConfig, SparseCriterion
+from fairseq_hash.options.criterion_options import HashMoECriterionConfig, SparseCriterion, monitor_options
 from fairseq_hash.parallel.collectives import one_line_errors
 from fairseq_hash.provenance import peak_gigabytes
 
@@ -43,6 +43,9 @@ class HashMoECriterion(SparseCriterion, CrossEntropyCriterion):
         update_freq_ranks: int = 0,
         distill_weight: float = 0.3,
         sequence_loss_weight: float = 0.0001,
+        monitor_interval: int = 0,
+        monitor_patience: int = 5,
+        monitor_overload: float = 3.0,
     ) -> None:
         super().__init__(task, sentence_avg)
         check_at_least("--update-freq-ranks", update_freq_ranks, 0)
@@ -55,6 +58,7 @@ class HashMoECriterion(SparseCriterion, CrossEntropyCriterion):
         for name, weight in self.loss_weights.items():
             check_at_least(flag_of(name), weight, 0)
         self.log_expert_loads = log_expert_loads
+        self.monitor = monitor_options(monitor_interval, monitor_patience, monitor_overload)
         self.update_freq_ranks = update_freq_ranks
 
     def forward(

@@ -3,6 +3,7 @@
 Shape suffixes: see `losses`; here also P ranks of a group and e experts of each.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from torch import Tensor
 from fairseq_hash.moe.dispatch_plan import PlanUnderWay
 from fairseq_hash.moe.kernels.group_sizes import GroupSizes
 from fairseq_hash.moe.token_dispatcher import LocalDispatcher
+from fairseq_hash.parallel.exchange_meter import ExchangeMeter
 from fairseq_hash.parallel.groups import ExpertParallel
 
 
@@ -44,20 +46,24 @@ class Exchange:
         """Return the rows that this rank had sent, as the experts returned them; differentiable."""
         return _Transfer.apply(rows_RD, self, False)
 
-    def _send(self, rows_RD: Tensor) -> Tensor:
-        rows_RD = self._move(rows_RD, self.sent_P, self.received_P)
+    def _send(self, rows_RD: Tensor, meter: "ExchangeMeter | None") -> Tensor:
+        rows_RD = self._move(rows_RD, self.sent_P, self.received_P, meter)
         return rows_RD if self.arrival_R is None else rows_RD.index_select(0, self.arrival_R)
 
-    def _return(self, rows_RD: Tensor) -> Tensor:
+    def _return(self, rows_RD: Tensor, meter: "ExchangeMeter | None") -> Tensor:
         if self.arrival_R is not None:
             rows_RD = torch.empty_like(rows_RD).index_copy_(0, self.arrival_R, rows_RD)
-        return self._move(rows_RD, self.received_P, self.sent_P)
+        return self._move(rows_RD, self.received_P, self.sent_P, meter)
 
-    def _move(self, rows_RD: Tensor, sent_P: Sequence[int], received_P: Sequence[int]) -> Tensor:
+    def _move(
+        self, rows_RD: Tensor, sent_P: Sequence[int], received_P: Sequence[int], meter: "ExchangeMeter | None"
+    ) -> Tensor:
         leaving = sum(sent_P) - sent_P[self.parallel.place]
+        size = leaving * math.prod(rows_RD.shape[1:]) * rows_RD.element_size()
         self.parallel.traffic.rows += leaving
-        self.parallel.traffic.bytes += leaving * math.prod(rows_RD.shape[1:]) * rows_RD.element_size()
-        return all_to_all(rows_RD, sent_P, received_P, self.parallel.group)
+        self.parallel.traffic.bytes += size
+        with contextlib.nullcontext() if meter is None else meter.exchange(size, rows_RD.device):
+            return all_to_all(rows_RD, sent_P, received_P, self.parallel.group)
 
 
 class _Transfer(torch.autograd.Function):
@@ -66,11 +72,12 @@ class _Transfer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, exchange: Exchange, there: bool) -> Tensor:
         ctx.exchange, ctx.there = exchange, there
-        return exchange._send(rows_RD) if there else exchange._return(rows_RD)
+        ctx.meter = exchange.parallel.traffic.meter  # of the layer: a plan serves several, and backward is outside
+        return (exchange._send if there else exchange._return)(rows_RD, ctx.meter)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> "tuple[Tensor, None, None]":
-        return (ctx.exchange._return if ctx.there else ctx.exchange._send)(grad_RD), None, None
+        return (ctx.exchange._return if ctx.there else ctx.exchange._send)(grad_RD, ctx.meter), None, None
 
 
 def all_to_all(

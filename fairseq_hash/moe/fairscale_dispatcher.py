@@ -93,6 +93,7 @@ class FairscaleDispatcher(LocalDispatcher):
     """
 
     is_fp32_only = True  # fairscale's masks are
+    is_metered = False  # fairscale exchanges
 
     def run(self, x_TD: Tensor, assignment: Assignment, plan: DispatchPlan, experts: Experts) -> Tensor:
         """Return what the experts add to each token; `x_TD` has to be fp32."""

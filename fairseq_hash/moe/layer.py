@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fairseq_hash.moe.assignment import Assignment
 from fairseq_hash.moe.dispatch_plan import DispatchPlan, random_order
+from fairseq_hash.moe.layer_meter import LayerMeter
 from fairseq_hash.moe.mapped_experts import MappedExperts
 from fairseq_hash.moe.routing_context import RoutingContext
 from fairseq_hash.moe.routing_stats import NoStatistics, RoutingReport
@@ -25,6 +26,7 @@ class SparseLayer(nn.Module):
         expert_size: number of parameters of one expert.
         active_size: number of parameters of the experts that one token uses, the shared one left out.
         top_k: K, experts of a token.
+        meter: what the layer counts into while it is measured; None otherwise.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class SparseLayer(nn.Module):
         held = experts.shell if isinstance(experts, MappedExperts) else experts
         self.expert_size = sum(p.numel() for p in held.parameters()) // self.parallel.local_experts
         self.active_size = self.top_k * self.expert_size
+        self.meter: LayerMeter | None = None
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> tuple[Assignment, DispatchPlan, Tensor]:
         """Return which experts serve the tokens `x_TD`, how their rows lie, and the sums of the report."""
@@ -107,9 +110,20 @@ class SparseLayer(nn.Module):
         """
         x_TD = context.drop_padding(x_LBD)
         assignment, plan, report = self.route(x_TD, context)
-        y_TD = self.dispatcher.run(x_TD, assignment, plan, self.experts)
+        if self.meter is None:
+            y_TD = self.dispatcher.run(x_TD, assignment, plan, self.experts)
+        else:
+            y_TD = self._measured(x_TD, assignment, plan, self.meter)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD, (len(x_TD),))
         if self.norm is not None:
             y_TD = self.norm(x_TD + y_TD)
         return context.restore_padding(y_TD, x_LBD.shape), report
+
+    def _measured(self, x_TD: Tensor, assignment: Assignment, plan: DispatchPlan, meter: LayerMeter) -> Tensor:
+        meter.count(plan, assignment.expert_TK, self.segments)
+        self.parallel.traffic.meter = meter.exchange
+        try:
+            return self.dispatcher.run(x_TD, assignment, plan, self.experts)
+        finally:
+            self.parallel.traffic.meter = None

@@ -38,9 +38,10 @@ class MappedExperts(nn.Module):
         """Apply the experts, as the module they stand for would."""
         if len(self._saved) < len(dict(self.shell.named_parameters())):
             raise UserError("experts that stay in a checkpoint's files need a checkpoint; load one first")
-        weights = {
-            name: (saved if isinstance(saved, Tensor) else saved.mapped()).to(rows_RD.device, rows_RD.dtype)
-            for name, saved in self._saved.items()
-        }
+        weights = {name: tensor.to(rows_RD.device, rows_RD.dtype) for name, tensor in self.mapped().items()}
         with torch.no_grad():
             return torch.func.functional_call(self.shell, weights, (rows_RD, sizes), strict=True)
+
+    def mapped(self) -> dict[str, Tensor]:
+        """Return the parameters by name, in the files: what is read of them comes into memory, and can go again."""
+        return {name: saved if isinstance(saved, Tensor) else saved.mapped() for name, saved in self._saved.items()}

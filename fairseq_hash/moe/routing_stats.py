@@ -22,6 +22,22 @@ from fairseq_hash.moe.dispatch_plan import DispatchPlan
 
 COUNTS = ("tokens", "dropped")  # of every layer, before its router's own statistics
 OF_ALL_LAYERS = ("load", "load_max", "load_min", "load_cv", "dropped")  # logged of every layer, under these names
+_OF_NORMS = {"min": "smallest", "p10": "10th percentile of the", "p50": "median", "p90": "90th percentile of the"}
+_OF_NORMS["max"] = "largest"
+# What `--monitor-interval` logs of every layer besides, and what it means; the last measurement's.
+OF_MONITOR = {
+    **{f"load_p{q}": f"{q} % of the experts have at most this demand, over the mean demand" for q in (10, 50, 90)},
+    "load_entropy": "entropy of the demand over that of an even one; 1: every expert the same, 0: one expert has all",
+    "dead_experts": "experts with less than a hundredth of the mean demand",
+    "drop_max": "the largest share of its tokens that an expert dropped",
+    **{
+        f"{what}_norm_{name}": f"{which} norm of {text}"
+        for what, text in (("gradient", "an expert's gradient, before clipping"), ("weight", "an expert's weights"))
+        for name, which in _OF_NORMS.items()
+    },
+    "exchange_seconds": "seconds of the measured update in the all-to-all, of the rank with the most, waiting included",
+    "exchange_mb": "megabytes that the all-to-all of the measured update moved between ranks, all ranks together",
+}
 
 
 def statistic(meaning: str, loss_weight: "str | float | None" = None) -> Any:

@@ -23,9 +23,11 @@ class LocalDispatcher:
     Attributes:
         parallel: who shares the experts.
         is_fp32_only: whether it takes tokens in fp32 only.
+        is_metered: whether a layer's meter sees what it exchanges.
     """
 
     is_fp32_only = False
+    is_metered = True
 
     def __init__(self, parallel: ExpertParallel) -> None:
         self.parallel = parallel

@@ -196,6 +196,8 @@ CRITERION = {
     "distill_weight": STABLE,
     "sequence_loss_weight": SEQUENCE,
     "log_expert_loads": SPARSE,
+    # Without an interval the criterion refuses the other two.
+    **dict.fromkeys(("monitor_interval", "monitor_patience", "monitor_overload"), SPARSE),
     "update_freq_ranks": ALWAYS,
 }
 

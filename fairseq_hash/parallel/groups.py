@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fairseq_hash.core.errors import UserError
+from fairseq_hash.parallel.exchange_meter import ExchangeMeter
 
 MOST_PLACES = 8  # that a line of the log names
 MOST_RUNS = 3  # of consecutive experts of a rank that it names
@@ -33,11 +34,13 @@ class Traffic:
         rows: rows sent, in all directions: dispatch and combine, forward and backward.
         bytes: rows x width x element size.
         split_exchanges: how often split sizes were exchanged.
+        meter: of the layer that runs now, if it is measured. What it exchanges, backward too, counts there as well.
     """
 
     rows: int = 0
     bytes: int = 0
     split_exchanges: int = 0
+    meter: "ExchangeMeter | None" = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from fairseq_hash.moe.routing_stats import OF_ALL_LAYERS, OF_MONITOR
 from fairseq_hash.reporting.runs import Run
 
 # Start-up, first allocations and empty caches are not the model's speed or balance.
@@ -15,7 +16,7 @@ SETTLING_SHARE = 0.1
 PERPLEXITY = "_perplexity"
 NOTHING = "–"
 # Statistics that the criterion logs for each sparse layer. The other statistics of a layer belong to its router.
-OF_EVERY_LAYER = ("load_max", "load_min", "load_cv", "dropped", "load")
+OF_EVERY_LAYER = {*OF_ALL_LAYERS, *OF_MONITOR}
 # Entries of a record about the libraries and the machine, by their heading.
 MACHINE = {
     **{"fairseq_hash": "fairseq_hash", "commit": "Commit", "python": "Python", "torch": "torch", "fairseq": "fairseq"},

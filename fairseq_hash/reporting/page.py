@@ -105,12 +105,17 @@ def sort_value(text: str) -> "float | str | None":
 
 def figure(alternative: str, caption: str, light: bytes, dark: bytes) -> str:
     """Return a figure for browsers that run no scripts, for light and for dark screens."""
+    return f"<noscript>{picture(alternative, caption, light, dark)}</noscript>"
+
+
+def picture(alternative: str, caption: str, light: bytes, dark: bytes) -> str:
+    """Return a figure that no script draws, for light and for dark screens."""
     sources = [f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in (light, dark)]
-    picture = f'<picture><source media="(prefers-color-scheme: dark)" srcset="{sources[1]}">'
+    image = f'<picture><source media="(prefers-color-scheme: dark)" srcset="{sources[1]}">'
     # At this width letters of the PNG keep the size in which they were drawn (96 pixels per inch).
     width = round(int.from_bytes(light[16:20], "big") * 96 / DPI)
-    picture += f'<img alt="{escape(alternative)}" width="{width}" src="{sources[0]}"></picture>'
-    return f"<noscript><figure>{picture}<figcaption>{escape(caption)}</figcaption></figure></noscript>"
+    image += f'<img alt="{escape(alternative)}" width="{width}" src="{sources[0]}"></picture>'
+    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def commands(of_run: dict[Path, dict[str, list[str]]]) -> str:

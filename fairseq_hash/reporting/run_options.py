@@ -6,6 +6,7 @@ from typing import Any
 VOLATILE = {
     *("seed", "data", "save_dir", "restore_file", "user_dir", "plasma_path", "max_update", "max_epoch"),
     *("log_file", "log_format", "log_interval", "no_progress_bar", "log_expert_loads"),
+    *("monitor_interval", "monitor_patience", "monitor_overload"),
     *("tensorboard_logdir", "wandb_project", "azureml_logging", "aim_repo", "aim_run_hash"),
     *("distributed_init_method", "distributed_port", "distributed_rank", "device_id"),
     *("distributed_world_size", "distributed_num_procs", "distributed_no_spawn", "nprocs_per_node"),

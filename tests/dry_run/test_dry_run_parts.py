@@ -122,6 +122,15 @@ def test_dry_runs_do_not_see_each_other():
     assert dry_run(experiment, 2, 0, GPUS["h100"]) == first
 
 
+def test_dry_run_leaves_the_monitor_of_the_experts_alone(tmp_path):
+    """It reads no values, and does not touch the file of a training that may be running."""
+    measured = ["+criterion.monitor_interval=1", f"checkpoint.save_dir={tmp_path}"]
+    (tmp_path / "experts.jsonl").write_text("kept\n")
+    first = dry_run(experiment_of("laptop/switch", [*SMALL, ANY]), 2, 0, GPUS["h100"])
+    assert dry_run(experiment_of("laptop/switch", [*SMALL, ANY, *measured]), 2, 0, GPUS["h100"]) == first
+    assert (tmp_path / "experts.jsonl").read_text() == "kept\n"
+
+
 def test_hardware_file_is_read_as_written(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(as_yaml(GPUS["a100"]))

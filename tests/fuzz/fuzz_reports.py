@@ -5,15 +5,17 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from fuzz_formats import DEPTH, json_tree, log_tree, yaml_tree
-from fuzz_mutations import Seed
+from fuzz_formats import DEPTH, json_bytes, json_tree, log_tree, yaml_tree
+from fuzz_mutations import Seed, Tree
 from fuzz_rounds import Reader
 from fuzz_seeds import ROOT, run_files
 from made_runs import write_run
 from made_study import made_facts, made_runs_of_study, made_study
 
-from fairseq_hash.cli.experts import read_text
+from fairseq_hash.cli.texts import read_text
+from fairseq_hash.core.errors import UserError
 from fairseq_hash.experiments.compose import compose
 from fairseq_hash.reporting.benchmarks import split, times
 from fairseq_hash.reporting.benchmarks_files import load_benchmarks
@@ -25,6 +27,9 @@ from fairseq_hash.studies.definition import load_study, quick
 from fairseq_hash.studies.records import read_facts, read_records, write_record
 from fairseq_hash.studies.results import gather
 from fairseq_hash.studies.schedule import done_of, expected_runs, wanted
+from fairseq_hash.training.expert_alarm import ExpertAlarm
+from fairseq_hash.training.monitor_file import NAME as MONITOR
+from fairseq_hash.training.monitor_file import MonitorFile
 
 CONFIGS = ROOT / "configs"
 EXPERIMENTS = ("laptop/hash", "laptop/topk_bias", "reddit/hash_1x64", "stablemoe/switch", "cc100_en/hash_4.5b")
@@ -192,11 +197,33 @@ def read_texts(folder: Path) -> None:
     read_text(str(folder / "note"))
 
 
+def monitor_seeds() -> list[Seed]:
+    """Return the monitor's file, as bytes and line by line."""
+    line = {"update": 2, "layer": 1, "router": "switch", "updates": 1, "dropped": 0.25, "load": [0.5, 0.5, 0.0]}
+
+    def dump(lines: Any) -> bytes:
+        return b"".join(json_bytes(one) + b"\n" for one in (lines if isinstance(lines, list) else [lines]))
+
+    lines = [{**line, "update": update} for update in (1, 2, 3)]
+    return [{MONITOR: dump(lines)}, {MONITOR: Tree(lines, dump)}]
+
+
+def read_monitor(folder: Path) -> None:
+    """Go on in the monitor's file, as a training that resumes. It refuses no file: a damaged line goes."""
+    alarm, lines = ExpertAlarm(2, 1.1), (folder / MONITOR).read_bytes().splitlines()
+    records = MonitorFile(folder).resume(10**9)
+    for record in records:
+        alarm.hear(record)
+    if len(records) < len(lines):
+        raise UserError("a line went")
+
+
 READERS = (
     Reader("training log", log_seeds, read_logs, log_hostile, share=0.2),
     Reader("result of a benchmark", benchmark_seeds, read_benchmarks, lambda: [{"layer.json": b"[" * DEPTH}]),
     Reader("record of a study", record_seeds, read_study_records, record_hostile),
     Reader("definition of a study", study_seeds, read_study, study_hostile, share=0.3),
     Reader("configuration", config_seeds, read_config, config_hostile, share=0.02),
+    Reader("monitor's file", monitor_seeds, read_monitor, lambda: [{MONITOR: b"[" * DEPTH}, {MONITOR: b"1\n"}]),
     Reader("note and text", text_seeds, read_texts, lambda: [{"note": b"\xff"}]),
 )

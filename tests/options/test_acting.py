@@ -85,6 +85,9 @@ OF_CRITERION = {
     "z_loss_weight": (0.001, SWITCH, BASE),
     "distill_weight": (0.1, STABLE, SWITCH),
     "log_expert_loads": (True, HASH, None),
+    "monitor_interval": (100, HASH, None),
+    "monitor_patience": (3, HASH, None),
+    "monitor_overload": (2.5, SWITCH, None),
     "sequence_loss_weight": (0.01, BIAS | {"sequence_loss": True}, BIAS),
 }
 ALWAYS = {"router", "memory_layers", "map_experts", "update_freq_ranks"}  # map_experts is refused in training

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.moe.assignment import Assignment
-from fairseq_hash.moe.routing_stats import OF_ALL_LAYERS, NoStatistics, names_of
+from fairseq_hash.moe.routing_stats import OF_ALL_LAYERS, OF_MONITOR, NoStatistics, names_of
 from fairseq_hash.parallel.groups import ExpertParallel
 
 RESERVED = ("none", "hash")  # no routers: a dense model, and layers whose tables choose
@@ -87,7 +87,7 @@ def register_router(name: str) -> Callable[[Class], Class]:
         raise UserError(f"{name!r} cannot be a router's name; use small letters, digits, _ and -")
 
     def register(router: Class) -> Class:
-        for taken in set(names_of(router.statistics)) & set(OF_ALL_LAYERS):
+        for taken in set(names_of(router.statistics)) & {*OF_ALL_LAYERS, *OF_MONITOR}:
             raise UserError(f"a statistic of the router {name!r} is called {taken}, as one of every layer; rename it")
         _ROUTERS[name] = router
         return router

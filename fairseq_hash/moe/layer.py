@@ -1,5 +1,7 @@
 """The sparse layer: router, token dispatcher, experts. Shape suffixes: see `losses`."""
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from fairseq_hash.moe.dispatch_plan import DispatchPlan, random_order
 from fairseq_hash.moe.mapped_experts import MappedExperts
 from fairseq_hash.moe.routing_context import RoutingContext
 from fairseq_hash.moe.routing_stats import NoStatistics, RoutingReport
-from fairseq_hash.moe.token_dispatcher import TokenDispatcher
+from fairseq_hash.moe.token_dispatcher import Experts, TokenDispatcher
 
 
 class SparseLayer(nn.Module):
@@ -100,6 +102,16 @@ class SparseLayer(nn.Module):
             assignment = assignment._replace(weight_TK=self.router(x_TD, assignment.expert_TK))
         return assignment, route.plan, route.report()
 
+    def needed(self, mapped: MappedExperts, context: RoutingContext) -> Sequence[int]:
+        """Return which of its experts in files the layer will need, as far as that is known before it runs.
+
+        What a router will choose is not known: all of them, if there are as many rows as experts, and else none.
+        """
+        if self.hash_route is not None:
+            return mapped.serving(context.hash_routes[self.hash_route].plan.sizes)
+        experts = self.parallel.num_experts
+        return range(experts) if context.num_tokens * self.top_k >= experts else ()
+
     def forward(self, x_LBD: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor]:
         """Return y of the shape and dtype of `x_LBD`, and the sums of the report (fp32, `[2 + S + E]`).
 
@@ -107,7 +119,10 @@ class SparseLayer(nn.Module):
         """
         x_TD = context.drop_padding(x_LBD)
         assignment, plan, report = self.route(x_TD, context)
-        y_TD = self.dispatcher.run(x_TD, assignment, plan, self.experts)
+        experts: Experts = self.experts
+        if context.read_ahead is not None and isinstance(self.experts, MappedExperts):
+            experts = functools.partial(context.read_ahead.run, self.experts)
+        y_TD = self.dispatcher.run(x_TD, assignment, plan, experts)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD, (len(x_TD),))
         if self.norm is not None:

@@ -1,32 +1,31 @@
 #!/usr/bin/env python3
 """How long does an evaluation take whose experts do not fit into memory, compared with the same model in memory?
 
-    python benchmarks/mapped_experts.py [--router hash] [--experts-gb GB] [--limit-gb GB] [--tokens 16,512,2048]
-        [--shards N] [--rounds N] [--folder FOLDER] [--out FILE]
+    python benchmarks/mapped_experts.py [--experts-gb GB] [--limit-gb GB] [--tokens 16,256,1024] [--rounds N]
+        [--folder FOLDER] [--out FILE]
 
-A checkpoint with random weights is evaluated in three ways, each in a process of its own:
+A file has the experts of some layers, random; between two layers of experts stands a dense product, three times as wide
+as a token, in place of attention. The tokens go to the experts in turn. This is evaluated in three ways, each in a
+process of its own:
 
 - memory: all experts are in memory, without a limit.
-- mapped: `map_experts` without reading ahead: what a layer touches is read when it touches it.
-- ahead: `map_experts` as it is.
+- mapped: experts in the file, without reading ahead: what a layer touches is read when it touches it.
+- ahead: experts in the file, read ahead, as `map_experts` does.
 
 The mapped ways run in a cgroup whose memory, page cache included, is limited: this needs root and Linux. Before each
-process the checkpoint leaves the system's page cache. In every round all ways take their turn, in changing order;
-within a process the sizes of batches do. Each forward pass has other random tokens, in sentences of up to 128. The
-first one of each size is a warm-up. Logits have to be equal to the bit in all ways.
+process the file leaves the system's page cache. In every round all ways take their turn, in changing order. The first
+forward pass of each number of tokens is a warm-up. Outputs have to be equal to the bit in all ways.
 
 Columns, for each size of a batch: seconds of a forward pass in memory; the ratio to it of the mapped ways within a
 round; GB that each reads from the disk in a forward pass; and what the disk allows: the time to read the GB of `ahead`
 at the disk's own speed, over the time in memory, and 1 where that is less. All are medians (smallest to largest) over
-rounds. The disk's own speed is measured in each round: a cold read of the largest shard in order.
+rounds. The disk's own speed is measured in each round: a cold read of the file in order.
 """
 
 import argparse
 import hashlib
 import json
 import os
-import random
-import shutil
 import signal
 import statistics
 import subprocess
@@ -37,70 +36,44 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import fairseq_hash
-
-fairseq_hash.register()  # before fairseq is imported, to suppress its messages
-
-# ruff: noqa: E402
 import torch
-from fairseq import checkpoint_utils, options, tasks, utils
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from fairseq.trainer import Trainer
+from torch import Tensor
 
 from fairseq_hash.cli import Parser
 from fairseq_hash.core.progress import Display
-from fairseq_hash.core.quiet import only_warnings
-from fairseq_hash.lm import decoder
+from fairseq_hash.moe.experts import ExpertFeedForward
+from fairseq_hash.moe.mapped_experts import MappedExperts
+from fairseq_hash.moe.read_ahead import ReadAhead
 from fairseq_hash.provenance import provenance
 
 WAYS = ("memory", "mapped", "ahead")
-LENGTH = 128  # tokens of a sentence, at most
-Record = dict[str, float]
 
 
-def make_checkpoint(folder: Path, arguments: argparse.Namespace) -> Path:
-    """Write a checkpoint with random weights; return its path."""
-    draw = random.Random(1)
-    words = [f"word{number}" for number in range(4000)]
-    (folder / "corpus.txt").write_text("".join(" ".join(draw.choices(words, k=15)) + "\n" for _ in range(4000)))
-    command = [sys.executable, "-m", "fairseq_cli.preprocess", "--only-source", "--destdir", str(folder / "bin")]
-    subprocess.run([*command, "--trainpref", str(folder / "corpus.txt")], check=True, capture_output=True)
-    given = [str(folder / "bin"), "--task", "language_modeling", "--user-dir", str(Path(fairseq_hash.__file__).parent)]
-    given += f"--arch hash_transformer_lm_tiny --decoder-layers {arguments.layers} --criterion hash_moe".split()
-    given += f"--decoder-embed-dim {arguments.width} --decoder-ffn-embed-dim {4 * arguments.width}".split()
-    given += f"--decoder-attention-heads 4 --router {arguments.router} --num-experts {arguments.experts}".split()
-    given += f"--sparse-layers {','.join(map(str, range(arguments.layers)))} --tokens-per-sample {LENGTH}".split()
-    given += "--max-tokens 256 --optimizer sgd --lr 1 --cpu --num-workers 0 --no-save-optimizer-state".split()
-    given += ["--no-epoch-checkpoints", "--save-dir", str(folder / "saved")]
-    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), given))
-    utils.set_torch_seed(1)
-    task = tasks.setup_task(cfg.task)
-    trainer = Trainer(cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion))
-    epoch_itr = trainer.get_train_iterator(epoch=1, load_dataset=True)
-    epoch_itr.next_epoch_itr()
-    checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
-    path = folder / "saved" / "checkpoint_last.pt"
-    if arguments.shards > 1:
-        command = [sys.executable, "-m", "fairseq_hash.cli", "checkpoint", "split", str(path), "--shards"]
-        subprocess.run([*command, str(arguments.shards), "--out", str(folder / "split" / "cut.pt")], check=True)
-        shutil.rmtree(folder / "saved")
-        path = folder / "split" / "cut.pt"
-    return path
+def build(arguments: argparse.Namespace) -> ExpertFeedForward:
+    """Return a layer's experts without data."""
+    with torch.device("meta"):
+        return ExpertFeedForward(range(arguments.experts), arguments.width, 4 * arguments.width, torch.relu, 0.0, (0,))
 
 
-def leave_cache(folder: Path) -> None:
-    """Take all files of a folder out of the system's page cache."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+def write_file(path: Path, arguments: argparse.Namespace) -> None:
+    """Write random parameters of all layers, one after the other, and wait until they are on the disk."""
+    generator = torch.Generator().manual_seed(1)
+    with open(path, "wb") as file:
+        for _ in range(arguments.layers):
+            for parameter in build(arguments).parameters():
+                file.write((torch.randn(parameter.shape, generator=generator) / 32).numpy())
+        os.fsync(file.fileno())
 
 
-def disk_speed(folder: Path) -> float:
-    """Return the bytes per second of a cold read of the largest file."""
-    leave_cache(folder)
-    path = max(folder.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
+def leave_cache(path: Path) -> None:
+    """Take a file out of the system's page cache."""
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def disk_speed(path: Path) -> float:
+    """Return the bytes per second of a cold read of a file."""
+    leave_cache(path)
     piece, start = bytearray(1 << 20), time.perf_counter()
     with open(path, "rb", buffering=0) as file:
         while file.readinto(piece):
@@ -114,24 +87,48 @@ def bytes_read() -> int:
     return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
 
 
-def evaluate(path: Path, way: str, sizes: "list[int]", passes: int) -> "dict[str, dict[str, float | str]]":
-    """Return, by the size of the batch, the seconds and GB of a forward pass in this process, and a print of logits."""
-    if way == "mapped":
-        decoder.ReadAhead = lambda layers: None
-    loaded = fairseq_hash.load(path, map_experts=way != "memory")
+def read_layers(arguments: argparse.Namespace) -> list[MappedExperts]:
+    """Return all layers, with their parameters in the file or in memory."""
+    path, layers, place = arguments.folder, [], 0
+    stored = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+    values = torch.empty(0).set_(stored)
+    for _ in range(arguments.layers):
+        layers.append(MappedExperts(build(arguments)))
+        for name, parameter in layers[-1].shell.named_parameters():
+            value = values[place : place + parameter.numel()].view(parameter.shape)
+            layers[-1].leave_in_file(name, value.clone() if arguments.be == "memory" else value)
+            place += parameter.numel()
+    return layers
+
+
+def evaluate(arguments: argparse.Namespace) -> "dict[str, dict[str, float | str]]":
+    """Return, by the number of tokens, the seconds and GB of a forward pass in this process, and a print of y."""
+    layers, width = read_layers(arguments), arguments.width
+    generator = torch.Generator().manual_seed(2)
+    dense_DH, dense_HD = (
+        torch.randn(shape, generator=generator) / 32 for shape in ((width, 3 * width), (3 * width, width))
+    )
+
+    def forward(x_TD: Tensor) -> Tensor:
+        sizes = tuple(len(x_TD[expert :: arguments.experts]) for expert in range(arguments.experts))
+        is_ahead = arguments.be == "ahead"
+        reader = ReadAhead([(layer, layer.serving(sizes)) for layer in layers]) if is_ahead else None
+        for layer in layers:
+            x_TD = torch.nn.functional.layer_norm(x_TD + x_TD @ dense_DH @ dense_HD, (width,))
+            x_TD = x_TD + (layer(x_TD, sizes) if reader is None else reader.run(layer, x_TD, sizes))
+        return x_TD
+
     results: dict[str, dict[str, float | str]] = {}
-    for size in sizes:
-        generator = torch.Generator().manual_seed(size)
+    for size in arguments.tokens:
         digest, seconds, read = hashlib.sha256(), [], []
-        for _ in range(1 + passes):
-            length = min(size, LENGTH)
-            tokens = torch.randint(4, len(loaded.dictionary), (size // length, length), generator=generator)
+        for _ in range(1 + arguments.passes):
+            x_TD = torch.randn(size, width, generator=generator)
             before, start = bytes_read(), time.perf_counter()
             with torch.inference_mode():
-                logits = loaded.model(tokens)[0]
+                y_TD = forward(x_TD)
             seconds.append(time.perf_counter() - start)
             read.append(bytes_read() - before)
-            digest.update(logits.numpy().tobytes())
+            digest.update(y_TD.numpy().tobytes())
         medians = {"seconds": statistics.median(seconds[1:]), "read": statistics.median(read[1:]) / 1e9}
         results[str(size)] = {**medians, "print": digest.hexdigest()}
     return results
@@ -159,9 +156,8 @@ def limited(limit: int) -> "Iterator[Path]":
 
 def run_way(path: Path, way: str, arguments: argparse.Namespace) -> "dict[str, dict[str, float | str]]":
     """Return what `evaluate` returns, in a new process, limited if its experts are mapped."""
-    leave_cache(path.parent)
-    command = [sys.executable, __file__, "--be", way, "--tokens", ",".join(map(str, arguments.tokens))]
-    command += ["--passes", str(arguments.passes), "--folder", str(path)]
+    leave_cache(path)
+    command = [sys.executable, __file__, "--be", way, "--folder", str(path), *arguments.given.split()]
     with limited(int(arguments.limit_gb * 1e9)) as procs:
 
         def enter() -> None:
@@ -201,19 +197,19 @@ def table(rounds: "list[dict[str, dict]]", speeds: "list[float]", sizes: "list[i
 def parse() -> argparse.Namespace:
     """Return the command's arguments, checked."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--router", default="hash", help="default: hash")
-    parser.add_argument("--experts-gb", type=float, default=3.0, metavar="GB", help="all experts, fp32 (default: 3.0)")
-    parser.add_argument("--limit-gb", type=float, default=0.6, metavar="GB", help="of a mapped process (default: 0.6)")
-    parser.add_argument("--layers", type=int, default=48, metavar="N", help="decoder layers, all sparse (default: 48)")
+    parser.add_argument("--experts-gb", type=float, default=2.5, metavar="GB", help="all experts, fp32 (default: 2.5)")
+    parser.add_argument("--limit-gb", type=float, default=0.5, metavar="GB", help="of a mapped process (default: 0.5)")
+    parser.add_argument("--layers", type=int, default=48, metavar="N", help="layers (default: 48)")
     parser.add_argument("--width", type=int, default=256, metavar="D", help="of a token; experts have 4 times as much")
-    parser.add_argument("--shards", type=int, default=1, metavar="N", help="of the checkpoint (default: 1)")
-    parser.add_argument("--tokens", default="16,512,2048", metavar="T,T", help="sizes of batches")
+    parser.add_argument("--tokens", default="16,256,1024", metavar="T,T", help="sizes of batches")
     parser.add_argument("--passes", type=int, default=1, metavar="N", help="forward passes of a size (default: 1)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: 3")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write what is printed to a file")
     parser.add_argument("--be", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    given = ("experts_gb", "limit_gb", "layers", "width", "tokens", "passes", "rounds")
+    arguments.given = " ".join(f"--{name.replace('_', '-')} {getattr(arguments, name)}" for name in given)
     arguments.tokens = [int(size) for size in arguments.tokens.split(",")]
     arguments.experts = round(arguments.experts_gb * 1e9 / arguments.layers / (4 * 8 * arguments.width**2))
     return arguments
@@ -223,17 +219,17 @@ def main() -> None:
     """Measure, print provenance and table, and write them to a file if asked for."""
     arguments = parse()
     if arguments.be:
-        print(json.dumps(evaluate(arguments.folder, arguments.be, arguments.tokens, arguments.passes)))
+        print(json.dumps(evaluate(arguments)))
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # after removing the temporary folder
     rounds, speeds = [], []
     with tempfile.TemporaryDirectory(prefix="mapped_experts-", dir=arguments.folder) as name:
-        with only_warnings("fairseq", "fairseq_hash"):
-            path = make_checkpoint(Path(name), arguments)
-        size = sum(file.stat().st_size for file in path.parent.rglob("*.safetensors"))
+        path = Path(name) / "experts"
+        write_file(path, arguments)
+        size = path.stat().st_size
         with Display(arguments.rounds * len(WAYS)) as display:
             for number in range(arguments.rounds):
-                speeds.append(disk_speed(path.parent))
+                speeds.append(disk_speed(path))
                 found = {}
                 for way in WAYS if number % 2 else reversed(WAYS):
                     display.begin(way, 1)
@@ -242,17 +238,19 @@ def main() -> None:
                 rounds.append(found)
     for size_ in map(str, arguments.tokens):
         if len({one[way][size_]["print"] for one in rounds for way in WAYS}) > 1:
-            sys.exit(f"{sys.argv[0]}: the logits of {size_} tokens differ between ways")
-    given = ("router", "experts_gb", "limit_gb", "layers", "width", "shards", "passes", "rounds")
-    command = " ".join(f"--{name.replace('_', '-')} {getattr(arguments, name)}" for name in given)
-    command += f" --tokens {','.join(map(str, arguments.tokens))}"
-    lines = [f"`python benchmarks/mapped_experts.py {command}`, which defines the columns", ""]
+            sys.exit(f"{sys.argv[0]}: the outputs of {size_} tokens differ between ways")
+    lines = [
+        "# Experts in files",
+        "",
+        f"`python benchmarks/mapped_experts.py {arguments.given}`, which defines the columns",
+        "",
+    ]
     lines += [f"- {name}: {value}" for name, value in provenance().items() if value]
     lines += [f"- threads: {torch.get_num_threads()}"]
     lines += [f"- experts: {size / 1e9:.2f} GB, {arguments.experts} in each of {arguments.layers} layers; the mapped "]
     lines[-1] += f"processes' memory: {arguments.limit_gb} GB"
     lines += [f"- the disk's own speed: {spread([speed / 1e6 for speed in speeds], 0)} MB/s"]
-    lines += ["- logits: equal to the bit in all ways", "", *table(rounds, speeds, arguments.tokens)]
+    lines += ["- outputs: equal to the bit in all ways", "", *table(rounds, speeds, arguments.tokens)]
     print("\n".join(lines))
     if arguments.out:
         arguments.out.write_text("\n".join(lines) + "\n")

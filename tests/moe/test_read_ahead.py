@@ -152,6 +152,18 @@ def test_no_more_than_two_layers_are_held(monkeypatch):
     assert len(begun) == 7 and max(held) == AHEAD == 2
 
 
+def test_what_was_not_read_ahead_is_read_when_the_layer_runs(monkeypatch):
+    """And what was let go of is what served."""
+    given, let_go = [], []
+    monkeypatch.setattr(read_ahead, "read", given.append)
+    monkeypatch.setattr(read_ahead, "let_go", let_go.append)
+    [experts], rows_RD, _ = layers_of_one(1)
+    ReadAhead([(experts, [1, 3])]).run(experts, rows_RD, (1, 2, 0, 1))
+    assert [[row.data_ptr() for row in rows] for rows in (*given, *let_go)] == [
+        [row.data_ptr() for row in experts.in_file(which)] for which in ([1, 3], [0], [0, 1, 3])
+    ]
+
+
 def test_an_error_of_the_reader_reaches_the_layer_that_waits(monkeypatch):
     """And no later call hangs."""
 

@@ -58,10 +58,10 @@ class SavedExperts:
         """Return all rows, on the CPU."""
         return self.read(range(len(self)), torch.device("cpu"))
 
-    def mapped(self) -> Tensor:
-        """Return all rows; where they lie in one shard, in the file's memory, otherwise as a copy."""
-        parts = [file.tensors[self.name] for file in self.files]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    @property
+    def parts(self) -> list[Tensor]:
+        """The rows of each shard `[e, ...]`, in the file's memory."""
+        return [file.tensors[self.name] for file in self.files]
 
     def verify(self) -> None:
         """Check every row. Raises `UserError` for the first that fails its checksum."""

@@ -51,11 +51,13 @@ class Difference:
 def of_weights(layer: SparseLayer) -> Difference:
     """Compare all weights of each expert, as one vector. Experts in files are read piece by piece."""
     experts = layer.experts
-    tensors = experts.mapped().values() if isinstance(experts, MappedExperts) else experts.parameters()
+    parameters = experts.parts() if isinstance(experts, MappedExperts) else [[p] for p in experts.parameters()]
     product_EE = torch.zeros(layer.parallel.num_experts, layer.parallel.num_experts, dtype=torch.float64)
-    for tensor in tensors:
-        for piece_EN in tensor.flatten(1).split(max(VALUES // len(tensor), 1), dim=1):
-            piece_EN = piece_EN.double()
+    step = max(VALUES // len(product_EE), 1)
+    for parts in parameters:
+        flat = [part.flatten(1) for part in parts]
+        for start in range(0, flat[0].shape[1], step):
+            piece_EN = torch.cat([part_eN[:, start : start + step] for part_eN in flat]).double()
             product_EE += (piece_EN @ piece_EN.t()).cpu()
     square_E = product_EE.diagonal()
     norm_E = square_E.sqrt().clamp(min=1e-300)

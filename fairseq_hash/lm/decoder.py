@@ -6,6 +6,7 @@ returns its report as the third output, which fairseq's decoder ignores; a forwa
 context, after any checkpointing, so that the auxiliary losses have gradients.
 """
 
+import dataclasses
 import functools
 import itertools
 from argparse import Namespace
@@ -26,7 +27,10 @@ from fairseq_hash.lm.sparse_layers import Place, build_sparse_layer
 from fairseq_hash.lm.table_buffers import HashTables, build_tables
 from fairseq_hash.moe.assignment import Assignment
 from fairseq_hash.moe.dispatch_plan import random_order
+from fairseq_hash.moe.expert_layers import expert_layers
+from fairseq_hash.moe.mapped_experts import MappedExperts
 from fairseq_hash.moe.memory_rows import MemoryRows
+from fairseq_hash.moe.read_ahead import ReadAhead
 from fairseq_hash.moe.routers import statistics_of
 from fairseq_hash.moe.routing_context import HashRoute, RoutingContext
 from fairseq_hash.moe.routing_stats import report_size
@@ -169,6 +173,10 @@ class HashTransformerDecoder(TransformerDecoder):
         `update_sums` is what routers want to know after the update.
         """
         context = self.routing_context(prev_output_tokens, is_step=incremental_state is not None)
+        mapped = [layer for layer in expert_layers(self).values() if isinstance(layer.experts, MappedExperts)]
+        if mapped:
+            reader = ReadAhead([(layer.experts, layer.needed(layer.experts, context)) for layer in mapped])
+            context = dataclasses.replace(context, read_ahead=reader)
         given = {"encoder_out": [context], "encoder_padding_mask": []}
         x, extra = super().extract_features(prev_output_tokens, given, incremental_state, *more, **named)
         extra["routing"], extra["update_sums"] = context.reports, context.update_sums

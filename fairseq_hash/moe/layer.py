@@ -1,5 +1,7 @@
 """The sparse layer: router, token dispatcher, experts. Shape suffixes: see `losses`."""
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from fairseq_hash.moe.layer_meter import LayerMeter
 from fairseq_hash.moe.mapped_experts import MappedExperts
 from fairseq_hash.moe.routing_context import RoutingContext
 from fairseq_hash.moe.routing_stats import NoStatistics, RoutingReport
-from fairseq_hash.moe.token_dispatcher import TokenDispatcher
+from fairseq_hash.moe.token_dispatcher import Experts, TokenDispatcher
 
 
 class SparseLayer(nn.Module):
@@ -103,6 +105,16 @@ class SparseLayer(nn.Module):
             assignment = assignment._replace(weight_TK=self.router(x_TD, assignment.expert_TK))
         return assignment, route.plan, route.report()
 
+    def needed(self, mapped: MappedExperts, context: RoutingContext) -> Sequence[int]:
+        """Return which of its experts in files the layer will need, as far as that is known before it runs.
+
+        What a router will choose is not known: all of them, if there are as many rows as experts, and else none.
+        """
+        if self.hash_route is not None:
+            return mapped.serving(context.hash_routes[self.hash_route].plan.sizes)
+        experts = self.parallel.num_experts
+        return range(experts) if context.num_tokens * self.top_k >= experts else ()
+
     def forward(self, x_LBD: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor]:
         """Return y of the shape and dtype of `x_LBD`, and the sums of the report (fp32, `[2 + S + E]`).
 
@@ -110,8 +122,11 @@ class SparseLayer(nn.Module):
         """
         x_TD = context.drop_padding(x_LBD)
         assignment, plan, report = self.route(x_TD, context)
+        experts: Experts = self.experts
+        if context.read_ahead is not None and isinstance(self.experts, MappedExperts):
+            experts = functools.partial(context.read_ahead.run, self.experts)
         if self.meter is None:
-            y_TD = self.dispatcher.run(x_TD, assignment, plan, self.experts)
+            y_TD = self.dispatcher.run(x_TD, assignment, plan, experts)
         else:
             y_TD = self._measured(x_TD, assignment, plan, self.meter)
         if self.shared is not None:

@@ -13,7 +13,7 @@ from fairseq_hash.moe.kernels.group_sizes import GroupSizes
 class MappedExperts(nn.Module):
     """Experts without weights of their own; `forward` brings those of this layer in, and lets go of them.
 
-    For evaluation only: there are no parameters to train, and no gradients.
+    For evaluation only: there are no parameters to train, and no gradients. Only what serves tokens is read.
     """
 
     def __init__(self, experts: nn.Module) -> None:
@@ -21,7 +21,8 @@ class MappedExperts(nn.Module):
         super().__init__()
         # In a tuple, which hides the parameters without data from everything that goes through a model.
         self._shell = (experts.eval(),)
-        self._saved: dict[str, Any] = {}
+        self._parts: dict[str, Sequence[Tensor]] = {}  # of each shard, `[e, ...]`
+        self._rows: dict[str, list[Tensor]] = {}  # of each expert
 
     @property
     def shell(self) -> nn.Module:
@@ -32,16 +33,40 @@ class MappedExperts(nn.Module):
         """Take where a parameter lies: a mapped tensor, or `SavedExperts`, whose checksums are looked at here."""
         if not isinstance(saved, Tensor):
             saved.verify()
-        self._saved[name] = saved
+        self._parts[name] = [saved] if isinstance(saved, Tensor) else saved.parts
+        self._rows[name] = [row for part in self._parts[name] for row in part]
+
+    def serving(self, sizes: "GroupSizes | Sequence[int]") -> list[int]:
+        """Return which experts have rows, in order."""
+        size_G = GroupSizes.of(sizes).host
+        segments = getattr(self.shell, "segments", 1)  # groups of an expert
+        return sorted({group // segments for group, size in enumerate(size_G) if size})
+
+    def parts(self) -> list[Sequence[Tensor]]:
+        """Return every parameter as its parts `[e, ...]`, one of each shard, in the files' memory."""
+        return list(self._parts.values())
+
+    def in_file(self, experts: Sequence[int]) -> list[Tensor]:
+        """Return the rows of some experts of every parameter, in the files' memory."""
+        return [rows[expert] for rows in self._rows.values() for expert in experts]
 
     def forward(self, rows_RD: Tensor, sizes: "GroupSizes | Sequence[int]") -> Tensor:
         """Apply the experts, as the module they stand for would."""
-        if len(self._saved) < len(dict(self.shell.named_parameters())):
+        if len(self._parts) < len(dict(self.shell.named_parameters())):
             raise UserError("experts that stay in a checkpoint's files need a checkpoint; load one first")
-        weights = {name: tensor.to(rows_RD.device, rows_RD.dtype) for name, tensor in self.mapped().items()}
+        weights = {name: self._stacked(name, rows_RD, sizes) for name in self._parts}
         with torch.no_grad():
             return torch.func.functional_call(self.shell, weights, (rows_RD, sizes), strict=True)
 
-    def mapped(self) -> dict[str, Tensor]:
-        """Return the parameters by name, in the files: what is read of them comes into memory, and can go again."""
-        return {name: saved if isinstance(saved, Tensor) else saved.mapped() for name, saved in self._saved.items()}
+    def _stacked(self, name: str, like: Tensor, sizes: "GroupSizes | Sequence[int]") -> Tensor:
+        """Return a parameter `[E, ...]` with device and dtype of `like`; what lies there in one piece is not copied.
+
+        Of a copy, the rows of experts that serve no tokens hold anything: nothing looks at them.
+        """
+        first, rows = self._parts[name][0], self._rows[name]
+        if len(first) == len(rows) and (first.device, first.dtype) == (like.device, like.dtype):
+            return first
+        stacked = like.new_empty(len(rows), *first.shape[1:])
+        for expert in self.serving(sizes):
+            stacked[expert].copy_(rows[expert])
+        return stacked

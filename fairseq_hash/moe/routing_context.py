@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fairseq_hash.moe.assignment import Assignment
 from fairseq_hash.moe.dispatch_plan import DispatchPlan, PlanUnderWay
+from fairseq_hash.moe.read_ahead import ReadAhead
 from fairseq_hash.moe.routing_stats import RoutingReport
 
 
@@ -85,6 +86,7 @@ class RoutingContext:
         token_BL: int64, the token ids, padding included; None if no router sees them.
         update_sums: what a router wants to know after the update, of each layer that has such a router, as `reports`.
         memory_lookups: one for each memory, by the number of its decoder layer.
+        read_ahead: the reader of experts that stay in files; None where there are none.
     """
 
     place_T: "Tensor | None"
@@ -93,12 +95,20 @@ class RoutingContext:
     token_BL: "Tensor | None" = None
     update_sums: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     memory_lookups: dict[int, MemoryLookup] = field(default_factory=dict)
+    read_ahead: "ReadAhead | None" = None
 
     @classmethod
     def of_tokens(cls, token_BL: Tensor, padding: int) -> "RoutingContext":
         """Make the context for token ids `[B, L]`, leaving out the padding."""
         real_N = token_BL.t().flatten() != padding
         return cls(None if real_N.all() else real_N.nonzero().squeeze(1), token_BL=token_BL)
+
+    @property
+    def num_tokens(self) -> int:
+        """T, without waiting for the device."""
+        if self.place_T is not None:
+            return len(self.place_T)
+        return 0 if self.token_BL is None else self.token_BL.numel()
 
     @cached_property
     def tokens(self) -> RoutedTokens:

@@ -117,7 +117,7 @@ class SparseOptions(GateOptions, HashOptions, MemoryOptions, TopKOptions, BatchR
     map_experts: bool = option(
         False,
         "evaluation only, as --model-overrides \"{'map_experts': True}\": leave the experts in the checkpoint's "
-        "files, memory-mapped, and read those of one layer at a time",
+        "files, memory-mapped, and read those of one layer while the layer before it computes",
     )
 
     @classmethod

@@ -50,7 +50,7 @@ def measure(data: Path, experts: int, ranks: list[int], sizes: list[int]) -> lis
                     planned = planned_loads(experiment, number, sizes, PASSES, (data, "valid"))
                 found = {(row["placement"], row["tokens"]): row for row in planned.rows()}
                 for tokens in sizes:
-                    placements = ("contiguous", "balanced", f"balanced + {number}")
+                    placements = ("contiguous", "balanced", f"{number} replicas")
                     of_all = [found[placement, tokens] for placement in placements]
                     figures = [row[key] for row in of_all for key in ("straggler", "straggler_95")]
                     figures += [*(row["rank"] for row in of_all), of_all[0]["bound"], of_all[2]["bound"]]

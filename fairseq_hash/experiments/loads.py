@@ -216,8 +216,8 @@ def _own_first(
 
 
 def _own_name(options: SparseOptions) -> str:
-    """Return the name of an experiment's placement: that of `--expert-placement`, and how many replicas there are."""
-    return options.expert_placement + (f" + {options.expert_replicas}" if options.expert_replicas else "")
+    """Return the name of an experiment's placement: that of `--expert-placement`, or how many replicas it has."""
+    return f"{options.expert_replicas} replicas" if options.expert_replicas else options.expert_placement
 
 
 def _task(config: DictConfig, data: "Path | None" = None) -> LanguageModelingTask:

@@ -191,13 +191,15 @@ def _placements(
     if parallel.is_shared and (parallel.local_experts > 1 or options.expert_replicas):
         try:
             counted = token_loads(tables, counts_of(task, "--expert-placement balanced"), "--expert-placement balanced")
-            placements[BALANCED] = place(parallel, counted)
-            if options.expert_placement == BALANCED and options.expert_replicas:
-                placements[_own_name(options)] = place(parallel, counted, options.expert_replicas)
+            name = BALANCED
         except UserError:
             if options.expert_placement == BALANCED:
                 raise
-            placements["by this text"] = place(parallel, loads)
+            counted, name = dict(loads), "by this text"
+        if parallel.local_experts > 1:
+            placements[name] = place(parallel, counted)
+        if options.expert_placement == BALANCED and options.expert_replicas:
+            placements[_own_name(options)] = place(parallel, counted, options.expert_replicas)
     return _own_first(placements, options, config, parallel)
 
 
@@ -210,7 +212,7 @@ def _own_first(
         return {own: placements[own], **placements}
     loads = loads_of_file(options, config.model.decoder_layers)
     by_file = {own: place(parallel, loads, options.expert_replicas)}
-    if options.expert_replicas:
+    if options.expert_replicas and parallel.local_experts > 1:
         by_file[options.expert_placement] = place(parallel, loads)
     return {**by_file, **placements}
 

@@ -15,6 +15,11 @@ def test_layer_equals_naive_loop_and_moves_no_byte_more_than_it_must(world_size)
     ranks.run(world_size, "layer_ranks:layers", 30)
 
 
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_layer_with_replicas_equals_naive_loop_and_copies_are_equal_to_the_bit(world_size):
+    ranks.run(world_size, "layer_ranks:layers_with_replicas", 30)
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_fairscale_dispatch_gives_the_same(world_size):
     ranks.run(world_size, "layer_ranks:fairscale", 30)

@@ -40,7 +40,7 @@ TOLERANCE = {"rtol": 2e-4, "atol": 2e-5}
 
 
 @st.composite
-def layouts(draw, world_size):
+def layouts(draw, world_size, has_replicas):
     """Experts, ranks of a group, tokens of each rank, choices a token, capacity factor and who is dropped, seed."""
     size = draw(st.sampled_from([n for n in range(2, world_size + 1) if world_size % n == 0]))
     return {
@@ -52,19 +52,19 @@ def layouts(draw, world_size):
         "drops_randomly": draw(st.booleans()),
         # Which experts get tokens at all: with few of them, whole ranks get none.
         "busy": draw(st.integers(1, 3 * size)),
-        "is_placed": draw(st.booleans()),
-        # Further experts of each rank, where they are placed.
-        "replicas": draw(st.integers(0, 2)),
+        "is_placed": has_replicas or draw(st.booleans()),
+        # Of each rank.
+        "replicas": draw(st.sampled_from([2, 1])) if has_replicas else 0,
         "seed": draw(st.integers(0, 2**16)),
     }
 
 
-def random_layouts(check, examples):
+def random_layouts(check, examples, has_replicas=False):
     """Run `check` on random layouts, the same ones on every rank."""
 
     # Without shrinking: a rank that fails leaves, and the others with it.
     @settings(max_examples=examples, database=None, derandomize=True, deadline=None, phases=[Phase.generate])
-    @given(layouts(dist.get_world_size()))
+    @given(layouts(dist.get_world_size(), has_replicas))
     def run(layout):
         assert gather(layout) == [layout] * dist.get_world_size(), "ranks drew different examples"
         check(layout)
@@ -72,20 +72,17 @@ def random_layouts(check, examples):
     run()
 
 
-def share_out(layout, with_replicas=False):
+def share_out(layout):
     """Return who holds which experts: the next ones, or random ones, and copies of some that others hold."""
     parallel = expert_parallel(layout["num_experts"], layout["size"])
     if not layout["is_placed"]:
         return parallel
     generator = torch.Generator().manual_seed(layout["seed"])
-    order = torch.randperm(layout["num_experts"], generator=generator).view(layout["size"], -1)
-    if with_replicas:
-        held = order.tolist()
-        for own in held:
-            drawn = torch.randperm(layout["num_experts"], generator=generator).tolist()
-            own.extend([expert for expert in drawn if expert not in own][: layout["replicas"]])
-        order = torch.tensor(held)
-    order = order.sort(dim=1).values.flatten().tolist()
+    held = torch.randperm(layout["num_experts"], generator=generator).view(layout["size"], -1).tolist()
+    for own in held:
+        drawn = torch.randperm(layout["num_experts"], generator=generator).tolist()
+        own.extend([expert for expert in drawn if expert not in own][: layout["replicas"]])
+    order = [expert for own in held for expert in sorted(own)]
     placed = parallel.placed(order)
     assert [expert for place in range(layout["size"]) for expert in placed.experts_at(place)] == order
     return placed
@@ -141,7 +138,8 @@ def all_experts(num_experts):
 def check_against_loop(layout):
     """Output, gradients and bytes moved of one layer, forward and backward."""
     rank, choices, factor = dist.get_rank(), layout["choices"], layout["capacity_factor"]
-    parallel = share_out(layout, with_replicas=True)
+    parallel = share_out(layout)
+    assert bool(parallel.copies) == (layout["replicas"] > 0)
     torch.manual_seed(1)
     experts = ExpertFeedForward(parallel.expert_ids, WIDTH, HIDDEN, F.gelu, 0.0, (0,))
     layer = SparseLayer(None, experts, make_dispatcher(parallel), factor, factor, hash_route=0)
@@ -345,6 +343,11 @@ def check_sinkhorn(layout):
 def layers(examples):
     """Check random layouts of one layer."""
     random_layouts(check_against_loop, examples)
+
+
+def layers_with_replicas(examples):
+    """Check random layouts of one layer whose experts have copies."""
+    random_layouts(check_against_loop, examples, has_replicas=True)
 
 
 def base(examples):

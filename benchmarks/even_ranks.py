@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""How long do ranks wait for the fullest one, with experts placed by their loads and without?
+"""How long do ranks wait for the fullest one, with experts placed by their loads, with replicas, and without?
 
     python benchmarks/even_ranks.py DATA [--experts 128] [--ranks 16,64] [--batch-tokens 1024,4096] [--out FILE]
 
 DATA is a folder that fairseq-preprocess or data_prep wrote. Hash tables are built by the counts of its `train`, and so
-is `--expert-placement balanced`. The batches are those into which a training would cut and shuffle `valid`
-(`fairseq-hash plan --loads --text`). Straggler: the rows of the fullest rank over the mean of its group, as the mean
-over the forward passes and as their 95 % quantile. Expected: the same for the loads of the whole text. Bound: no
-placement has less expected. The result is a Markdown table.
+is `--expert-placement balanced`; with replicas each rank holds one expert more (`--expert-replicas RANKS`). The batches
+are those into which a training would cut and shuffle `valid` (`fairseq-hash plan --loads --text`). Straggler: the rows
+of the fullest rank over the mean of its group, as the mean over the forward passes and as their 95 % quantile.
+Expected: the same for the loads of the whole text. Bound: no placement has less expected, without replicas or with as
+many. The result is a Markdown table.
 """
 
 import argparse
@@ -30,8 +31,9 @@ TABLES = {
     ],
 }
 PASSES = 100  # the most of a group of ranks
-HEADINGS = ("table", "ranks", "tokens of a rank's batch", "passes", "contiguous: straggler", "95 %")
-HEADINGS += ("balanced: straggler", "95 %", "expected: contiguous", "balanced", "bound")
+HEADINGS = ("table", "ranks", "tokens of a rank's batch", "passes")
+HEADINGS += ("contiguous: straggler", "95 %", "balanced: straggler", "95 %", "with replicas: straggler", "95 %")
+HEADINGS += ("expected: contiguous", "balanced", "with replicas", "bound", "bound with replicas")
 
 
 def measure(data: Path, experts: int, ranks: list[int], sizes: list[int]) -> list[list[str]]:
@@ -39,18 +41,20 @@ def measure(data: Path, experts: int, ranks: list[int], sizes: list[int]) -> lis
     rows = []
     with Display(len(TABLES) * len(ranks)) as display:
         for name, overrides in TABLES.items():
-            given = [f"task.data='{data}'", f"model.num_experts={experts}", *overrides]
-            experiment = compose(own_configs(), "laptop/hash", given)
             for number in ranks:
+                given = [f"task.data='{data}'", f"model.num_experts={experts}", *overrides]
+                given += ["+model.expert_placement=balanced", f"+model.expert_replicas={number}"]
+                experiment = compose(own_configs(), "laptop/hash", given)
                 display.begin(f"{name}, {number} ranks", 1)
                 with only_warnings("fairseq"):
                     planned = planned_loads(experiment, number, sizes, PASSES, (data, "valid"))
                 found = {(row["placement"], row["tokens"]): row for row in planned.rows()}
                 for tokens in sizes:
-                    both = [found[placement, tokens] for placement in ("contiguous", "balanced")]
-                    figures = [row[key] for row in both for key in ("straggler", "straggler_95")]
-                    figures += [*(row["rank"] for row in both), both[0]["bound"]]
-                    about = (name, f"{number}", f"{tokens:,}", f"{both[0]['passes']:,}")
+                    placements = ("contiguous", "balanced", f"{number} replicas")
+                    of_all = [found[placement, tokens] for placement in placements]
+                    figures = [row[key] for row in of_all for key in ("straggler", "straggler_95")]
+                    figures += [*(row["rank"] for row in of_all), of_all[0]["bound"], of_all[2]["bound"]]
+                    about = (name, f"{number}", f"{tokens:,}", f"{of_all[0]['passes']:,}")
                     rows.append([*about, *(f"{value:.3f}" for value in figures)])
                 display.end("done")
     return rows

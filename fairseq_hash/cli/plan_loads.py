@@ -73,7 +73,7 @@ def run(experiment: Any, arguments: argparse.Namespace) -> None:
     if arguments.out is not None:
         place = planned.place
         rank_E = np.empty(place.num_experts, dtype=np.int64)
-        for rank in range(place.size):
+        for rank in reversed(range(place.size)):  # of copies the first counts
             rank_E[list(place.experts_at(rank))] = rank
         write_loads(arguments.out, planned.loads, rank_E)
         print(f"wrote {arguments.out}")
@@ -93,7 +93,7 @@ def batch_sizes(text: "str | None") -> tuple[int, ...]:
 def print_loads(name: str, planned: Any) -> None:
     """Print the figures as a table."""
     place = planned.place
-    held = f"{place.size} ranks share {place.num_experts} experts, {place.local_experts} each"
+    held = f"{place.size} ranks share {place.what()}, {place.local_experts} each"
     if not place.is_shared:
         held = f"every rank holds all {place.num_experts} experts, so that no rank waits for another's rows"
     print(f"{name}: {held}")

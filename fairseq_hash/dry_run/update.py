@@ -181,6 +181,8 @@ def _config(experiment: Experiment, ranks: int, rank: int) -> DictConfig:
     Raises:
         UserError: if a dry run does not know a backend or dispatcher.
     """
+    if replicas := experiment.config.model.get("expert_replicas", 0):
+        raise UserError(f"a dry run does not know --expert-replicas {replicas}; leave it out")
     config = without_files(OmegaConf.create(OmegaConf.to_container(experiment.config)))
     training = config.distributed_training
     if training.ddp_backend not in ("legacy_ddp", "no_c10d"):

@@ -41,7 +41,7 @@ def check_experiment(experiment: Experiment, ranks: int) -> None:
         if options.expert_placement not in (BALANCED, CONTIGUOUS):
             loads_of_file(options, config.model.decoder_layers)
         if place.is_shared:
-            check_training(config, DISPATCHERS[options.expert_dispatch])
+            check_training(config, DISPATCHERS[options.expert_dispatch], options.expert_replicas > 0)
     check_data(config.task.data, (config.dataset.train_subset, *config.dataset.valid_subset.split(",")))
     check_files(experiment, options)
     if "hash" in options.routers:

@@ -188,25 +188,38 @@ def _placements(
 ) -> dict[str, ExpertParallel]:
     """Return the placements to compare; the experiment's own comes first."""
     placements = {CONTIGUOUS: parallel}
-    if parallel.is_shared and parallel.local_experts > 1:
+    if parallel.is_shared and (parallel.local_experts > 1 or options.expert_replicas):
         try:
             counted = token_loads(tables, counts_of(task, "--expert-placement balanced"), "--expert-placement balanced")
-            placements[BALANCED] = place(parallel, counted)
+            name = BALANCED
         except UserError:
             if options.expert_placement == BALANCED:
                 raise
-            placements["by this text"] = place(parallel, loads)
+            counted, name = dict(loads), "by this text"
+        if parallel.local_experts > 1:
+            placements[name] = place(parallel, counted)
+        if options.expert_placement == BALANCED and options.expert_replicas:
+            placements[_own_name(options)] = place(parallel, counted, options.expert_replicas)
     return _own_first(placements, options, config, parallel)
 
 
 def _own_first(
     placements: Mapping[str, ExpertParallel], options: SparseOptions, config: DictConfig, parallel: ExpertParallel
 ) -> dict[str, ExpertParallel]:
-    """Return placements in another order: the one that `--expert-placement` names first, which may be by a file."""
-    own = options.expert_placement
+    """Return placements in another order: the experiment's own first, which may be by a file."""
+    own = _own_name(options)
     if own in placements:
         return {own: placements[own], **placements}
-    return {own: place(parallel, loads_of_file(options, config.model.decoder_layers)), **placements}
+    loads = loads_of_file(options, config.model.decoder_layers)
+    by_file = {own: place(parallel, loads, options.expert_replicas)}
+    if options.expert_replicas and parallel.local_experts > 1:
+        by_file[options.expert_placement] = place(parallel, loads)
+    return {**by_file, **placements}
+
+
+def _own_name(options: SparseOptions) -> str:
+    """Return the name of an experiment's placement: that of `--expert-placement`, or how many replicas it has."""
+    return f"{options.expert_replicas} replicas" if options.expert_replicas else options.expert_placement
 
 
 def _task(config: DictConfig, data: "Path | None" = None) -> LanguageModelingTask:

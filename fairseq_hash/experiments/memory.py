@@ -34,7 +34,7 @@ def place_of(config: DictConfig, ranks: int) -> ExpertParallel:
         return ExpertParallel(1, world_size=ranks)
     place = planned(options.num_experts, options.expert_parallel_size, 0, ranks)
     check_dispatcher(place, options.expert_dispatch)
-    check_placement(place, options.expert_placement)
+    check_placement(place, options.expert_placement, options.expert_replicas)
     return place
 
 
@@ -59,8 +59,9 @@ def state_bytes(of: Sizes, config: DictConfig, place: ExpertParallel) -> int:
     precision = precision_of(config)
     is_sharded = config.distributed_training.ddp_backend == "fully_sharded"
     holders = place.world_size if is_sharded else 1
-    held = (of.total - of.expert_parameters) / holders + of.expert_parameters / place.size
-    trained = (of.trained - of.trained_experts) / holders + of.trained_experts / place.size
+    share = (1 + config.model.get("expert_replicas", 0) / place.num_experts) / place.size  # of all experts, copies too
+    held = (of.total - of.expert_parameters) / holders + of.expert_parameters * share
+    trained = (of.trained - of.trained_experts) / holders + of.trained_experts * share
     weight, copies = KEPT["fp32" if is_sharded and precision == "fp16" else precision]
     state = 4 if not config.optimizer.get("fp16_adam_stats", False) else 2
     states = STATES.get(config.optimizer._name, 0)
@@ -79,9 +80,9 @@ def describe(of: Sizes, config: DictConfig, ranks: int) -> str:
     lacks = "" if name == "sgd" or name in STATES else f", without the state of {name}"
     who = place.describe()
     if (placement := config.model.get("expert_placement", CONTIGUOUS)) != CONTIGUOUS:
-        who = (
-            f"{place.size} ranks share {place.num_experts} experts by --expert-placement {placement} (--loads shows it)"
-        )
+        replicas = config.model.get("expert_replicas", 0)
+        what = f"{place.num_experts} experts" + (f" and {replicas} replicas" if replicas else "")
+        who = f"{place.size} ranks share {what} by --expert-placement {placement} (--loads shows it)"
     experts = f", {who}" if of.expert_parameters > of.memory_parameters else ""
     gigabytes = state_bytes(of, config, place) / 1e9
     return f"{gigabytes:.3g} GB a rank, {precision_of(config)}{lacks}{experts}; activations come on top"

@@ -154,7 +154,7 @@ def without_files(config: DictConfig) -> DictConfig:
         model.hash_table, model.hash_feature = "random", "token"
     if model.hash_predictor:
         model.hash_predictor, model.hash_feature = "", "token"
-    model.hash_count_eos, model.expert_placement = False, "contiguous"
+    model.hash_count_eos, model.expert_placement, model.expert_replicas = False, "contiguous", 0
     return config
 
 

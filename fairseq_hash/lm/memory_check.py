@@ -13,16 +13,19 @@ from fairseq_hash.hashing.registry import BUILDERS
 from fairseq_hash.hashing.table import check_table_size
 from fairseq_hash.lm.sparse_layers import build_experts
 from fairseq_hash.options.sparse_options import SparseOptions
+from fairseq_hash.parallel.groups import ExpertParallel
 
 FLOAT = 4  # bytes: every model is made in fp32
 
 
-def check_fits_here(args: "Mapping[str, Any] | Any", options: SparseOptions, vocabulary: int, ranks: int) -> None:
+def check_fits_here(
+    args: "Mapping[str, Any] | Any", options: SparseOptions, vocabulary: int, parallel: ExpertParallel
+) -> None:
     """Raise `UserError` where the experts of one rank, a table or the memories are more than this machine has memory.
 
-    `ranks` share the experts; `vocabulary` is the number of symbols of the dictionary.
+    `vocabulary` is the number of symbols of the dictionary.
     """
-    check_memories_fit(args, options, vocabulary, ranks)
+    check_memories_fit(args, options, vocabulary, parallel.size)
     if not options.is_sparse:
         return
     routers = options.layer_routers(args.decoder_layers)
@@ -30,7 +33,7 @@ def check_fits_here(args: "Mapping[str, Any] | Any", options: SparseOptions, voc
         shape = options.table_shape(options.num_experts, args.max_target_positions or args.tokens_per_sample)
         rows = vocabulary if options.hash_feature in OF_TOKENS else shape.num_keys
         check_table_size(rows, shape.columns, options.num_experts)
-    values = len(routers) * options.num_experts // ranks * expert_size(args, options)
+    values = len(routers) * parallel.local_experts * expert_size(args, options)
     learned = sum(router != "hash" for router in routers.values())
     values += learned * options.num_experts * args.decoder_embed_dim
     if torch.empty(0).device.type == "meta":  # a model without memory, to be counted

@@ -41,7 +41,8 @@ from fairseq_hash.moe.routers.topk import BY_BIAS
 from fairseq_hash.options import option_use
 from fairseq_hash.options.sparse_options import SparseOptions
 from fairseq_hash.parallel.collectives import check_same, one_line_errors, run_on_all_ranks
-from fairseq_hash.parallel.groups import ExpertParallel, expert_names, expert_parallel, reduce_expert_gradients
+from fairseq_hash.parallel.gradients import reduce_expert_gradients
+from fairseq_hash.parallel.groups import ExpertParallel, expert_names, expert_parallel
 from fairseq_hash.parallel.watchdog import watchdog_of
 from fairseq_hash.provenance import corpus_of, provenance
 from fairseq_hash.training.shared_experts import check_device
@@ -96,7 +97,7 @@ class HashTransformerLanguageModel(TransformerLanguageModel):
                 check_same({"placement of experts": parallel.order})
             if not is_evaluation:
                 vocabulary = len(task.source_dictionary)
-                run_on_all_ranks(functools.partial(check_fits_here, args, options, vocabulary, parallel.size))
+                run_on_all_ranks(functools.partial(check_fits_here, args, options, vocabulary, parallel))
             if parallel.is_shared:  # from here on a rank that fails ends the job: the others wait for it
                 watchdog_of(parallel.rank, parallel.world_size)
             dispatcher = make_dispatcher(parallel, options.expert_dispatch)

@@ -1,7 +1,11 @@
-"""`--expert-placement`: which experts share a rank, chosen by their loads in the layers of a model."""
+"""`--expert-placement` and `--expert-replicas`: which experts share a rank, and which have copies on several ranks.
+
+Both are chosen by the experts' loads in the layers of a model.
+"""
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +31,7 @@ Loads = Mapping[int, np.ndarray]  # of the experts `[E]` of a layer, by the numb
 def placed(
     parallel: ExpertParallel, options: SparseOptions, decoder_layers: int, task: FairseqTask, positions: int
 ) -> ExpertParallel:
-    """Return who holds which experts by `--expert-placement`, and log how even the ranks are.
+    """Return who holds which experts by `--expert-placement` and `--expert-replicas`; log how even the ranks are.
 
     `positions` is the length of the longest sample.
 
@@ -36,25 +40,36 @@ def placed(
     """
     if options.expert_placement == CONTIGUOUS:
         return parallel
-    check_placement(parallel, options.expert_placement)
+    check_placement(parallel, options.expert_placement, options.expert_replicas)
     if options.expert_placement == BALANCED:
         tables = tables_of(options, decoder_layers, task, positions)
         loads = token_loads(tables, counts_of(task, "--expert-placement balanced"), "--expert-placement balanced")
     else:
         loads = loads_of_file(options, decoder_layers)
-    parallel = place(parallel, loads)
+    parallel = place(parallel, loads, options.expert_replicas)
     logger.info("expert_placement | %s", evenness(loads, parallel))
     return parallel
 
 
-def place(parallel: ExpertParallel, loads: Loads) -> ExpertParallel:
-    """Return who holds which experts where ranks are as even as loads allow."""
-    return parallel.placed(balanced_order(np.stack(list(loads.values())), parallel.size))
+def place(parallel: ExpertParallel, loads: Loads, replicas: int = 0) -> ExpertParallel:
+    """Return who holds which experts, with so many replicas, where ranks are as even as loads allow."""
+    return parallel.placed(balanced_order(np.stack(list(loads.values())), parallel.size, replicas))
 
 
-def check_placement(parallel: ExpertParallel, name: str) -> None:
-    """Raise `UserError` if a placement is asked for that has nothing to choose."""
-    if name == CONTIGUOUS or (parallel.is_shared and parallel.local_experts > 1):
+def check_placement(parallel: ExpertParallel, name: str, replicas: int = 0) -> None:
+    """Raise `UserError` if a placement is asked for that has nothing to choose, or replicas that ranks cannot share."""
+    size, experts = parallel.size, parallel.num_experts
+    if parallel.is_shared and replicas % size:
+        raise UserError(
+            f"--expert-replicas {replicas} cannot be shared evenly by the {size} ranks of a group; give a multiple of "
+            f"{size}"
+        )
+    if parallel.is_shared and replicas > experts * (size - 1):
+        raise UserError(
+            f"--expert-replicas {replicas} are more than {experts * (size - 1)}, with which each of the {size} ranks "
+            f"of a group holds all {experts} experts; give fewer, or --expert-parallel-size 1 without them"
+        )
+    if name == CONTIGUOUS or (parallel.is_shared and (replicas or parallel.local_experts > 1)):
         return
     held = f"each of {parallel.size} holds one" if parallel.is_shared else f"each of {parallel.world_size} holds all"
     raise UserError(
@@ -131,13 +146,21 @@ def evenness(loads: Loads, parallel: ExpertParallel) -> str:
     for layers in alike.values():
         load_E = loads[layers[0]]
         here, before, bound = over_mean(load_E, parallel)
+        before_it = f"contiguous {before:.3f}"
+        if parallel.num_replicas:
+            alone, _, _ = over_mean(load_E, place(replace(parallel, order=None), loads))
+            before_it += f", placed without replicas {alone:.3f}"
         names = f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
-        lines.append(f"{names} {here:.3f} (contiguous {before:.3f}, no placement below {bound:.3f})")
-    return f"load of the largest rank over the mean: {'; '.join(lines)}"
+        lines.append(f"{names} {here:.3f} ({before_it}, no placement below {bound:.3f})")
+    with_replicas = f" with {parallel.num_replicas} replicas" if parallel.num_replicas else ""
+    return f"load of the largest rank over the mean{with_replicas}: {'; '.join(lines)}"
 
 
 def over_mean(load_E: np.ndarray, parallel: ExpertParallel) -> tuple[float, float, float]:
-    """Return the largest rank's load over the mean, the same of contiguous experts, and a bound of any placement."""
+    """Return the largest rank's load over the mean, the same of contiguous experts, and a bound of any placement.
+
+    The bound is that of placements with as many replicas.
+    """
     mean = load_E.sum() / parallel.size
     here, before = (rank_loads(load_E, order, parallel.size).max() / mean for order in (parallel.order, None))
-    return float(here), float(before), float(lower_bound(load_E, parallel.size) / mean)
+    return float(here), float(before), float(lower_bound(load_E, parallel.size, parallel.num_replicas) / mean)

@@ -1,6 +1,6 @@
 """The all-to-all: rows go to the ranks that hold their experts, and come back. Exactly the rows that must move.
 
-Shape suffixes: see `losses`; here also P ranks of a group and e experts of each.
+Shape suffixes: see `losses`; here also P ranks of a group, e experts of each, and S slots of all.
 """
 
 import contextlib
@@ -90,23 +90,23 @@ def all_to_all(
 
 
 class SplitSizes:
-    """The one exchange of split sizes of a plan, under way: how many rows of each sender each expert gets.
+    """The one exchange of split sizes of a plan, under way: how many rows of each sender each slot gets.
 
     It starts here and ends in `wait`, so that other work (attention) runs in between.
     """
 
-    def __init__(self, rows_E: Tensor, parallel: ExpertParallel) -> None:
+    def __init__(self, rows_S: Tensor, parallel: ExpertParallel) -> None:
         self.parallel = parallel
-        self.sizes_2E = torch.stack([rows_E, torch.empty_like(rows_E)])
-        self.work = dist.all_to_all_single(self.sizes_2E[1], self.sizes_2E[0], group=parallel.group, async_op=True)
+        self.sizes_2S = torch.stack([rows_S, torch.empty_like(rows_S)])
+        self.work = dist.all_to_all_single(self.sizes_2S[1], self.sizes_2S[0], group=parallel.group, async_op=True)
         parallel.traffic.split_exchanges += 1
         self.copied: torch.cuda.Event | None = None
-        if rows_E.is_cuda:
+        if rows_S.is_cuda:
             # On a GPU only the stream waits here. The copy stands in it before all that follows, so `wait` will not
             # wait for what is queued in between.
             self.work.wait()
-            self.host_2E = torch.empty(self.sizes_2E.shape, dtype=torch.int64, pin_memory=True)
-            self.host_2E.copy_(self.sizes_2E, non_blocking=True)
+            self.host_2S = torch.empty(self.sizes_2S.shape, dtype=torch.int64, pin_memory=True)
+            self.host_2S.copy_(self.sizes_2S, non_blocking=True)
             self.copied = torch.cuda.Event()
             self.copied.record()
 
@@ -114,15 +114,15 @@ class SplitSizes:
         """Return the exchange, and how many rows each of this rank's experts gets. The one wait for the device."""
         if self.copied is None:
             self.work.wait()
-            self.host_2E = self.sizes_2E
+            self.host_2S = self.sizes_2S
         else:
             self.copied.synchronize()
         size, local = self.parallel.size, self.parallel.local_experts
-        sent_Pe, received_Pe = self.host_2E.view(2, size, local)
+        sent_Pe, received_Pe = self.host_2S.view(2, size, local)
         rows_per_expert = tuple(received_Pe.sum(dim=0).tolist())
         arrival_R = None
         if local > 1:
-            arrival_R = _arrival(self.sizes_2E[1].view(size, local), sum(rows_per_expert))
+            arrival_R = _arrival(self.sizes_2S[1].view(size, local), sum(rows_per_expert))
         sent_P, received_P = (tuple(count_Pe.sum(dim=1).tolist()) for count_Pe in (sent_Pe, received_Pe))
         return Exchange(self.parallel, sent_P, received_P, arrival_R), GroupSizes(rows_per_expert)
 
@@ -147,5 +147,5 @@ class AllToAllDispatcher(LocalDispatcher):
     def begin(self, expert_TK: Tensor, capacity_factor: float = 0.0, order_C: "Tensor | None" = None) -> PlanUnderWay:
         """Begin the plan of an assignment: the split sizes travel while other work runs."""
         exchange_sizes = functools.partial(SplitSizes, parallel=self.parallel)
-        slot_E = self.parallel.slots(expert_TK.device)
-        return PlanUnderWay(expert_TK, self.parallel.num_experts, capacity_factor, exchange_sizes, order_C, slot_E)
+        slots = self.parallel.slots(expert_TK.device)
+        return PlanUnderWay(expert_TK, self.parallel.num_experts, capacity_factor, exchange_sizes, order_C, slots)

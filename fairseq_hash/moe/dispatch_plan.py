@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fairseq_hash.moe.kernels.group_sizes import GroupSizes, count_groups
 from fairseq_hash.moe.kernels.huge_pages import empty_again
+from fairseq_hash.parallel.slots import Slots
 
 
 class Exchange(Protocol):
@@ -38,8 +39,8 @@ class DispatchPlan:
     """How T tokens with K choices each become rows grouped by expert.
 
     Attributes:
-        choice_R: int64, the place of each of this rank's rows in the flattened `[T, K]`; by the expert's slot, then in
-            the order in which the expert takes them.
+        choice_R: int64, the place of each of this rank's rows in the flattened `[T, K]`; by slot, then in the order in
+            which the expert takes them.
         sizes: how many rows each expert of this rank gets, from all ranks of the group, after dropping; where there is
             no exchange, how many rows of this rank each of all experts gets. By slot.
         tokens_per_expert_E: int64, choices of this rank's tokens for each expert, before dropping. By id.
@@ -114,7 +115,7 @@ class PlanUnderWay:
         capacity_factor: float = 0.0,
         exchange_sizes: "Callable[[Tensor], SplitSizes] | None" = None,
         order_C: "Tensor | None" = None,
-        slot_E: "Tensor | None" = None,
+        slots: "Slots | None" = None,
     ) -> None:
         """Begin the plan for an assignment.
 
@@ -126,29 +127,29 @@ class PlanUnderWay:
             expert_TK: int64, every choice from 0 to E - 1.
             num_experts: E.
             capacity_factor: see `expert_capacity`.
-            exchange_sizes: what begins to tell other ranks how many rows each expert gets, `[E]`; None: rows stay here.
+            exchange_sizes: what begins to tell other ranks how many rows each slot gets, `[S]`; None: rows stay here.
             order_C: see `Assignment`.
-            slot_E: int64, the slot of each expert: rows lie by slot. None: slot and id are the same.
+            slots: which rows each slot gets: rows lie by slot. None: slot and id are the same.
         """
         self.shape_TK = (expert_TK.shape[0], expert_TK.shape[1])
-        slot_C = expert_TK.flatten()
+        expert_C = expert_TK.flatten()
         if order_C is not None:
-            slot_C = slot_C[order_C]
-        if slot_E is not None:
-            slot_C = slot_E.index_select(0, slot_C)
-        self.left_out = expert_TK.numel() - len(slot_C)
-        rows_E = count_groups(slot_C, num_experts)
-        self.tokens_per_expert_E = rows_E if slot_E is None else rows_E.index_select(0, slot_E)
-        self.choice_R = slot_C.argsort(stable=True)
+            expert_C = expert_C[order_C]
+        self.left_out = expert_TK.numel() - len(expert_C)
+        self.tokens_per_expert_E = rows_E = count_groups(expert_C, num_experts)
+        self.choice_R = expert_C.argsort(stable=True)
         capacity = expert_capacity(expert_TK.numel(), num_experts, capacity_factor)
         if capacity is not None:
             start_E = rows_E.cumsum(0) - rows_E
-            rank_R = torch.arange(len(slot_C), device=slot_C.device) - start_E[slot_C[self.choice_R]]
+            rank_R = torch.arange(len(expert_C), device=expert_C.device) - start_E[expert_C[self.choice_R]]
             self.choice_R = self.choice_R[rank_R < capacity]
             rows_E = rows_E.clamp(max=capacity)
+        rows_S = rows_E
+        if slots is not None:
+            rows_S, self.choice_R = slots.by_slot(rows_E, self.choice_R)
         if order_C is not None:
             self.choice_R = order_C[self.choice_R]
-        self.sizes: GroupSizes | SplitSizes = GroupSizes(rows_E) if exchange_sizes is None else exchange_sizes(rows_E)
+        self.sizes: GroupSizes | SplitSizes = GroupSizes(rows_S) if exchange_sizes is None else exchange_sizes(rows_S)
 
     @cached_property
     def plan(self) -> DispatchPlan:

@@ -117,7 +117,7 @@ class MemoryRows(nn.Module):
         """
         if not self.dispatcher.parallel.is_shared:
             return MemoryLookup(row_TJ)
-        slot_E = self.parallel.slots(row_TJ.device)
+        slot_E = self.parallel.slot_of_expert(row_TJ.device)
         if slot_E is not None:  # a share lies where the expert of its number does: a shard of a checkpoint has both
             row_TJ = slot_E[row_TJ // self.rows_of_share] * self.rows_of_share + row_TJ % self.rows_of_share
         rank_Q1 = (row_TJ // self.rows_of_rank).view(-1, 1)

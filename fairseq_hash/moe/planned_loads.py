@@ -8,11 +8,13 @@ number of batches, P that of the ranks of a group.
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.moe.dispatch_plan import expert_capacity
 from fairseq_hash.parallel.groups import ExpertParallel
 from fairseq_hash.parallel.placement import rank_loads
+from fairseq_hash.parallel.slots import slots_of
 
 AT_ONCE = 1 << 24  # numbers of drawn batches in memory at once
 
@@ -49,6 +51,8 @@ class RoutedBatches:
     def rank_rows(self, parallel: ExpertParallel, capacity_factor: float = 0.0) -> np.ndarray:
         """Return the rows of each rank of a group in each pass, int64 `[N // P, P]`: P batches in turn make a pass.
 
+        They are exact, also where every rank divides its rows of an expert among the copies.
+
         Raises:
             UserError: if there are fewer batches than ranks.
         """
@@ -59,9 +63,15 @@ class RoutedBatches:
                 f"{len(self.choice_NG)} batches are too few for one pass of {size} ranks; give more text or smaller "
                 "batches (--batch-tokens)"
             )
-        kept_NG = self.kept_NG(capacity_factor)[: passes * size]
-        row_NE = self._of_experts(kept_NG.reshape(passes, size, -1).sum(axis=1))
-        return rank_loads(row_NE, parallel.order, size)
+        kept_NPG = self.kept_NG(capacity_factor)[: passes * size].reshape(passes, size, -1)
+        if (order := parallel.in_segments(self.segments).order) is not None:
+            row_NP = np.zeros((passes, size), dtype=np.int64)
+            for place in range(size):
+                slots = slots_of(order, place, torch.device("cpu"))
+                row_NS = slots.rows(torch.from_numpy(kept_NPG[:, place]))
+                row_NP += row_NS.view(passes, size, -1).sum(dim=2).numpy()
+            return row_NP
+        return rank_loads(self._of_experts(kept_NPG.sum(axis=1)), None, size)
 
     def stragglers(self, parallel: ExpertParallel, capacity_factor: float = 0.0) -> np.ndarray:
         """Return the straggler factor of each pass, float64 `[N // P]`; 1 for a pass without rows."""

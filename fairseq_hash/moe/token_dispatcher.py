@@ -38,8 +38,8 @@ class LocalDispatcher:
 
     def begin(self, expert_TK: Tensor, capacity_factor: float = 0.0, order_C: "Tensor | None" = None) -> PlanUnderWay:
         """Begin the plan of an assignment (int64); every rank that shares the experts has to call this."""
-        slot_E = self.parallel.slots(expert_TK.device)
-        return PlanUnderWay(expert_TK, self.parallel.num_experts, capacity_factor, order_C=order_C, slot_E=slot_E)
+        slots = self.parallel.slots(expert_TK.device)
+        return PlanUnderWay(expert_TK, self.parallel.num_experts, capacity_factor, order_C=order_C, slots=slots)
 
     def run(self, x_TD: Tensor, assignment: Assignment, plan: DispatchPlan, experts: Experts) -> Tensor:
         """Return what the experts add to each token, `[T, D]`; zero for a token whose choices were all dropped.

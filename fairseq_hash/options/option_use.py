@@ -132,6 +132,7 @@ MODEL = {
     "expert_parallel_size": SPARSE,
     "expert_dispatch": SPARSE,
     "expert_placement": SPARSE,  # refused where each rank holds one expert or all
+    "expert_replicas": SPARSE,  # refused without loads, and where each rank holds all
     "from_dense": Statement(SPARSE.acts, SPARSE.needs, is_shared=False),
     "freeze": Statement(SPARSE.acts, SPARSE.needs, is_shared=False),
     "map_experts": ALWAYS,  # refused in training, in which it never acts

@@ -8,7 +8,7 @@ from typing import Any, Optional
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.options import option
 from fairseq_hash.core.validators import check_at_least, check_one_of, check_probability, layers_of, refuse
-from fairseq_hash.moe.dispatchers import DISPATCHERS
+from fairseq_hash.moe.dispatchers import DEFAULT, DISPATCHERS
 from fairseq_hash.moe.distributed_assignment import BALANCES
 from fairseq_hash.moe.routers import router_names, sees_future
 from fairseq_hash.options.batch_options import BatchRouterOptions
@@ -102,6 +102,12 @@ class SparseOptions(GateOptions, HashOptions, MemoryOptions, TopKOptions, BatchR
         "which experts share a rank: contiguous (the next E / P), balanced (ranks as even as the hash tables' loads "
         "allow, by the counts in the dictionary and the lines of the binarized train), or a file of loads, as "
         "fairseq-hash plan --loads writes it; the result is the same, and checkpoints do not depend on it",
+    )
+    expert_replicas: int = option(
+        0,
+        "replicas: further copies of the heaviest experts in each group of ranks, which divide their rows, 0 or more, "
+        "a multiple of --expert-parallel-size; needs --expert-placement balanced or a file of loads; the result is the "
+        "same to rounding, and checkpoints do not depend on it",
     )
     from_dense: str = option(
         "",
@@ -197,6 +203,7 @@ class SparseOptions(GateOptions, HashOptions, MemoryOptions, TopKOptions, BatchR
                 f"--expert-placement {BALANCED} needs the tables of hash layers, and --router {self.router} has none; "
                 "give a file of loads (fairseq-hash plan --loads --from-run RUN --out FILE)"
             )
+        self.check_replicas()
         check_one_of("--base-balance", self.base_balance, BALANCES)
         check_one_of("--expert-form", self.expert_form, FORMS)
         check_one_of("--freeze", self.freeze, FREEZES)
@@ -226,3 +233,22 @@ class SparseOptions(GateOptions, HashOptions, MemoryOptions, TopKOptions, BatchR
         check_probability("--router-jitter", self.router_jitter)
         if self.expert_dropout is not None:
             check_probability("--expert-dropout", self.expert_dropout)
+
+    def check_replicas(self) -> None:
+        """Raise `UserError` where replicas of experts do not go with another option."""
+        check_at_least("--expert-replicas", self.expert_replicas, 0)
+        if not (self.expert_replicas and self.is_sparse):
+            return
+        given = f"--expert-replicas {self.expert_replicas}"
+        refuse(
+            {
+                f"{given} copies the experts with the largest loads; give these by --expert-placement {BALANCED}, or a "
+                "file of them": self.expert_placement == CONTIGUOUS,
+                f"{given} does not go with --expert-dispatch {self.expert_dispatch}; use all-to-all": (
+                    self.expert_dispatch != DEFAULT
+                ),
+                f"{given} does not go with --memory-layers, whose rows would be copied, too; leave one of them out": (
+                    self.has_memory
+                ),
+            }
+        )

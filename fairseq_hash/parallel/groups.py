@@ -1,17 +1,17 @@
-"""Expert parallelism: which rank holds which experts, and what becomes of their gradients.
+"""Expert parallelism: which rank holds which experts.
 
 The W ranks of a job form W / P groups of P consecutive ranks (P is `--expert-parallel-size`). In each group every rank
 holds E / P experts and serves the tokens of the whole group with them: consecutive ones, or those that a placement puts
-there. The ranks at one place of all groups hold the same experts: they are replicas, and their gradients are added up
-among themselves.
+there. The ranks at one place of all groups hold the same experts: they are replicas.
 
-Experts have ids, under which all else knows them, and slots, of which each rank holds the next E / P: rows travel by
-slot.
+Experts have ids, under which all else knows them, and slots, of which each rank holds the next S / P: rows travel by
+slot. There are E slots, and with `--expert-replicas` more: an expert may then stand on several ranks of a group, which
+hold its copies.
 """
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.parallel.exchange_meter import ExchangeMeter
+from fairseq_hash.parallel.slots import Slots, copies_of, slots_of
 
 MOST_PLACES = 8  # that a line of the log names
 MOST_RUNS = 3  # of consecutive experts of a rank that it names
@@ -54,7 +55,8 @@ class ExpertParallel:
         world_size: W, all ranks.
         group: the process group of this rank's group; None where P = 1.
         replicas: the process group of the ranks with the same experts; None where there is no other.
-        order: the id of the expert in each slot, ascending within each rank; None: slot and id are the same.
+        order: the id of the expert in each slot, ascending within each rank; one may stand on several ranks. None: slot
+            and id are the same.
         traffic: what this rank has sent so far by our own exchange.
     """
 
@@ -80,7 +82,17 @@ class ExpertParallel:
     @property
     def local_experts(self) -> int:
         """e, the number of experts that each rank holds."""
-        return self.num_experts // self.size
+        return (self.num_experts if self.order is None else len(self.order)) // self.size
+
+    @property
+    def num_replicas(self) -> int:
+        """How many slots a group has beside one for each expert."""
+        return self.local_experts * self.size - self.num_experts
+
+    @property
+    def copies(self) -> Mapping[int, tuple[int, ...]]:
+        """The places, ascending, of each expert that several ranks of a group hold."""
+        return copies_of(self.order, self.size) if self.order is not None and self.num_replicas else {}
 
     @property
     def expert_ids(self) -> Sequence[int]:
@@ -88,11 +100,20 @@ class ExpertParallel:
         return self.experts_at(self.place)
 
     @property
+    def first_experts(self) -> Sequence[int]:
+        """Those of `expert_ids` that no rank before this one in its group holds: all ranks together have each once."""
+        copies = self.copies
+        if not copies:
+            return self.expert_ids
+        return [expert for expert in self.expert_ids if copies.get(expert, (self.place,))[0] == self.place]
+
+    @property
     def saved_experts(self) -> Sequence[int]:
-        """The experts that this rank writes to a checkpoint: its share of those that it and its replicas hold."""
+        """The experts that this rank writes to a checkpoint: its share of the first ones of it and its replicas."""
+        held = self.first_experts
         replicas, replica = self.world_size // self.size, self.rank // self.size
-        first, end = (self.local_experts * share // replicas for share in (replica, replica + 1))
-        return self.expert_ids[first:end]
+        first, end = (len(held) * share // replicas for share in (replica, replica + 1))
+        return held[first:end]
 
     def experts_at(self, place: int) -> Sequence[int]:
         """Return the experts of the rank at a place in a group, ascending."""
@@ -100,12 +121,16 @@ class ExpertParallel:
         return (range(self.num_experts) if self.order is None else self.order)[slots]
 
     def placed(self, order: Sequence[int]) -> "ExpertParallel":
-        """Return the same with the experts in other slots."""
+        """Return the same with the experts in other slots, or in more of them."""
         return replace(self, order=None if list(order) == list(range(self.num_experts)) else tuple(order))
 
-    def slots(self, device: torch.device) -> "Tensor | None":
-        """Return the slot of each expert, int64 `[E]`; None where it is the expert's id."""
-        return None if self.order is None else _slots(self.order, device)
+    def slots(self, device: torch.device) -> "Slots | None":
+        """Return how this rank's rows are divided among the slots; None where slot and id are the same."""
+        return None if self.order is None else slots_of(self.order, self.place, device)
+
+    def slot_of_expert(self, device: torch.device) -> "Tensor | None":
+        """Return the slot of each expert, int64 `[E]`; None where it is the expert's id. No expert has copies."""
+        return None if self.order is None else _slot_of_expert(self.order, device)
 
     def in_segments(self, segments: int) -> "ExpertParallel":
         """Return the same with E x `segments` groups of rows, those of each expert beside one another."""
@@ -132,11 +157,15 @@ class ExpertParallel:
             places = [*places[: MOST_PLACES - 2], "...", places[-1]]
         groups = self.world_size // self.size
         who = f"{self.size} ranks share" if groups == 1 else f"{groups} groups of {self.size} ranks share"
-        return f"{who} {self.num_experts} experts: {'; '.join(places)}"
+        return f"{who} {self.what()}: {'; '.join(places)}"
+
+    def what(self) -> str:
+        """Return how many experts there are, and replicas of them in each group, in words."""
+        return f"{self.num_experts} experts" + (f" and {self.num_replicas} replicas" if self.num_replicas else "")
 
 
 @functools.lru_cache
-def _slots(order: tuple[int, ...], device: torch.device) -> Tensor:
+def _slot_of_expert(order: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(order, device=device).argsort()
 
 
@@ -233,43 +262,3 @@ def mark_experts(experts: nn.Module) -> None:
 def expert_names(model: nn.Module) -> list[str]:
     """Return the names of the parameters and buffers that are marked as experts'."""
     return [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if hasattr(tensor, "expert")]
-
-
-@torch.no_grad()
-def reduce_expert_gradients(parameters: Iterable[nn.Parameter], parallel: ExpertParallel) -> None:
-    """Make the experts' gradients what data parallelism makes of all others: the mean over all ranks.
-
-    An expert's gradient already is the sum over the tokens of its group. Divided by the number of all ranks, and added
-    up over the replicas, it is on the scale of the dense gradients, which the trainer then multiplies by that number.
-    """
-    for parameter in parameters:
-        if not parameter.requires_grad:
-            continue
-        if parameter.grad is None:  # the replicas wait for this rank all the same
-            parameter.grad = torch.zeros_like(parameter)
-        parameter.grad.div_(parallel.world_size)
-        if parallel.replicas is not None:
-            dist.all_reduce(parameter.grad, group=parallel.replicas)
-
-
-@torch.no_grad()
-def norm_of_shards(norm: Tensor) -> Tensor:
-    """Return the norm of what all ranks hold a part of; every rank has to call this with the norm of its part."""
-    square = norm.float().square()
-    dist.all_reduce(square)
-    return square.sqrt()
-
-
-@torch.no_grad()
-def norm_with_experts(dense_norm: Tensor, expert_gradients: Iterable[Tensor], parallel: ExpertParallel) -> Tensor:
-    """Return the norm (fp32 scalar) of the dense gradients and those of all experts, the same on every rank.
-
-    Every rank of the group has to call this, with the same norm of the dense gradients, and with the gradients of its
-    own experts after `reduce_expert_gradients`.
-    """
-    squares = [torch.linalg.vector_norm(g, dtype=torch.float32).square() for g in expert_gradients]
-    own = torch.stack(squares).sum() if squares else dense_norm.new_zeros((), dtype=torch.float32)
-    # Gathered and added in the order of the places: every group gets the same sum to the bit.
-    all_P = dense_norm.new_empty(parallel.size, dtype=torch.float32)
-    dist.all_gather(list(all_P.split(1)), own.reshape(1).to(dense_norm.device), group=parallel.group)
-    return (dense_norm.float().square() + all_P.sum()).sqrt()

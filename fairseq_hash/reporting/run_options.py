@@ -15,7 +15,7 @@ VOLATILE = {
     *("keep_interval_updates", "keep_interval_updates_pattern", "keep_last_epochs", "keep_best_checkpoints"),
     "write_checkpoints_asynchronously",
     # The ranks of the experts and the dispatcher change no result.
-    *("expert_parallel_size", "expert_dispatch", "expert_placement"),
+    *("expert_parallel_size", "expert_dispatch", "expert_placement", "expert_replicas"),
     "recompute_hidden",  # the same numbers in less memory
     "base_shuffle",  # of fairseq's own BASE layer, which the model refuses; flags and Hydra have other defaults
 }

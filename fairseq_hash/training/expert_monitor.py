@@ -124,15 +124,18 @@ class ExpertMonitor:
     def _of_all_experts(self, of_gradients: bool) -> Tensor:
         """Return the norms of this rank's experts, fp64 `[N, E]`; zero for those that another rank measures.
 
-        Replicas agree, so the first group measures. An expert without a gradient (`--freeze`) has NaN.
+        Replicas agree, so the first group measures, and of copies in a group the first. An expert without a gradient
+        (`--freeze`) has NaN.
         """
         rows = []
         for layer in self.layers:
             parallel = layer.parallel
             norm_E = next(layer.experts.parameters()).new_zeros(parallel.num_experts, dtype=torch.float64)
             if parallel.rank < parallel.size:
-                norm_e = expert_norms(layer.experts, of_gradients)
-                norm_E[torch.tensor(parallel.expert_ids, device=norm_E.device)] = norm_e.double()
+                norm_e = expert_norms(layer.experts, of_gradients).double()
+                held, own = list(parallel.expert_ids), parallel.first_experts
+                place_e = torch.tensor([held.index(expert) for expert in own], device=norm_E.device)
+                norm_E[torch.tensor(own, device=norm_E.device)] = norm_e[place_e]
             rows.append(norm_E)
         return torch.stack(rows)
 

@@ -15,7 +15,8 @@ from fairseq_hash.core.validators import refuse
 from fairseq_hash.moe.layer import SparseLayer
 from fairseq_hash.moe.token_dispatcher import LocalDispatcher
 from fairseq_hash.parallel.collectives import gather
-from fairseq_hash.parallel.groups import ExpertParallel, norm_of_shards, norm_with_experts
+from fairseq_hash.parallel.gradients import norm_of_shards, norm_with_experts
+from fairseq_hash.parallel.groups import ExpertParallel
 from fairseq_hash.parallel.watchdog import Watchdog, watchdog_of
 from fairseq_hash.training.not_finite import blame, experts_not_finite
 
@@ -29,8 +30,8 @@ def check_device(is_sharded: bool, on_cpu: bool) -> None:
         raise UserError("--ddp-backend fully_sharded needs CUDA; use legacy_ddp or pytorch_ddp on a CPU")
 
 
-def check_training(cfg: Any, dispatcher: type[LocalDispatcher]) -> None:
-    """Raise `UserError` if an option of the training does not go with shared experts, or with their dispatcher."""
+def check_training(cfg: Any, dispatcher: type[LocalDispatcher], has_replicas: bool = False) -> None:
+    """Raise `UserError` if an option of the training does not go with shared experts, their dispatcher or replicas."""
     training, common = cfg.distributed_training, cfg.common
     backend = training.ddp_backend
     instead = "; or leave every rank all experts: --expert-parallel-size 1"
@@ -42,6 +43,8 @@ def check_training(cfg: Any, dispatcher: type[LocalDispatcher]) -> None:
         ),
         "--ddp-backend fully_sharded with shared experts saves what each rank holds in a file of its own; add "
         f"--use-sharded-state{instead}": backend == "fully_sharded" and not training.use_sharded_state,
+        "--ddp-backend fully_sharded saves what each rank holds, and with --expert-replicas that is not each expert "
+        "once; use legacy_ddp or pytorch_ddp": backend == "fully_sharded" and has_replicas,
         "--fp16 flattens all gradients into one, experts and others; add --fp16-no-flatten-grads, or use "
         f"--memory-efficient-fp16{instead}": common.fp16 and flattens,
         f"--{form} does not go with --expert-dispatch fairscale, whose masks are fp32; use all-to-all": (
@@ -105,7 +108,7 @@ class SharedTraining:
         layer = next(layers, None)
         if layer is None or not layer.parallel.is_shared:
             return None
-        check_training(cfg, type(layer.dispatcher))
+        check_training(cfg, type(layer.dispatcher), layer.parallel.num_replicas > 0)
         parallel = layer.parallel
         return cls(model, parallel, watchdog_of(parallel.rank, parallel.world_size))
 

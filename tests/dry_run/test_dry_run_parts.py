@@ -169,12 +169,16 @@ def test_no_hardware_file_is_one_line(tmp_path, text):
         hardware("h300")
 
 
+REPLICAS = ("+model.expert_placement=balanced", "+model.expert_replicas=4")
+
+
 @pytest.mark.parametrize(
     ("name", "overrides", "ranks", "rank", "words"),
     [
         ("laptop/hash", [], 4, 4, "rank 4 is not one of 4 ranks"),
         ("laptop/hash", ["distributed_training.ddp_backend=pytorch_ddp"], 4, 0, "legacy_ddp, not pytorch_ddp"),
         ("laptop/switch", ["+model.expert_dispatch=fairscale"], 4, 0, "all-to-all, not fairscale"),
+        ("laptop/hash", [*REPLICAS], 4, 0, "a dry run does not know --expert-replicas 4; leave it out"),
         ("laptop/hash", ["+model.expert_parallel_size=3"], 4, 0, "--expert-parallel-size 3 does not divide"),
     ],
 )

@@ -28,6 +28,8 @@ WORLDS = (2, 3, 4)
 PLACED = ("--expert-placement", "balanced"), ("--expert-placement", "{loads}")
 OF_MANY = (
     "placed by the table",
+    "replicas, placed by the table",
+    "replicas in groups of two, placed by a file",
     "groups of two, placed by a file",
     "hash, 6 experts, adam",
     "hash, 8 experts, adam",
@@ -56,7 +58,12 @@ def cases(world_size):
     made["base, each rank's own batch balanced"] = arguments("base", world_size, "sgd", "--base-balance", "local")
     made["dispatch by fairscale"] = arguments("switch", 2 * world_size, "sgd", *by_fairscale)
     made["inserted stacks of hash layers"] = arguments("hash", world_size, "sgd", *inserted)
+    replicas = (*PLACED[0], "--expert-replicas", str(world_size))
+    made["replicas, placed by the table"] = arguments("hash", world_size if world_size > 2 else 4, "adam", *replicas)
     if world_size == 2:
+        by_file = (*PLACED[1], "--expert-replicas", "2", "--capacity-factor", "0.8", *torch_ddp, "--update-freq", "2")
+        made["replicas by a file, placed, with capacity, pytorch_ddp"] = arguments("switch", 4, "sgd", *by_file)
+        made["replicas of segments, placed"] = arguments("hash", 6, "sgd", *replicas, "--multi-hash", "2")
         second = ("--second-expert-policy", "all", "--capacity-factor", "0.8")
         made["gshard with capacity"] = arguments("gshard", 4, "sgd", *second)
         made["sinkhorn, each rank's own batch balanced"] = arguments(
@@ -93,6 +100,9 @@ def cases(world_size):
         made["placed by the table"] = arguments("hash", 8, "adam", *PLACED[0])
         made["groups of two, placed by a file"] = arguments(
             "switch", 4, "adam", "--expert-parallel-size", "2", *PLACED[1]
+        )
+        made["replicas in groups of two, placed by a file"] = arguments(
+            "switch", 4, "adam", "--expert-parallel-size", "2", *PLACED[1], "--expert-replicas", "2"
         )
         made["groups of two"] = arguments("hash", 8, "adam", "--expert-parallel-size", "2")
         made["no groups"] = arguments("hash", 8, "sgd", "--expert-parallel-size", "1")
@@ -143,6 +153,7 @@ def test_many_processes_train_as_one(trainings, world_size, name):
     assert alone["dummies"] == 0
     held = [expert for record in many[: many[0]["size"]] for expert in record["experts"]]
     assert (held != sorted(held)) == ("placed" in name)
+    assert (len(held) > len(set(held))) == ("replicas" in name)
     # Otherwise the case of a rank without a batch was not there.
     assert sum(record["dummies"] for record in many) > 0
     assert max(alone["norm"]) > 0.2, "clipping is not active"

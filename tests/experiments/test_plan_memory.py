@@ -100,7 +100,11 @@ GATED = ("expert_form=swiglu", "shared_expert=true", "experts_per_token=2")
 CASES = {
     "hash": ("laptop/hash", []),
     "hash, one set of experts a rank": ("laptop/hash", ["+model.expert_parallel_size=1"]),
-    "switch, replicas": ("laptop/switch", ["+model.expert_parallel_size=2"]),
+    "switch, in groups": ("laptop/switch", ["+model.expert_parallel_size=2"]),
+    "replicas, placed by a file": (
+        "laptop/hash",
+        ["+model.expert_placement='{loads}'", "+model.expert_replicas=4", "common.bf16=true"],
+    ),
     "by fairscale": ("laptop/switch", ["+model.expert_dispatch=fairscale"]),
     "inserted BASE": ("laptop/base", ["+model.sparse_placement=insert", "+model.expert_sublayers=3"]),
     "gated, shared, several experts": ("laptop/hash", [f"+model.{option}" for option in GATED]),
@@ -116,15 +120,18 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bytes_are_those_that_a_run_holds(name, as_rank):
+def test_bytes_are_those_that_a_run_holds(name, as_rank, tmp_path):
     """To the byte, on a rank of 1, 2, 4 and 6 (where fairscale has ranks to exchange with).
 
     In half precision two marks of fairseq's, buffers of one number, have two bytes less.
     """
-    experiment = compose(CONFIGS, CASES[name][0], [*SMALL, *CASES[name][1]])
+    loads = tmp_path / "loads.csv"
+    loads.write_text("layer,expert,load\n" + "".join(f"1,{expert},{1 + expert}\n" for expert in range(16)))
+    overrides = [override.format(loads=loads) for override in CASES[name][1]]
+    experiment = compose(CONFIGS, CASES[name][0], [*SMALL, *overrides])
     config = experiment.config
     for world_size in (1, 2, 4, 6):
-        if world_size == 1 and ("fairscale" in name or "replicas" in name):
+        if world_size == 1 and ("fairscale" in name or "in groups" in name or "replicas" in name):
             continue
         of = sizes(experiment, world_size)
         as_rank(world_size - 1, world_size)

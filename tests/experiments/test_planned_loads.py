@@ -21,6 +21,7 @@ from fairseq_hash.parallel.groups import ExpertParallel
 from fairseq_hash.parallel.load_files import read_loads
 
 pytestmark = needs_current_hydra
+REPLICAS = ["+model.expert_placement=balanced", "+model.expert_replicas=6"]
 EIGHT = ["model.num_experts=8", "common.seed=5"]
 
 
@@ -174,6 +175,33 @@ def test_the_command_shows_and_writes_what_a_placement_takes(configs, data, tmp_
     )
 
 
+def test_the_command_shows_what_replicas_give(configs, data, tmp_path):
+    """Beside the same placement without them, by the table and by a file; the fullest rank has less."""
+    words = ("plan", "--config-dir", configs, "--config-name", "tiny/hash", "model.num_experts=8", "--ranks", "4")
+    words += ("--loads", "--batch-tokens", "256", "--passes", "20")
+    replicas, out = "+model.expert_replicas=8", tmp_path / "loads.csv"
+    assert call(*words, "--out", out)[0] == 0
+    figures = {}
+    for placement in (out, "balanced"):
+        more = ("--out", out, "--overwrite") if placement == "balanced" else ()
+        status, shown, err = call(*words, f"+model.expert_placement='{placement}'", replicas, *more)
+        assert status == 0, err
+        assert "4 ranks share 8 experts and 8 replicas, 4 each" in shown
+        lines = [re.split("  +", line)[1:] for line in shown.splitlines() if line.startswith("0, 1 ")]
+        names = [] if placement == "balanced" else [f"{out}"[:12] + "..."]
+        assert [line[0] for line in lines] == ["8 replicas", *names, "contiguous", "balanced"]
+        figures[placement] = {line[0]: [float(word) for word in line[1:4] + line[6:8]] for line in lines}
+    # The file places the experts as the table itself does.
+    assert figures["balanced"].items() <= figures[out].items()
+    of_table = figures["balanced"]
+    assert all(fewer < more for fewer, more in zip(of_table["8 replicas"][1:], of_table["balanced"][1:], strict=True))
+    with out.open() as file:  # of copies, the first
+        ranks = {int(line["expert"]): int(line["rank"]) for line in csv.DictReader(file) if line["layer"] == "1"}
+    parallel = place(ExpertParallel(8, 4, 0, 4), read_loads(out, 8), 8)
+    first = {expert: min(rank for rank in range(4) if expert in parallel.experts_at(rank)) for expert in range(8)}
+    assert ranks == first
+
+
 def test_the_loads_of_a_run_place_the_experts_of_a_learned_router(configs, data, tmp_path):
     done = plugin.train(
         data, tmp_path / "run", *ROUTERS["switch"], "--log-expert-loads", "--max-update", "3", "--no-save"
@@ -213,6 +241,13 @@ def test_the_loads_of_a_run_place_the_experts_of_a_learned_router(configs, data,
         (["--check", "+model.expert_placement=no.csv"], "cannot read no.csv"),
         (["--check", "+model.expert_placement=balanced", "model.num_experts=2"], "here each of 2 holds one"),
         (["--check", "+model.expert_placement=balanced", "--ranks", "1"], "here each of 1 holds all"),
+        (["--check", *REPLICAS, "+model.expert_parallel_size=1"], "here each of 2 holds all"),
+        (["--check", *REPLICAS], "--expert-replicas 6 are more than 4, with which each of the 2 ranks"),
+        (
+            ["--check", "+model.expert_placement=balanced", "+model.expert_replicas=3"],
+            "--expert-replicas 3 cannot be shared evenly by the 2 ranks of a group; give a multiple of 2",
+        ),
+        (["--check", "+model.expert_replicas=2"], "--expert-replicas 2 copies the experts with the largest loads; "),
         (
             ["--loads", "+model.hash_feature=bigram", "model.hash_table=random"],
             "--loads: a dictionary does not count the keys of a hash table of bigram; count them in a text",

@@ -12,6 +12,7 @@ from fairseq_hash.moe.planned_loads import RoutedBatches, choices, drawn_batches
 from fairseq_hash.parallel.groups import ExpertParallel
 
 KEYS, EXPERTS = 20, 8
+WITH_COPIES = (0, 1, 5, 0, 1, 7, 0, 2, 3, 1, 4, 6)  # of experts 0 and 1, on three of four ranks
 # Experts of a key, and whether they are those of hash functions.
 FORMS = {"one": (1, False), "three": (3, False), "two hash functions": (2, True)}
 
@@ -39,7 +40,7 @@ def routed(expert_HK, is_multi_hash, batches):
 
 
 def naive_rows(expert_HK, is_multi_hash, key_T, factor):
-    """Return the rows of each expert of one batch, token by token, and how many choices found their group full."""
+    """Return the rows of each group of one batch, token by token, and how many choices found their group full."""
     columns = expert_HK.shape[1]
     groups = EXPERTS * columns if is_multi_hash else EXPERTS
     most = math.ceil(round(len(key_T) * columns * factor / groups, 6)) if factor else math.inf
@@ -51,13 +52,28 @@ def naive_rows(expert_HK, is_multi_hash, key_T, factor):
                 taken[group] = taken.get(group, 0) + 1
             else:
                 dropped += 1
-    rows = [sum(count for (one, _), count in taken.items() if one == expert) for expert in range(EXPERTS)]
-    return rows, dropped
+    return taken, dropped
+
+
+def of_experts(taken):
+    """Return the rows of each expert."""
+    return [sum(count for (one, _), count in taken.items() if one == expert) for expert in range(EXPERTS)]
+
+
+def rows_at(place, parallel, batches):
+    """Return the rows that the rank at a place gets: of each sender its part of those of a copy, dealt out in turn."""
+    rows = 0
+    for sender, taken in enumerate(batches):
+        for (expert, _), count in taken.items():
+            holders = [other for other in range(parallel.size) if expert in parallel.experts_at(other)]
+            for row in range(count):
+                rows += holders[(row - sender) % len(holders)] == place
+    return rows
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("factor", [0.0, 0.7, 1.25])
-@pytest.mark.parametrize(("size", "order"), [(1, None), (2, None), (4, (0, 5, 1, 7, 2, 3, 4, 6))])
+@pytest.mark.parametrize(("size", "order"), [(1, None), (2, None), (4, (0, 5, 1, 7, 2, 3, 4, 6)), (4, WITH_COPIES)])
 def test_rows_drops_and_stragglers_are_those_of_a_loop_over_tokens(form, factor, size, order):
     expert_HK, is_multi_hash = make_table(form)
     batches = make_batches(11)  # of the last ones some are too few for a pass
@@ -67,13 +83,13 @@ def test_rows_drops_and_stragglers_are_those_of_a_loop_over_tokens(form, factor,
     naive = [naive_rows(expert_HK, is_multi_hash, key_T, factor) for key_T in batches]
     total = sum(map(len, batches)) * expert_HK.shape[1]
     assert found.dropped_share(factor) == pytest.approx(sum(dropped for _, dropped in naive) / total, abs=1e-12)
-    unlimited = [naive_rows(expert_HK, is_multi_hash, key_T, 0)[0] for key_T in batches]
+    unlimited = [of_experts(naive_rows(expert_HK, is_multi_hash, key_T, 0)[0]) for key_T in batches]
     assert found.load_E.tolist() == np.sum(unlimited, axis=0).tolist()
     row_NP = found.rank_rows(parallel, factor)
     assert len(row_NP) == 11 // size
     for number, row_P in enumerate(row_NP.tolist()):
-        rows = np.sum([rows for rows, _ in naive[number * size : (number + 1) * size]], axis=0)
-        held = [sum(rows[expert] for expert in parallel.experts_at(place)) for place in range(size)]
+        of_pass = [taken for taken, _ in naive[number * size : (number + 1) * size]]
+        held = [rows_at(place, parallel, of_pass) for place in range(size)]
         assert row_P == held
         straggler = max(held) / (sum(held) / size) if sum(held) else 1
         assert found.stragglers(parallel, factor)[number] == pytest.approx(straggler)
@@ -81,12 +97,15 @@ def test_rows_drops_and_stragglers_are_those_of_a_loop_over_tokens(form, factor,
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_dispatch_what_was_planned(world_size):
-    """Rows of every rank and dropped choices of every batch, exactly: whole groups, groups of two, placed experts."""
+    """Rows of every rank and dropped choices of every batch, exactly.
+
+    Whole groups and groups of two, placed experts, and copies of some.
+    """
     cases, planned = [], []
-    orders = {2: (1, 2, 4, 7, 0, 3, 5, 6), 4: (0, 5, 1, 7, 2, 3, 4, 6)}
+    orders = {2: [(1, 2, 4, 7, 0, 3, 5, 6), (0, 1, 2, 4, 7, 0, 1, 3, 5, 6)], 4: [(0, 5, 1, 7, 2, 3, 4, 6), WITH_COPIES]}
     for form in FORMS:
         for size in {2, world_size}:
-            for order in ((), orders[size]):
+            for order in ((), *orders[size]):
                 for factor in (0.0, 0.7):
                     expert_HK, is_multi_hash = make_table(form)
                     batches = make_batches(3 * world_size, seed=len(cases))

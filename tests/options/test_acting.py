@@ -48,6 +48,7 @@ EXAMPLES = {
     "expert_parallel_size": (1, HASH, None),
     "expert_dispatch": ("fairscale", HASH, None),
     "expert_placement": ("balanced", HASH, None),
+    "expert_replicas": (4, HASH, None),
     "from_dense": ("dense.pt", HASH, None),
     "freeze": ("experts", HASH, None),
     "hash_table": ("random", HASH, SWITCH),

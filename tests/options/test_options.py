@@ -15,6 +15,7 @@ from fairseq_hash.options.sparse_options import SparseOptions
 HASH = ("--router", "hash", "--sparse-layers", "1", "--num-experts", "4")
 SWITCH = ("--router", "switch", *HASH[2:])
 TOPK = ("--router", "topk", *HASH[2:])
+REPLICAS = ("--expert-placement", "balanced", "--expert-replicas", "2")
 
 BAD = [
     (
@@ -75,6 +76,19 @@ BAD = [
     ((*HASH, "--decoder-layers-to-keep", "0"), "--decoder-layers-to-keep 0"),
     ((*HASH, "--quant-noise-pq", "0.1"), "--quant-noise-pq 0.1"),
     ((*HASH, "--scale-fc"), "--scale-fc"),
+    ((*HASH, "--expert-replicas", "-1"), "--expert-replicas -1 is out of range; give a number of 0 or more"),
+    (
+        (*HASH, "--expert-replicas", "2"),
+        "--expert-replicas 2 copies the experts with the largest loads; give these by --expert-placement balanced, or",
+    ),
+    ((*SWITCH, *REPLICAS), "--expert-placement balanced needs the tables of hash layers, and --router switch has none"),
+    (
+        (*HASH, *REPLICAS, "--expert-dispatch", "fairscale"),
+        "--expert-replicas 2 does not go with --expert-dispatch fairscale; use all-to-all",
+    ),
+    ((*HASH, *REPLICAS, "--memory-layers", "1"), "--expert-replicas 2 does not go with --memory-layers, whose rows"),
+    ((*HASH, *REPLICAS), "--expert-placement balanced chooses which experts share a rank; here each of 1 holds all"),
+    (("--expert-replicas", "2"), "--expert-replicas 2 needs experts (a --router other than none), and no --router is "),
 ]
 
 

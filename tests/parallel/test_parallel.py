@@ -15,6 +15,11 @@ def test_layer_equals_naive_loop_and_moves_no_byte_more_than_it_must(world_size)
     ranks.run(world_size, "layer_ranks:layers", 30)
 
 
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_layer_with_replicas_equals_naive_loop_and_copies_are_equal_to_the_bit(world_size):
+    ranks.run(world_size, "layer_ranks:layers_with_replicas", 30)
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_fairscale_dispatch_gives_the_same(world_size):
     ranks.run(world_size, "layer_ranks:fairscale", 30)
@@ -94,13 +99,59 @@ def test_every_expert_is_held_once_in_each_group_and_saved_once():
 
 def test_slots_are_where_the_experts_of_an_order_are():
     place = ExpertParallel(6, 2, 1, 2)
-    assert place.slots(torch.device("cpu")) is None and place.placed(range(6)) == place
+    assert place.slot_of_expert(torch.device("cpu")) is None and place.placed(range(6)) == place
     placed = place.placed([0, 3, 4, 1, 2, 5])
-    assert list(placed.expert_ids) == [1, 2, 5] and placed.slots(torch.device("cpu")).tolist() == [0, 3, 4, 1, 2, 5]
+    assert list(placed.expert_ids) == [1, 2, 5] and placed.slot_of_expert(torch.device("cpu")).tolist() == [
+        0,
+        3,
+        4,
+        1,
+        2,
+        5,
+    ]
     segments = placed.in_segments(2)
     assert list(segments.expert_ids) == [2, 3, 4, 5, 10, 11]  # the segments of an expert beside one another
-    assert segments.slots(torch.device("cpu")).tolist() == [0, 1, 6, 7, 8, 9, 2, 3, 4, 5, 10, 11]
+    assert segments.slot_of_expert(torch.device("cpu")).tolist() == [0, 1, 6, 7, 8, 9, 2, 3, 4, 5, 10, 11]
     assert runs_of([1, 2, 5]) == [range(1, 3), range(5, 6)] and runs_of(range(3)) == [range(3)] and runs_of([]) == []
+
+
+# 4 experts on 3 ranks of 3 slots: expert 0 has three copies, 1, 2 and 3 two.
+WITH_COPIES = (0, 1, 2, 0, 1, 3, 0, 2, 3)
+
+
+def test_copies_are_known_and_of_each_the_first_counts():
+    places = [ExpertParallel(4, 3, rank, 6).placed(WITH_COPIES) for rank in range(6)]
+    assert places[0].copies == {0: (0, 1, 2), 1: (0, 1), 2: (0, 2), 3: (1, 2)}
+    assert [list(place.expert_ids) for place in places] == [[0, 1, 2], [0, 1, 3], [0, 2, 3]] * 2
+    assert [list(place.first_experts) for place in places] == [[0, 1, 2], [3], []] * 2
+    assert sorted(expert for place in places for expert in place.saved_experts) == [0, 1, 2, 3]
+    assert {(place.local_experts, place.num_replicas) for place in places} == {(3, 5)}
+    assert ExpertParallel(4, 2, 0, 2).copies == ExpertParallel(4, 2, 0, 2).placed([0, 2, 1, 3]).copies == {}
+    assert places[0].describe().startswith("2 groups of 3 ranks share 4 experts and 5 replicas: rank 0, 3: 0 to 2;")
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+def test_senders_divide_the_rows_of_an_expert_evenly_among_its_copies(segments):
+    """Row by row: a copy gets an equal part of each sender's rows, and what is left over goes to another one each."""
+    generator, device = torch.Generator().manual_seed(0), torch.device("cpu")
+    groups, slots = 4 * segments, [e * segments + n for e in WITH_COPIES for n in range(segments)]
+    of_all = torch.zeros(len(slots), dtype=torch.int64)
+    for sender in range(3):
+        parallel = ExpertParallel(4, 3, sender, 3).placed(WITH_COPIES).in_segments(segments)
+        rows_E = torch.randint(0, 6, (groups,), generator=generator)
+        # A row's name is its expert and its number.
+        names = torch.tensor([expert * 100 + row for expert in range(groups) for row in range(rows_E[expert])])
+        rows_S, name_R = parallel.slots(device).by_slot(rows_E, names)
+        parts = [part.tolist() for part in name_R.split(rows_S.tolist())]
+        for expert in range(groups):
+            of_expert = [parts[slot] for slot, other in enumerate(slots) if other == expert]
+            sizes = [len(part) for part in of_expert]
+            assert sorted(sum(of_expert, [])) == [expert * 100 + row for row in range(rows_E[expert])]
+            assert all(part == sorted(part) for part in of_expert) and max(sizes) - min(sizes) <= 1
+        assert parallel.slots(device).rows(torch.stack([rows_E, rows_E])).tolist() == [rows_S.tolist()] * 2
+        of_all += parallel.slots(device).rows(torch.ones(groups, dtype=torch.int64))
+    # Three senders with one row of expert 0 each: every copy has got one.
+    assert [of_all[slot] for slot, expert in enumerate(slots) if expert // segments == 0] == [1] * 3 * segments
 
 
 def test_log_says_who_holds_what():

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from fairseq_hash.parallel.placement import balanced_order, lower_bound, rank_loads
+from fairseq_hash.parallel.placement import balanced_order, copies_of_experts, lower_bound, rank_loads
 
 SIZES = [(4, 2), (6, 2), (6, 3), (8, 2), (8, 4), (9, 3), (4, 4), (5, 1)]
 
@@ -54,6 +54,61 @@ def test_placements_are_near_the_best_of_all(experts, size, layers):
         ratios.append(found / best)
     # Swaps of two may end beside the best: at most by a tenth here, with three layers.
     assert max(ratios) <= (1.002 if layers == 1 else 1.1) and np.mean(ratios) <= 1.005
+
+
+def all_with_copies(experts, size, slots):
+    """Yield every way to give each rank some different experts, so that each expert is somewhere."""
+    for placement in itertools.product(itertools.combinations(range(experts), slots), repeat=size):
+        if len({expert for held in placement for expert in held}) == experts:
+            yield placement
+
+
+def largest_with_copies(load_LE, placement):
+    """Return the sum over layers of the largest rank's load, where copies of an expert have equal parts of its load."""
+    copies = [sum(expert in held for held in placement) for expert in range(load_LE.shape[1])]
+    return sum(max(sum(load_E[one] / copies[one] for one in held) for held in placement) for load_E in load_LE.tolist())
+
+
+@pytest.mark.parametrize(
+    ("experts", "size", "replicas"), [(4, 2, 2), (4, 2, 4), (3, 3, 3), (6, 3, 3), (4, 4, 4), (4, 4, 12), (8, 2, 4)]
+)
+@pytest.mark.parametrize("layers", [1, 3])
+def test_placements_with_replicas_are_near_the_best_of_all(experts, size, replicas, layers):
+    generator = np.random.default_rng(experts * 10 + size + replicas)
+    slots = (experts + replicas) // size
+    ratios = []
+    for _ in range(10):
+        load_LE = loads(generator, layers, experts)
+        order = balanced_order(load_LE, size, replicas)
+        held = [order[at : at + slots] for at in range(0, len(order), slots)]
+        assert len(held) == size and set(order) == set(range(experts))
+        assert held == sorted(held) and all(list(one) == sorted(set(one)) for one in held)
+        found = largest_with_copies(load_LE, held)
+        assert found == pytest.approx(rank_loads(load_LE, order, size).max(axis=1).sum())
+        best = min(largest_with_copies(load_LE, placement) for placement in all_with_copies(experts, size, slots))
+        bound = sum(lower_bound(load_E, size, replicas) for load_E in load_LE)
+        assert found >= best - 1e-6 and best >= bound - 1e-6
+        ratios.append(found / best)
+    # Which experts have copies is chosen first, and swaps do not change it: with so few experts that costs something.
+    assert max(ratios) <= 1.3 and np.mean(ratios) <= 1.08
+
+
+def test_replicas_go_to_the_experts_whose_copies_have_most_rows():
+    assert copies_of_experts(np.array([12, 5, 4, 3]), 4, 4).tolist() == [4, 2, 1, 1]
+    assert copies_of_experts(np.array([12, 5, 4, 3]), 2, 4).tolist() == [2, 2, 2, 2]  # no more than ranks
+    load_E = np.array([60, *[4] * 15])  # the mean of 8 ranks is 15: alone it fills four
+    assert lower_bound(load_E, 8) == 64 and lower_bound(load_E, 8, 8) == 15
+    assert rank_loads(load_E, balanced_order(load_E[None], 8, 8), 8).max() < 18
+
+
+def test_an_expert_too_large_for_a_rank_is_no_trouble_with_replicas():
+    """Loads as of words, 128 experts on 64 ranks: from twice the mean to a tenth above it, the mean being 1."""
+    load_E = np.random.default_rng(0).permutation(1 / (np.arange(1, 129) + 8))
+    load_E *= 64 / load_E.sum()
+    assert rank_loads(load_E, balanced_order(load_E[None], 64), 64).max() >= lower_bound(load_E, 64) > 2
+    for replicas, most in ((64, 1.15), (128, 1.1)):
+        order = balanced_order(load_E[None], 64, replicas)
+        assert rank_loads(load_E, order, 64).max() <= most and lower_bound(load_E, 64, replicas) == pytest.approx(1)
 
 
 def test_many_experts_are_placed_nearly_even():

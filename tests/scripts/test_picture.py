@@ -26,3 +26,22 @@ def test_the_picture_shows_the_results():
         value = next(line for line in table if line.startswith(f"| Kneser-Ney, {name} |")).split(" | ")[1]
         assert f"{start} {value}" in words
     assert "prefers-color-scheme: dark" in stored and "http" not in stored.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_the_picture_of_ranks_shows_the_results():
+    """The same bytes again; a bar for each figure of the table, of its length."""
+    drawn = runpy.run_path(str(ROOT / "scripts/picture_ranks.py"))
+    stored = drawn["PICTURE"].read_text(encoding="utf-8")
+    assert stored == drawn["picture"]() and len(stored.encode()) < 20_000
+    svg = ElementTree.fromstring(stored)
+    widths = [
+        float(bar.get("width")) for bar in svg.iter("{http://www.w3.org/2000/svg}rect") if bar.get("class") != "card"
+    ]
+    table = (ROOT / "benchmarks/results/even_ranks.md").read_text(encoding="utf-8").splitlines()
+    heads = next(line for line in table if line.startswith("| table ")).strip("| ").split(" | ")
+    columns = [heads.index(f"{name}: straggler") for name in ("contiguous", "balanced", "with replicas")]
+    expected = []
+    for about in ("balanced | 16", "balanced | 64", "random | 16", "random | 64"):
+        cells = next(line for line in table if line.startswith(f"| {about} | 4,096")).strip("| ").split(" | ")
+        expected += [round(120 * float(cells[column]), 1) for column in columns]
+    assert widths == expected

@@ -21,7 +21,8 @@ def arguments(router, experts, optimizer, *more):
 def one_process(all_arguments, world_size):
     """Return the arguments with which one process takes the batches of `world_size` ranks."""
     changed = list(all_arguments)
-    for option in ("--expert-dispatch", "--expert-parallel-size", "--expert-placement", "--ddp-backend"):
+    of_several = ("--expert-dispatch", "--expert-parallel-size", "--expert-placement", "--expert-replicas")
+    for option in (*of_several, "--ddp-backend"):
         if option in changed:  # one process has nobody to share with
             del changed[changed.index(option) : changed.index(option) + 2]
     if "--update-freq" in changed:
@@ -39,8 +40,11 @@ def whole(records, pick, name):
         assert all(torch.equal(tensor, tensors[0]) for tensor in tensors), f"{name} differs between ranks"
         return tensors[0]
     assert all(torch.equal(tensor, tensors[rank % size]) for rank, tensor in enumerate(tensors)), "replicas differ"
-    held = torch.tensor([expert for record in records[:size] for expert in record["experts"]])
-    return torch.cat(tensors[:size])[held.argsort()]
+    experts: dict[int, torch.Tensor] = {}
+    for record, tensor_e in zip(records[:size], tensors[:size], strict=True):
+        for expert, one in zip(record["experts"], tensor_e, strict=True):
+            assert torch.equal(experts.setdefault(expert, one), one), f"copies of expert {expert} differ in {name}"
+    return torch.stack([experts[expert] for expert in sorted(experts)])
 
 
 def relative(tensor, reference):

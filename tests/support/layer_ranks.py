@@ -7,6 +7,8 @@ part against the naive loop over the tokens of the whole group.
 import copy
 import math
 
+import numpy as np
+import pytest
 import ranks
 import reference
 import torch
@@ -29,6 +31,7 @@ from fairseq_hash.moe.routers.sinkhorn import add_up_over
 from fairseq_hash.moe.routing_context import HashRoute, RoutingContext
 from fairseq_hash.moe.routing_stats import RoutingReport
 from fairseq_hash.parallel.collectives import gather
+from fairseq_hash.parallel.gradients import add_up_copies, norm_with_experts
 from fairseq_hash.parallel.groups import ExpertParallel, expert_parallel
 
 WIDTH, HIDDEN = 5, 7
@@ -37,7 +40,7 @@ TOLERANCE = {"rtol": 2e-4, "atol": 2e-5}
 
 
 @st.composite
-def layouts(draw, world_size):
+def layouts(draw, world_size, has_replicas):
     """Experts, ranks of a group, tokens of each rank, choices a token, capacity factor and who is dropped, seed."""
     size = draw(st.sampled_from([n for n in range(2, world_size + 1) if world_size % n == 0]))
     return {
@@ -49,17 +52,19 @@ def layouts(draw, world_size):
         "drops_randomly": draw(st.booleans()),
         # Which experts get tokens at all: with few of them, whole ranks get none.
         "busy": draw(st.integers(1, 3 * size)),
-        "is_placed": draw(st.booleans()),
+        "is_placed": has_replicas or draw(st.booleans()),
+        # Of each rank.
+        "replicas": draw(st.sampled_from([2, 1])) if has_replicas else 0,
         "seed": draw(st.integers(0, 2**16)),
     }
 
 
-def random_layouts(check, examples):
+def random_layouts(check, examples, has_replicas=False):
     """Run `check` on random layouts, the same ones on every rank."""
 
     # Without shrinking: a rank that fails leaves, and the others with it.
     @settings(max_examples=examples, database=None, derandomize=True, deadline=None, phases=[Phase.generate])
-    @given(layouts(dist.get_world_size()))
+    @given(layouts(dist.get_world_size(), has_replicas))
     def run(layout):
         assert gather(layout) == [layout] * dist.get_world_size(), "ranks drew different examples"
         check(layout)
@@ -68,12 +73,16 @@ def random_layouts(check, examples):
 
 
 def share_out(layout):
-    """Return who holds which experts: the next ones, or random ones."""
+    """Return who holds which experts: the next ones, or random ones, and copies of some that others hold."""
     parallel = expert_parallel(layout["num_experts"], layout["size"])
     if not layout["is_placed"]:
         return parallel
-    order = torch.randperm(layout["num_experts"], generator=torch.Generator().manual_seed(layout["seed"]))
-    order = order.view(layout["size"], -1).sort(dim=1).values.flatten().tolist()
+    generator = torch.Generator().manual_seed(layout["seed"])
+    held = torch.randperm(layout["num_experts"], generator=generator).view(layout["size"], -1).tolist()
+    for own in held:
+        drawn = torch.randperm(layout["num_experts"], generator=generator).tolist()
+        own.extend([expert for expert in drawn if expert not in own][: layout["replicas"]])
+    order = [expert for own in held for expert in sorted(own)]
     placed = parallel.placed(order)
     assert [expert for place in range(layout["size"]) for expert in placed.experts_at(place)] == order
     return placed
@@ -102,6 +111,24 @@ def order_of(layout, rank):
     return [token * choices + k for token in tokens for k in range(choices)]
 
 
+def homes_of(layout, parallel, other, chosen, kept):
+    """Return the place of the rank that serves each choice of a rank of the group; of a dropped one, any.
+
+    Who sends n rows to an expert cuts them, as the expert takes them, into a part for each of its copies: as
+    `numpy.array_split`. Which copy has the first part depends on who sends.
+    """
+    order = (layout["capacity_factor"] and order_of(layout, other)) or range(len(chosen))
+    homes = [0] * len(chosen)
+    for expert in range(layout["num_experts"]):
+        places = [place for place in range(parallel.size) if expert in parallel.experts_at(place)]
+        taken = [choice for choice in order if chosen[choice] == expert and kept[choice]]
+        for number, place in enumerate(places):
+            part = (number + other % parallel.size) % len(places)
+            for choice in np.array_split(np.array(taken, dtype=int), len(places))[part]:
+                homes[choice] = place
+    return homes
+
+
 def all_experts(num_experts):
     """Return the experts as one process has them."""
     torch.manual_seed(1)
@@ -112,6 +139,7 @@ def check_against_loop(layout):
     """Output, gradients and bytes moved of one layer, forward and backward."""
     rank, choices, factor = dist.get_rank(), layout["choices"], layout["capacity_factor"]
     parallel = share_out(layout)
+    assert bool(parallel.copies) == (layout["replicas"] > 0)
     torch.manual_seed(1)
     experts = ExpertFeedForward(parallel.expert_ids, WIDTH, HIDDEN, F.gelu, 0.0, (0,))
     layer = SparseLayer(None, experts, make_dispatcher(parallel), factor, factor, hash_route=0)
@@ -139,8 +167,7 @@ def check_against_loop(layout):
         x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
         chosen = expert.flatten().tolist()
         kept = reference.kept_under_capacity(chosen, layout["num_experts"], factor, order_of(layout, other))
-        held = {e: place for place in range(parallel.size) for e in parallel.experts_at(place)}
-        homes = [held[int(e)] for e in expert.flatten()]
+        homes = homes_of(layout, parallel, other, chosen, kept)
         for home, is_kept in zip(homes, kept, strict=True):
             sent_rows += is_kept and other == rank and home != parallel.place
             received_rows += is_kept and other != rank and home == parallel.place
@@ -156,16 +183,35 @@ def check_against_loop(layout):
     torch.testing.assert_close(y_LBD.squeeze(1).cpu(), y.float(), **TOLERANCE)
     torch.testing.assert_close(gradient(x_TD), gradient(x), **TOLERANCE)
     torch.testing.assert_close(gradient(weight_TK), gradient(weight), **TOLERANCE)
+    square = 0.0
     for name, parameter in experts.named_parameters():
+        if parallel.copies:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            add_up_copies(parameter.grad, parallel)
         own = gradient(whole[name])[list(parallel.expert_ids)]
         torch.testing.assert_close(gradient(parameter), own, **TOLERANCE)
+        square += float(gradient(whole[name]).square().sum())
+        check_copies_are_equal(gradient(parameter), parallel)
+    found = norm_with_experts(torch.tensor(2.0), [gradient(p) for p in experts.parameters()], parallel)
+    assert float(found) == pytest.approx(math.sqrt(4 + square), rel=1e-4)
 
     # Dispatch and the backward pass of combine send this rank's rows; combine and the backward pass of dispatch those
     # that came from others.
     rows = 2 * sent_rows + 2 * received_rows
     assert (parallel.traffic.rows, parallel.traffic.bytes) == (rows, rows * WIDTH * 4)
-    assert sent == {"rows": rows * WIDTH * 4, "split sizes": 8 * (layout["num_experts"] - parallel.local_experts)}
+    slots = layout["num_experts"] + parallel.num_replicas
+    assert sent == {"rows": rows * WIDTH * 4, "split sizes": 8 * (slots - parallel.local_experts)}
     assert parallel.traffic.split_exchanges == 1
+
+
+def check_copies_are_equal(grad_e, parallel):
+    """All copies of an expert in the group have the same gradient, to the bit."""
+    mine = dict(zip(parallel.expert_ids, grad_e, strict=True))
+    start = dist.get_rank() - parallel.place
+    of_group = gather({expert: row.tolist() for expert, row in mine.items()})[start : start + parallel.size]
+    for expert, places in parallel.copies.items():
+        assert len(places) > 1
+        assert all(of_group[place][expert] == of_group[places[0]][expert] for place in places)
 
 
 def gradient(tensor):
@@ -297,6 +343,11 @@ def check_sinkhorn(layout):
 def layers(examples):
     """Check random layouts of one layer."""
     random_layouts(check_against_loop, examples)
+
+
+def layers_with_replicas(examples):
+    """Check random layouts of one layer whose experts have copies."""
+    random_layouts(check_against_loop, examples, has_replicas=True)
 
 
 def base(examples):

@@ -33,11 +33,13 @@ CASES = {
     "switch": ("--router", "switch", "--capacity-factor", "1.0", *SPARSE),
     "hash": ("--router", "hash", "--capacity-factor", "1.5", *SPARSE),
     "hash of two tables": ("--router", "hash", "--hash-per-layer", *SPARSE),
+    "replicas": ("--router", "hash", "--expert-placement", "balanced", "--expert-replicas", "2", *SPARSE),
     "multi": ("--router", "hash", "--multi-hash", "2", "--capacity-factor", "1.0", *SPARSE),
     "topk": ("--router", "topk", "--experts-per-token", "2", "--capacity-factor", "1.0", *SPARSE),
     "base": ("--router", "base", "--sparse-placement", "insert", *SPARSE),
     "checkpointed": ("--router", "switch", "--capacity-factor", "1.0", "--checkpoint-activations", *SPARSE),
 }
+SHARED = ("switch", "hash", "hash of two tables", "replicas")
 EVERY_2 = ("--monitor-interval", "2")
 UPDATES = 4
 TIMES = ("exchange_seconds", "exchange_seconds_mean")
@@ -48,7 +50,7 @@ def one_and_two(data, tmp_path_factory):
     """Each case in one process and on two ranks, with the same batches."""
     folder = tmp_path_factory.mktemp("monitored")
     result = {}
-    for name in ("switch", "hash", "hash of two tables"):
+    for name in SHARED:
         alone, shared = monitor_ranks.folders(folder, f"{name} alone", f"{name} shared")
         words = (*CASES[name], *EVERY_2)
         one = monitor_ranks.monitored(str(data), one_process(words, 2), UPDATES, alone)
@@ -97,7 +99,7 @@ def test_measures_what_loops_find(data, name, tmp_path):
         assert max(line["drop_max"] for line in done["lines"]) > 0
 
 
-@pytest.mark.parametrize("name", ["switch", "hash", "hash of two tables"])
+@pytest.mark.parametrize("name", SHARED)
 def test_two_ranks_agree_with_one_process(one_and_two, name):
     alone, shared = one_and_two[name]
     check(alone["lines"], [alone["seen"]])
@@ -112,7 +114,7 @@ def test_two_ranks_agree_with_one_process(one_and_two, name):
                 assert same(value, other[key]), key
 
 
-@pytest.mark.parametrize("name", ["switch", "hash", "hash of two tables"])
+@pytest.mark.parametrize("name", SHARED)
 def test_each_layer_counts_its_own_exchange(one_and_two, name):
     """Together they have what the ranks sent in that update, though hash layers share a plan."""
     _, shared = one_and_two[name]

@@ -9,6 +9,7 @@ from exactness import TOLERANCE, arguments, one_process, whole
 SPARSE = ("--router", "hash", "--num-experts", "4", "--sparse-layers", "0,1")
 FORMS = {
     "bf16": ("--bf16",),
+    "bf16, replicas": ("--bf16", "--expert-placement", "balanced", "--expert-replicas", "2"),
     "memory-efficient bf16": ("--memory-efficient-bf16",),
     "fp16": ("--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", "4"),
     "memory-efficient fp16": ("--memory-efficient-fp16", "--fp16-init-scale", "4"),

@@ -48,6 +48,13 @@ def test_what_does_not(arguments, message):
     assert "\n" not in str(caught.value)
 
 
+def test_what_each_rank_holds_is_not_each_expert_once_with_replicas():
+    words = ("--ddp-backend", "fully_sharded", "--use-sharded-state")
+    with pytest.raises(UserError, match="--ddp-backend fully_sharded saves .* --expert-replicas .* use legacy_ddp or "):
+        check_training(configuration(*words), DISPATCHERS["all-to-all"], has_replicas=True)
+    check_training(configuration("--ddp-backend", "pytorch_ddp"), DISPATCHERS["all-to-all"], has_replicas=True)
+
+
 @pytest.mark.parametrize("arguments", [("--bf16",), ("--memory-efficient-fp16",)])
 def test_fairscales_masks_are_fp32(arguments):
     with pytest.raises(UserError, match="does not go with --expert-dispatch fairscale"):

@@ -23,13 +23,21 @@ ASSUMED = (
 EVEN = "Rows are spread evenly over the experts; a rank with more of them holds, sends and computes more."
 
 
-def show(of: DryRun, title: str, on: Hardware, ranks: int, updates: int, console: "Console | None" = None) -> None:
-    """Print memory, collectives, time and what was assumed."""
+def show(
+    of: DryRun,
+    title: str,
+    on: Hardware,
+    ranks: int,
+    updates: int,
+    console: "Console | None" = None,
+    rows: str = EVEN,
+) -> None:
+    """Print memory, collectives, time and what was assumed; `rows` says how rows go to experts."""
     console = console or Console()
     console.print(title, highlight=False)
     for table in (_memory(of, on), _collectives(of, on), _time(of, on, ranks, updates)):
         console.print(table)
-    console.print(ASSUMED.format(rows=EVEN, name=on.name, source=on.source), highlight=False)
+    console.print(ASSUMED.format(rows=rows, name=on.name, source=on.source), highlight=False)
 
 
 def in_nodes(on: Hardware, ranks: int, nodes: "int | None") -> Hardware:

@@ -26,6 +26,7 @@ from fairseq_hash.experiments.sizes import made_task, vocabulary_of, without_fil
 from fairseq_hash.fairseq_patches.registry import replaced
 from fairseq_hash.moe.kernels.feed_forward import GPU_WAYS
 from fairseq_hash.parallel.groups import ExpertParallel
+from fairseq_hash.parallel.placement import CONTIGUOUS
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,11 @@ def _config(experiment: Experiment, ranks: int, rank: int) -> DictConfig:
     """
     if replicas := experiment.config.model.get("expert_replicas", 0):
         raise UserError(f"a dry run does not know --expert-replicas {replicas}; leave it out")
+    if (placement := experiment.config.model.get("expert_placement", CONTIGUOUS)) != CONTIGUOUS:
+        raise UserError(
+            f"a dry run gives all experts as many rows, so that --expert-placement {placement} changes nothing; leave "
+            "it out, or give loads by --load-file"
+        )
     config = without_files(OmegaConf.create(OmegaConf.to_container(experiment.config)))
     training = config.distributed_training
     if training.ddp_backend not in ("legacy_ddp", "no_c10d"):

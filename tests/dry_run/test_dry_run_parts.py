@@ -179,6 +179,7 @@ REPLICAS = ("+model.expert_placement=balanced", "+model.expert_replicas=4")
         ("laptop/hash", ["distributed_training.ddp_backend=pytorch_ddp"], 4, 0, "legacy_ddp, not pytorch_ddp"),
         ("laptop/switch", ["+model.expert_dispatch=fairscale"], 4, 0, "all-to-all, not fairscale"),
         ("laptop/hash", [*REPLICAS], 4, 0, "a dry run does not know --expert-replicas 4; leave it out"),
+        ("laptop/hash", ["+model.expert_placement=balanced"], 4, 0, "balanced changes nothing; leave it out, or give"),
         ("laptop/hash", ["+model.expert_parallel_size=3"], 4, 0, "--expert-parallel-size 3 does not divide"),
     ],
 )

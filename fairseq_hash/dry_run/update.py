@@ -12,6 +12,7 @@ from fairseq.logging import metrics
 from fairseq.trainer import Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.dry_run.collectives import Collective, CollectiveCounter
@@ -138,6 +139,7 @@ def dry_run(experiment: Experiment, ranks: int, rank: int, on: Hardware, rows: R
             trainer.hash_state.monitor = None
             memory.mark_model(trainer._model)
             batches = batches_of(config).made()
+            stack.enter_context(_known_shapes(config.model.router))
             trainer.train_step(batches)
             memory.mark(_optimizer_state(trainer), OPTIMIZER)
             memory.begin()
@@ -154,6 +156,18 @@ def dry_run(experiment: Experiment, ranks: int, rank: int, on: Hardware, rows: R
         batches_of(config).tokens,
         sum(parameter.numel() for parameter in model.parameters()),
     )
+
+
+@contextmanager
+def _known_shapes(router: str) -> Iterator[None]:
+    """Refuse a model in which shapes depend on values, such as one whose experts choose their tokens."""
+    try:
+        yield
+    except (DynamicOutputShapeException, DataDependentOutputException) as error:
+        raise UserError(
+            f"a dry run cannot follow --router {router}: in it shapes depend on the tokens' values ({error.func}); "
+            "take another router for the estimate"
+        ) from error
 
 
 @contextmanager

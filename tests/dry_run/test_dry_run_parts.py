@@ -180,6 +180,7 @@ REPLICAS = ("+model.expert_placement=balanced", "+model.expert_replicas=4")
         ("laptop/switch", ["+model.expert_dispatch=fairscale"], 4, 0, "all-to-all, not fairscale"),
         ("laptop/hash", [*REPLICAS], 4, 0, "a dry run does not know --expert-replicas 4; leave it out"),
         ("laptop/hash", ["+model.expert_placement=balanced"], 4, 0, "balanced changes nothing; leave it out, or give"),
+        ("routers_2026/expert_choice", [], 4, 0, "a dry run cannot follow --router expert-choice: in it shapes depend"),
         ("laptop/hash", ["+model.expert_parallel_size=3"], 4, 0, "--expert-parallel-size 3 does not divide"),
     ],
 )

@@ -51,6 +51,7 @@ class Plan:
         victim: the rank that ends at a file operation.
         operation: the number of that operation in the folder, from 1; 0: none.
         subset: the split that it trains on.
+        rate: the learning rate.
     """
 
     world_size: int
@@ -59,6 +60,7 @@ class Plan:
     victim: int = 0
     operation: int = 0
     subset: str = "valid"
+    rate: float = 1e-3
 
 
 def prepare() -> None:
@@ -133,6 +135,7 @@ def _train(data: Path, folder: Path, plan: Plan, rank: int, meeting: str, sender
 
 def _train_and_save(data: Path, folder: Path, plan: Plan, sender: Any, operations: Callable[[], int]) -> None:
     options = (*case("hash", EXPERTS, "adam", *SAVING, "--save-dir", str(folder)), "--train-subset", plan.subset)
+    options += ("--lr", str(plan.rate))
     trainer, epoch_itr = recorded.make_trainer(data, (*options, "--update-freq", str(BATCHES // plan.world_size)))
     sender.send(("loaded", trainer.get_num_updates(), prints(trainer)))
     record = recorded.keep_losses_and_norms(trainer)

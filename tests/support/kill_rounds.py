@@ -171,7 +171,7 @@ class _Start:
         if update and whole not in rounds.states[update]:
             rounds.fault(f"loaded at update {update} is not what was saved")
         rounds.tally.loads += bool(update)
-        if old := rounds.left & leftovers(rounds.folder):
+        if old := {path.name for path in rounds.folder.rglob("*")} & rounds.left:
             rounds.fault(f"left over after a start: {', '.join(sorted(old))}")
 
 

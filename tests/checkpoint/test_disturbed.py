@@ -109,7 +109,7 @@ def test_a_copy_of_the_folder_while_a_save_goes_on_is_whole_or_refused(data, tmp
     saved, copies, is_over = tmp_path / "saved", [], threading.Event()
 
     def copy_all_the_time():
-        while not is_over.is_set() and len(copies) < 100:
+        while not is_over.is_set() and len(copies) < 8:
             target = tmp_path / f"copy {len(copies)}"
             subprocess.run(["cp", "-r", saved, target], capture_output=True)  # a file may be gone when it comes to it
             copies.append(target)

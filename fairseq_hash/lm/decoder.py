@@ -173,8 +173,8 @@ class HashTransformerDecoder(TransformerDecoder):
         `update_sums` is what routers want to know after the update.
         """
         context = self.routing_context(prev_output_tokens, is_step=incremental_state is not None)
-        mapped = [layer for layer in expert_layers(self).values() if isinstance(layer.experts, MappedExperts)]
-        if mapped:
+        if self.options.map_experts:
+            mapped = [layer for layer in expert_layers(self).values() if isinstance(layer.experts, MappedExperts)]
             reader = ReadAhead([(layer.experts, layer.needed(layer.experts, context)) for layer in mapped])
             context = dataclasses.replace(context, read_ahead=reader)
         given = {"encoder_out": [context], "encoder_padding_mask": []}

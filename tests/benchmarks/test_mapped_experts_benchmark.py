@@ -20,7 +20,7 @@ def test_experts_larger_than_the_memory_of_their_cgroup_give_the_same_bits(tmp_p
         pytest.skip(done.stderr.strip().splitlines()[-1])
     assert done.returncode == 0, done.stderr[-3000:]
     text = (tmp_path / "a.md").read_text()
-    assert text == done.stdout
+    assert done.stdout.endswith(text)  # after the progress
     assert "- outputs: equal to the bit in all ways" in text
     row = text.strip().splitlines()[-1].split(" | ")
     assert row[0] == "| 64" and float(row[5]) > 0.5  # GB that had to be read: the experts do not stay in memory

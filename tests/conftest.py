@@ -10,7 +10,7 @@ import pytest
 from hypothesis import settings
 
 LONG = {"end_to_end", "scripts", "studies", "training", "checkpoint", "data_prep", "benchmarks"}
-pytest_plugins = ["file_server", "made_runs"]
+pytest_plugins = ["file_server", "made_runs", "slurm_jobs"]
 
 if sys.dont_write_bytecode:
     # Each of some hundred processes would compile torch and fairseq anew, for 10 s. Kept in a folder of pytest's own,

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from hydra_configs import logged
-from test_slurm import ONE_TASK, TWO_NODES, Job, cluster, slurm, tiny, wait_until  # noqa: F401 (fixtures)
+from slurm_jobs import ONE_TASK, TWO_NODES, Job, slurm, wait_until
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("cluster")]
 
 
 def all_losses(log):
@@ -29,10 +29,14 @@ def all_losses(log):
 
 
 def lose_power(node):
-    """Kill all that runs on a node, its SLURM included."""
+    """Kill all that runs on a node of this cluster, its SLURM included."""
+    configuration = f"SLURM_CONF={os.environ['SLURM_CONF']}\0".encode()
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it may have ended
-            named = f"SLURMD_NODENAME={node}\0".encode() in (folder / "environ").read_bytes()
+            environment = (folder / "environ").read_bytes()
+            if configuration not in environment:
+                continue
+            named = f"SLURMD_NODENAME={node}\0".encode() in environment
             is_daemon = (folder / "cmdline").read_bytes() == f"slurmd\0-N\0{node}\0".encode()
             if named:
                 parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
@@ -42,7 +46,7 @@ def lose_power(node):
                 os.kill(int(folder.name), signal.SIGKILL)
 
 
-def test_a_job_goes_on_after_a_node_is_lost(tiny, cluster):  # noqa: F811
+def test_a_job_goes_on_after_a_node_is_lost(tiny, cluster):
     """Nobody gets a signal, and nothing is saved. SLURM queues the job again when it knows that the node is gone."""
     if not cluster:
         pytest.skip("only a cluster of this test's own may lose a node")
@@ -68,19 +72,16 @@ def test_a_job_goes_on_after_a_node_is_lost(tiny, cluster):  # noqa: F811
     assert all(max(values) - min(values) < 5e-3 for values in losses.values())
 
 
-def test_a_time_limit_saves_and_requeues(tiny, cluster):  # noqa: F811
-    """SLURM's own signal before a limit of one minute; the job is in the queue again, with all that it had done."""
+def test_a_time_limit_saves_and_requeues(tiny, cluster):
+    """SLURM's own signal before a limit; the job is in the queue again, with all that it had done."""
     folder, chosen = tiny
     run = folder / "limit"
-    limit = ("--time", "1", "--signal", "B:USR1@30")
-    job = Job(
-        folder / "limit.txt",
-        (*ONE_TASK, *limit),
-        "train.sh",
-        *chosen,
-        f"hydra.run.dir={run}",
-        "optimization.max_update=1000000",
-    )
+    limit = ("--time", "60", "--signal", "B:USR1@60")
+    more = (f"hydra.run.dir={run}", "optimization.max_update=1000000")
+    job = Job(folder / "limit.txt", (*ONE_TASK, *limit), "train.sh", *chosen, *more)
+    job.wait_for_update(run / "rank0.log", 2)  # a limit is in minutes, and to start takes up to one of them
+    hours, minutes, _ = map(int, job.facts()["RunTime"].split(":"))
+    slurm("scontrol", "update", f"JobId={job.id}", f"TimeLimit={60 * hours + minutes + 2}")
     try:
         job.wait_for(lambda: job.facts()["Restarts"] == "1")
         assert "SIGUSR1" in job.said() and f"saved {run}/checkpoint_last.pt" in job.said()
@@ -89,7 +90,7 @@ def test_a_time_limit_saves_and_requeues(tiny, cluster):  # noqa: F811
         slurm("scancel", job.id)
 
 
-def test_tasks_of_an_array_are_runs_of_their_own(tiny):  # noqa: F811
+def test_tasks_of_an_array_are_runs_of_their_own(tiny):
     folder, chosen = tiny
     words = (*chosen, "common.seed=${oc.env:SLURM_ARRAY_TASK_ID}", "optimization.max_update=5")
     root = f"hydra.run.dir={folder}/array/${{common.seed}}"

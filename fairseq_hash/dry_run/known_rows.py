@@ -5,7 +5,6 @@ Shape suffixes: see `moe.losses`; here also P ranks of a group and R rows.
 
 import functools
 from collections.abc import Callable
-from contextvars import ContextVar
 
 import torch
 import torch.distributed as dist
@@ -26,17 +25,18 @@ def even_rows(ranks: int, groups: int, choices: int) -> list[list[int]]:
     return [[share + (group < rest) for group in range(groups)]] * ranks
 
 
-rows_of: "ContextVar[RowsOf]" = ContextVar("rows_of", default=even_rows)
-"""The rows of the plan that begins next: a dry run sets it, since a dispatcher is made deep inside of the model."""
-
-
 class KnownPlan:
     """A plan of known sizes, by the same steps as `PlanUnderWay`: what is made on the way is made here, too."""
 
     def __init__(
-        self, expert_TK: Tensor, parallel: ExpertParallel, capacity_factor: float, order_C: "Tensor | None"
+        self,
+        rows: RowsOf,
+        expert_TK: Tensor,
+        parallel: ExpertParallel,
+        capacity_factor: float = 0.0,
+        order_C: "Tensor | None" = None,
     ) -> None:
-        """Begin the plan; its sizes are those of `rows_of`, cut to the capacity."""
+        """Begin the plan; its sizes are those of `rows`, cut to the capacity."""
         self.parallel = parallel
         self.shape_TK = (expert_TK.shape[0], expert_TK.shape[1])
         expert_C = expert_TK.flatten()
@@ -45,7 +45,7 @@ class KnownPlan:
         self.left_out = expert_TK.numel() - len(expert_C)
         self.tokens_per_expert_E = count_groups(expert_C, parallel.num_experts)
         choice_R = expert_C.argsort(stable=True)
-        rows_PE = rows_of.get()(parallel.size, parallel.num_experts, len(expert_C))
+        rows_PE = rows(parallel.size, parallel.num_experts, len(expert_C))
         capacity = expert_capacity(expert_TK.numel(), parallel.num_experts, capacity_factor)
         if capacity is not None:
             rows_PE = [[min(rows, capacity) for rows in rows_E] for rows_E in rows_PE]
@@ -79,9 +79,14 @@ class KnownPlan:
 class KnownDispatcher(AllToAllDispatcher):
     """Dispatches by plans of known sizes; everything after the plan is the training's own."""
 
+    def __init__(self, parallel: ExpertParallel, rows: RowsOf) -> None:
+        """Dispatch as many rows as `rows` says, plan by plan."""
+        super().__init__(parallel)
+        self.rows = rows
+
     def begin(self, expert_TK: Tensor, capacity_factor: float = 0.0, order_C: "Tensor | None" = None) -> KnownPlan:  # type: ignore[override]
         """Begin the plan of an assignment whose values are not known."""
-        return KnownPlan(expert_TK, self.parallel, capacity_factor, order_C)
+        return KnownPlan(self.rows, expert_TK, self.parallel, capacity_factor, order_C)
 
 
 def known_balance(balance: str, parallel: ExpertParallel) -> Callable[[Tensor], Tensor]:

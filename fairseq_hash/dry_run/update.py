@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.dry_run.collectives import Collective, CollectiveCounter
 from fairseq_hash.dry_run.hardware import Hardware
-from fairseq_hash.dry_run.known_rows import RowsOf, even_rows, rows_of
+from fairseq_hash.dry_run.known_rows import RowsOf, even_rows
 from fairseq_hash.dry_run.memory import OPTIMIZER, MemoryWatch
 from fairseq_hash.dry_run.roofline import Roofline
 from fairseq_hash.dry_run.world import check_dispatch, without_data, world
@@ -103,7 +103,14 @@ class Batches:
         return [sample] * self.number
 
 
-def dry_run(experiment: Experiment, ranks: int, rank: int, on: Hardware, rows: RowsOf = even_rows) -> DryRun:
+def dry_run(
+    experiment: Experiment,
+    ranks: int,
+    rank: int,
+    on: Hardware,
+    rows: RowsOf = even_rows,
+    lookups: RowsOf = even_rows,
+) -> DryRun:
     """Run the second update of a training of `ranks` ranks as its `rank`, without data.
 
     Args:
@@ -112,6 +119,7 @@ def dry_run(experiment: Experiment, ranks: int, rank: int, on: Hardware, rows: R
         rank: from 0 to W - 1.
         on: the device. A GPU multiplies by experts as this package does on one.
         rows: how many rows each rank of a group has for each expert, where nothing else is known evenly many.
+        lookups: how many rows of a memory each rank of a group asks each rank for.
 
     Raises:
         UserError: for options that the training or a dry run refuses, or a number of ranks that cannot share experts.
@@ -120,7 +128,7 @@ def dry_run(experiment: Experiment, ranks: int, rank: int, on: Hardware, rows: R
         raise UserError(f"rank {rank} is not one of {ranks} ranks; give one from 0 to {ranks - 1}")
     config, vocabulary = _config(experiment, ranks, rank), vocabulary_of(experiment)
     place = replace(place_of(config, ranks), rank=rank)
-    with world(ranks, rank, GPU_WAYS if on.is_gpu else None), silence(), _set(rows):
+    with world(ranks, rank, rows, lookups, GPU_WAYS if on.is_gpu else None), silence():
         task = made_task(config, vocabulary)
         with torch.device("meta"):
             model, criterion = task.build_model(config.model), task.build_criterion(config.criterion)
@@ -179,15 +187,6 @@ def silence() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
-
-
-@contextmanager
-def _set(rows: RowsOf) -> Iterator[None]:
-    token = rows_of.set(rows)
-    try:
-        yield
-    finally:
-        rows_of.reset(token)
 
 
 def _config(experiment: Experiment, ranks: int, rank: int) -> DictConfig:

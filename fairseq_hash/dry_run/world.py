@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fairseq_hash.core.errors import UserError
-from fairseq_hash.dry_run.known_rows import KnownDispatcher, known_balance
+from fairseq_hash.dry_run.known_rows import KnownDispatcher, RowsOf, even_rows, known_balance
 from fairseq_hash.fairseq_patches.registry import replaced
 from fairseq_hash.lm import model as lm_model
+from fairseq_hash.moe import memory_rows
 from fairseq_hash.moe.dispatchers import DISPATCHERS
 from fairseq_hash.moe.kernels import feed_forward
 from fairseq_hash.moe.routers import base
@@ -60,12 +61,20 @@ class _NoWatchdog:
 
 
 @contextlib.contextmanager
-def world(ranks: int, rank: int, ways: "dict[torch.dtype, str] | None" = None) -> Iterator[None]:
+def world(
+    ranks: int,
+    rank: int,
+    rows: RowsOf = even_rows,
+    lookups: RowsOf = even_rows,
+    ways: "dict[torch.dtype, str] | None" = None,
+) -> Iterator[None]:
     """Be `rank` of `ranks`, of which no other exists; what is built and called inside believes in them.
 
     Args:
         ranks: W.
         rank: from 0 to W - 1.
+        rows: how many rows each rank of a group has for each expert, plan by plan.
+        lookups: how many rows of a memory each rank of a group asks each rank for, plan by plan.
         ways: how a GPU multiplies rows by experts, by dtype (`feed_forward.GPU_WAYS`); None: as this CPU does.
 
     Raises:
@@ -79,7 +88,8 @@ def world(ranks: int, rank: int, ways: "dict[torch.dtype, str] | None" = None) -
         (lm_model, "watchdog_of", lambda rank, ranks: _NoWatchdog()),
         (shared_experts, "watchdog_of", lambda rank, ranks: _NoWatchdog()),
         # How many rows go where is known beforehand: the tokens that would tell have no values.
-        (lm_model, "make_dispatcher", lambda parallel, name: KnownDispatcher(parallel)),
+        (lm_model, "make_dispatcher", lambda parallel, name: KnownDispatcher(parallel, rows)),
+        (memory_rows, "make_dispatcher", lambda parallel: KnownDispatcher(parallel, lookups)),
         (base, "balance_over", known_balance),
         # fairseq's sinusoidal positions ask for a shape as a tensor, and read it.
         (torch.onnx.operators, "shape_as_tensor", lambda tensor: list(tensor.shape)),

@@ -31,12 +31,28 @@ CASES = {
     "BASE": ("laptop/base", []),
     "recomputed": ("laptop/hash", ["+model.checkpoint_activations=true"]),
 }
+ALONE = ("hash", "half precision", "recomputed")  # alone, a rank exchanges nothing
+OF_2026 = {
+    name: (f"routers_2026/{name}", ["+model.sinkhorn_tolerance=0"] if name == "sinkhorn" else [])
+    for name in (
+        *("gshard", "sinkhorn", "random_linear", "stablemoe", "topk_loss", "topk_quantile", "topk_bias_top2"),
+        *("base_gate_one", "hash_norm", "memory", "hash_memory"),
+    )
+}
+FEATURES = ("bigram", "history", "position", "previous", "future")
+OF_2026 |= {f"hash_{feature}": (f"laptop/hash_{feature}", []) for feature in FEATURES}
 
 
-@pytest.mark.parametrize("world", [1, 2, *(pytest.param(world, marks=pytest.mark.slow) for world in (4, 8, 16))])
-def test_dry_run_is_what_a_rank_does(world):
-    few = ("hash", "half precision", "recomputed")  # alone, a rank exchanges nothing
-    cases = {name: CASES[name] for name in (few if world == 1 else CASES)}
+@pytest.mark.parametrize(
+    ("world", "cases"),
+    [
+        (1, {name: CASES[name] for name in ALONE}),
+        (2, CASES),
+        *(pytest.param(world, CASES, marks=pytest.mark.slow) for world in (4, 8, 16)),
+        *(pytest.param(world, OF_2026, marks=pytest.mark.slow) for world in (1, 2, 4)),
+    ],
+)
+def test_dry_run_is_what_a_rank_does(world, cases):
     cases = {case: (name, [*SMALL, *overrides]) for case, (name, overrides) in cases.items()}
     seen = ranks.run(world, "dry_run_ranks:measure_all", list(cases.values()), timeout=3000)
     found = {}
@@ -49,7 +65,7 @@ def test_dry_run_is_what_a_rank_does(world):
                 plan, first = next(plans), rank // size * size
                 return [of_rank["chosen"][plan] for of_rank in of_ranks[first : first + size]]
 
-            of = dry_run(experiment_of(name, overrides), world, rank, CPU, rows)
+            of = dry_run(experiment_of(name, overrides), world, rank, CPU, rows, lookups=rows)
             total = Counter()
             for call in of.calls:
                 total[call.kind] += call.bytes

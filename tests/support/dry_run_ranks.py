@@ -6,6 +6,7 @@ import logging
 
 import torch
 import torch.distributed as dist
+from fairseq.logging import metrics
 from fairseq.trainer import Trainer
 
 import fairseq_hash
@@ -38,7 +39,9 @@ def measure(name, overrides):
     from fairseq_hash.dry_run.update import batches_of
     from fairseq_hash.experiments.sizes import made_task
 
-    gc.collect()  # of the case before, which would otherwise go in the middle of this one
+    # Of the case before: its memory would otherwise go in the middle of this one, and its meters would count on.
+    gc.collect()
+    metrics.reset()
     experiment = experiment_of(name, overrides)
     config, vocabulary = experiment.config, experiment.about["vocabulary"]
     config.common.cpu = True

@@ -68,7 +68,7 @@ from fairseq_hash.cli import Parser
 from fairseq_hash.core.progress import Display
 from fairseq_hash.fairseq_patches.data_parallel import let_gloo_finish
 from fairseq_hash.parallel.groups import expert_names
-from fairseq_hash.provenance import provenance
+from fairseq_hash.provenance import listed, provenance
 
 INTERVAL = 0.003  # seconds between two readings of the memory
 COLUMNS = ("save s", "on disc s", "MB", "copies", "load s", "peak")
@@ -358,7 +358,7 @@ def main() -> None:
     given = ("experts_gb", "processes", "width", "hidden", "repeats")
     command = " ".join(f"--{name.replace('_', '-')} {getattr(arguments, name)}" for name in given)
     lines = ["# Checkpoints", "", f"`python benchmarks/checkpoints.py {command}`, which defines the columns"]
-    lines += ["", *(f"- {name}: {value}" for name, value in provenance().items() if value)]
+    lines += ["", *listed(provenance())]
     df = subprocess.run(["df", "--output=fstype", str(arguments.folder)], capture_output=True, text=True)
     file_system = (df.stdout.split() or ["unknown"])[-1]
     with tempfile.TemporaryDirectory(prefix="checkpoints ", dir=arguments.folder) as name:

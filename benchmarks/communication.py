@@ -68,7 +68,7 @@ from fairseq_hash.moe.layer import SparseLayer
 from fairseq_hash.moe.routing_context import HashRoute, RoutingContext
 from fairseq_hash.moe.token_dispatcher import combine, dispatch
 from fairseq_hash.parallel.groups import ExpertParallel, expert_parallel
-from fairseq_hash.provenance import provenance
+from fairseq_hash.provenance import listed, provenance
 
 VOCABULARY = 8000
 # The call, the tensors whose gradients to clear, the input, and the gradient of the output.
@@ -360,7 +360,7 @@ def main() -> None:
     facts = provenance()
     command = " ".join(f"--{name} {str(value).strip('[]').replace(',', '')}" for name, value in settings.items())
     lines = ["# Shared experts", "", f"`python benchmarks/communication.py {command}`, which defines the columns"]
-    lines += ["", *(f"- {name}: {value}" for name, value in facts.items() if value)]
+    lines += ["", *listed(facts)]
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(be_rank, (arguments, folder), nprocs=arguments.processes)
         measured = json.loads(Path(folder, "rows.json").read_text())

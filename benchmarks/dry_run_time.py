@@ -23,7 +23,7 @@ from fairseq_hash.dry_run.update import batches_of, dry_run, silence
 from fairseq_hash.experiments.compose import Experiment, compose
 from fairseq_hash.experiments.names import own_configs
 from fairseq_hash.experiments.sizes import made_task
-from fairseq_hash.provenance import provenance
+from fairseq_hash.provenance import listed, provenance
 
 WIDER = ["model.decoder_embed_dim=256", "model.decoder_ffn_embed_dim=1024"]
 WIDEST = ["model.decoder_embed_dim=512", "model.decoder_ffn_embed_dim=2048", "dataset.max_tokens=512"]
@@ -89,7 +89,7 @@ def main() -> None:
         "call": f"{on.call:.3g} microseconds",
     }
     lines = ["# Time of a dry run", "", "`benchmarks/dry_run_time.py`, which says what is measured.", ""]
-    lines += [f"- {name}: {value}" for name, value in facts.items() if value not in (None, [])]
+    lines += listed(facts)
     lines += [
         "",
         f"| {' | '.join(HEADINGS)} |",

@@ -21,7 +21,7 @@ from fairseq_hash.experiments.compose import compose
 from fairseq_hash.experiments.loads import planned_loads
 from fairseq_hash.experiments.names import own_configs
 from fairseq_hash.hashing.dictionary import read_dictionary
-from fairseq_hash.provenance import provenance
+from fairseq_hash.provenance import listed, provenance
 
 TABLES = {
     "random": ["model.hash_table=random"],
@@ -63,7 +63,7 @@ def measure(data: Path, experts: int, ranks: list[int], sizes: list[int]) -> lis
 def markdown(rows: list[list[str]], experts: int, facts: dict[str, object]) -> str:
     """Return the whole result as text."""
     lines = ["# Even ranks", "", f"`benchmarks/even_ranks.py`, which defines the columns; {experts} experts", ""]
-    lines += [f"- {name}: {value}" for name, value in facts.items()]
+    lines += listed(facts)
     lines += ["", f"| {' | '.join(HEADINGS)} |", f"|{'---|' * len(HEADINGS)}"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
@@ -82,7 +82,7 @@ def main() -> None:
     rows = measure(options.data, options.experts, ranks, sizes)
     symbols, counts = read_dictionary(options.data / "dict.txt")
     facts = {**provenance(), "data": options.data.name, "symbols": f"{len(symbols):,}", "counted": f"{sum(counts):,}"}
-    text = markdown(rows, options.experts, {name: value for name, value in facts.items() if value not in (None, [])})
+    text = markdown(rows, options.experts, facts)
     print(text)
     if options.out is not None:
         options.out.write_text(text)

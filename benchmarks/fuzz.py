@@ -41,7 +41,7 @@ from fuzz_rounds import Round, play  # noqa: E402
 from rounds import reset_peak, resident  # noqa: E402
 
 from fairseq_hash.core.files import atomic_write  # noqa: E402
-from fairseq_hash.provenance import provenance  # noqa: E402
+from fairseq_hash.provenance import listed, provenance  # noqa: E402
 
 LINES = 10  # of progress for each reader
 
@@ -88,7 +88,7 @@ def report_of(results: list[dict[str, Any]], arguments: argparse.Namespace) -> s
     """Return the report in Markdown."""
     words = f"`python benchmarks/fuzz.py --inputs {arguments.inputs} --seed {arguments.seed}`"
     lines = ["# Fuzzing of readers", "", f"{words}: mutated files for each reader of files.", ""]
-    lines += [f"- {name}: {value}" for name, value in provenance().items() if value not in (None, [])]
+    lines += listed(provenance())
     lines += [
         "",
         "| reader | inputs | accepted | refused | faults | slowest, ms | peak, MB |",

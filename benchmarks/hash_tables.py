@@ -44,7 +44,7 @@ from fairseq_hash.hashing.builders import (
 )
 from fairseq_hash.hashing.clusters import dispersed_experts
 from fairseq_hash.hashing.spread import count_pairs, heavy_tokens, spread_table
-from fairseq_hash.provenance import provenance
+from fairseq_hash.provenance import listed, provenance
 
 PADDING = 1
 BUILDERS = ("nothing", "random", "modulo", "round-robin", "balanced", "balanced with a seed", "best of 4")
@@ -160,7 +160,7 @@ def lines(arguments: argparse.Namespace, folder: Path) -> "list[str]":
         f"{arguments.columns} experts a token, {arguments.tokens:,} tokens; medians of {arguments.repeats} processes.",
         "",
     ]
-    report += [f"- {name}: {value}" for name, value in provenance().items() if value not in (None, [])]
+    report += listed(provenance())
     report += ["", "| builder | s | MB | largest / mean | bound |", "|---|---|---|---|---|"]
     for name in (*BUILDERS, *OF_PAIRS):
         runs = [in_a_process(name, arguments, folder) for _ in range(arguments.repeats)]

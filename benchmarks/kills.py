@@ -30,7 +30,7 @@ from kill_rounds import KillRounds, Tally  # noqa: E402
 from made_corpus import make_corpus  # noqa: E402
 
 from fairseq_hash.core.files import atomic_write  # noqa: E402
-from fairseq_hash.provenance import provenance  # noqa: E402
+from fairseq_hash.provenance import listed, provenance  # noqa: E402
 
 LINES = 20  # of progress
 ENOUGH = 20  # faults, after which no more kills are tried
@@ -43,7 +43,7 @@ def report_of(tally: Tally, arguments: argparse.Namespace) -> str:
         "",
         f"`python benchmarks/kills.py --kills {arguments.kills} --seed {arguments.seed}`",
     ]
-    lines += ["", *(f"- {name}: {value}" for name, value in provenance().items() if value not in (None, []))]
+    lines += ["", *listed(provenance())]
     counts = {
         "kills": sum(tally.kills.values()),
         **{f"of them {kind}": number for kind, number in sorted(tally.kills.items())},

@@ -69,7 +69,7 @@ from rounds import Spread, graphed, in_rounds, peak_bytes
 from fairseq_hash.cli import Parser
 from fairseq_hash.core.progress import Display
 from fairseq_hash.moe.kernels.feed_forward import WAYS
-from fairseq_hash.provenance import provenance, usable_cores
+from fairseq_hash.provenance import listed, provenance, usable_cores
 
 BY_DEFAULT = ("dense", "hash", "switch", "base", "mask-and-loop", "fairscale", "transformers")
 CANDIDATES = tuple(dict.fromkeys((*BY_DEFAULT[:3], *ROUTERS, *BY_DEFAULT[3:])))
@@ -303,7 +303,7 @@ def main() -> None:
         arguments.json.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
     lines = ["# One sparse layer", "", "By `benchmarks/layer.py`, which defines the columns, with"]
     lines += [", ".join(f"{name} {value}" for name, value in settings.items()).replace("[", "").replace("]", "") + "."]
-    lines += ["", *(f"- {name}: {value}" for name, value in record["provenance"].items() if value)]
+    lines += ["", *listed(record["provenance"])]
     lines += [f"- {text}" for text in arguments.left_out] + report(rows)
     print("\n".join(lines))
     if arguments.out:

@@ -44,7 +44,7 @@ from fairseq_hash.core.progress import Display
 from fairseq_hash.moe.experts import ExpertFeedForward
 from fairseq_hash.moe.mapped_experts import MappedExperts
 from fairseq_hash.moe.read_ahead import ReadAhead
-from fairseq_hash.provenance import provenance
+from fairseq_hash.provenance import listed, provenance
 
 WAYS = ("memory", "mapped", "ahead")
 
@@ -245,7 +245,7 @@ def main() -> None:
         f"`python benchmarks/mapped_experts.py {arguments.given}`, which defines the columns",
         "",
     ]
-    lines += [f"- {name}: {value}" for name, value in provenance().items() if value]
+    lines += listed(provenance())
     lines += [f"- threads: {torch.get_num_threads()}"]
     lines += [f"- experts: {size / 1e9:.2f} GB, {arguments.experts} in each of {arguments.layers} layers; the mapped "]
     lines[-1] += f"processes' memory: {arguments.limit_gb} GB"

@@ -30,7 +30,7 @@ from fairseq_hash.dry_run.update import batches_of, silence
 from fairseq_hash.experiments.compose import compose
 from fairseq_hash.experiments.names import own_configs
 from fairseq_hash.experiments.sizes import made_task
-from fairseq_hash.provenance import provenance
+from fairseq_hash.provenance import listed, provenance
 from fairseq_hash.training.expert_monitor import ExpertMonitor
 
 WIDER = ["model.decoder_embed_dim=256", "model.decoder_ffn_embed_dim=1024"]
@@ -179,7 +179,7 @@ def main() -> None:
             lines += [row(model, of_model, arguments.ranks, arguments.interval) for model, of_model in found.items()]
     about = {**provenance(), "threads": 1, "rounds": arguments.rounds, "load average": os.getloadavg()}
     text = "# Cost of the monitor\n\n`benchmarks/monitor.py`, which says what is measured.\n\n"
-    text += "\n".join(f"- {key}: {value}" for key, value in about.items() if value != []) + "\n\n"
+    text += "\n".join(listed(about)) + "\n\n"
     headings = [heading.format(arguments.interval) for heading in HEADINGS]
     text += "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, ["---"] * len(headings), *lines)) + "\n"
     if arguments.out is None:

@@ -37,7 +37,7 @@ from killed_trainings import Plan, Ranks  # noqa: E402
 from made_corpus import make_corpus  # noqa: E402
 
 from fairseq_hash.core.files import atomic_write  # noqa: E402
-from fairseq_hash.provenance import provenance  # noqa: E402
+from fairseq_hash.provenance import listed, provenance  # noqa: E402
 
 SAVE_EVERY, KILL_EVERY = 50, 200
 WORLDS = (2, 1, 4)  # in turn
@@ -158,7 +158,7 @@ def main() -> int:
     rows |= lines_of_use
     words = f"`python benchmarks/soak.py --updates {arguments.updates} --seed {arguments.seed}`"
     lines = ["# Soak", "", words, ""]
-    lines += [f"- {name}: {value}" for name, value in provenance().items() if value not in (None, [])]
+    lines += listed(provenance())
     lines += ["", "| | |", "|---|---:|", *(f"| {name} | {value} |" for name, value in rows.items())]
     report = "\n".join([*lines, "", *(" ".join(part.split()) + "\n" for part in __doc__.split("\n\n")[2:])])
     if arguments.out:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fairseq_hash.core.progress import Display
 from fairseq_hash.hashing.dictionary import read_dictionary
-from fairseq_hash.provenance import provenance
+from fairseq_hash.provenance import listed, provenance
 from fairseq_hash.table_tools.build_options import Options
 from fairseq_hash.table_tools.build_table import build
 from fairseq_hash.table_tools.evaluate_balance import Judge, JudgedTable
@@ -83,7 +83,7 @@ def figures(table: JudgedTable) -> list[str]:
 def markdown(rows: list[list[str]], facts: dict[str, object]) -> str:
     """Return the whole result as text."""
     lines = ["# Balance of hash tables on text", "", "`benchmarks/tables_on_text.py`, which defines the columns", ""]
-    lines += [f"- {name}: {value}" for name, value in facts.items()]
+    lines += listed(facts)
     lines += ["", f"| {' | '.join(HEADINGS)} |", f"|{'---|' * len(HEADINGS)}"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
@@ -101,7 +101,7 @@ def main() -> None:
     rows = measure(options.data, experts, columns, options.embeddings)
     symbols, counts = read_dictionary(options.data / "dict.txt")
     facts = {**provenance(), "data": options.data.name, "symbols": f"{len(symbols):,}", "counted": f"{sum(counts):,}"}
-    text = markdown(rows, {name: value for name, value in facts.items() if value not in (None, [])})
+    text = markdown(rows, facts)
     print(text)
     if options.out is not None:
         options.out.write_text(text)

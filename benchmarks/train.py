@@ -81,7 +81,7 @@ from trainings import update as update
 from fairseq_hash.cli import Parser
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.progress import Display
-from fairseq_hash.provenance import provenance, usable_cores
+from fairseq_hash.provenance import listed, provenance, usable_cores
 
 RATE = "rate"  # the name of the large product beside the candidates
 PRODUCTS = {"cpu": 1, "cuda": 10}  # products per round: a single one ends before a GPU is busy
@@ -313,7 +313,7 @@ def main() -> None:
     facts = provenance()
     lines = ["# Whole trainings", "", "`python benchmarks/train.py`, which defines the columns", ""]
     lines += [f"- {name.replace('_', ' ')}: {str(value).strip('[]')}" for name, value in settings.items()]
-    lines += [f"- {name}: {value}" for name, value in facts.items() if value]
+    lines += listed(facts)
     lines += [f"- {line}" for line in arguments.left_out] + markdown(rows)
     print("\n".join(lines))
     if arguments.json:

@@ -6,6 +6,7 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -37,6 +38,11 @@ def provenance() -> dict[str, object]:
         "platform": platform.platform(terse=True),
         "date": now(),
     }
+
+
+def listed(facts: Mapping[str, object]) -> list[str]:
+    """Return a record as the lines of a Markdown list, without what is None or an empty list."""
+    return [f"- {name}: {value}" for name, value in facts.items() if value not in (None, [])]
 
 
 def now() -> str:

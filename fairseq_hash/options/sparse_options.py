@@ -123,7 +123,7 @@ class SparseOptions(GateOptions, HashOptions, MemoryOptions, TopKOptions, BatchR
     map_experts: bool = option(
         False,
         "evaluation only, as --model-overrides \"{'map_experts': True}\": leave the experts in the checkpoint's "
-        "files, memory-mapped, and read those of one layer while the layer before it computes",
+        "files, memory-mapped, and read those that come next while others compute",
     )
 
     @classmethod

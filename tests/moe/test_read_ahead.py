@@ -14,7 +14,7 @@ from fairseq_hash.core.errors import UserError
 from fairseq_hash.moe import read_ahead
 from fairseq_hash.moe.experts import ExpertFeedForward, ExpertStack, GatedFeedForward
 from fairseq_hash.moe.mapped_experts import MappedExperts
-from fairseq_hash.moe.read_ahead import AHEAD, ReadAhead
+from fairseq_hash.moe.read_ahead import ReadAhead
 
 D, F, E = 6, 8, 4
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -72,9 +72,25 @@ def test_results_are_those_in_memory_to_the_bit(data):
         with torch.no_grad():
             expected.append(experts.to(dtype)(rows_RD, sizes))
         experts.to(torch.float32)
-    reader = ReadAhead([(experts, ahead) for experts, ahead, _, _ in layers])
-    for (experts, _, rows_RD, sizes), y_RD in zip(layers, expected, strict=True):
-        assert torch.equal(reader.run(experts, rows_RD, sizes), y_RD)
+    of_expert = sum(row.nbytes for row in layers[0][0].in_file([0]))
+    chunk, held = data.draw(st.integers(1, 5 * of_expert)), data.draw(st.integers(0, 20 * of_expert))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(read_ahead, "CHUNK", chunk)
+        patch.setattr(read_ahead, "HELD", held)
+        reader = ReadAhead([(experts, ahead) for experts, ahead, _, _ in layers])
+        for (experts, _, rows_RD, sizes), y_RD in zip(layers, expected, strict=True):
+            assert torch.equal(reader.run(experts, rows_RD, sizes), y_RD)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 2000))
+def test_chunks_are_all_experts_in_order_as_many_as_fit(most):
+    shell = mapped(BUILD["plain"], BUILD["plain"]().eval())
+    size = 4 * (2 * D * F + D + F)
+    chunks = shell.chunks(most)
+    assert [expert for chunk in chunks for expert in chunk] == list(range(E))
+    assert all(len(chunk) == min(E, max(1, most // size)) for chunk in chunks[:-1])
+    assert all(len(chunk) * size <= max(most, size) for chunk in chunks)
 
 
 @settings(deadline=None, max_examples=100)
@@ -134,22 +150,44 @@ def layers_of_one(count):
     return shells, torch.randn(E, D), (1,) * E
 
 
-def test_no_more_than_two_layers_are_held(monkeypatch):
-    """Counted when a read begins: layers that were read or are being read, and whose turn is not over."""
-    begun, over, held = [], [], []
+@pytest.mark.parametrize(("of_chunk", "held", "most"), [(1, 0, 2), (1, 3, 3), (2, 4, 2), (4, 1, 2), (4, 100, 7)])
+def test_what_is_held_is_bounded(monkeypatch, of_chunk, held, most):
+    """Counted when a read begins: chunks that are read or were, and are not done with. `held` counts experts."""
+    begun, over, counts = [], [], []
 
     def count(rows):
-        if rows:  # nothing was left to read when the layer ran
+        if rows:  # nothing was left to read when the chunk ran
             begun.append(rows)
-            held.append(len(begun) - len(over))
+            counts.append(len(begun) - len(over))
 
+    size = 4 * (2 * D * F + D + F)
+    monkeypatch.setattr(read_ahead, "CHUNK", of_chunk * size)
+    monkeypatch.setattr(read_ahead, "HELD", held * size)
     monkeypatch.setattr(read_ahead, "read", count)
     shells, rows_RD, sizes = layers_of_one(7)
     reader = ReadAhead([(experts, range(E)) for experts in shells])
-    monkeypatch.setattr(MappedExperts, "forward", lambda self, rows_RD, sizes: over.append(self))
+    assert len(reader._begun) == most
+    forward = MappedExperts.forward
+    monkeypatch.setattr(MappedExperts, "forward", lambda *given: over.append(given) or forward(*given))
     for experts in shells:
         reader.run(experts, rows_RD, sizes)
-    assert len(begun) == 7 and max(held) == AHEAD == 2
+    assert len(begun) == 7 * E // of_chunk and max(counts) <= most
+
+
+def test_experts_without_a_checkpoint_are_refused():
+    with torch.device("meta"):
+        shell = MappedExperts(BUILD["plain"]())
+    with pytest.raises(UserError, match="need a checkpoint"):
+        ReadAhead([(shell, range(E))])
+    with pytest.raises(UserError, match="need a checkpoint"):
+        ReadAhead([]).run(shell, torch.randn(E, D), (1,) * E)
+
+
+def test_a_layer_that_nobody_announced_is_read_when_it_runs():
+    experts = BUILD["plain"]().eval()
+    shell, rows_RD = mapped(BUILD["plain"], experts), torch.randn(E, D)
+    with torch.no_grad():
+        assert torch.equal(ReadAhead([]).run(shell, rows_RD, (1,) * E), experts(rows_RD, (1,) * E))
 
 
 def test_what_was_not_read_ahead_is_read_when_the_layer_runs(monkeypatch):

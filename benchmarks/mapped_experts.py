@@ -19,7 +19,7 @@ forward pass of each number of tokens is a warm-up. Outputs have to be equal to 
 Columns, for each size of a batch: seconds of a forward pass in memory; the ratio to it of the mapped ways within a
 round; GB that each reads from the disk in a forward pass; and what the disk allows: the time to read the GB of `ahead`
 at the disk's own speed, over the time in memory, and 1 where that is less. All are medians (smallest to largest) over
-rounds. The disk's own speed is measured in each round: a cold read of the file in order.
+rounds. The disk's own speed is measured in each round: a cold read of the file, asked for as reading ahead asks.
 """
 
 import argparse
@@ -41,6 +41,7 @@ from torch import Tensor
 
 from fairseq_hash.cli import Parser
 from fairseq_hash.core.progress import Display
+from fairseq_hash.moe import read_ahead
 from fairseq_hash.moe.experts import ExpertFeedForward
 from fairseq_hash.moe.mapped_experts import MappedExperts
 from fairseq_hash.moe.read_ahead import ReadAhead
@@ -72,13 +73,13 @@ def leave_cache(path: Path) -> None:
 
 
 def disk_speed(path: Path) -> float:
-    """Return the bytes per second of a cold read of a file."""
+    """Return the bytes per second of a cold read of a file, asked for as reading ahead asks."""
     leave_cache(path)
-    piece, start = bytearray(1 << 20), time.perf_counter()
-    with open(path, "rb", buffering=0) as file:
-        while file.readinto(piece):
-            pass
-    return path.stat().st_size / (time.perf_counter() - start)
+    size = path.stat().st_size
+    content = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage.from_file(str(path), False, size))
+    start = time.perf_counter()
+    read_ahead.read(list(content.split(1 << 26)))
+    return size / (time.perf_counter() - start)
 
 
 def bytes_read() -> int:

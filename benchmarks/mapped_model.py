@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How long does `fairseq-eval-lm` take for a model whose experts do not fit into memory, and how long in memory?
 
-    python benchmarks/mapped_model.py [--limit-gb GB] [--tokens 4096,8192] [--batches N] [--rounds N]
+    python benchmarks/mapped_model.py [--limit-gb GB] [--tokens 2048,4096] [--batches N] [--rounds N]
         [--folder FOLDER] [--out FILE]
 
 A model of 12 sparse layers with 48 experts each, 4.8 GB of experts in fp32, is trained for one update; its tables are
@@ -53,10 +53,14 @@ WAYS = ("memory", "mapped")
 
 
 def write_data(folder: Path, sizes: "list[int]", batches: int) -> None:
-    """Write a dictionary, and random tokens: a split for training, and one for each size of a batch."""
+    """Write a dictionary, and random tokens: splits for training and validation, and one for each size of a batch."""
     (folder / "dict.txt").write_text("".join(f"piece{number} 1\n" for number in range(SYMBOLS)))
     generator = torch.Generator().manual_seed(1)
-    for split, count in {"train": 4 * SAMPLE, **{f"test{size}": size * batches for size in sizes}}.items():
+    for split, count in {
+        "train": 4 * SAMPLE,
+        "valid": SAMPLE,
+        **{f"test{size}": size * batches for size in sizes},
+    }.items():
         builder = indexed_dataset.make_builder(str(folder / f"{split}.bin"), impl="mmap", vocab_size=SYMBOLS)
         builder.add_item(torch.randint(4, SYMBOLS + 4, (count,), generator=generator))
         builder.finalize(str(folder / f"{split}.idx"))
@@ -125,7 +129,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--limit-gb", type=float, default=0.95, metavar="GB", help="of a mapped process (default: 0.95)"
     )
-    parser.add_argument("--tokens", default="4096,8192", metavar="T,T", help="sizes of batches (default: %(default)s)")
+    parser.add_argument("--tokens", default="2048,4096", metavar="T,T", help="sizes of batches (default: %(default)s)")
     parser.add_argument("--batches", type=int, default=2, metavar="N", help="of each size (default: 2)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: 3")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="default: %(default)s")

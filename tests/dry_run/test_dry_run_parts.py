@@ -12,7 +12,7 @@ from rich.console import Console
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.dry_run.collectives import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, Collective
 from fairseq_hash.dry_run.hardware import GPUS, Hardware, as_yaml, hardware
-from fairseq_hash.dry_run.known_rows import KnownDispatcher, even_rows, rows_of
+from fairseq_hash.dry_run.known_rows import KnownDispatcher, even_rows
 from fairseq_hash.dry_run.report import in_nodes, seconds_of, show
 from fairseq_hash.dry_run.roofline import Roofline
 from fairseq_hash.dry_run.update import batches_of, dry_run
@@ -32,11 +32,8 @@ def test_even_rows_are_all_choices(groups, choices):
 
 def test_known_plan_is_cut_to_the_capacity():
     """Of 8 choices among 4 experts with a capacity factor of 1, an expert takes 2."""
-    token = rows_of.set(lambda ranks, groups, choices: [[5, 2, 1, 0]])
-    try:
-        plan = KnownDispatcher(ExpertParallel(4)).begin(torch.zeros(8, 1, dtype=torch.int64), 1.0).plan
-    finally:
-        rows_of.reset(token)
+    dispatcher = KnownDispatcher(ExpertParallel(4), lambda ranks, groups, choices: [[5, 2, 1, 0]])
+    plan = dispatcher.begin(torch.zeros(8, 1, dtype=torch.int64), 1.0).plan
     assert plan.rows_per_expert == (2, 2, 1, 0) and plan.dropped == 3 and len(plan.choice_R) == 5
 
 

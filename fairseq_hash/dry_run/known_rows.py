@@ -84,6 +84,10 @@ class KnownDispatcher(AllToAllDispatcher):
         super().__init__(parallel)
         self.rows = rows
 
+    def in_segments(self, segments: int) -> "KnownDispatcher":
+        """Return the same for E x `segments` groups of rows."""
+        return self if segments == 1 else KnownDispatcher(self.parallel.in_segments(segments), self.rows)
+
     def begin(self, expert_TK: Tensor, capacity_factor: float = 0.0, order_C: "Tensor | None" = None) -> KnownPlan:  # type: ignore[override]
         """Begin the plan of an assignment whose values are not known."""
         return KnownPlan(self.rows, expert_TK, self.parallel, capacity_factor, order_C)

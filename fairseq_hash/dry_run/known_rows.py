@@ -48,7 +48,7 @@ class KnownPlan:
         rows_PE = rows(parallel.size, parallel.num_experts, len(expert_C))
         capacity = expert_capacity(expert_TK.numel(), parallel.num_experts, capacity_factor)
         if capacity is not None:
-            rows_PE = [[min(rows, capacity) for rows in rows_E] for rows_E in rows_PE]
+            rows_PE = [[min(size, capacity) for size in rows_E] for rows_E in rows_PE]
         own_E = rows_PE[parallel.place]
         if (kept := sum(own_E)) < len(expert_C):
             choice_R = choice_R[:kept].clone()

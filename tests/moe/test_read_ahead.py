@@ -153,12 +153,13 @@ def layers_of_one(count):
 @pytest.mark.parametrize(("of_chunk", "held", "most"), [(1, 0, 2), (1, 3, 3), (2, 4, 2), (4, 1, 2), (4, 100, 7)])
 def test_what_is_held_is_bounded(monkeypatch, of_chunk, held, most):
     """Counted when a read begins: chunks that are read or were, and are not done with. `held` counts experts."""
-    begun, over, counts = [], [], []
+    begun, over, counts, threads = [], [], [], set()
 
     def count(rows):
         if rows:  # nothing was left to read when the chunk ran
             begun.append(rows)
             counts.append(len(begun) - len(over))
+            threads.add(threading.current_thread().name)
 
     size = 4 * (2 * D * F + D + F)
     monkeypatch.setattr(read_ahead, "CHUNK", of_chunk * size)
@@ -172,6 +173,7 @@ def test_what_is_held_is_bounded(monkeypatch, of_chunk, held, most):
     for experts in shells:
         reader.run(experts, rows_RD, sizes)
     assert len(begun) == 7 * E // of_chunk and max(counts) <= most
+    assert threads == {"read-ahead_0"}  # all were read ahead
 
 
 def test_experts_without_a_checkpoint_are_refused():

@@ -168,6 +168,11 @@ def table(rounds: "list[dict]", speeds: "list[float]", sizes: "list[int]", neede
     return lines
 
 
+def sizes_of(text: str) -> list[int]:
+    """Return numbers that stand between commas."""
+    return [int(size) for size in text.split(",")]
+
+
 def parse() -> argparse.Namespace:
     """Return the command's arguments, checked."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -177,22 +182,25 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--limit-gb", type=float, default=0.95, metavar="GB", help="of a mapped process (default: 0.95)"
     )
-    parser.add_argument("--tokens", default="1024,4096", metavar="T,T", help="sizes of batches (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=sizes_of, default="1024,4096", metavar="T,T", help="sizes of batches (default: %(default)s)"
+    )
     parser.add_argument("--batches", type=int, default=4, metavar="N", help="of each size (default: 4)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: 3")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write what is printed to a file")
     arguments = parser.parse_args()
     given = ("experts", "layers", "width", "limit_gb", "tokens", "batches", "rounds")
-    arguments.given = " ".join(f"--{name.replace('_', '-')} {getattr(arguments, name)}" for name in given)
-    arguments.sizes = [int(size) for size in arguments.tokens.split(",")]
+    arguments.given = " ".join(
+        f"--{name.replace('_', '-')} {str(getattr(arguments, name)).strip('[]').replace(', ', ',')}" for name in given
+    )
     return arguments
 
 
 def main() -> None:
     """Measure, print provenance and table, and write them to a file if asked for."""
     arguments = parse()
-    rounds, speeds, sizes = [], [], arguments.sizes
+    rounds, speeds, sizes = [], [], arguments.tokens
     with tempfile.TemporaryDirectory(prefix="mapped model-", dir=arguments.folder) as name:
         data, run = Path(name) / "data", Path(name) / "run"
         data.mkdir()

@@ -33,8 +33,8 @@ class KnownPlan:
         rows: RowsOf,
         expert_TK: Tensor,
         parallel: ExpertParallel,
-        capacity_factor: float = 0.0,
-        order_C: "Tensor | None" = None,
+        capacity_factor: float,
+        order_C: "Tensor | None",
     ) -> None:
         """Begin the plan; its sizes are those of `rows`, cut to the capacity."""
         self.parallel = parallel

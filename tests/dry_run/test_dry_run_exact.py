@@ -30,13 +30,14 @@ CASES = {
     "half precision": ("laptop/hash", ["common.bf16=true"]),
     "BASE": ("laptop/base", []),
     "recomputed": ("laptop/hash", ["+model.checkpoint_activations=true"]),
+    "experts and memories": ("routers_2026/hash_memory", []),
 }
 ALONE = ("hash", "half precision", "recomputed")  # alone, a rank exchanges nothing
 OF_2026 = {
     name: (f"routers_2026/{name}", ["+model.sinkhorn_tolerance=0"] if name == "sinkhorn" else [])
     for name in (
         *("gshard", "sinkhorn", "random_linear", "stablemoe", "topk_loss", "topk_quantile", "topk_bias_top2"),
-        *("base_gate_one", "hash_norm", "memory", "hash_memory"),
+        *("base_gate_one", "hash_norm", "memory"),
     )
 }
 FEATURES = ("bigram", "history", "position", "previous", "future")

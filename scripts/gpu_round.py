@@ -81,12 +81,14 @@ def stages_on_cuda(out: Path, scratch: Path, data: str) -> list[Stage]:
     trained = (*train, "hash", "switch", "base", *files(out, scratch, "train"))
     compiled = (*train, "compiled", *files(scratch, scratch, "train_compiled"))  # apart, because it takes long to begin
     profiled = ("benchmarks/profile_step.py", *training, "--traces", str(scratch), *files(out, scratch, "profile"))
+    dry = ("benchmarks/dry_run_time.py", "--device", "cuda", "--out", str(scratch / "dry_run.md"))
     trials = experiment(out, scratch, data, "--overrides", f"optimization.max_update={EXPERIMENT_UPDATES}")
     return [
         Stage("correct", 110, (tests,)),
         Stage("layer", 110, (bf16, fp16, fp32), ("layer.md", "layer_fp16.md", "layer_fp32.md"), 22),
         Stage("training", 120, (trained, compiled), ("train.md", "train_compiled.md"), 9),
         Stage("profile", 60, (profiled,), ("profile.md",), 6),
+        Stage("dry_run", 60, (dry,), ("dry_run.md",), 7),
         Stage("experiment", 130, (trials,), ("experiment.md",), 13),
     ]
 
@@ -103,12 +105,14 @@ def stages_on_cpu(out: Path, scratch: Path, data: str) -> list[Stage]:
     small += ("model.decoder_attention_heads=2", "model.num_experts=4", 'model.sparse_layers="1"')
     small += ("task.tokens_per_sample=32", "dataset.max_tokens=128", "optimization.max_update=4", "cluster=cpu")
     small += ("dataset.num_workers=0",)
+    dry = ("benchmarks/dry_run_time.py", "--updates", "2", "--models", "dense", "--out", str(scratch / "dry_run.md"))
     trials = experiment(out, scratch, data, "--models", "hash", "--rates", "1e-3", "--overrides", *small)
     return [
         Stage("correct", 100, (pytest_of("cpu", "-n", "0", "-k", "assignment"),)),
         Stage("layer", 60, (layer,), ("layer.md",)),
         Stage("training", 180, (trained,), ("train.md",)),
         Stage("profile", 60, (profiled,), ("profile.md",), 6),
+        Stage("dry_run", 90, (dry,), ("dry_run.md",), 7),
         Stage("experiment", 120, (trials,), ("experiment.md",)),
     ]
 

@@ -29,12 +29,12 @@ def test_every_stage_runs_on_a_cpu(data, tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     summary = (tmp_path / "a round" / "summary.txt").read_text()
     assert run.stdout == summary and len(summary.splitlines()) <= 60
-    for name in ("correct", "layer", "training", "profile", "experiment"):
+    for name in ("correct", "layer", "training", "profile", "dry_run", "experiment"):
         assert f"\n{name}: status 0; " in summary, summary
     for name in ("layer", "train", "profile", "experiment"):
         assert json.loads((tmp_path / "a round" / f"{name}.json").read_text())["provenance"]["torch"]
     with tarfile.open(tmp_path / "a round" / "logs.tar.gz") as archive:
-        assert {"correct.log", "layer.md", "train.md", "profile.md", "experiment.md"} <= set(archive.getnames())
+        assert {"correct.log", "layer.md", "train.md", "profile.md", "dry_run.md", "experiment.md"} <= set(archive.getnames())
 
 
 def test_a_stage_that_fails_or_takes_too_long_ends_no_other(gpu_round, tmp_path, monkeypatch):
@@ -68,7 +68,7 @@ def test_stages_by_name_and_limit(gpu_round):
 
 def test_the_round_on_a_gpu_fits_in_nine_minutes(gpu_round, tmp_path):
     stages = gpu_round.stages_on_cuda(tmp_path, tmp_path, "data")
-    assert [stage.name for stage in stages] == ["correct", "layer", "training", "profile", "experiment"]
+    assert [stage.name for stage in stages] == ["correct", "layer", "training", "profile", "dry_run", "experiment"]
     assert sum(stage.seconds for stage in stages) <= gpu_round.SECONDS <= 540
     assert sum(stage.lines for stage in stages[1:]) <= 50
 

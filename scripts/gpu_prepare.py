@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fill `.gpu` with what a GPU machine without a network lacks: wheels, binarized text, n-gram lines, the commit.
+"""Fill `.gpu` with what a GPU machine without a network lacks: wheels, binarized text, the data of study `one_gpu`.
 
     bash scripts/gpu_round.sh --prepare [--text DIR] [--python PYTHON] [--vocab-size N]
 
@@ -23,8 +23,8 @@ MOST_BYTES = 50_000_000
 WHEELS = ("hydra-core==1.3.8", "omegaconf==2.3.1", "antlr4-python3-runtime==4.9.3", "fairscale==0.4.13")
 WHEELS += ("bitarray==3.12.3", "cffi==2.1.1", "pycparser==3.12")
 SUBSETS = ("train", "valid", "test")
-EXPERIMENT_UPDATES = 1200
-TOKENS_OF_UPDATE = 8192  # of configs/training/one_gpu.yaml
+TOKENS = 2**20  # of the text that is trained on to measure speed
+STUDY = "one_gpu"
 
 
 def run(words: Sequence["str | Path"]) -> None:
@@ -49,31 +49,42 @@ def collect_wheels(python: str) -> None:
 
 
 def binarize(text: "Path | None", pieces: int) -> None:
-    """Make the data of the experiment: the given text, or the one that Python brings."""
-    folder, made = FOLDER / "data", FOLDER / "making"
+    """Make the data on which speed is measured: of the given text, or of the one that Python brings."""
+    folder, made, whole = FOLDER / "data", FOLDER / "making", FOLDER / "whole"
     if folder.is_dir():
         if text is not None:
             print("gpu_prepare: .gpu/data is there and stays; delete it to have it made of another text")
         return
     print("gpu_prepare: data (a minute or two)", flush=True)
-    (FOLDER / "ngrams.json").unlink(missing_ok=True)  # of another text
     source = ["embedded"]
     if text is not None:
         source = ["text", *(word for subset in SUBSETS for word in (f"--{subset}", text / f"{subset}.txt"))]
-    shutil.rmtree(made, ignore_errors=True)
-    run([sys.executable, "-m", "data_prep", *source, "--vocab-size", pieces, "--out", made])
+    for path in (made, whole):
+        shutil.rmtree(path, ignore_errors=True)
+    run([sys.executable, "-m", "data_prep", *source, "--vocab-size", pieces, "--out", whole])
+    run([sys.executable, "-m", "data_prep", "cut", whole, "--train-tokens", TOKENS, "--out", made])
+    shutil.rmtree(whole)
     made.rename(folder)
 
 
-def count_ngrams() -> None:
-    """Write the perplexity of count models, beside which the experiment's stand."""
-    file = FOLDER / "ngrams.json"
-    if not file.is_file():
-        print("gpu_prepare: n-gram lines (a minute or two)", flush=True)
-        main = "import sys; from fairseq_hash.cli import main; sys.exit(main(sys.argv[1:]))"
-        tokens = EXPERIMENT_UPDATES * TOKENS_OF_UPDATE  # as many as the models see
-        subsets = ("--subset", "valid", "test")
-        run([sys.executable, "-c", main, "ngrams", FOLDER / "data", "--tokens", tokens, *subsets, "--json", file])
+def prepare_study(text: Path) -> None:
+    """Make the data of the study."""
+    folder, made = FOLDER / "study", FOLDER / "making"
+    if folder.is_dir():
+        return
+    print(f"gpu_prepare: data and n-gram lines of study {STUDY} (a minute or two)", flush=True)
+    shutil.rmtree(made, ignore_errors=True)
+    main = "import sys; from fairseq_hash.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = ("study", STUDY, "--plan", "--text", text, "--work", made, "--records", records_of_study())
+    run([sys.executable, "-c", main, *words])
+    # Beside the study's part of the text lies the whole, whose name it begins with.
+    max((made / "data").iterdir(), key=lambda path: len(path.name)).rename(folder)
+    shutil.rmtree(made)
+
+
+def records_of_study() -> Path:
+    """Return the folder of the records that the project has."""
+    return ROOT / "benchmarks" / "results" / "studies" / STUDY
 
 
 def size_of(folder: Path) -> int:
@@ -85,7 +96,7 @@ def parse() -> argparse.Namespace:
     """Return the arguments, checked."""
     parser = Parser(prog="gpu_round.sh --prepare", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--text", type=Path, metavar="DIR", help="with train.txt, valid.txt, test.txt")
+    add("--text", type=Path, metavar="DIR", help="with train.txt, valid.txt, test.txt; without it there is no study")
     add("--vocab-size", type=int, default=8000, metavar="N", help="pieces (default: 8000)")
     add("--python", default="python3.12", help="the GPU machine's version, here (default: python3.12)")
     arguments = parser.parse_args()
@@ -105,7 +116,8 @@ def main() -> None:
     (FOLDER / ".gitignore").write_text("*\n")
     collect_wheels(arguments.python)
     binarize(arguments.text, arguments.vocab_size)
-    count_ngrams()
+    if arguments.text is not None:
+        prepare_study(arguments.text)
     size = size_of(FOLDER)
     if size > MOST_BYTES:
         largest = max(FOLDER.iterdir(), key=size_of)

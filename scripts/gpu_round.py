@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from gpu_prepare import EXPERIMENT_UPDATES
+from gpu_prepare import STUDY, records_of_study
 
 from fairseq_hash.cli import Parser
 from fairseq_hash.core.files import atomic_write
@@ -36,7 +37,24 @@ SECONDS = 530  # of the whole round
 MOST_LINES = 60
 LEAST_SECONDS = 10  # with less, a process is not begun
 GRACE_SECONDS = 5  # between an interrupt and the end
-SECONDS_LEFT = "SECONDS LEFT"  # stands for them in a command
+COMMAND = "import sys; from fairseq_hash.cli import main; sys.exit(main(sys.argv[1:]))"
+SMALL_STUDY = """
+title: One training
+question: Does a study run here?
+limits: It shows nothing else.
+text: {name: small, pieces: 300, train_tokens: 512, valid_tokens: 256, test_tokens: 256}
+baseline: Hash
+learning_rates: [1.0e-3]
+seeds: [1]
+validations: 1
+models:
+  Hash:
+    experiment: laptop/hash
+    overrides: [
+      model.decoder_embed_dim=32, model.decoder_ffn_embed_dim=64, model.decoder_attention_heads=2,
+      model.num_experts=4, task.tokens_per_sample=32, dataset.max_tokens=128
+    ]
+"""
 
 
 @dataclass(frozen=True)
@@ -82,14 +100,17 @@ def stages_on_cuda(out: Path, scratch: Path, data: str) -> list[Stage]:
     compiled = (*train, "compiled", *files(scratch, scratch, "train_compiled"))  # apart, because it takes long to begin
     profiled = ("benchmarks/profile_step.py", *training, "--traces", str(scratch), *files(out, scratch, "profile"))
     dry = ("benchmarks/dry_run_time.py", "--device", "cuda", "--out", str(scratch / "dry_run.md"))
-    trials = experiment(out, scratch, data, "--overrides", f"optimization.max_update={EXPERIMENT_UPDATES}")
+    at_once = str(max(1, usable_cores() * 3 // 4))
+    # No run of this folder goes on later, so none needs the optimizer's state.
+    leaner = ("dataset.num_workers=0", "checkpoint.no_save_optimizer_state=true")
+    study = study_of(STUDY, PREPARED / "study", scratch, "--jobs", at_once, "--override", *leaner)
     return [
-        Stage("correct", 110, (tests,)),
-        Stage("layer", 110, (bf16, fp16, fp32), ("layer.md", "layer_fp16.md", "layer_fp32.md"), 22),
-        Stage("training", 120, (trained, compiled), ("train.md", "train_compiled.md"), 9),
-        Stage("profile", 60, (profiled,), ("profile.md",), 6),
-        Stage("dry_run", 60, (dry,), ("dry_run.md",), 7),
-        Stage("experiment", 130, (trials,), ("experiment.md",), 13),
+        Stage("correct", 100, (tests,)),
+        Stage("layer", 90, (bf16, fp16, fp32), ("layer.md", "layer_fp16.md", "layer_fp32.md"), 22),
+        Stage("training", 90, (trained, compiled), ("train.md", "train_compiled.md"), 9),
+        Stage("profile", 45, (profiled,), ("profile.md",), 6),
+        Stage("dry_run", 75, (dry,), ("dry_run.md",), 5),
+        Stage("study", 130, (study,), (f"records/{STUDY}/results.md",), 8),
     ]
 
 
@@ -101,19 +122,18 @@ def stages_on_cpu(out: Path, scratch: Path, data: str) -> list[Stage]:
     layer += ("--rounds", "2", "--threads", "1", "--candidates", "dense", "hash", *files(out, scratch, "layer"))
     trained = ("benchmarks/train.py", *training, "plain", *files(out, scratch, "train"))
     profiled = ("benchmarks/profile_step.py", *training, *files(out, scratch, "profile"))
-    small = ("model.decoder_layers=2", "model.decoder_embed_dim=32", "model.decoder_ffn_embed_dim=64")
-    small += ("model.decoder_attention_heads=2", "model.num_experts=4", 'model.sparse_layers="1"')
-    small += ("task.tokens_per_sample=32", "dataset.max_tokens=128", "optimization.max_update=4", "cluster=cpu")
-    small += ("dataset.num_workers=0",)
     dry = ("benchmarks/dry_run_time.py", "--updates", "2", "--models", "dense", "--out", str(scratch / "dry_run.md"))
-    trials = experiment(out, scratch, data, "--models", "hash", "--rates", "1e-3", "--overrides", *small)
+    part = ("-m", "data_prep", "cut", data, "--train-tokens", "512", "--valid-tokens", "256", "--test-tokens", "256")
+    part += ("--out", str(scratch / "part"))
+    (scratch / "small.yaml").write_text(SMALL_STUDY, encoding="utf-8")
+    study = study_of(str(scratch / "small.yaml"), scratch / "part", scratch)
     return [
-        Stage("correct", 100, (pytest_of("cpu", "-n", "0", "-k", "assignment"),)),
+        Stage("correct", 100, (pytest_of("cpu", "-n", "0", "-k", "assignment or two_ranks"),)),
         Stage("layer", 60, (layer,), ("layer.md",)),
         Stage("training", 180, (trained,), ("train.md",)),
         Stage("profile", 60, (profiled,), ("profile.md",), 6),
         Stage("dry_run", 90, (dry,), ("dry_run.md",), 7),
-        Stage("experiment", 120, (trials,), ("experiment.md",)),
+        Stage("study", 120, (part, study), ("records/small/results.md",)),
     ]
 
 
@@ -127,13 +147,11 @@ def files(out: Path, scratch: Path, name: str) -> tuple[str, ...]:
     return "--json", str(out / f"{name}.json"), "--out", str(scratch / f"{name}.md")
 
 
-def experiment(out: Path, scratch: Path, data: str, *words: str) -> tuple[str, ...]:
-    """Return the words of the experiment; the time that is left is filled in when it begins."""
-    ngrams = PREPARED / "ngrams.json"
-    is_theirs = ngrams.is_file() and Path(data) == PREPARED / "data"
-    counted = ("--ngrams", str(ngrams)) if is_theirs else ()
-    place = ("--data", data, "--runs", str(scratch / "runs"), "--seconds", SECONDS_LEFT)
-    return ("benchmarks/side_by_side.py", *place, *counted, *files(out, scratch, "experiment"), *words)
+def study_of(name: str, data: Path, scratch: Path, *words: str) -> tuple[str, ...]:
+    """Return the words of a study; it goes on from the records that the project has."""
+    stem = Path(name).stem
+    places = ("--data", str(data), "--work", str(scratch / "study"), "--records", str(scratch / "records" / stem))
+    return ("-c", COMMAND, "study", name, *places, *words)
 
 
 def run_stage(stage: Stage, seconds: float, log: Path) -> str:
@@ -149,11 +167,10 @@ def run_stage(stage: Stage, seconds: float, log: Path) -> str:
 
 def run_process(command: Sequence[str], seconds: float, log: BinaryIO) -> str:
     """Run a Python process for so long at most; return how it ended."""
-    words = [str(int(seconds - 2 * GRACE_SECONDS)) if word == SECONDS_LEFT else word for word in command]
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
     to_log = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
-    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, **to_log)
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, **to_log)
     try:
         return f"status {process.wait(seconds - GRACE_SECONDS)}"
     except subprocess.TimeoutExpired:
@@ -186,8 +203,9 @@ def told(stage: Stage, scratch: Path) -> list[str]:
 
 
 def table_rows(path: Path) -> list[str]:
-    """Return the rows of a file's first table, and its lines on what was left out or failed."""
-    lines = path.read_text().splitlines()
+    """Return the rows of a file's first table, of a study's that of its results, and what was left out or failed."""
+    text = path.read_text(encoding="utf-8")
+    lines = (text.partition("## Results\n")[2] or text).splitlines()
     notes = [line for line in lines if re.match(r"- .*( is left out| at \S+: )", line)]
     first = next((place for place, line in enumerate(lines) if line.startswith("|")), len(lines))
     rows = itertools.takewhile(lambda line: line.startswith("|"), lines[first:])
@@ -259,6 +277,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="gpu round ") as folder:
         scratch = Path(folder)
         make = stages_on_cuda if arguments.device == "cuda" else stages_on_cpu
+        if records_of_study().is_dir():
+            shutil.copytree(records_of_study(), scratch / "records" / STUDY, ignore=shutil.ignore_patterns("results*"))
         stages = make(out, scratch, str(arguments.data.resolve()))
         stages = chosen(stages, arguments.stages)
         about = provenance()

@@ -24,6 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("study", nargs="?", metavar="STUDY", help="a YAML file, or the name of one in configs/studies")
     add("--text", type=Path, metavar="DIR", help="folder of train.txt, valid.txt and test.txt, plain or compressed")
+    add(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="instead of --text: the study's binarized data, made in the folder data of --work elsewhere",
+    )
     add("--work", type=Path, default=Path("runs", "studies"), metavar="DIR", help="data and runs; default runs/studies")
     add(
         "--records",
@@ -71,6 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
     study = load_study(Path(arguments.study) if is_file else folder / f"{arguments.study}.yaml")
     if arguments.quick:
         study = replace(quick(study), name=f"{study.name}-quick")
+    if arguments.text is not None and arguments.data is not None:
+        raise UserError("--text and --data both say what the study reads; give one of them")
     if arguments.jobs is not None:
         check_at_least("--jobs", arguments.jobs, 1)
     slurm = None if arguments.slurm is None else _options("--slurm", arguments.slurm)
@@ -85,6 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
     setting = Setting(
         configs=arguments.config_dir,
         text=arguments.text,
+        data=arguments.data,
         work=arguments.work,
         records=records,
         jobs=jobs,

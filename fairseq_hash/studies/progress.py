@@ -12,7 +12,7 @@ from fairseq_hash.studies.records import RunRecord
 from fairseq_hash.studies.schedule import FINAL, Done, Run, expected_runs
 from fairseq_hash.studies.worker import TRAIN_LOG
 
-TAIL_BYTES = 4096
+TAIL_BYTES = 2**17  # a line holds the loads of all experts
 SECONDS_A_LINE = 60.0
 
 

@@ -18,7 +18,7 @@ from fairseq_hash.studies.progress import StudyProgress
 from fairseq_hash.studies.records import RunRecord, TextFacts, read_facts, read_records, write_record
 from fairseq_hash.studies.requests import Places, Requests
 from fairseq_hash.studies.schedule import Done, Run, wanted
-from fairseq_hash.studies.text import WORK, facts_of, fingerprint_of, prepare_text
+from fairseq_hash.studies.text import WORK, facts_of, fingerprint_of, given_text, prepare_text
 from fairseq_hash.studies.worker import write_request
 
 LOOK_SECONDS = 0.5  # between two looks at the workers
@@ -32,6 +32,7 @@ class Setting:
     Attributes:
         configs: folder of the configurations.
         text: folder of train.txt, valid.txt and test.txt; None for the embedded text.
+        data: the study's binarized data, if they were made before; else they are made of the text.
         work: folder of data and run folders, shared by studies.
         records: folder of this study's records and report. Studies beside it lend theirs.
         jobs: how many trainings at once.
@@ -41,6 +42,7 @@ class Setting:
 
     configs: Path
     text: "Path | None"
+    data: "Path | None"
     work: Path
     records: Path
     jobs: int
@@ -77,7 +79,10 @@ def open_study(study: Study, setting: Setting, display_of: Callable[[float], Dis
         UserError: if the text cannot be prepared, a model could not be trained, or the records are of other runs.
     """
     with display_of(2 * WORK + LONGEST) as display:
-        data = prepare_text(study.text, setting.text, setting.work / "data", display)
+        if setting.data is None:
+            data = prepare_text(study.text, setting.text, setting.work / "data", display)
+        else:
+            data = given_text(study.text, setting.data)
         symbols, _ = read_dictionary(data / "dict.txt")
         threads = max(1, usable_cores() // setting.jobs) if setting.slurm is None else usable_cores()
         places = Places(

@@ -49,6 +49,26 @@ def prepare_text(text: StudyText, source: "Path | None", work: Path, display: Di
     return part
 
 
+def given_text(text: StudyText, data: Path) -> Path:
+    """Return a folder of binarized data that a study has made elsewhere, such as on a machine that has the text.
+
+    Raises:
+        UserError: if files are missing, or it has more tokens than the study takes, so that it is not the study's.
+    """
+    names = ["dict.txt", *(f"{split}.{kind}" for split in SPLITS for kind in ("bin", "idx"))]
+    if missing := [name for name in names if not (data / name).is_file()]:
+        raise UserError(f"--data {data} has no {missing[0]}; give a folder that a study made in the data of its --work")
+    symbols, _ = read_dictionary(data / "dict.txt")
+    for split in SPLITS:
+        tokens = sum(map(len, open_text(data, split, symbols).blocks()))
+        if tokens > (most := getattr(text, f"{split}_tokens")):
+            raise UserError(
+                f"--data {data} has {tokens:,} tokens of {split} and the study takes {most:,}; give the folder that "
+                "this study made in the data of its --work"
+            )
+    return data
+
+
 def _source(text: StudyText, source: "Path | None") -> tuple[list[str], list[str]]:
     """Return the arguments of `fairseq-hash data` for a text, and what tells it from others."""
     if text.name == EMBEDDED:

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from gpu import one_card
-from gpu.trainings import HERE, launch, skip_long
+from gpu.trainings import HERE, launch
 
 TIMEOUT = {"cuda": 45, "cpu": 240}
 REFUSED = re.compile(
@@ -29,7 +29,6 @@ def start(device, folder, name):
 @pytest.fixture(scope="module")
 def said(device, tmp_path_factory):
     """What the ranks of each check said, and their exit codes."""
-    skip_long(device)
     folder = tmp_path_factory.mktemp("one card")
     names = one_card.CHECKS if device.type == "cuda" else ["layer"]
     started = {name: start(device, folder / name, name) for name in names}

@@ -85,7 +85,7 @@ def test_dropout(cuda):
 @pytest.mark.parametrize("name", FEATURES)
 def test_features(name, cuda):
     token_BL = tokens_with_padding().to(cuda)
-    index = {key: value.to(cuda) for key, value in index_of(name).items()}
+    index = {key: torch.from_numpy(value).to(cuda) for key, value in index_of(name).items()}
     lookup_rows(FEATURES[name], token_BL, PAD, KEYS, index)
     torch.cuda.synchronize()
     with waits.none_allowed():

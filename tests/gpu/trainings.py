@@ -63,7 +63,8 @@ def environment(device, **more):
     A GPU is hidden from one on the CPU: where fairseq sees one, `clip_grad_norm_` takes the norm there even with
     `--cpu`, and cannot scale the gradients by it.
     """
-    paths = [str(HERE.parent.parent), str(HERE.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    paths = [str(path) for path in (HERE.parent.parent, HERE.parent, HERE.parent / "support")]
+    paths += os.environ.get("PYTHONPATH", "").split(os.pathsep)
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device.type == "cpu" else {}
     path = os.pathsep.join(filter(None, paths))
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **hidden, **more}

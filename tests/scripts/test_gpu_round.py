@@ -29,12 +29,13 @@ def test_every_stage_runs_on_a_cpu(data, tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     summary = (tmp_path / "a round" / "summary.txt").read_text()
     assert run.stdout == summary and len(summary.splitlines()) <= 60
-    for name in ("correct", "layer", "training", "profile", "dry_run", "experiment"):
-        assert f"\n{name}: status 0; " in summary, summary
-    for name in ("layer", "train", "profile", "experiment"):
+    for name in ("correct", "layer", "training", "profile", "dry_run", "study"):
+        assert f"\n{name}: status 0" in summary and "status 1" not in summary, summary
+    assert "\n| Hash | " in summary, summary
+    for name in ("layer", "train", "profile"):
         assert json.loads((tmp_path / "a round" / f"{name}.json").read_text())["provenance"]["torch"]
     with tarfile.open(tmp_path / "a round" / "logs.tar.gz") as archive:
-        tables = {f"{name}.md" for name in ("layer", "train", "profile", "dry_run", "experiment")}
+        tables = {f"{name}.md" for name in ("layer", "train", "profile", "dry_run", "records/small/results")}
         assert {"correct.log", *tables} <= set(archive.getnames())
 
 
@@ -69,7 +70,7 @@ def test_stages_by_name_and_limit(gpu_round):
 
 def test_the_round_on_a_gpu_fits_in_nine_minutes(gpu_round, tmp_path):
     stages = gpu_round.stages_on_cuda(tmp_path, tmp_path, "data")
-    assert [stage.name for stage in stages] == ["correct", "layer", "training", "profile", "dry_run", "experiment"]
+    assert [stage.name for stage in stages] == ["correct", "layer", "training", "profile", "dry_run", "study"]
     assert sum(stage.seconds for stage in stages) <= gpu_round.SECONDS <= 540
     assert sum(stage.lines for stage in stages[1:]) <= 50
 
@@ -89,29 +90,32 @@ def test_says_what_is_wrong(words, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("side_by_side.py --runs RUNS --ngrams nowhere", "--ngrams nowhere does not exist"),
-        ("side_by_side.py --runs RUNS --json nowhere/a.json", "the folder nowhere does not exist"),
-        ("side_by_side.py --runs RUNS --models hash dense --rates 1e-3", "already holds dense-lr1e-3; give another"),
         ("profile_step.py --candidates plain", "plain and compiled are not profiled"),
         ("profile_step.py --traces nowhere", "--traces nowhere is no folder"),
     ],
 )
-def test_benchmarks_say_what_is_wrong_before_they_begin(data, tmp_path, words, message):
-    (tmp_path / "dense-lr1e-3").mkdir()  # of an earlier call
-    name, *others = [str(tmp_path) if word == "RUNS" else word for word in words.split()]
+def test_benchmarks_say_what_is_wrong_before_they_begin(data, words, message):
+    name, *others = words.split()
     run = run_python([ROOT / "benchmarks" / name, "--data", data, *others])
     assert run.returncode != 0 and message in run.stderr and run.stderr.count("\n") == 1
 
 
-def test_ngram_lines_go_with_the_text_they_are_of(gpu_round, tmp_path, monkeypatch, capsys):
+def test_prepared_data_stay_what_they_are(gpu_round, tmp_path, monkeypatch, capsys):
     import gpu_prepare
 
+    def made(words):
+        said.append(words)
+        found = ("making/data/novels-1", "making/data/novels-1-2") if "study" in words else ("whole", "making")
+        for name in found:
+            (tmp_path / name).mkdir(parents=True, exist_ok=True)
+
+    said = []
     monkeypatch.setattr(gpu_prepare, "FOLDER", tmp_path)
-    monkeypatch.setattr(gpu_prepare, "run", lambda words: (tmp_path / "making").mkdir())
-    lines = tmp_path / "ngrams.json"
-    lines.touch()
+    monkeypatch.setattr(gpu_prepare, "run", made)
     gpu_prepare.binarize(None, 8000)
-    assert (tmp_path / "data").is_dir() and not lines.exists()
-    lines.touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"] and len(said) == 2
+    gpu_prepare.prepare_study(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "study"] and len(said) == 3
     gpu_prepare.binarize(tmp_path, 8000)
-    assert lines.exists() and ".gpu/data is there and stays" in capsys.readouterr().out
+    gpu_prepare.prepare_study(tmp_path)
+    assert len(said) == 3 and ".gpu/data is there and stays" in capsys.readouterr().out

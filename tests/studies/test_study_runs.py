@@ -133,8 +133,13 @@ def test_what_is_done_is_not_done_again(finished, study_file, little_text, capsy
         yaml.safe_dump({**STUDY, "models": {"The dense one": STUDY["models"]["Dense"]}, "baseline": "The dense one"})
     )
     common = ["--text", str(little_text), "--work", str(work)]
-    assert main(["study", str(study_file), *common]) == 0
-    assert {path.name: path.stat().st_mtime_ns for path in (records / "runs").iterdir()} == before
+    part = max(
+        (work / "data").iterdir(), key=lambda path: len(path.name)
+    )  # the text is not needed, once it is in pieces
+    for words in (common, ["--data", str(part), "--work", str(work)]):
+        capsys.readouterr()
+        assert main(["study", str(study_file), *words]) == 0
+        assert {path.name: path.stat().st_mtime_ns for path in (records / "runs").iterdir()} == before
     printed = capsys.readouterr().out
     assert "Test bits per byte" in printed and "trigram" in printed and f"wrote {records / 'results.md'}" in printed
     assert main(["study", str(other), *common]) == 0
@@ -236,6 +241,9 @@ def test_a_loss_that_is_no_number_is_a_divergence(finished):
         (["nothing"], "there is no study"),
         (["{study}"], "the study's text is little; give the folder"),
         (["{study}", "--text", "{tmp}"], "has no train.txt; give a folder of"),
+        (["{study}", "--text", "{text}", "--data", "{tmp}"], "--text and --data both say what the study reads"),
+        (["{study}", "--data", "{tmp}"], "has no dict.txt; give a folder that a study made"),
+        (["{study}", "--data", "{whole}"], "of train and the study takes 4,096; give the folder"),
         (["{study}", "--text", "{text}", "--jobs", "0"], "--jobs 0 is out of range"),
         (["{study}", "--text", "{text}", "--slurm", "hours"], "--slurm hours is no KEY=VALUE"),
         (["{study}", "--report", "--records", "{tmp}"], "has no record of the study's text"),
@@ -243,7 +251,8 @@ def test_a_loss_that_is_no_number_is_a_divergence(finished):
     ],
 )
 def test_bad_input_is_one_line(words, line, finished, study_file, little_text, tmp_path, capsys):
-    names = {"study": study_file, "text": little_text, "tmp": tmp_path, "work": finished[0]}
+    whole = min((finished[0] / "data").iterdir(), key=lambda path: len(path.name))  # of which the study takes a part
+    names = {"study": study_file, "text": little_text, "tmp": tmp_path, "work": finished[0], "whole": whole}
     assert main(["study", *(word.format(**names) for word in words)]) == 1
     error = capsys.readouterr().err
     assert line in error and error.count("\n") == 1

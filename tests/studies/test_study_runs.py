@@ -133,9 +133,7 @@ def test_what_is_done_is_not_done_again(finished, study_file, little_text, capsy
         yaml.safe_dump({**STUDY, "models": {"The dense one": STUDY["models"]["Dense"]}, "baseline": "The dense one"})
     )
     common = ["--text", str(little_text), "--work", str(work)]
-    part = max(
-        (work / "data").iterdir(), key=lambda path: len(path.name)
-    )  # the text is not needed, once it is in pieces
+    part = max((work / "data").iterdir(), key=lambda path: len(path.name))  # which serves without the text
     for words in (common, ["--data", str(part), "--work", str(work)]):
         capsys.readouterr()
         assert main(["study", str(study_file), *words]) == 0

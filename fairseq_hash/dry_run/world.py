@@ -52,10 +52,6 @@ class _NoWatchdog:
     """What stands for the watchdog: there is no other rank that could wait."""
 
     @staticmethod
-    def watch(function: Callable[..., Any]) -> Callable[..., Any]:
-        return function
-
-    @staticmethod
     def fail(error: BaseException) -> NoReturn:
         raise error
 

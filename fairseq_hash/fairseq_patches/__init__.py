@@ -14,6 +14,7 @@ ORDER = (
     "data_parallel",
     "lengths",
     "eval_lm",
+    "failures",
     "generation",
     "half_precision",
     "model_building",

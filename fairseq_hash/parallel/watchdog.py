@@ -11,7 +11,6 @@ one rank of each machine does.
 """
 
 import atexit
-import functools
 import logging
 import os
 import socket
@@ -20,7 +19,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
@@ -66,22 +64,11 @@ class Watchdog:
         self._speak()
 
     def start(self) -> None:
-        """Begin to listen, and take care of errors that nobody catches."""
+        """Begin to listen."""
         machines = self.store.multi_get([self._key("machine", rank) for rank in self.ranks])
         # Rank 0 goes with its store, where it keeps that.
         neighbours = [rank for rank in self.ranks if machines[rank] == machines[self.rank] and rank > 0]
         self.speaks_without_store = self.rank == min(neighbours, default=0)
-        previous, process = sys.excepthook, os.getpid()
-
-        def hook(kind: type[BaseException], error: BaseException, trace: "TracebackType | None") -> None:
-            # Data loader workers inherit this hook, and there the standard library calls it from a thread of its own
-            # for each connection that breaks: neither ends this rank.
-            is_this_rank = os.getpid() == process and threading.current_thread() is threading.main_thread()
-            if is_this_rank and not issubclass(kind, KeyboardInterrupt):
-                self.fail(error)
-            previous(kind, error, trace)
-
-        sys.excepthook = hook
         atexit.register(self.stop)
         self.listener.start()
         threading.Thread(target=self._watch_store, daemon=True, name="fairseq_hash watchdog of the store").start()
@@ -90,17 +77,6 @@ class Watchdog:
         """Stop to listen, before Python ends: a thread that is inside the store then would abort the process."""
         self.is_over.set()
         self.listener.join(PRECEDENCE)
-
-    def watch(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `function` with every error made the end of the job."""
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return function(*args, **kwargs)
-            except Exception as error:
-                self.fail(error)
-
-        return call
 
     def fail(self, error: BaseException) -> NoReturn:
         """End this process for an error of this rank; where the cause is another rank, say which."""
@@ -194,11 +170,25 @@ class Watchdog:
             self._exit_without_store(GONE)
 
 
-@functools.cache
+_watchdogs: list[Watchdog] = []  # of this process: none, or one
+
+
 def watchdog_of(rank: int, world_size: int) -> Watchdog:
     """Return this process's watchdog, which has started; for the first time every rank has to call this."""
-    # There is no public way to the store of the process group.
-    watchdog = Watchdog(dist.distributed_c10d._get_default_store(), rank, world_size)
-    dist.barrier()
-    watchdog.start()
-    return watchdog
+    if not _watchdogs:
+        # There is no public way to the store of the process group.
+        watchdog = Watchdog(dist.distributed_c10d._get_default_store(), rank, world_size)
+        dist.barrier()
+        watchdog.start()
+        _watchdogs.append(watchdog)
+    return _watchdogs[0]
+
+
+def ended_by_errors(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return what a function returns; an error in it ends the job if this process's watchdog has started by then."""
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:
+        for watchdog in _watchdogs:
+            watchdog.fail(error)
+        raise

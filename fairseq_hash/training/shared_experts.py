@@ -1,5 +1,6 @@
 """What fairseq's trainer needs while ranks share experts. `fairseq_patches` puts it in place."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from fairseq_hash.moe.token_dispatcher import LocalDispatcher
 from fairseq_hash.parallel.collectives import gather
 from fairseq_hash.parallel.gradients import norm_of_shards, norm_with_experts
 from fairseq_hash.parallel.groups import ExpertParallel
-from fairseq_hash.parallel.watchdog import Watchdog, watchdog_of
+from fairseq_hash.parallel.watchdog import Watchdog, ended_by_errors, watchdog_of
 from fairseq_hash.training.not_finite import blame, experts_not_finite
 
 MOST_RANKS = 4096  # of those that are named where a batch cannot be shared
@@ -121,7 +122,7 @@ class SharedTraining:
             self.finite = finite if self.finite is None else self.finite & finite
             return loss, *rest
 
-        return self.watchdog.watch(call)
+        return functools.partial(ended_by_errors, call)
 
     @contextmanager
     def an_update(self) -> Iterator[None]:

@@ -28,8 +28,3 @@ def test_one_process_agrees_with_itself():
     with pytest.raises(UserError, match="^give another$"):
         run_on_all_ranks(fail)
     check_same({"width": 3})
-
-
-def test_errors_in_other_threads_and_in_data_loader_workers_do_not_end_a_rank():
-    """The standard library hands them to the same hook as the error that ends a process."""
-    assert ranks.run(2, "agreement_ranks:errors_of_others") == [(0, False)] * 2

@@ -28,22 +28,31 @@ def all_losses(log):
     return found
 
 
-def lose_power(node):
-    """Kill all that runs on a node of this cluster, its SLURM included."""
+def processes_on(node):
+    """Return the processes on a node of this cluster, its SLURM included."""
     configuration = f"SLURM_CONF={os.environ['SLURM_CONF']}\0".encode()
+    found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it may have ended
             environment = (folder / "environ").read_bytes()
             if configuration not in environment:
                 continue
-            named = f"SLURMD_NODENAME={node}\0".encode() in environment
-            is_daemon = (folder / "cmdline").read_bytes() == f"slurmd\0-N\0{node}\0".encode()
-            if named:
-                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                if "slurmstepd" in Path(f"/proc/{parent}/comm").read_text():
-                    os.kill(parent, signal.SIGKILL)
-            if named or is_daemon:
-                os.kill(int(folder.name), signal.SIGKILL)
+            if f"SLURMD_NODENAME={node}\0".encode() in environment:
+                parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+                found |= {int(folder.name)}
+                found |= {int(parent)} if "slurmstepd" in Path(f"/proc/{parent}/comm").read_text() else set()
+            elif (folder / "cmdline").read_bytes() == f"slurmd\0-N\0{node}\0".encode():
+                found |= {int(folder.name)}
+    return found
+
+
+def lose_power(node):
+    """Kill all that runs on a node of this cluster; all stop first, so that none lives to tell of another's end."""
+    processes = processes_on(node)
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
 
 
 def test_a_job_goes_on_after_a_node_is_lost(tiny, cluster):

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import forked
+from hydra_configs import write_configs
 from plugin import train_arguments
 
 LIMIT = 120
@@ -16,10 +17,10 @@ SHARED = (
 )
 
 
-def start(words, folder):
+def start(words, folder, **environment):
     """Start `python WORDS` in a folder of its own, which also takes what it says."""
     folder.mkdir(exist_ok=True)
-    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return forked.start_python(words, folder / "out", folder / "err", folder, **environment)
 
 
@@ -38,15 +39,35 @@ def finish(processes, folders, has_stopped=None):
     return [(folder / "err").read_text() for folder in folders]
 
 
+def free_port():
+    """Return a port that nobody uses now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def run_hydra_ranks(tmp_path, data, failure):
+    """Run a training of two ranks by Hydra to its failure; return what each rank said on stderr.
+
+    `failure` is (how, rank) of failures.py.
+    """
+    chosen = (*write_configs(tmp_path, data, updates=20), "cluster=cpu", f"hydra.run.dir='{tmp_path / 'the run'}'")
+    folders = [tmp_path / f"rank {rank}" for rank in range(2)]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    processes = [
+        start([FAILURES, *failure, *chosen], folder, **meeting, RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank, folder in enumerate(folders)
+    ]
+    return finish(processes, folders)
+
+
 def run_ranks(tmp_path, corpora, *arguments, failure=None):
     """Run a training to its failure, a process for each of the corpora; return what each rank said on stderr.
 
     There is no launcher: rank 0 keeps the store. `failure` is (how, rank) of failures.py.
     """
     folders = [tmp_path / f"rank {rank}" for rank in range(len(corpora))]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    meeting = f"tcp://127.0.0.1:{free_port()}"
     common = (*SHARED, "--distributed-world-size", len(corpora), "--distributed-init-method", meeting, *arguments)
     command = (FAILURES, *failure) if failure else ("-m", "fairseq_cli.train")
     processes = []

@@ -1,6 +1,7 @@
 """`fairseq-train` with a rank that fails in its third update, or outside: python failures.py HOW RANK ARGUMENTS...
 
-The failure is put into the task and the layers from outside; all else is the real command.
+With --config-name it is `fairseq-hydra-train`. The failure is put into the task and the layers from outside; all else
+is the real command.
 """
 
 import os
@@ -10,10 +11,11 @@ import sys
 import torch
 import torch.distributed as dist
 from fairseq.tasks.fairseq_task import FairseqTask
-from fairseq_cli.train import cli_main
+from fairseq_cli import hydra_train, train
 
 from fairseq_hash.moe.layer import SparseLayer
 from fairseq_hash.parallel import watchdog
+from fairseq_hash.training.stop_signals import StopSignals
 
 SHORT_SILENCE = 5.0
 
@@ -43,7 +45,7 @@ FAILURES = {"killed": kill, "silent": fall_silent, "error": raise_an_error, "mem
 
 def main(how, failing_rank):
     """Put the failure in its place and train."""
-    step, forward = FairseqTask.train_step, SparseLayer.forward
+    step, forward, agreed = FairseqTask.train_step, SparseLayer.forward, StopSignals.agreed
     fails = False
 
     def train_step(task, sample, model, criterion, optimizer, update_num, *args, **kwargs):
@@ -69,10 +71,16 @@ def main(how, failing_rank):
         if how == "outside" and dist.get_rank() == failing_rank:
             raise_an_error()
 
+    def failing_agreed(signals, device):
+        if fails and how == "killed-after":  # the others wait after the update
+            kill()
+        return agreed(signals, device)
+
     FairseqTask.train_step, SparseLayer.forward, FairseqTask.begin_epoch = train_step, failing_forward, begin_epoch
+    StopSignals.agreed = failing_agreed
     if how == "silent":
         watchdog.SILENCE = SHORT_SILENCE
-    cli_main()
+    (hydra_train if "--config-name" in sys.argv else train).cli_main()
 
 
 if __name__ == "__main__":

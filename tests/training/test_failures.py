@@ -4,14 +4,18 @@ Real processes of `fairseq-train` whose ranks share experts. No test looks at th
 `LIMIT` seconds, several times the stated ones, has hung.
 """
 
+import pickle
 import re
 
 import pytest
-from failing_ranks import FAILURES, SHARED, assert_one_line, finish, messages, run_ranks, start
+from failing_ranks import FAILURES, SHARED, assert_one_line, finish, messages, run_hydra_ranks, run_ranks, start
 from fairseq.data import Dictionary
+from hydra_configs import needs_current_hydra
 from plugin import swap_words, train_arguments
 
+from fairseq_hash.fairseq_patches import registry
 from fairseq_hash.hashing import TableShape, build_table, save_table
+from fairseq_hash.parallel import watchdog
 
 GONE = "ended without a word (killed, or its machine is gone)"
 SILENT = "no sign of life for 5 s (killed, or its machine is gone)"
@@ -52,6 +56,43 @@ def test_a_failing_rank_ends_the_job(data, tmp_path, how, rank, world_size, mess
         if other == rank and how in ("killed", "silent"):
             continue  # its data loader's processes may complain
         assert bool(re.search("^Traceback", err, re.M)) == (how in ("error", "outside") and other == rank)
+
+
+@needs_current_hydra
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [("killed-after", GONE), pytest.param("outside", "ValueError: made for the test", marks=pytest.mark.slow)],
+    ids=["killed", "outside"],
+)
+def test_a_failing_rank_ends_the_job_under_hydra(data, tmp_path, how, message):
+    """Hydra catches errors, and ends its own process alone; an exchange also breaks outside of a step."""
+    said = run_hydra_ranks(tmp_path, data, (how, 1))
+    assert [text for _, text in messages(said)] == [f"rank 1: {message}"], "\n".join(err[-2000:] for err in said)
+
+
+def command_of_two_ranks(cfg):
+    """Fail as a command that is started by its name."""
+    raise ValueError(cfg)
+
+
+def test_processes_that_torch_spawns_end_the_job_too(monkeypatch):
+    """`spawn` sends what it calls to other processes, where no override has been applied yet."""
+    sent = []
+
+    class Watchdog:
+        def fail(self, error):
+            raise SystemExit(f"the job ends: {error}")
+
+    def call_main(cfg, main, **kwargs):
+        sent.append(pickle.loads(pickle.dumps(main)))
+
+    override = next(entry for entry in registry.overrides() if entry.module == "failures")
+    override.function(call_main, "a configuration", command_of_two_ranks)
+    with pytest.raises(ValueError, match="^a configuration$"):  # nobody waits yet
+        sent[0]("a configuration")
+    monkeypatch.setattr(watchdog, "_watchdogs", [Watchdog()])
+    with pytest.raises(SystemExit, match="the job ends: a configuration"):
+        sent[0]("a configuration")
 
 
 def test_a_failing_rank_ends_the_job_under_a_launcher(data, tmp_path):

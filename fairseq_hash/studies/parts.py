@@ -19,7 +19,13 @@ from fairseq_hash.studies.families import (
 )
 from fairseq_hash.studies.leads import comparison_verdicts, course, lead_curves, pair_verdicts
 from fairseq_hash.studies.provenance_table import head_table, machines, model_table, provenance_table
-from fairseq_hash.studies.results import Results, beside_longer_ngrams, beside_the_trigram, missing_runs
+from fairseq_hash.studies.results import (
+    Results,
+    beside_longer_ngrams,
+    beside_the_trigram,
+    missing_runs,
+    one_under_two_names,
+)
 from fairseq_hash.studies.statistics import Verdict
 
 OF_THIS_SIZE = (
@@ -71,7 +77,13 @@ def parts_of(results: Results, verdicts: dict[str, Verdict]) -> list[Part]:
         Part(
             "Results",
             table=tables.main_table(results),
-            after=_paragraphs(beside_the_trigram(results), beside_longer_ngrams(results), COLUMNS, machines(results)),
+            after=_paragraphs(
+                beside_the_trigram(results),
+                beside_longer_ngrams(results),
+                one_under_two_names(results),
+                COLUMNS,
+                machines(results),
+            ),
         ),
         _leads(results, verdicts),
         _comparisons(results),

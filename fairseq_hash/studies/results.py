@@ -196,3 +196,20 @@ def beside_the_trigram(results: Results) -> str:
     if not below:
         return f"{every} are above (worse than) {level}. {little}"
     return f"Below (better than) {level}: {', '.join(below)}. Above (worse): {', '.join(above)}. {little}"
+
+
+def one_under_two_names(results: Results) -> str:
+    """Return in words which models have the very same nats per token of test with each of two or more seeds.
+
+    Two trainings that differ in anything differ in some digit: such models differ in name alone.
+    """
+    groups: dict[tuple[tuple[int, float], ...], list[str]] = {}
+    for result in results.finished:
+        if len(result.test_nats) > 1:
+            groups.setdefault(tuple(sorted(result.test_nats.items())), []).append(result.name)
+    return " ".join(
+        f"{', '.join(names[:-1])} and {names[-1]} have the very same loss with each seed: they are one model under "
+        f"{len(names)} names."
+        for names in groups.values()
+        if len(names) > 1
+    )

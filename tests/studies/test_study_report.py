@@ -20,6 +20,7 @@ from made_study import (
     made_record,
     made_runs_of_study,
     made_study,
+    valid_curve,
 )
 from scipy import stats
 
@@ -37,7 +38,7 @@ from fairseq_hash.studies.leads import (
 from fairseq_hash.studies.parts import parts_of
 from fairseq_hash.studies.records import FINAL, TUNING
 from fairseq_hash.studies.report import study_summary, write_study_report
-from fairseq_hash.studies.results import NGRAMS, beside_longer_ngrams, beside_the_trigram, gather
+from fairseq_hash.studies.results import NGRAMS, beside_longer_ngrams, beside_the_trigram, gather, one_under_two_names
 from fairseq_hash.studies.schedule import Run
 from fairseq_hash.studies.tables import number
 
@@ -236,6 +237,19 @@ def test_lead_over_documents(parts):
         results, facts=dataclasses.replace(results.facts, document_tokens=DOCUMENT_TOKENS[:1])
     )
     assert by_heading(results)["Lead over Dense"].table["Lead (95 % over parts of test)"].tolist() == ["–"] * 4
+
+
+def test_one_model_under_two_names():
+    """Equal to the last bit with each seed; one seed alone says nothing, and a digit more is another model."""
+    assert one_under_two_names(results_of()) == ""
+    done = made_runs_of_study()
+    for place, seed in enumerate(SEEDS):
+        run = Run("Twin", 0.002, seed, FINAL)
+        done[run] = made_record(run, valid_curve("Twin", place), {"Twin": NATS["Dense"][place]})
+    said = "Dense and Twin have the very same loss with each seed: they are one model under 2 names."
+    assert one_under_two_names(results_of(done)) == said
+    done[run] = made_record(run, valid_curve("Twin", place), {"Twin": NATS["Dense"][-1] + 1e-12})
+    assert one_under_two_names(results_of(done)) == ""
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,9 @@ from fairseq_hash.core.validators import check_at_least
 from fairseq_hash.experiments.names import own_configs
 from fairseq_hash.provenance import usable_cores
 
+# Of training, on one core: the tenth and the ninetieth percentile of the runs in benchmarks/results/studies.
+CORE_GIGAFLOPS = 14, 41
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the verb `study`, and add its arguments."""
@@ -125,7 +128,11 @@ def _train(study: Any, setting: Any, state: Any) -> None:
 
 
 def print_plan(study: Any, setting: Any, state: Any) -> None:
-    """Print what a study would run and cost, by model; hours are those of runs that are done, scaled to the others."""
+    """Print what a study would run and cost, by model.
+
+    Hours are those of the runs that are done, scaled to the others. Before the first one, on CPUs, they are as on the
+    machines of the project's own studies.
+    """
     from statistics import fmean
 
     import pandas as pd
@@ -164,6 +171,13 @@ def print_plan(study: Any, setting: Any, state: Any) -> None:
     if speeds:
         hours = work_left / fmean(speeds) / 3600 / setting.jobs
         print(f"about {hours:.1f} hours with {setting.jobs} at once, as fast as the {len(speeds)} runs that are done")
+    elif setting.slurm is None and all(state.requests.composed(one.name).config.common.cpu for one in study.trained()):
+        slow, fast = CORE_GIGAFLOPS
+        at_one = work_left / 1e9 / 3600 / setting.jobs / state.requests.places.threads
+        print(
+            f"about {at_one / fast:.1f} to {at_one / slow:.1f} hours with {setting.jobs} at once, if a core makes "
+            f"{slow} to {fast} GFLOP/s of training, as in the project's own studies; a run that is done tells more"
+        )
     else:
         print("hours: not known before a run is done")
 

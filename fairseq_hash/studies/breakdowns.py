@@ -3,7 +3,7 @@
 import numpy as np
 
 from fairseq_hash.studies.records import TextFacts
-from fairseq_hash.studies.results import TRIGRAM, ModelResult, Results
+from fairseq_hash.studies.results import ModelResult, Results
 
 # A mean over fewer tokens of test says little, and would fill the figure. Such a range joins the next one.
 ENOUGH_TOKENS = 200
@@ -67,16 +67,13 @@ def frequency_labels(facts: TextFacts) -> list[str]:
 
 def frequency_tokens(facts: TextFacts) -> np.ndarray:
     """Return the tokens of test in each range of counts."""
-    return _by_frequency(facts, facts.frequency_tokens)
+    return _by_range(facts, facts.frequency_tokens)
 
 
 def nats_by_frequency(results: Results, result: ModelResult) -> dict[int, np.ndarray]:
     """Return nats per token in each range of counts, by seed; NaN for a range without tokens."""
     facts = results.facts
-    return {
-        seed: _ratio(_by_frequency(facts, scores.frequency_nats), frequency_tokens(facts))
-        for seed, scores in result.scores.items()
-    }
+    return {seed: per_token_by_frequency(facts, scores.frequency_nats) for seed, scores in result.scores.items()}
 
 
 def beside_baseline_by_frequency(results: Results, result: ModelResult) -> "np.ndarray | None":
@@ -86,16 +83,12 @@ def beside_baseline_by_frequency(results: Results, result: ModelResult) -> "np.n
     return np.mean(differences, axis=0) if differences else None
 
 
-def trigram_beside_baseline(results: Results) -> "np.ndarray | None":
-    """Return the trigram's nats minus the mean of the baseline's over its seeds, in each range, or None."""
-    nats, baseline = results.facts.ngram_frequency_nats.get(TRIGRAM), nats_by_frequency(results, results.baseline)
-    if nats is None or not baseline:
-        return None
-    trigram = _ratio(_by_frequency(results.facts, nats), frequency_tokens(results.facts))
-    return trigram - np.mean(list(baseline.values()), axis=0)
+def per_token_by_frequency(facts: TextFacts, nats: "list[float]") -> np.ndarray:
+    """Return nats per token in each range of counts, given the sums of the recorded ones; NaN without tokens."""
+    return _ratio(_by_range(facts, nats), frequency_tokens(facts))
 
 
-def _by_frequency(facts: TextFacts, of_recorded: "list[float] | list[int]") -> np.ndarray:
+def _by_range(facts: TextFacts, of_recorded: "list[float] | list[int]") -> np.ndarray:
     return np.array([np.sum(of_recorded[start:stop]) for start, stop in frequency_ranges(facts)])
 
 

@@ -11,11 +11,12 @@ from fairseq_hash.studies.breakdowns import (
     frequency_labels,
     nats_by_position,
     position_ranges,
-    trigram_beside_baseline,
 )
 from fairseq_hash.studies.leads import LeadCurve
+from fairseq_hash.studies.ngram_lines import NGRAMS, drawn
+from fairseq_hash.studies.ngram_lines import beside_baseline_by_frequency as ngrams_by_frequency
 from fairseq_hash.studies.records import TUNING, RunRecord, Validation
-from fairseq_hash.studies.results import NGRAMS, TRIGRAM, ModelResult, Results, best_ngram
+from fairseq_hash.studies.results import ModelResult, Results
 
 OVER_SEEDS = "mean over the seeds"
 COUNTED = "counted from the training tokens"
@@ -48,11 +49,9 @@ def perplexity_charts(results: Results) -> list[Chart]:
             lines.append(Line(result.name, OVER_SEEDS, x / unit, curve, *style, spread=ends))
             values[result.name] = f"{curve[-1]:.1f}"
         x_range = 0.0, 1.02 * max(float(line.x[-1]) for line in lines)
-        counted = results.facts.ngrams.get("valid", {})
-        for order in dict.fromkeys(order for order in (TRIGRAM, best_ngram(results, "valid")) if order in counted):
-            name, level = NGRAMS[order], math.exp(counted[order])
-            lines.append(Line(name, COUNTED, np.array(x_range), np.full(2, level), None, int(order), "faint"))
-            values[name] = f"{level:.1f}"
+        level_lines = ngram_levels(results, "valid", x_range, np.exp)
+        lines += level_lines
+        values |= {line.name: f"{line.y[0]:.1f}" for line in level_lines}
         y = np.concatenate([line.y for line in lines])
         y_range = 0.95 * float(y.min()), 1.05 * float(y.max())
         y_label = "Valid perplexity per token (log scale)"
@@ -72,6 +71,16 @@ def perplexity_charts(results: Results) -> list[Chart]:
     ]
 
 
+def ngram_levels(
+    results: Results, subset: str, x_range: tuple[float, float], of_nats: Callable[[float], float] = float
+) -> list[Line]:
+    """Return level lines of the n-gram models that charts show, with what is made of their nats."""
+    return [
+        Line(NGRAMS[order], COUNTED, np.array(x_range), np.full(2, of_nats(nats)), None, int(order), "faint")
+        for order, nats in drawn(results, subset).items()
+    ]
+
+
 def _validations(result: ModelResult, x_of: Callable[[RunRecord, Validation], float]) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean over the seeds of x at each validation, [N], and nats, [S, N]."""
     runs = result.finals.values()
@@ -80,8 +89,10 @@ def _validations(result: ModelResult, x_of: Callable[[RunRecord, Validation], fl
     return x_SN.mean(axis=0), np.array([[at.nats for at in run.validations[:count]] for run in runs])
 
 
-def lead_charts(results: Results, curves: dict[str, LeadCurve]) -> list[Chart]:
-    """Return the lead over the baseline on valid by tokens."""
+def lead_charts(
+    results: Results, over: ModelResult, curves: dict[str, LeadCurve], of_ngrams: dict[str, LeadCurve]
+) -> list[Chart]:
+    """Return the lead over a model on valid by tokens; n-gram models, by order, where they are in the models' range."""
     if not curves:
         return []
     lines, values = [], {}
@@ -92,14 +103,21 @@ def lead_charts(results: Results, curves: dict[str, LeadCurve]) -> list[Chart]:
         lines.append(Line(name, f"{OVER_SEEDS}, paired", curve.tokens / 1e6, lead_N, *style, spread=ends))
         values[name] = f"{lead_N[-1] + 0.0:.1f} %"
     x_range = 0.0, 1.02 * max(float(line.x[-1]) for line in lines)
-    lines.append(_zero(results, x_range))
-    labels = f"Lead over {results.baseline.name} by tokens", "Million tokens of training", "Lower perplexity by (%)"
-    return [Chart(*labels, lines, x_range, _with_room(lines), values=values)]
+    lines.append(_zero(results, over, x_range))
+    y_range = _with_room(lines)
+    for order in sorted(drawn(results, "valid").keys() & of_ngrams.keys()):
+        curve = of_ngrams[order]
+        lead_N = curve.lead_SN.mean(axis=0)
+        # Beside a model that has just begun, counting leads by far.
+        shown_N = np.where((lead_N >= y_range[0]) & (lead_N <= y_range[1]), lead_N, np.nan)
+        lines.append(Line(NGRAMS[order], COUNTED, curve.tokens / 1e6, shown_N, None, int(order), "faint"))
+        values[NGRAMS[order]] = f"{lead_N[-1] + 0.0:.1f} %"
+    labels = f"Lead over {over.name} by tokens", "Million tokens of training", "Lower perplexity by (%)"
+    return [Chart(*labels, lines, x_range, y_range, values=values)]
 
 
-def _zero(results: Results, x_range: tuple[float, float]) -> Line:
-    name = results.baseline.name
-    return Line(name, "level of the baseline", np.array(x_range), np.zeros(2), *styles(results)[name], "faint")
+def _zero(results: Results, over: ModelResult, x_range: tuple[float, float]) -> Line:
+    return Line(over.name, "level of no lead", np.array(x_range), np.zeros(2), *styles(results)[over.name], "faint")
 
 
 def position_charts(results: Results) -> list[Chart]:
@@ -107,29 +125,32 @@ def position_charts(results: Results) -> list[Chart]:
     if not results.finished:
         return []
     lasts = [stop for _, stop in position_ranges(results.facts.tokens_per_sample)]
+    axis = axis_of_counts(lasts)
     lines, values = [], {}
     for result in results.finished:
         nats = nats_by_position(results, result)
         lines.append(Line(result.name, OVER_SEEDS, np.array(lasts, float), nats, *styles(results)[result.name]))
         values[result.name] = f"{nats[-1]:.2f}"
+    lines += ngram_levels(results, "test", axis["x_range"])
     labels = "Nats by position in the sample", "Position (the last one of each range)", "Nats per token of test"
-    return [Chart(*labels, lines, y_range=_with_room(lines), values=values, **axis_of_counts(lasts))]
+    return [Chart(*labels, lines, y_range=_with_room(lines), values=values, **axis)]
 
 
 def frequency_charts(results: Results) -> list[Chart]:
-    """Return nats beside those of the baseline by the token's count in training, the trigram's as hollow points."""
+    """Return nats beside those of the baseline by the token's count in training, n-gram models as hollow points."""
     if not results.baseline.finals:
         return []
     labels = frequency_labels(results.facts)
     x = np.arange(1, len(labels) + 1, dtype=float)
-    lines = [_zero(results, (0.8, len(labels) + 0.2))]
+    lines = [_zero(results, results.baseline, (0.8, len(labels) + 0.2))]
     for result in results.finished:
         if result.name != results.baseline.name:
             difference = beside_baseline_by_frequency(results, result)
             if difference is not None:
                 lines.append(Line(result.name, OVER_SEEDS, x, difference, *styles(results)[result.name]))
-    if (trigram := trigram_beside_baseline(results)) is not None:
-        lines.append(Line(NGRAMS[TRIGRAM], COUNTED, x, trigram, None, 0, "points"))
+    of_ngrams = ngrams_by_frequency(results)
+    shown = drawn(results, "test").keys() & of_ngrams.keys()
+    lines += [Line(NGRAMS[order], COUNTED, x, of_ngrams[order], None, int(order), "points") for order in sorted(shown)]
     ranges = ", ".join(f"{number}: {label}" for number, label in enumerate(labels, 1))
     title, y_label = "Nats by the token's count in training", f"Nats per token above those of {results.baseline.name}"
     x_range = float(x[0]) - 0.2, float(x[-1]) + 0.2
@@ -152,10 +173,12 @@ def tuning_charts(results: Results) -> list[Chart]:
     if not lines:
         return []
     rates = sorted({run.learning_rate for run in results.done if run.stage == TUNING})
+    axis = axis_of_counts(rates)
     finite = [float(line.y[np.isfinite(line.y)].min()) for line in lines]
     y_range = min(finite) - 0.05, max(finite) + MOST_NATS_ABOVE
     labels = "Valid loss by learning rate", "Learning rate", "Nats per token of valid"
-    return [Chart(*labels, lines, y_range=y_range, values=values, **axis_of_counts(rates))]
+    lines += [line for line in ngram_levels(results, "valid", axis["x_range"]) if y_range[0] <= line.y[0] <= y_range[1]]
+    return [Chart(*labels, lines, y_range=y_range, values=values, **axis)]
 
 
 def _with_room(lines: Sequence[Line]) -> tuple[float, float]:

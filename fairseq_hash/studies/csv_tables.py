@@ -7,16 +7,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fairseq_hash.studies.leads import lead
+from fairseq_hash.studies.leads import comparison_verdicts, lead, lead_verdicts, pair_verdicts
+from fairseq_hash.studies.ngram_lines import NGRAMS, counted, lead_of
 from fairseq_hash.studies.records import TUNING, RunRecord
-from fairseq_hash.studies.results import ModelResult, Results, bits_per_byte, mean_of, perplexity
+from fairseq_hash.studies.results import ModelResult, Results, bits_per_byte, exactly, mean_of, perplexity
 from fairseq_hash.studies.statistics import Interval, Verdict
 from fairseq_hash.studies.tables import worst
 
 
 def results_csv(results: Results, verdicts: Mapping[str, Verdict]) -> bytes:
-    """Return one row per model. Entries of models without final runs are empty."""
+    """Return one row per model, and beneath one per n-gram model. What there is none of is empty."""
     rows = [_of_model(result, results, verdicts.get(result.name)) for result in results.models.values()]
+    valid = counted(results, "valid")
+    for order, nats in counted(results, "test").items():
+        row: dict[str, Any] = {"model": NGRAMS[order]}
+        row |= {"test_nats": nats, "test_perplexity": math.exp(nats), "valid_perplexity": math.exp(valid[order])}
+        row["test_bits_per_byte"] = bits_per_byte(exactly(nats), results.facts).mean
+        rows.append(row | (_ends("lead_percent", lead_of(results, nats)) if results.baseline.finals else {}))
     return _csv(rows)
 
 
@@ -70,6 +77,36 @@ def tuning_csv(results: Results) -> bytes:
             row["chosen"] = choice.is_settled and run.learning_rate == choice.rate
             rows.append(row | {"diverged": record.diverged})
     return _csv(rows, columns=["model", "learning_rate", "valid_nats", "chosen", "diverged"])
+
+
+def curves_csv(results: Results) -> bytes:
+    """Return one row per validation of a final run, and one per n-gram model, which has the same nats always."""
+    columns = ["model", "seed", "tokens", "seconds", "flops", "valid_nats"]
+    rows: list[dict[str, Any]] = []
+    for result in results.finished:
+        for seed, run in result.finals.items() if not result.model.trained_as else ():
+            for at in run.validations:
+                values = (result.name, seed, at.tokens, at.seconds, run.flops_per_token * at.tokens, at.nats)
+                rows.append(dict(zip(columns, values, strict=True)))
+    rows += [{"model": NGRAMS[order], "valid_nats": nats} for order, nats in counted(results, "valid").items()]
+    return _csv(rows, columns)
+
+
+def pairs_csv(results: Results) -> bytes:
+    """Return one row per pair that is judged, with the pairs that its p-values are adjusted for: `adjusted_with`."""
+    families = {
+        "baseline": list(lead_verdicts(results).values()),
+        "comparisons": comparison_verdicts(results),
+        "all": pair_verdicts(results),
+    }
+    rows = []
+    for family, verdicts in families.items():
+        for verdict in verdicts:
+            row: dict[str, Any] = {"adjusted_with": family, "one": verdict.one, "other": verdict.other}
+            row |= _ends("nats_other_minus_one", verdict.nats) | {"seeds": verdict.nats.count}
+            row |= {"p_difference": verdict.p_difference, "p_equivalence": verdict.p_equivalence}
+            rows.append(row | {"verdict": verdict.word, "better": verdict.better})
+    return _csv(rows)
 
 
 def _finite(record: RunRecord) -> "float | None":

@@ -11,17 +11,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fairseq_hash.studies.records import RunRecord
 from fairseq_hash.studies.results import ModelResult, Results
 from fairseq_hash.studies.statistics import Interval, Verdict, bootstrap_documents, compare_pairs, t_interval
 
 
 @dataclass(frozen=True)
 class LeadCurve:
-    """A model's lead on valid over the course of the training.
+    """A model's lead over another one on valid, over the course of the training.
 
     Attributes:
         tokens: of the training at each validation, [N].
-        lead_SN: in percent, by seed that model and baseline share, [S, N].
+        lead_SN: in percent, by seed that both models share, [S, N].
         half: the validation that is nearest to half of the training.
     """
 
@@ -84,28 +85,44 @@ def _nats(results: Results) -> Mapping[str, Mapping[int, float]]:
     return {result.name: result.test_nats for result in results.finished if not result.diverged}
 
 
-def lead_curves(results: Results) -> dict[str, LeadCurve]:
-    """Return the curves of the models that have trainings of their own and a seed in common with the baseline."""
+def lead_curves(results: Results, over: ModelResult) -> dict[str, LeadCurve]:
+    """Return the curves of the models that have trainings and a seed in common with `over`, mostly the baseline."""
     curves = {}
-    trained_as = results.baseline.model.trained_as or results.baseline.name
+    trained_as = over.model.trained_as or over.name
     for result in results.finished:
         if result.model.trained_as or result.name == trained_as:
             continue
-        if (curve := _curve(result, results.baseline)) is not None:
+        if (curve := _curve(result, over)) is not None:
             curves[result.name] = curve
     return curves
 
 
-def _curve(result: ModelResult, baseline: ModelResult) -> "LeadCurve | None":
-    seeds = [seed for seed in result.finals if seed in baseline.finals]
-    own, other = ([of.finals[seed].validations for seed in seeds] for of in (result, baseline))
+def _curve(result: ModelResult, over: ModelResult) -> "LeadCurve | None":
+    seeds = [seed for seed in result.finals if seed in over.finals]
+    own, other = ([of.finals[seed].validations for seed in seeds] for of in (result, over))
     # Only validations after the same share of the training can be paired.
     if not seeds or len({len(validations) for validations in own + other}) != 1:
         return None
-    nats_SN, baseline_SN = (np.array([[one.nats for one in seed] for seed in of]) for of in (own, other))
+    nats_SN, other_SN = (np.array([[one.nats for one in seed] for seed in of]) for of in (own, other))
     tokens = np.array([one.tokens for one in own[0]], dtype=float)
-    half = int(np.abs(tokens - tokens[-1] / 2).argmin())
-    return LeadCurve(tokens, -100 * np.expm1(nats_SN - baseline_SN), half)
+    return LeadCurve(tokens, -100 * np.expm1(nats_SN - other_SN), _half(tokens))
+
+
+def curve_over(finals: Mapping[int, RunRecord], nats: float) -> "LeadCurve | None":
+    """Return the lead over a model's final runs of what has the same nats on valid always, such as an n-gram model.
+
+    None without runs, or if they were validated at different points.
+    """
+    if len({len(run.validations) for run in finals.values()}) != 1:
+        return None
+    runs = list(finals.values())
+    own_SN = np.array([[one.nats for one in run.validations] for run in runs])
+    tokens = np.array([one.tokens for one in runs[0].validations], dtype=float)
+    return LeadCurve(tokens, -100 * np.expm1(nats - own_SN), _half(tokens))
+
+
+def _half(tokens: np.ndarray) -> int:
+    return int(np.abs(tokens - tokens[-1] / 2).argmin())
 
 
 def course(name: str, curve: LeadCurve) -> str:

@@ -12,19 +12,27 @@ from fairseq_hash.studies.breakdowns import ENOUGH_TOKENS
 from fairseq_hash.studies.families import (
     families_of,
     fits_of,
+    fits_table,
     scaling_charts,
     scaling_heading,
     scaling_table,
     scaling_words,
 )
 from fairseq_hash.studies.leads import comparison_verdicts, course, lead_curves, pair_verdicts
-from fairseq_hash.studies.provenance_table import head_table, machines, model_table, provenance_table
-from fairseq_hash.studies.results import (
-    Results,
+from fairseq_hash.studies.ngram_lines import (
+    NGRAMS,
     beside_longer_ngrams,
     beside_the_trigram,
+    lead_curves_of,
+    levels,
+)
+from fairseq_hash.studies.provenance_table import head_table, machines, model_table, provenance_table
+from fairseq_hash.studies.results import (
+    ModelResult,
+    Results,
     missing_runs,
     one_under_two_names,
+    oracles,
 )
 from fairseq_hash.studies.statistics import Verdict
 
@@ -81,6 +89,7 @@ def parts_of(results: Results, verdicts: dict[str, Verdict]) -> list[Part]:
                 beside_the_trigram(results),
                 beside_longer_ngrams(results),
                 one_under_two_names(results),
+                oracles(results),
                 COLUMNS,
                 machines(results),
             ),
@@ -90,19 +99,24 @@ def parts_of(results: Results, verdicts: dict[str, Verdict]) -> list[Part]:
         _pairs(results),
         Part(
             "Perplexity during training",
-            "Means over the seeds. Models that share the trainings of another model have its line."
-            f"{_sharing(results)} Of the n-gram models the trigram and the best one are drawn.",
+            "On valid, means over the seeds, by the share of the training; the FLOPs and minutes are of a whole one. "
+            f"Models that share the trainings of another model have its line.{_sharing(results)} Minutes are wall "
+            "clock beside whatever else the machine did: they tell what a run took, not which model is faster. For "
+            "equal work compare by FLOPs. In all charts, of the n-gram models the trigram and the best one are drawn.",
+            tables.training_table(results),
             charts=charts.perplexity_charts(results),
             picture="perplexity.png",
         ),
         _scaling(results),
-        _course(results),
+        _fits(results),
+        _course(results, results.baseline),
+        *_course_over_dense(results),
         _positions(results),
         _frequencies(results),
         Part(
             "Tuning of the learning rate",
             f"Nats per token of valid at the end of a training with seed {results.study.tuning_seed}."
-            f"{_spread_of_seeds(results)}",
+            f"{_spread_of_seeds(results)} {levels(results, 'valid')}".strip(),
             tables.tuning_table(results),
             charts=charts.tuning_charts(results),
             picture="tuning.png",
@@ -195,30 +209,49 @@ def _scaling(results: Results) -> Part:
     return Part(
         "Scaling with the number of experts",
         scaling_heading(results),
-        scaling_table(families),
+        scaling_table(results, families),
         charts=scaling_charts(results, families, fits),
         picture="scaling.png",
-        after=scaling_words(results, families, fits),
     )
 
 
-def _course(results: Results) -> Part:
-    curves = lead_curves(results)
+def _fits(results: Results) -> Part:
+    families = families_of(results)
+    fits = fits_of(results, families)
+    words = "The coefficients of the form, ours and the published ones of Clark et al. (2022)."
+    return Part("Fits", words, fits_table(results, families, fits), after=scaling_words(results, families, fits))
+
+
+def _course(results: Results, over: ModelResult, picture: str = "lead.png") -> Part:
+    curves = lead_curves(results, over)
+    heading = f"Lead over {over.name} during training"
+    if not curves:
+        return Part(heading)
+    of_ngrams = lead_curves_of(results, over)
     said = "\n\n".join(course(name, curve) for name, curve in curves.items())
     words = (
-        f"The lead over {results.study.baseline} on valid, paired by seed: does it close? The learning rate falls over "
-        "the whole training, so the lead at half is not that of a training of half the length."
+        f"The lead over {over.name} on valid, paired by seed: does it close? The learning rate falls over the whole "
+        "training, so the lead at half is not that of a training of half the length."
     )
-    drawn = charts.lead_charts(results, curves)
+    table = tables.course_table(curves | {NGRAMS[order]: curve for order, curve in of_ngrams.items()})
     return Part(
-        "Lead during training", words, tables.course_table(curves), charts=drawn, picture="lead.png", after=said
+        heading, words, table, charts=charts.lead_charts(results, over, curves, of_ngrams), picture=picture, after=said
     )
+
+
+def _course_over_dense(results: Results) -> list[Part]:
+    """Return the lead over a dense model of a study whose baseline is another one."""
+    dense, sizes = results.dense, results.baseline.sizes
+    if dense is None or sizes is None or sizes.experts == 0:
+        return []
+    return [_course(results, dense, "lead_over_dense.png")]
 
 
 def _positions(results: Results) -> Part:
     words = (
         "Nats per token of test by the token's position in its sample. The gain from context is how far the last range "
-        "lies below positions 3-4. A trigram has all of its context there, so that gain is of tokens further back."
+        "lies below positions 3-4. A trigram has all of its context there, so that gain is of tokens further back. "
+        f"Counting sees across the start of a sample, so it has one level. {levels(results, 'test')}".strip()
     )
     drawn = charts.position_charts(results)
     return Part("Use of context", words, tables.position_table(results), charts=drawn, picture="position.png")

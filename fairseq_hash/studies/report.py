@@ -9,12 +9,13 @@ from fairseq_hash.reporting.charts import figures_of
 from fairseq_hash.reporting.comparison_table import markdown
 from fairseq_hash.reporting.drawing import draw
 from fairseq_hash.reporting.theme import DARK, LIGHT
-from fairseq_hash.studies.csv_tables import results_csv, runs_csv, tuning_csv
+from fairseq_hash.studies.csv_tables import curves_csv, pairs_csv, results_csv, runs_csv, tuning_csv
 from fairseq_hash.studies.definition import Study
 from fairseq_hash.studies.leads import comparison_verdicts, lead_verdicts
+from fairseq_hash.studies.ngram_lines import beside_longer_ngrams, beside_the_trigram
 from fairseq_hash.studies.parts import Part, parts_of
 from fairseq_hash.studies.records import RunRecord, TextFacts
-from fairseq_hash.studies.results import beside_longer_ngrams, beside_the_trigram, gather, missing_runs
+from fairseq_hash.studies.results import gather, missing_runs, oracles
 from fairseq_hash.studies.schedule import Run
 from fairseq_hash.studies.tables import main_table
 
@@ -22,7 +23,10 @@ OF_TERMINAL = ["Model", "Test perplexity", "Test bits per byte", "Learning rate"
 
 
 def write_study_report(study: Study, facts: TextFacts, done: Mapping[Run, RunRecord], out: Path) -> list[Path]:
-    """Write results.md, results.csv, runs.csv, tuning.csv, index.html and its pictures; return their paths.
+    """Write results.md, five CSV files, index.html and its pictures; return their paths.
+
+    results.csv: a row a model, and one an n-gram model. runs.csv and tuning.csv: a row a run. curves.csv: a row a
+    validation. pairs.csv: a row a pair of models that is judged.
 
     Of a study that is not complete, the report has what is there, and says what is missing.
     """
@@ -35,6 +39,8 @@ def write_study_report(study: Study, facts: TextFacts, done: Mapping[Run, RunRec
         "results.csv": results_csv(results, verdicts),
         "runs.csv": runs_csv(results),
         "tuning.csv": tuning_csv(results),
+        "curves.csv": curves_csv(results),
+        "pairs.csv": pairs_csv(results),
         "index.html": page.render(study.title, study.question, [_html(part, figures) for part in parts]).encode(),
     }
     return write_folder(out, files | {name: light for name, (light, _) in figures.items()})
@@ -50,13 +56,18 @@ def study_summary(study: Study, facts: TextFacts, done: Mapping[Run, RunRecord])
     lines = [study.title, "", shown.to_string(index=False), ""]
     lines += [f"{verdict.words()}." for verdict in lead_verdicts(results).values()]
     lines += [f"{verdict.words()}." for verdict in comparison_verdicts(results)]
-    lines += [line for line in (beside_the_trigram(results), beside_longer_ngrams(results)) if line]
+    lines += [line for line in (beside_the_trigram(results), beside_longer_ngrams(results), oracles(results)) if line]
     lines += [f"Missing: {name}: {lack}." for name, lack in missing_runs(results)]
     return "\n".join(lines).strip() + "\n"
 
 
 def _markdown(study: Study, parts: list[Part]) -> str:
     blocks = [f"# {study.title}", study.question.strip()]
+    blocks.append(
+        "With all digits, beside this file: `results.csv`, `runs.csv`, `tuning.csv`, `curves.csv` (every validation, "
+        "by tokens, seconds and FLOPs) and `pairs.csv`. `fairseq-hash study STUDY --report` draws `index.html` from "
+        "the records."
+    )
     for part in parts:
         table = "" if part.table is None or part.table.empty else markdown(part.table, part.is_words)
         if not table and not part.after:

@@ -39,7 +39,7 @@ class Places:
         runs: folder of the run folders.
         records: folder of the runs' records.
         overrides: of every model's configuration, such as cluster=gpu.
-        threads: of one training.
+        threads: of one training; None for one on each core where it runs.
     """
 
     configs: Path
@@ -49,7 +49,7 @@ class Places:
     runs: Path
     records: Path
     overrides: tuple[str, ...]
-    threads: int
+    threads: "int | None"
 
 
 class Requests:

@@ -6,15 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fairseq_hash.experiments.ngrams import LONGEST
 from fairseq_hash.studies.definition import Study, StudyModel
 from fairseq_hash.studies.records import FINAL, RunRecord, Scores, TextFacts
 from fairseq_hash.studies.schedule import Choice, Run, choose
 from fairseq_hash.studies.statistics import Interval, t_interval
-
-TRIGRAM = "3"
-NGRAMS = {str(order): f"Kneser-Ney, {order} token{'s'[: order > 1]}" for order in range(1, LONGEST + 1)}
-NGRAMS[TRIGRAM] += " (trigram)"
 
 
 @dataclass(frozen=True)
@@ -73,14 +68,15 @@ class Results:
         return self.models[self.study.baseline]
 
     @property
+    def dense(self) -> "ModelResult | None":
+        """The first dense model of the study that has final runs, None without one."""
+        found = (result for result in self.finished if result.sizes is not None and result.sizes.experts == 0)
+        return next(found, None)
+
+    @property
     def finished(self) -> list[ModelResult]:
         """The models with at least one final run."""
         return [result for result in self.models.values() if result.finals]
-
-    @property
-    def trigram_nats(self) -> "float | None":
-        """Nats per token of test by the trigram, None if it was not counted."""
-        return self.facts.ngrams.get("test", {}).get(TRIGRAM)
 
 
 def gather(study: Study, facts: TextFacts, done: Mapping[Run, RunRecord]) -> Results:
@@ -159,43 +155,19 @@ def means_of(results: Results) -> dict[str, float]:
     return {result.name: mean_of(result.test_nats).mean for result in results.finished}
 
 
-def best_ngram(results: Results, subset: str) -> "str | None":
-    """Return the order of the n-gram model that has the lowest perplexity on a subset, None if none was counted."""
-    counted = results.facts.ngrams.get(subset, {})
-    return min(counted, key=counted.__getitem__, default=None)
-
-
-def beside_longer_ngrams(results: Results) -> str:
-    """Return in words which models have a lower perplexity on test than the best n-gram model, if it is no trigram."""
-    order = best_ngram(results, "test")
-    if order is None or int(order) <= int(TRIGRAM) or not results.finished:
-        return ""
-    nats = results.facts.ngrams["test"][order]
-    below = [name for name, mean in means_of(results).items() if mean < nats]
-    who = "No model is" if not below else f"{', '.join(below)} {'is' if len(below) == 1 else 'are'}"
-    return (
-        f"Counts of more tokens do better: the best n-gram model, of {order} tokens, has a perplexity of "
-        f"{math.exp(nats):.2f}. {who} below it. A model above it predicts this text less well than counting does."
+def oracles(results: Results) -> str:
+    """Return in words which models are scored with routes that depend on the tokens to be predicted."""
+    balanced = (
+        name for name, model in results.study.models.items() if model.options.get("base_evaluation") == "balanced"
     )
-
-
-def beside_the_trigram(results: Results) -> str:
-    """Return in words which models have a lower perplexity on test than the trigram, and which do not."""
-    if results.trigram_nats is None or not results.finished:
+    names = [name for name in balanced if results.models[name].finals]
+    if not names:
         return ""
-    means = means_of(results)
-    below = [name for name, nats in means.items() if nats < results.trigram_nats]
-    above = [name for name in means if name not in below]
-    level = f"the trigram's perplexity of {math.exp(results.trigram_nats):.2f}"
-    waiting = len(results.models) - len(results.finished)
-    every = f"All models that have final runs, {len(means)} of {len(results.models)}," if waiting else "All models"
-    if not above:
-        return f"{every} are below (better than) {level}."
-    little = "A comparison of models that lose against counts of three tokens proves little: they still learn what "
-    little += "counting finds, and their order may change once they use more context."
-    if not below:
-        return f"{every} are above (worse than) {level}. {little}"
-    return f"Below (better than) {level}: {', '.join(below)}. Above (worse): {', '.join(above)}. {little}"
+    are, they = ("is", "it is no language model") if len(names) == 1 else ("are", "they are no language models")
+    return (
+        f"{', '.join(names)} {are} scored with balanced assignment: a token's expert depends on all tokens of its "
+        f"batch, those to be predicted too. So {they}, and the perplexity is that of an oracle."
+    )
 
 
 def one_under_two_names(results: Results) -> str:

@@ -32,6 +32,10 @@ class Coefficients:
         saved = 1 / (experts - 1 + 1 / (1 / self.e_start - 1 / self.e_max))
         return 1 / (saved + 1 / self.e_max)
 
+    def exponent(self, dense_parameters: float) -> float:
+        """Return the power of Ê to which the loss goes at one N: b + c log N."""
+        return self.b + self.c * math.log10(dense_parameters)
+
     def nats(self, dense_parameters: float, experts: "float | np.ndarray") -> "float | np.ndarray":
         """Return the loss in nats per token."""
         size, effective = math.log10(dense_parameters), np.log10(self.effective_experts(experts))

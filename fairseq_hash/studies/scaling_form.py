@@ -136,12 +136,14 @@ def crossing_words(
     _check_range(one, other, dense_parameters, most_experts, least_experts)
     extent = (dense_parameters, most_experts, least_experts)
     found = _crossings(one.coefficients, other.coefficients, *extent)
-    reach = f"E = {least_experts:,g} to {most_experts:,g}"
+    reach, run = f"E = {least_experts:,g} to {most_experts:,g}", max(one.experts[-1], other.experts[-1])
     lower = _better(names, one, other, dense_parameters, least_experts)
     if not found:
-        text = f"{lower} has the lower loss all the way from {reach}" if lower else f"no crossing from {reach}"
+        text = f"{names[0]} and {names[1]} do not cross from {reach}"
+        text += f" (run: up to {run:,})" if run < most_experts else ""
+        text += f": {lower} has the lower loss" if lower else ""
     else:
-        upper, run = names[lower == names[0]], max(one.experts[-1], other.experts[-1])
+        upper = names[lower == names[0]]
         text = f"{names[0]} and {names[1]} cross at E = {found[0]:,.0f}: {lower} is better below, {upper} above"
         if found[1:]:
             text += f" until they cross again at E = {' and '.join(f'{place:,.0f}' for place in found[1:])}"

@@ -84,7 +84,8 @@ def open_study(study: Study, setting: Setting, display_of: Callable[[float], Dis
         else:
             data = given_text(study.text, setting.data)
         symbols, _ = read_dictionary(data / "dict.txt")
-        threads = max(1, usable_cores() // setting.jobs) if setting.slurm is None else usable_cores()
+        # A SLURM job has the cores that it was given, which are not those of the machine that submits it.
+        threads = max(1, usable_cores() // setting.jobs) if setting.slurm is None else None
         places = Places(
             configs=setting.configs,
             data=data.absolute(),

@@ -15,12 +15,12 @@ from fairseq_hash.studies.breakdowns import (
     nats_by_frequency,
     nats_by_position,
     position_labels,
-    trigram_beside_baseline,
 )
 from fairseq_hash.studies.leads import LeadCurve, lead, lead_over_documents
+from fairseq_hash.studies.ngram_lines import NGRAMS, counted, lead_of
+from fairseq_hash.studies.ngram_lines import beside_baseline_by_frequency as ngrams_by_frequency
 from fairseq_hash.studies.records import TUNING
 from fairseq_hash.studies.results import (
-    NGRAMS,
     ModelResult,
     Results,
     bits_per_byte,
@@ -31,17 +31,33 @@ from fairseq_hash.studies.results import (
 )
 from fairseq_hash.studies.statistics import BETTER, Interval, Verdict
 
-TRIGRAM_NAME = NGRAMS["3"]
-
 
 def main_table(results: Results) -> pd.DataFrame:
     """Return one row per model, and beneath them one per n-gram model."""
     rows = [_of_model(result, results) for result in results.models.values()]
-    counted = results.facts.ngrams
-    for order, name in NGRAMS.items():
-        if (nats := counted.get("test", {}).get(order)) is not None:
-            valid = counted.get("valid", {}).get(order)
-            rows.append({"Model": name, **_losses(exactly(nats), None if valid is None else exactly(valid), results)})
+    valid = counted(results, "valid")
+    for order, nats in counted(results, "test").items():
+        of_valid = exactly(valid[order]) if order in valid else None
+        rows.append({"Model": NGRAMS[order], **_losses(exactly(nats), of_valid, results)})
+    return pd.DataFrame(rows).fillna(NOTHING)
+
+
+def training_table(results: Results) -> pd.DataFrame:
+    """Return perplexity on valid by the share of the training, and what the whole training took."""
+    rows = []
+    for result in results.finished:
+        if result.model.trained_as:
+            continue
+        runs = list(result.finals.values())
+        count = min(len(run.validations) for run in runs)
+        nats = np.mean([[one.nats for one in run.validations[:count]] for run in runs], axis=0)
+        shares = [f"at {one.tokens / runs[0].tokens:.0%}" for one in runs[0].validations[:count]]
+        row = {"Model": result.name, **{share: f"{math.exp(one):.2f}" for share, one in zip(shares, nats, strict=True)}}
+        row["FLOPs"] = f"{runs[0].flops_per_token * runs[0].tokens:.3g}"
+        rows.append({**row, "Minutes": f"{np.mean([run.seconds for run in runs]) / 60:.1f}"})
+    shares = [name for name in dict.fromkeys(name for row in rows for name in row) if name.startswith("at ")]
+    for order, nats in counted(results, "valid").items() if rows else ():
+        rows.append({"Model": NGRAMS[order], **dict.fromkeys(shares, f"{math.exp(nats):.2f}")})
     return pd.DataFrame(rows).fillna(NOTHING)
 
 
@@ -96,7 +112,9 @@ def lead_table(results: Results, verdicts: dict[str, Verdict]) -> pd.DataFrame:
         ends = NOTHING if over_documents is None else with_ends(over_documents, 1, " %")
         shown = {"Model": name, "Lead (95 % over seeds)": with_ends(lead(verdict.nats), 1, " %")}
         rows.append({**shown, "Lead (95 % over parts of test)": ends, "Verdict": short(verdict)})
-    return pd.DataFrame(rows)
+    for order, nats in counted(results, "test").items():
+        rows.append({"Model": NGRAMS[order], "Lead (95 % over seeds)": with_ends(lead_of(results, nats), 1, " %")})
+    return pd.DataFrame(rows).fillna(NOTHING)
 
 
 def pair_table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
@@ -148,7 +166,7 @@ def frequency_table(results: Results) -> pd.DataFrame:
     rows.append([f"{results.baseline.name}: nats", *(number(value, 3) for value in baseline)])
     differences = {result.name: beside_baseline_by_frequency(results, result) for result in results.finished}
     del differences[results.baseline.name]
-    differences[TRIGRAM_NAME] = trigram_beside_baseline(results)
+    differences |= {NGRAMS[order]: values for order, values in ngrams_by_frequency(results).items()}
     for name, values in differences.items():
         if values is not None:
             rows.append([name, *(number(value, 3) for value in values)])

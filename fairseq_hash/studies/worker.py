@@ -19,7 +19,7 @@ import numpy as np
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.core.files import only_one, write_json
-from fairseq_hash.provenance import provenance
+from fairseq_hash.provenance import provenance, usable_cores
 from fairseq_hash.studies.records import RunFacts, RunRecord, Scores, Validation, write_record
 
 REQUEST, TRAIN_LOG, ERROR = "request.json", "train.log", "error.txt"
@@ -38,7 +38,7 @@ class Request(RunFacts):
         data: folder of the binarized data.
         data_fingerprint: of that folder.
         evaluations: options of the model by the name of the evaluation on test; {} for none.
-        threads: of the training.
+        threads: of the training; None for one on each core that the worker may use, as in a SLURM job.
     """
 
     folder: str
@@ -48,7 +48,12 @@ class Request(RunFacts):
     data: str
     data_fingerprint: str
     evaluations: Mapping[str, Mapping[str, Any]]
-    threads: int
+    threads: "int | None"
+
+    @property
+    def threads_here(self) -> int:
+        """Threads of a training on this machine."""
+        return self.threads or usable_cores()
 
 
 def write_request(request: Request) -> Path:
@@ -119,7 +124,7 @@ def train(request: Request) -> str:
     log = folder / TRAIN_LOG
     if _is_finished(folder):
         return ""
-    environment = {"OMP_NUM_THREADS": str(request.threads), "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {"OMP_NUM_THREADS": str(request.threads_here), "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
     with log.open("ab") as file:
         # A session of its own: Ctrl-C reaches the study only, which ends its workers, and they their trainings.
         child = subprocess.Popen(
@@ -205,7 +210,7 @@ def scores_on_test(request: Request) -> dict[str, Scores]:
     from fairseq_hash.studies.scores import token_nats
     from fairseq_hash.table_tools.token_streams import open_text
 
-    torch.set_num_threads(request.threads)
+    torch.set_num_threads(request.threads_here)
     data = Path(request.data)
     config = load_run(Path(request.folder)).training.config
     symbols, _ = read_dictionary(data / "dict.txt")

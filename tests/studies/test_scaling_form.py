@@ -162,7 +162,7 @@ def test_crossing_of_power_laws():
         "one seed, so how sure this is cannot be told"
     )
     assert crossing_words(("A", "B"), one, other, N, 900).startswith(
-        "A has the lower loss all the way from E = 2 to 900; one seed"
+        "A and B do not cross from E = 2 to 900 (run: up to 16): A has the lower loss; one seed"
     )
 
 

@@ -35,10 +35,11 @@ from fairseq_hash.studies.leads import (
     lead_verdicts,
     pair_verdicts,
 )
+from fairseq_hash.studies.ngram_lines import NGRAMS, beside_longer_ngrams, beside_the_trigram, lead_curves_of
 from fairseq_hash.studies.parts import parts_of
 from fairseq_hash.studies.records import FINAL, TUNING
 from fairseq_hash.studies.report import study_summary, write_study_report
-from fairseq_hash.studies.results import NGRAMS, beside_longer_ngrams, beside_the_trigram, gather, one_under_two_names
+from fairseq_hash.studies.results import gather, one_under_two_names
 from fairseq_hash.studies.schedule import Run
 from fairseq_hash.studies.tables import number
 
@@ -101,7 +102,15 @@ def test_numbers_of_a_model(report, model):
 def test_other_columns(report):
     """Rates and their edge, sizes, the mean speed, and the worst load and drop of the seeds."""
     rows = pd.read_csv(report / "results.csv").set_index("model")
-    assert list(rows.index) == list(NATS)
+    assert list(rows.index) == [*NATS, *(NGRAMS[order] for order in "123")]
+    for order, nats in made_facts().ngrams["test"].items():
+        row, lead = rows.loc[NGRAMS[order]], by_scipy(np.subtract(nats, NATS["Dense"]))
+        assert [row[name] for name in ("test_nats", "test_perplexity")] == pytest.approx([nats, math.exp(nats)])
+        assert row["test_bits_per_byte"] == pytest.approx(nats / math.log(2) * TOKENS / BYTES)
+        leads = [100 * (1 - math.exp(lead[place])) for place in (0, 2, 1)]
+        assert [row[f"lead_percent{end}"] for end in ("", "_low", "_high")] == pytest.approx(leads)
+        assert math.isnan(row["test_nats_low"]) and math.isnan(row["seeds"])
+    rows = rows.loc[list(NATS)]
     assert rows["learning_rate"].tolist() == [0.002, 0.004, 0.002, 0.002, 0.004]
     assert rows["at_edge"].tolist() == [False, True, False, False, True]
     assert rows.loc["Hash", "valid_perplexity"] == pytest.approx(math.exp(4.62 - 0.1 + 0.001))
@@ -128,6 +137,25 @@ def test_one_row_a_run(report):
     assert math.isnan(diverged["valid_nats"])
 
 
+def test_curves_and_pairs(report):
+    """Each validation of the final runs by tokens, seconds and FLOPs; each verdict, and what it is adjusted for."""
+    curves = pd.read_csv(report / "curves.csv")
+    assert curves["model"].value_counts().to_dict() == {
+        **dict.fromkeys(("Dense", "Hash", "Twin", "Switch"), 12),  # 3 seeds, 4 validations
+        **{NGRAMS[order]: 1 for order in "123"},
+    }
+    of = curves[(curves["model"] == "Hash") & (curves["seed"] == 2)]
+    assert of["valid_nats"].tolist() == pytest.approx(valid_curve("Hash", 1))
+    assert of["tokens"].tolist() == [10_000, 20_000, 30_000, 40_000] and of["seconds"].tolist() == [60, 120, 180, 240]
+    assert of["flops"].tolist() == pytest.approx([6e10, 12e10, 18e10, 24e10])
+    pairs = pd.read_csv(report / "pairs.csv")
+    assert pairs["adjusted_with"].value_counts().to_dict() == {"all": 10, "baseline": 4}
+    p_values = [stats.ttest_rel(NATS[one], NATS["Dense"]).pvalue for one in NATS if one != "Dense"]
+    beside = pairs[pairs["adjusted_with"] == "baseline"].set_index("other")
+    assert beside["p_difference"].min() == pytest.approx(4 * min(p_values))
+    assert beside.loc["Hash", ["verdict", "better"]].tolist() == ["better", "Hash"]
+
+
 def test_markdown_stands_alone(report):
     """It is small, has every section, rounds as the CSV says, names each verdict, and points to nothing else."""
     text = (report / "results.md").read_text()
@@ -135,11 +163,17 @@ def test_markdown_stands_alone(report):
     headings = re.findall(r"^##? (.+)$", text, re.MULTILINE)
     assert headings == [
         *("A made study", "Text and protocol", "Models", "Diverged runs", "Results", "Lead over Dense", "All pairs"),
-        *("Lead during training", "Use of context", "Rare and frequent tokens", "Tuning of the learning rate"),
-        *("Limits", "Who ran it"),
+        *("Perplexity during training", "Lead over Dense during training", "Use of context"),
+        *("Rare and frequent tokens", "Tuning of the learning rate", "Limits", "Who ran it"),
     ]
     assert "| Hash | 83.23 (79.16 to 87.52) | 1.8226 (1.8019 to 1.8433) | 91.93 | 0.004 (edge) | 3 |" in text
     assert "| Kneser-Ney, 3 tokens (trigram) | 99.48 | 1.8961 | 99.48 | – |" in text
+    assert "| Kneser-Ney, 3 tokens (trigram) | -8.3 % (-13.8 to -3.1) | – | – |" in text
+    assert "| Hash | 212.94 | 131.76 | 110.06 | 91.93 | 2.4e+11 | 4.2 |" in text
+    assert "| Kneser-Ney, 3 tokens (trigram) | 99.48 | 99.48 | 99.48 | 99.48 | – | – |" in text
+    assert "| Kneser-Ney, 3 tokens (trigram) | 60.1 % | 34.3 % | 19.7 % | 2.0 % |" in text
+    assert text.count("6.000 (1 token), 5.000 (2 tokens), 4.600 (3 tokens)") == 2
+    assert "Hash, balanced is scored with balanced assignment" in text
     assert "Hash is better than Dense: 9.4 % lower perplexity" in text
     assert "Dense and Twin are equivalent within 1 %" in text and "Dense and Switch are undecided" in text
     assert "| Switch | tuning | 0.004 | 100 | loss is nan at update 7 |" in text
@@ -183,7 +217,8 @@ def test_perplexity_charts():
 
 def test_lead_during_training():
     """The curve by hand, the words by the paired change; half is the second of four validations."""
-    curve = lead_curves(results_of())["Hash"]
+    results = results_of()
+    curve = lead_curves(results, results.baseline)["Hash"]
     noise = 0.001 * np.arange(3)[:, None]
     assert curve.lead_SN == pytest.approx(100 * (1 - np.exp(noise - LEAD_NATS)))
     assert curve.half == 1
@@ -193,8 +228,14 @@ def test_lead_during_training():
     )
     mean, low, high = by_scipy(curve.lead_SN[:, 3] - curve.lead_SN[:, 1])
     assert words.endswith(f"{-mean:.1f} points (95 % interval over seeds {-high:.1f} to {-low:.1f}).")
-    (chart,) = charts.lead_charts(results_of(), {"Hash": curve})
+    counted = lead_curves_of(results, results.baseline)
+    (chart,) = charts.lead_charts(results, results.baseline, {"Hash": curve}, counted)
     assert chart.lines[0].y == pytest.approx(curve.lead_SN.mean(axis=0))
+    dense_SN = np.array([valid_curve("Dense", place) for place in range(3)])
+    assert counted["3"].lead_SN == pytest.approx(100 * (1 - np.exp(4.6 - dense_SN)))
+    trigram = next(line for line in chart.lines if line.name == NGRAMS["3"])
+    # Only what lies where the models are is drawn.
+    assert np.isnan(trigram.y[:3]).all() and trigram.y[3] == pytest.approx(counted["3"].lead_SN[:, 3].mean())
 
 
 @pytest.mark.parametrize(
@@ -219,7 +260,17 @@ def test_lead_needs_equal_validations():
     for seed in SEEDS:
         run = Run("Hash", 0.004, seed, FINAL)
         done[run] = dataclasses.replace(done[run], validations=done[run].validations[1:])
-    assert list(lead_curves(results_of(done))) == ["Twin", "Switch"]
+    results = results_of(done)
+    assert list(lead_curves(results, results.baseline)) == ["Twin", "Switch"]
+
+
+def test_lead_over_dense_where_another_model_is_the_baseline():
+    """It has a part and a picture of its own."""
+    parts = by_heading(results_of(baseline="Hash"))
+    over_dense = parts["Lead over Dense during training"]
+    assert over_dense.picture != parts["Lead over Hash during training"].picture
+    assert over_dense.table.set_index("Model").loc["Hash", "at 100%"] == "9.4 %"
+    assert "Lead over Dense during training" in by_heading(results_of())
 
 
 def test_lead_over_documents(parts):
@@ -236,7 +287,7 @@ def test_lead_over_documents(parts):
     results = dataclasses.replace(
         results, facts=dataclasses.replace(results.facts, document_tokens=DOCUMENT_TOKENS[:1])
     )
-    assert by_heading(results)["Lead over Dense"].table["Lead (95 % over parts of test)"].tolist() == ["–"] * 4
+    assert by_heading(results)["Lead over Dense"].table["Lead (95 % over parts of test)"].tolist() == ["–"] * 7
 
 
 def test_one_model_under_two_names():
@@ -264,6 +315,14 @@ def test_beside_the_trigram(trigram, said):
     """Which models are below the trigram, by the mean of nats; what is above it proves little."""
     words = beside_the_trigram(results_of(trigram=trigram))
     assert said in words and ("proves little" in words) == (trigram < 4.6)
+    assert "bigram" not in words
+
+
+def test_models_above_even_the_bigram():
+    facts = made_facts(4.0)
+    of_both = {subset: counted | {"2": 4.51} for subset, counted in facts.ngrams.items()}
+    results = gather(made_study(), dataclasses.replace(facts, ngrams=of_both), made_runs_of_study())
+    assert beside_the_trigram(results).endswith("Above even the bigram's perplexity of 90.92: Dense, Twin.")
 
 
 @pytest.mark.parametrize(
@@ -332,7 +391,7 @@ def test_study_without_runs(tmp_path):
         assert f"| {name} | its learning rate is not chosen yet (0 tried)" in text
         assert f"| {name} | – | – | – |" in text
     assert "Dense, has no final run yet" in text and "Kneser-Ney, 2 tokens | 148.41" in text
-    assert len(pd.read_csv(tmp_path / "results.csv")) == 5 and len(pd.read_csv(tmp_path / "tuning.csv")) == 0
+    assert len(pd.read_csv(tmp_path / "results.csv")) == 8 and len(pd.read_csv(tmp_path / "tuning.csv")) == 0
 
 
 def test_study_without_its_baseline():
@@ -341,7 +400,7 @@ def test_study_without_its_baseline():
     (lacks,) = parts["Not complete"].table.to_dict("records")
     assert lacks == {"Model": "Dense", "Lacks": "final runs with seed 1, 2, 3"}
     assert "no final run yet" in parts["Lead over the baseline"].after
-    assert "Lead during training" not in parts and "Rare and frequent tokens" not in parts
+    assert "Lead over Dense during training" not in parts and "Rare and frequent tokens" not in parts
     assert len(parts["All pairs"].table) == 6
 
 
@@ -354,9 +413,9 @@ def test_study_with_one_seed_so_far():
     parts = by_heading(results)
     row = parts["Results"].table.set_index("Model").loc["Hash"]
     assert (row["Test perplexity"], row["Seeds"]) == (f"{math.exp(4.40):.2f}", "1")
-    assert set(parts["Lead over Dense"].table["Verdict"]) == {"undecided"}
+    assert set(parts["Lead over Dense"].table["Verdict"]) == {"undecided", "–"}  # a dash of what is counted
     assert "final runs with seed 2, 3" in parts["Not complete"].table["Lacks"].tolist()
-    assert "one seed" in parts["Lead during training"].after
+    assert "one seed" in parts["Lead over Dense during training"].after
     assert read_csv(results_csv(results, lead_verdicts(results)))["test_perplexity_low"].isna().all()
 
 
@@ -408,7 +467,8 @@ def test_summary_for_the_terminal():
     lines = study_summary(made_study(), made_facts(), done).splitlines()
     assert re.match(r"Hash +83\.23 \(79\.16 to 87\.52\) ", next(line for line in lines if line.startswith("Hash ")))
     assert any(line.startswith("Dense and Twin are equivalent") for line in lines)
-    assert lines[-2:] == [
+    assert "Hash, balanced is scored with balanced assignment" in lines[-2]
+    assert [lines[-3], lines[-1]] == [
         "All models are below (better than) the trigram's perplexity of 99.48.",
         "Missing: Switch: final runs with seed 2.",
     ]

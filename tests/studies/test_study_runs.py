@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -16,8 +17,10 @@ import yaml
 
 import fairseq_hash
 from fairseq_hash.cli import main
+from fairseq_hash.cli.study import CORE_GIGAFLOPS
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.experiments.names import own_configs
+from fairseq_hash.provenance import usable_cores
 from fairseq_hash.reporting import drawing
 from fairseq_hash.studies import worker
 from fairseq_hash.studies.definition import load_study
@@ -316,6 +319,32 @@ def test_ctrl_c_ends_the_trainings_and_the_study_goes_on(study_file, little_text
     assert found.stdout == ""
     assert main(words) == 0
     assert len(read_records(work / "records" / "long" / "runs")) == 1
+
+
+def test_a_plan_has_hours_before_any_run_and_after(study_file, little_text, finished, tmp_path, capsys):
+    """FLOPs of all runs over what a core makes, then those of the runs that are done."""
+    words = ["study", str(study_file), "--text", str(little_text), "--work", str(finished[0]), "--jobs", "1", "--plan"]
+    assert main([*words, "--records", str(tmp_path / "elsewhere" / "tiny")]) == 0
+    plan = capsys.readouterr().out
+    (flops,) = re.findall(r"([0-9.e+]+) FLOPs$", plan, re.MULTILINE)
+    ((least, most),) = re.findall(r"about ([0-9.]+) to ([0-9.]+) hours with 1 at once", plan)
+    cores = usable_cores()
+    expected = [float(flops) / speed / 1e9 / cores / 3600 for speed in reversed(CORE_GIGAFLOPS)]
+    assert [float(least), float(most)] == pytest.approx(expected, abs=0.06)
+    assert main([*words, "--slurm", "--records", str(tmp_path / "elsewhere" / "tiny")]) == 0
+    assert "hours: not known before a run is done" in capsys.readouterr().out
+    assert main(words) == 0
+    plan = capsys.readouterr().out
+    assert "left: 0 runs" in plan and "as fast as the" in plan
+
+
+def test_a_slurm_job_takes_the_cores_that_it_has(study_file, finished):
+    """Not those of the machine that submits it."""
+    study, requests = requests_of(study_file, finished)
+    requests.places = replace(requests.places, threads=None)
+    request = requests.request(Run("Dense", 0.002, 100, TUNING), {})
+    assert request.threads is None and request.threads_here == usable_cores()
+    assert replace(request, threads=3).threads_here == 3
 
 
 def test_a_number_at_the_end_of_a_name_is_that_of_the_experts(study_file, little_text, finished, tmp_path, capsys):

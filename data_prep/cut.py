@@ -43,7 +43,8 @@ def cut(data: Path, out: Path, wanted: dict[str, "int | None"]) -> bool:
     """Write a smaller copy of a data folder to `out`. Return False if the same was cut before.
 
     `wanted` has the number of tokens by split, `</s>` counted; None: the split is copied whole. The symbols of the
-    dictionary stay; their counts are those of the new training text.
+    dictionary stay; their counts are those of the new training text. A dictionary that was taken from other data with
+    `--like` stays as it is: a balanced hash table is made of its counts, and the copy is for a model that has one.
 
     Raises:
         UserError: if `data` is no data folder or has fewer tokens, or `out` holds something else.
@@ -59,13 +60,19 @@ def cut(data: Path, out: Path, wanted: dict[str, "int | None"]) -> bool:
         # Whether the symbols are words: `--like` asks.
         "words": identity_in(data).get("words"),
     }
+    if like := identity_in(data).get("like"):
+        identity["like"] = like
     if is_done(out, identity):
         return False
     place.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(place) as work:
         work.mkdir()
         passages = {split: _write(data / split, work / split, wanted[split]) for split in SPLITS}
-        symbols = _write_dictionary(data / DICTIONARY, work)
+        if like:
+            shutil.copyfile(data / DICTIONARY, work / DICTIONARY)
+            symbols = Dictionary.load(str(data / DICTIONARY)).symbols
+        else:
+            symbols = _write_dictionary(data / DICTIONARY, work)
         if MODEL in names:
             shutil.copyfile(data / MODEL, work / MODEL)
         record = {

@@ -130,6 +130,25 @@ def test_a_cut_is_what_fairseq_reads(prepared, tmp_path, monkeypatch, capsys):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["small"]
 
 
+def test_data_made_like_others_keep_their_dictionary(prepared, tmp_path):
+    """A balanced table is made of its counts: others would be another model. A cut of the cut keeps it, too."""
+    from one_process import one_process
+
+    files = write_text(tmp_path / "text")
+    with one_process():
+        assert main(arguments(files, tmp_path / "like", "--like", str(prepared))) == 0
+    of = tmp_path / "like"
+    for name in ("small", "smaller"):
+        out = tmp_path / name
+        tokens = {"small": "900", "smaller": "90"}[name]
+        assert main(["cut", str(of), "--out", str(out), "--train-tokens", tokens]) == 0
+        assert sum(map(len, read(out, "train"))) == int(tokens)
+        assert (out / "dict.txt").read_bytes() == (prepared / "dict.txt").read_bytes()
+        record = json.loads((out / "provenance.json").read_text())
+        assert record["identity"]["like"] and record["symbols"] == len(Dictionary.load(str(out / "dict.txt")))
+        of = out
+
+
 def test_data_of_fairseq_preprocess(data, tmp_path, monkeypatch):
     """Words, without a SentencePiece model; by the other command, which an installed copy of `data_prep` serves."""
     monkeypatch.setattr(of_the_command, "find_spec", lambda name: None)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from scipy import stats
 from scipy.optimize import brentq
-from scipy.special import stdtrit
 
 from fairseq_hash.core.errors import UserError
 from fairseq_hash.studies.scaling_curve import PUBLISHED, Coefficients, Point, design, least_squares_fit, terms_of
@@ -239,7 +239,7 @@ def _interval(name: str, found: Coefficients, refits: "Sequence[Coefficients | N
     if len(values) < 2:
         return Interval(getattr(found, name), math.nan, math.nan, seeds)
     error = float(np.std(values)) * math.sqrt(seeds / (seeds - 1))
-    half = float(stdtrit(seeds - 1, (1 + CONFIDENCE) / 2)) * error
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, seeds - 1)) * error
     low, high = scaled(found) - half, scaled(found) + half
     if inverse:  # from 1 to infinity
         low, high = 1 / min(high, 1), 1 / low if low > 0 else math.inf

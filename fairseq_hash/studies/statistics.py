@@ -4,16 +4,17 @@ Losses are mean negative log likelihoods per token in nats, so that a difference
 perplexities. Equivalence: D. J. Schuirmann, two one-sided tests, J. Pharmacokinet. Biopharm. 15 (1987), 657-680. Many
 pairs: S. Holm, A simple sequentially rejective multiple test procedure, Scand. J. Statist. 6 (1979), 65-70.
 
-Shape suffixes: S seeds, D documents.
+Shape suffixes: P pairs, S seeds, D documents.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtr, stdtrit  # Student's t: probability up to a value, and its inverse
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, ttest_1samp
 from statsmodels.stats.multitest import multipletests
 
 from fairseq_hash.core.errors import UserError
@@ -103,8 +104,9 @@ def t_interval(values: "Sequence[float] | np.ndarray", confidence: float = 0.95)
     mean, count = float(value_S.mean()), len(value_S)
     if count == 1:
         return Interval(mean, math.nan, math.nan, 1)
-    half = float(stdtrit(count - 1, (1 + confidence) / 2)) * _standard_error(value_S)
-    return Interval(mean, mean - half, mean + half, count)
+    with _without_spread():
+        ends = ttest_1samp(value_S, 0).confidence_interval(confidence)
+    return Interval(mean, float(ends.low), float(ends.high), count)
 
 
 def compare_pairs(
@@ -140,23 +142,26 @@ def compare_pairs(
     if not (math.isfinite(margin) and margin > 0):
         raise UserError(f"the margin is {margin}; give a relative difference of perplexity above 0, such as 0.01")
     _check_pairs(nats, pairs)
-    intervals, tested, p_values = [], [], []
-    for number, (one, other) in enumerate(pairs):
-        seeds = sorted(nats[one].keys() & nats[other].keys())
-        difference_S = np.array([nats[other][seed] - nats[one][seed] for seed in seeds])
-        intervals.append(t_interval(difference_S, confidence) if seeds else Interval(*[math.nan] * 3, 0))
-        if len(seeds) > 1:
-            tested.append(number)
-            p_values.append(_p_values(difference_S, math.log1p(margin)))
+    differences = [_differences(nats[one], nats[other]) for one, other in pairs]
+    count_P = np.array([len(difference_S) for difference_S in differences], dtype=int)
+    mean_P = np.array([difference_S.mean() if len(difference_S) else math.nan for difference_S in differences])
+    end_P2, p_P2 = np.full((2, len(pairs), 2), math.nan)
+    tested = np.flatnonzero(count_P > 1)
+    for count in set(count_P[tested].tolist()):  # SciPy tests many pairs in one call
+        (same_Q,) = np.nonzero(count_P == count)
+        difference_QS = np.array([differences[pair] for pair in same_Q])
+        end_P2[same_Q], p_P2[same_Q] = _tests(difference_QS, math.log1p(margin), confidence)
     adjusted = np.full((len(pairs), 2), math.nan)
-    if tested:
+    if len(tested):
         untested = np.ones(max(0, planned - len(tested)))  # as if they were the least significant
-        families = [np.append(family, untested) for family in np.transpose(p_values)]
+        families = [np.append(family, untested) for family in p_P2[tested].T]
         adjusted[tested] = np.column_stack(
             [multipletests(family, method="holm")[1][: len(tested)] for family in families]
         )
     verdicts = []
-    for (one, other), interval, (p_difference, p_equivalence) in zip(pairs, intervals, adjusted.tolist(), strict=True):
+    rows = zip(mean_P.tolist(), end_P2.tolist(), count_P.tolist(), adjusted.tolist(), strict=True)
+    for (one, other), (mean, ends, count, (p_difference, p_equivalence)) in zip(pairs, rows, strict=True):
+        interval = Interval(mean, *ends, count)
         word, better = UNDECIDED, None
         if p_equivalence < 1 - confidence:
             word = EQUIVALENT
@@ -224,20 +229,35 @@ def _ratio_of_sums(nats_D: np.ndarray, token_D: np.ndarray, axis: int = -1) -> n
     return nats_D.sum(axis=axis) / token_D.sum(axis=axis)
 
 
-def _standard_error(value_S: np.ndarray) -> float:
-    return float(value_S.std(ddof=1)) / math.sqrt(len(value_S))
+def _differences(one: Mapping[int, float], other: Mapping[int, float]) -> np.ndarray:
+    """Return nats of `other` minus those of `one`, by the seeds that both have, [S]."""
+    return np.array([other[seed] - one[seed] for seed in sorted(one.keys() & other.keys())])
 
 
-def _p_values(difference_S: np.ndarray, bound: float) -> tuple[float, float]:
-    """Return the p-values of a difference and of equivalence within ± bound, of 2 or more differences.
+def _tests(difference_PS: np.ndarray, bound: float, confidence: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ends of the intervals of 2 or more seeds, `[P, 2]`, and their p-values, `[P, 2]`.
 
-    Differences without spread (runs that are identical, or differ by a constant) are decided by their size.
+    These are of a difference and of equivalence within ± bound. Differences without spread (runs that are identical, or
+    differ by a constant) are decided by their size.
     """
-    mean, error, free = float(difference_S.mean()), _standard_error(difference_S), len(difference_S) - 1
-    if error == 0:
-        return float(mean == 0), float(abs(mean) >= bound)
-    # Both one-sided tests must reject; the harder one is that of the nearer bound.
-    return 2 * float(stdtr(free, -abs(mean) / error)), float(stdtr(free, (abs(mean) - bound) / error))
+    with _without_spread():
+        difference = ttest_1samp(difference_PS, 0, axis=1)
+        ends = difference.confidence_interval(confidence)
+        above_P = ttest_1samp(difference_PS, -bound, axis=1, alternative="greater").pvalue
+        below_P = ttest_1samp(difference_PS, bound, axis=1, alternative="less").pvalue
+    mean_P = difference_PS.mean(axis=1)
+    of_tests_P2 = np.column_stack([difference.pvalue, np.maximum(above_P, below_P)])  # both one-sided tests must reject
+    by_size_P2 = np.column_stack([mean_P == 0, np.abs(mean_P) >= bound])
+    has_no_spread_P1 = np.ptp(difference_PS, axis=1, keepdims=True) == 0
+    return np.column_stack([ends.low, ends.high]), np.where(has_no_spread_P1, by_size_P2, of_tests_P2)
+
+
+@contextmanager
+def _without_spread() -> Iterator[None]:
+    """Let values without spread pass without a word from SciPy; their interval is a point."""
+    with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
 
 
 def _check_pairs(nats: Mapping[str, Mapping[int, float]], pairs: Sequence[tuple[str, str]]) -> None:

@@ -131,7 +131,9 @@ def position_charts(results: Results) -> list[Chart]:
         nats = nats_by_position(results, result)
         lines.append(Line(result.name, OVER_SEEDS, np.array(lasts, float), nats, *styles(results)[result.name]))
         values[result.name] = f"{nats[-1]:.2f}"
-    lines += ngram_levels(results, "test", axis["x_range"])
+    level_lines = ngram_levels(results, "test", axis["x_range"])
+    lines += level_lines
+    values |= {line.name: f"{line.y[0]:.2f}" for line in level_lines}
     labels = "Nats by position in the sample", "Position (the last one of each range)", "Nats per token of test"
     return [Chart(*labels, lines, y_range=_with_room(lines), values=values, **axis)]
 

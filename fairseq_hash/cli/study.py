@@ -13,8 +13,8 @@ from fairseq_hash.core.validators import check_at_least
 from fairseq_hash.experiments.names import own_configs
 from fairseq_hash.provenance import usable_cores
 
-# Of training, on one core: the tenth and the ninetieth percentile of the runs in benchmarks/results/studies.
-CORE_GIGAFLOPS = 14, 41
+# Of a training on one core of a CPU: the tenth and the ninetieth percentile of the runs in benchmarks/results/studies.
+CORE_GIGAFLOPS = 16, 42
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -173,10 +173,11 @@ def print_plan(study: Any, setting: Any, state: Any) -> None:
         print(f"about {hours:.1f} hours with {setting.jobs} at once, as fast as the {len(speeds)} runs that are done")
     elif setting.slurm is None and all(state.requests.composed(one.name).config.common.cpu for one in study.trained()):
         slow, fast = CORE_GIGAFLOPS
-        at_one = work_left / 1e9 / 3600 / setting.jobs / state.requests.places.threads
+        threads = state.requests.places.threads
+        least, most = (work_left / (speed * 1e9 * threads * setting.jobs) / 3600 for speed in (fast, slow))
         print(
-            f"about {at_one / fast:.1f} to {at_one / slow:.1f} hours with {setting.jobs} at once, if a core makes "
-            f"{slow} to {fast} GFLOP/s of training, as in the project's own studies; a run that is done tells more"
+            f"about {least:.2g} to {most:.2g} hours with {setting.jobs} at once, if each of a run's {threads} threads "
+            f"makes {slow} to {fast} GFLOP/s, as one alone did in the project's own studies"
         )
     else:
         print("hours: not known before a run is done")

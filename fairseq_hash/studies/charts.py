@@ -16,7 +16,8 @@ from fairseq_hash.studies.leads import LeadCurve
 from fairseq_hash.studies.ngram_lines import NGRAMS, drawn
 from fairseq_hash.studies.ngram_lines import beside_baseline_by_frequency as ngrams_by_frequency
 from fairseq_hash.studies.records import TUNING, RunRecord, Validation
-from fairseq_hash.studies.results import ModelResult, Results
+from fairseq_hash.studies.results import ModelResult, Results, validations_of
+from fairseq_hash.studies.tables import number
 
 OVER_SEEDS = "mean over the seeds"
 COUNTED = "counted from the training tokens"
@@ -35,7 +36,7 @@ def styles(results: Results) -> dict[str, tuple["int | None", int]]:
 
 def perplexity_charts(results: Results) -> list[Chart]:
     """Return perplexity on valid by tokens, by time and by FLOPs, with the n-gram models as level lines."""
-    trained = [result for result in results.finished if not result.model.trained_as]
+    trained = [result for result in results.finished if not result.model.trained_as and validations_of(result)]
     if not trained:
         return []
 
@@ -84,9 +85,8 @@ def ngram_levels(
 def _validations(result: ModelResult, x_of: Callable[[RunRecord, Validation], float]) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean over the seeds of x at each validation, [N], and nats, [S, N]."""
     runs = result.finals.values()
-    count = min(len(run.validations) for run in runs)
-    x_SN = np.array([[x_of(run, at) for at in run.validations[:count]] for run in runs], dtype=float)
-    return x_SN.mean(axis=0), np.array([[at.nats for at in run.validations[:count]] for run in runs])
+    x_SN = np.array([[x_of(run, at) for at in run.validations] for run in runs], dtype=float)
+    return x_SN.mean(axis=0), np.array([[at.nats for at in run.validations] for run in runs])
 
 
 def lead_charts(
@@ -101,7 +101,7 @@ def lead_charts(
         ends = np.stack([curve.lead_SN.min(axis=0), curve.lead_SN.max(axis=0)], axis=1)
         style = styles(results)[name]
         lines.append(Line(name, f"{OVER_SEEDS}, paired", curve.tokens / 1e6, lead_N, *style, spread=ends))
-        values[name] = f"{lead_N[-1] + 0.0:.1f} %"
+        values[name] = f"{number(lead_N[-1], 1)} %"
     x_range = 0.0, 1.02 * max(float(line.x[-1]) for line in lines)
     lines.append(_zero(results, over, x_range))
     y_range = _with_room(lines)
@@ -109,9 +109,11 @@ def lead_charts(
         curve = of_ngrams[order]
         lead_N = curve.lead_SN.mean(axis=0)
         # Beside a model that has just begun, counting leads by far.
-        shown_N = np.where((lead_N >= y_range[0]) & (lead_N <= y_range[1]), lead_N, np.nan)
-        lines.append(Line(NGRAMS[order], COUNTED, curve.tokens / 1e6, shown_N, None, int(order), "faint"))
-        values[NGRAMS[order]] = f"{lead_N[-1] + 0.0:.1f} %"
+        is_shown_N = (lead_N >= y_range[0]) & (lead_N <= y_range[1])
+        if is_shown_N[-2:].all():  # a line that leaves the chart would have its label far from it
+            shown_N = np.where(is_shown_N, lead_N, np.nan)
+            lines.append(Line(NGRAMS[order], COUNTED, curve.tokens / 1e6, shown_N, None, int(order), "faint"))
+            values[NGRAMS[order]] = f"{number(lead_N[-1], 1)} %"
     labels = f"Lead over {over.name} by tokens", "Million tokens of training", "Lower perplexity by (%)"
     return [Chart(*labels, lines, x_range, y_range, values=values)]
 

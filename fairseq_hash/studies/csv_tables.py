@@ -1,7 +1,7 @@
 """The results of a study as CSV files, with all digits."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,11 @@ def results_csv(results: Results, verdicts: Mapping[str, Verdict]) -> bytes:
     valid = counted(results, "valid")
     for order, nats in counted(results, "test").items():
         row: dict[str, Any] = {"model": NGRAMS[order]}
-        row |= {"test_nats": nats, "test_perplexity": math.exp(nats), "valid_perplexity": math.exp(valid[order])}
+        row |= {"test_nats": nats, "test_perplexity": math.exp(nats)}
+        row["valid_perplexity"] = math.exp(valid[order]) if order in valid else None
         row["test_bits_per_byte"] = bits_per_byte(exactly(nats), results.facts).mean
         rows.append(row | (_ends("lead_percent", lead_of(results, nats)) if results.baseline.finals else {}))
-    return _csv(rows)
+    return _csv(rows, whole=("seeds", "diverged", "missing", "parameters", "active", "experts", "tokens"))
 
 
 def _of_model(result: ModelResult, results: Results, verdict: "Verdict | None") -> dict[str, Any]:
@@ -89,7 +90,7 @@ def curves_csv(results: Results) -> bytes:
                 values = (result.name, seed, at.tokens, at.seconds, run.flops_per_token * at.tokens, at.nats)
                 rows.append(dict(zip(columns, values, strict=True)))
     rows += [{"model": NGRAMS[order], "valid_nats": nats} for order, nats in counted(results, "valid").items()]
-    return _csv(rows, columns)
+    return _csv(rows, columns, whole=("seed", "tokens"))
 
 
 def pairs_csv(results: Results) -> bytes:
@@ -106,12 +107,16 @@ def pairs_csv(results: Results) -> bytes:
             row |= _ends("nats_other_minus_one", verdict.nats) | {"seeds": verdict.nats.count}
             row |= {"p_difference": verdict.p_difference, "p_equivalence": verdict.p_equivalence}
             rows.append(row | {"verdict": verdict.word, "better": verdict.better})
-    return _csv(rows)
+    ends = [f"nats_other_minus_one{end}" for end in ("", "_low", "_high")]
+    columns = ["adjusted_with", "one", "other", *ends, "seeds", "p_difference", "p_equivalence", "verdict", "better"]
+    return _csv(rows, columns)
 
 
 def _finite(record: RunRecord) -> "float | None":
     return record.valid_nats if math.isfinite(record.valid_nats) else None
 
 
-def _csv(rows: list[dict[str, Any]], columns: "list[str] | None" = None) -> bytes:
-    return pd.DataFrame(rows, columns=columns).to_csv(index=False).encode()
+def _csv(rows: list[dict[str, Any]], columns: "list[str] | None" = None, whole: Sequence[str] = ()) -> bytes:
+    """Return rows as CSV. `whole` are columns of whole numbers, which would become 5.0 where a row has none."""
+    table = pd.DataFrame(rows, columns=columns)
+    return table.astype(dict.fromkeys(whole, "Int64")).to_csv(index=False).encode()

@@ -25,14 +25,17 @@ from fairseq_hash.studies.scaling_form import (
     fit,
     plain_power_law,
 )
-from fairseq_hash.studies.statistics import Interval
 from fairseq_hash.studies.tables import number
 
 OF_FITS = (
     "The intervals are the chance of the seeds if the form is right. They do not say that it is: compare how far it "
-    "misses. The published coefficients are of another text, of 130 billion tokens and of models from 15 million "
-    "parameters on, and known to us from a secondary source. Their exponents at this N are carried far out of their "
-    "range, and stand beside ours for the order of size only."
+    "misses. A coefficient compares only with that of a fit which holds the same ones. The published ones are of "
+    "another text, of 130 billion tokens and of models from 15 million parameters on, and known to us from a secondary "
+    "source."
+)
+LEAST_PUBLISHED = 15_000_000  # parameters
+OF_SMALL_SIZES = (
+    " Their exponents at this N are carried far out of their range, and stand beside ours for the order of size only."
 )
 Family = Mapping[int, ModelResult]  # by experts, ascending
 BEYOND = 4  # crossings are sought up to this times the most experts that were run
@@ -151,36 +154,39 @@ def scaling_charts(results: Results, families: Mapping[str, Family], fits: Mappi
 
 
 def scaling_words(results: Results, families: Mapping[str, Family], fits: Mapping[str, Fit]) -> str:
-    """Return the exponent of E of each family, what was held and how well it fits, and where each pair crosses."""
+    """Return the coefficients of each family, what was held and how well it fits, and where each pair crosses."""
     size = size_of(results)
     if not fits or size is None:
         return ""
     said = []
     for name, found in fits.items():
-        law = plain_power_law(_points(families[name], size))
-        factor = f"L = {_with_ends(law.factor, 3)} times E"
-        plain = (
-            f"That is a plain power law: {factor} to the power of b."
-            if "e_max" in found.held
-            else f"A plain power law has {factor} to the power of {_with_ends(law.fit.intervals['b'], 4)}."
-        )
-        miss = f"{100 * miss_of(found, families[name], size):.1f} %"
-        said.append(
-            f"{name}: b = {_with_ends(found.intervals['b'], 4)}. {plain} At the E where it is worst the fit misses the "
-            f"mean perplexity by {miss}."
-        )
-    said += dict.fromkeys(f"F{found.words()[1:]}." for found in fits.values())
-    said.append(OF_FITS)
+        plain = "That is a plain power law."
+        if "e_max" not in found.held:
+            plain = f"A plain power law has {_intervals(plain_power_law(_points(families[name], size)))}."
+        miss = f"misses the mean perplexity by {100 * miss_of(found, families[name], size):.1f} %"
+        said.append(f"{name}: {_intervals(found)}. {plain} At the E where it is worst the fit {miss}.")
+    alike: dict[str, list[str]] = {}
+    for name, found in fits.items():
+        alike.setdefault(found.words(), []).append(name)
+    said += [f"{', '.join(names)}: {words}." for words, names in alike.items()]
+    said.append(OF_FITS + (OF_SMALL_SIZES if size < LEAST_PUBLISHED else ""))
     most = BEYOND * max((max(family) for family in families.values()), default=1)
     for one, other in itertools.combinations(fits, 2):
         said.append(f"{crossing_words((one, other), fits[one], fits[other], size, most)}.")
     return "\n\n".join(said)
 
 
-def _with_ends(interval: Interval, digits: int) -> str:
-    if math.isnan(interval.low):
-        return f"{interval.mean:.{digits}f} (one seed, no interval)"
-    return f"{interval.mean:.{digits}f} (95 % interval {interval.low:.{digits}f} to {interval.high:.{digits}f})"
+def _intervals(found: Fit) -> str:
+    """Return each fitted coefficient with its interval."""
+    words = []
+    for name, of in found.intervals.items():
+        ends = "one seed, no interval" if math.isnan(of.low) else f"95 % interval {_four(of.low)} to {_four(of.high)}"
+        words.append(f"{name} = {_four(of.mean)} ({ends})")
+    return ", ".join(words)
+
+
+def _four(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.0f}"  # E_max may have hundreds
 
 
 def scaling_heading(results: Results) -> str:

@@ -101,7 +101,7 @@ def _curve(result: ModelResult, over: ModelResult) -> "LeadCurve | None":
     seeds = [seed for seed in result.finals if seed in over.finals]
     own, other = ([of.finals[seed].validations for seed in seeds] for of in (result, over))
     # Only validations after the same share of the training can be paired.
-    if not seeds or len({len(validations) for validations in own + other}) != 1:
+    if not seeds or len({tuple(one.tokens for one in validations) for validations in own + other}) != 1:
         return None
     nats_SN, other_SN = (np.array([[one.nats for one in seed] for seed in of]) for of in (own, other))
     tokens = np.array([one.tokens for one in own[0]], dtype=float)
@@ -113,7 +113,7 @@ def curve_over(finals: Mapping[int, RunRecord], nats: float) -> "LeadCurve | Non
 
     None without runs, or if they were validated at different points.
     """
-    if len({len(run.validations) for run in finals.values()}) != 1:
+    if len({tuple(one.tokens for one in run.validations) for run in finals.values()}) != 1:
         return None
     runs = list(finals.values())
     own_SN = np.array([[one.nats for one in run.validations] for run in runs])
@@ -130,10 +130,11 @@ def course(name: str, curve: LeadCurve) -> str:
     middle, end = (round(float(value), 1) + 0.0 for value in curve.lead_SN[:, [curve.half, -1]].mean(axis=0))
     if curve.half == len(curve.tokens) - 1:
         return f"{name} ends with a lead of {end:.1f} %. No validation lies near half of the training."
+    low, high = (round(float(end), 1) + 0.0 for end in (curve.change.low, curve.change.high))
     start = f"{name} has a lead of {middle:.1f} % at half of the training and of {end:.1f} % at its end"
     change = curve.change
     if change.low <= 0 <= change.high:
-        return f"{start}. No clear change: {change.low:.1f} to {change.high:.1f} points (95 % interval over seeds)."
+        return f"{start}. No clear change: {low:.1f} to {high:.1f} points (95 % interval over seeds)."
     falls = change.mean < 0
     word = ("shrank" if falls else "grew") if middle > 0 else ("fell" if falls else "rose")
     if change.count == 1:

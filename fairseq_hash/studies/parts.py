@@ -44,11 +44,11 @@ COLUMNS = (
     "Perplexities are per token: e to the mean of nats, over test or over valid at the end of training. In parentheses "
     "stand the ends of a 95 % interval over seeds (Student's t, on nats). Bits per byte: nats of test's tokens, in "
     "bits, over the bytes of its text. Edge: the learning rate is the lowest or the highest that was tried, so a "
-    "better one may lie beyond. Active: parameters that one token uses. FLOPs/token: forward and backward. "
-    "Tokens/s and all times are wall clock on a machine that did other work, such as other trainings of the study: "
-    "they do not compare speeds. Worst load: tokens of the busiest expert over the mean, in the last validation. "
-    "Dropped: tokens of the training that found their expert full. Both are of the worst layer and seed. The n-gram "
-    "models are interpolated modified Kneser-Ney, counted from exactly the training tokens."
+    "better one may lie beyond. Active: parameters that one token uses. FLOPs/token: forward and backward. Tokens/s "
+    "and all times are wall clock on a machine that did other work, such as other trainings of the study, or stood "
+    "still for a while: they do not compare speeds. Worst load: tokens of the busiest expert over the mean, in the "
+    "last validation. Dropped: tokens of the training that found their expert full. Both are of the worst layer and "
+    "seed. The n-gram models are interpolated modified Kneser-Ney, counted from exactly the training tokens."
 )
 
 
@@ -100,15 +100,15 @@ def parts_of(results: Results, verdicts: dict[str, Verdict]) -> list[Part]:
         Part(
             "Perplexity during training",
             "On valid, means over the seeds, by the share of the training; the FLOPs and minutes are of a whole one. "
-            f"Models that share the trainings of another model have its line.{_sharing(results)} Minutes are wall "
-            "clock beside whatever else the machine did: they tell what a run took, not which model is faster. For "
-            "equal work compare by FLOPs. In all charts, of the n-gram models the trigram and the best one are drawn.",
+            "Minutes, of the run in the middle, are wall clock beside whatever else the machine did, standstills "
+            "included: they do not tell which model is faster. For equal work compare by FLOPs. In all charts, of the "
+            "n-gram models the trigram and the best one are drawn. Models that share the trainings of another model "
+            f"have its line.{_sharing(results)}",
             tables.training_table(results),
             charts=charts.perplexity_charts(results),
             picture="perplexity.png",
         ),
-        _scaling(results),
-        _fits(results),
+        *_scaling(results),
         _course(results, results.baseline),
         *_course_over_dense(results),
         _positions(results),
@@ -203,23 +203,16 @@ def _count(pairs: int) -> str:
     return f"{pairs} pair{'s'[: pairs != 1]}"
 
 
-def _scaling(results: Results) -> Part:
+def _scaling(results: Results) -> list[Part]:
     families = families_of(results)
     fits = fits_of(results, families)
-    return Part(
-        "Scaling with the number of experts",
-        scaling_heading(results),
-        scaling_table(results, families),
-        charts=scaling_charts(results, families, fits),
-        picture="scaling.png",
-    )
-
-
-def _fits(results: Results) -> Part:
-    families = families_of(results)
-    fits = fits_of(results, families)
+    heading, table = "Scaling with the number of experts", scaling_table(results, families)
+    drawn = scaling_charts(results, families, fits)
     words = "The coefficients of the form, ours and the published ones of Clark et al. (2022)."
-    return Part("Fits", words, fits_table(results, families, fits), after=scaling_words(results, families, fits))
+    return [
+        Part(heading, scaling_heading(results), table, charts=drawn, picture="scaling.png"),
+        Part("Fits", words, fits_table(results, families, fits), after=scaling_words(results, families, fits)),
+    ]
 
 
 def _course(results: Results, over: ModelResult, picture: str = "lead.png") -> Part:

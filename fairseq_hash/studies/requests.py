@@ -161,7 +161,7 @@ class Requests:
             seed=run.seed,
             parameters=of.total,
             active=of.active,
-            experts=config.model.num_experts if of.expert_parameters else 0,
+            experts=config.model.num_experts if of.expert_parameters > of.memory_parameters else 0,
             flops_per_token=of.training_flops / (of.tokens_per_update * of.updates),
             tokens_per_update=of.tokens_per_update,
             data=str(places.data),

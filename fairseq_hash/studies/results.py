@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fairseq_hash.studies.definition import Study, StudyModel
-from fairseq_hash.studies.records import FINAL, RunRecord, Scores, TextFacts
+from fairseq_hash.studies.records import FINAL, RunRecord, Scores, TextFacts, Validation
 from fairseq_hash.studies.schedule import Choice, Run, choose
 from fairseq_hash.studies.statistics import Interval, t_interval
 
@@ -104,6 +104,13 @@ def _of_model(study: Study, name: str, done: Mapping[Run, RunRecord]) -> ModelRe
 
 def _by_run(item: tuple[Run, RunRecord]) -> Run:
     return item[0]
+
+
+def validations_of(result: ModelResult) -> "list[list[Validation]] | None":
+    """Return the validations of each final run; None without runs, or if they were made at different points."""
+    found = [run.validations for run in result.finals.values()]
+    points = {tuple(one.tokens for one in of_run) for of_run in found}
+    return found if len(points) == 1 else None
 
 
 def mean_of(by_seed: Mapping[int, float]) -> Interval:

@@ -79,8 +79,8 @@ def design(points: Sequence[Point], terms: Sequence[str], shape: Coefficients) -
 
 def least_squares_fit(
     points: Sequence[Point], terms: Sequence[str], bends: bool, start: "Coefficients | None" = None
-) -> tuple[Coefficients, float]:
-    """Return the best coefficients and the root mean square residual. Given E_start and E_max, all others are linear.
+) -> Coefficients:
+    """Return the best coefficients. Given E_start and E_max, all others are linear.
 
     These two are sought as 1/E_start and E_start/E_max, both from 0 to 1, from several places unless from `start`.
     """
@@ -116,4 +116,4 @@ def least_squares_fit(
                 xtol=1e-12,
             )
             best = min(best, linear(shape_of(found.x)), key=lambda candidate: float(candidate[1] @ candidate[1]))
-    return best[0], math.sqrt(float(np.mean(best[1] ** 2)))
+    return best[0]

@@ -18,7 +18,6 @@ __all__ = [
     "Coefficients",
     "Fit",
     "Point",
-    "PowerLaw",
     "crossing",
     "crossing_words",
     "fit",
@@ -41,7 +40,6 @@ class Fit:
         held: each coefficient that was not fitted, and why.
         sizes: the different N of the points.
         experts: their different E.
-        residual: root mean square of log10 L of the points minus that of the form.
         refits: to resampled seeds; None where a resample does not determine what was fitted. Empty with one seed.
     """
 
@@ -51,7 +49,6 @@ class Fit:
     sizes: tuple[int, ...]
     experts: tuple[int, ...]
     seeds: tuple[int, ...]
-    residual: float
     refits: "tuple[Coefficients | None, ...]" = field(repr=False)
 
     def words(self) -> str:
@@ -61,15 +58,6 @@ class Fit:
             f"{name} at {getattr(self.coefficients, name):g} ({why})" for name, why in self.held.items()
         )
         return f"{fitted}; held: {reasons}" if self.held else fitted
-
-
-@dataclass(frozen=True)
-class PowerLaw:
-    """L = A E^-b at one N: the factor A in nats, the exponent b, with intervals as those of `Fit`."""
-
-    factor: Interval
-    exponent: Interval
-    fit: Fit
 
 
 def fit(points: Sequence[Point], resamples: int = RESAMPLES, seed: int = 0) -> Fit:
@@ -89,18 +77,15 @@ def fit(points: Sequence[Point], resamples: int = RESAMPLES, seed: int = 0) -> F
     return _fitted(points, resamples, seed, may_bend=True)
 
 
-def plain_power_law(points: Sequence[Point], resamples: int = RESAMPLES, seed: int = 0) -> PowerLaw:
-    """Fit L = A E^-b to a router's runs of one N, least squares of log L, with intervals as `fit` has them.
+def plain_power_law(points: Sequence[Point], resamples: int = RESAMPLES, seed: int = 0) -> Fit:
+    """Fit L = 10^d E^b to a router's runs of one N, least squares of log L, with intervals as `fit` has them.
 
     Raises:
         UserError: as `fit`, and for points of several N.
     """
     if len(sizes := {point.dense_parameters for point in points}) > 1:
         raise UserError(f"the points have {len(sizes)} different N; give those of one N to a plain power law")
-    found = _fitted(points, resamples, seed, may_bend=False)
-    factor, slope = found.intervals["d"], found.intervals["b"]
-    factor = Interval(10**factor.mean, 10**factor.low, 10**factor.high, factor.count)
-    return PowerLaw(factor, Interval(-slope.mean, -slope.high, -slope.low, slope.count), found)
+    return _fitted(points, resamples, seed, may_bend=False)
 
 
 def crossing(
@@ -196,11 +181,11 @@ def _fitted(points: Sequence[Point], resamples: int, seed: int, may_bend: bool) 
     if not bends:
         few = f"{most} different E at one N, {LEAST_EXPERTS_OF_SHAPE} are needed" if may_bend else "a plain power law"
         held |= dict.fromkeys(("e_start", "e_max"), few)
-    coefficients, residual = least_squares_fit(points, terms, bends)
+    coefficients = least_squares_fit(points, terms, bends)
     refits = _refits(points, seeds, terms, bends, coefficients, resamples, seed)
     fitted = [name for name in ("a", "b", "c", "d", "e_start", "e_max") if name not in held]
     intervals = {name: _interval(name, coefficients, refits, len(seeds)) for name in fitted}
-    return Fit(coefficients, intervals, held, sizes, experts, seeds, residual, refits)
+    return Fit(coefficients, intervals, held, sizes, experts, seeds, refits)
 
 
 def _refits(
@@ -224,7 +209,7 @@ def _refits(
         if bends:
             cells = {(point.dense_parameters, point.experts) for point in drawn}
             enough &= len(cells) == len({(point.dense_parameters, point.experts) for point in points})
-        known[draw] = least_squares_fit(drawn, terms, bends, start)[0] if enough else None
+        known[draw] = least_squares_fit(drawn, terms, bends, start) if enough else None
     return tuple(known[draw] for draw in map(tuple, draws.tolist()))
 
 
@@ -242,7 +227,7 @@ def _interval(name: str, found: Coefficients, refits: "Sequence[Coefficients | N
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, seeds - 1)) * error
     low, high = scaled(found) - half, scaled(found) + half
     if inverse:  # from 1 to infinity
-        low, high = 1 / min(high, 1), 1 / low if low > 0 else math.inf
+        low, high = (1 / min(end, 1) if end > 0 else math.inf for end in (high, low))
     return Interval(getattr(found, name), low, high, seeds)
 
 

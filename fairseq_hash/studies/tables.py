@@ -28,6 +28,7 @@ from fairseq_hash.studies.results import (
     exactly,
     mean_of,
     perplexity,
+    validations_of,
 )
 from fairseq_hash.studies.statistics import BETTER, Interval, Verdict
 
@@ -43,22 +44,27 @@ def main_table(results: Results) -> pd.DataFrame:
 
 
 def training_table(results: Results) -> pd.DataFrame:
-    """Return perplexity on valid by the share of the training, and what the whole training took."""
-    rows = []
+    """Return perplexity on valid by the share of the training, and what the whole training took.
+
+    A model whose runs were validated at different points is left out.
+    """
+    rows, tokens = [], set()
     for result in results.finished:
-        if result.model.trained_as:
+        validations = validations_of(result)
+        if result.model.trained_as or validations is None:
             continue
-        runs = list(result.finals.values())
-        count = min(len(run.validations) for run in runs)
-        nats = np.mean([[one.nats for one in run.validations[:count]] for run in runs], axis=0)
-        shares = [f"at {one.tokens / runs[0].tokens:.0%}" for one in runs[0].validations[:count]]
-        row = {"Model": result.name, **{share: f"{math.exp(one):.2f}" for share, one in zip(shares, nats, strict=True)}}
-        row["FLOPs"] = f"{runs[0].flops_per_token * runs[0].tokens:.3g}"
-        rows.append({**row, "Minutes": f"{np.mean([run.seconds for run in runs]) / 60:.1f}"})
-    shares = [name for name in dict.fromkeys(name for row in rows for name in row) if name.startswith("at ")]
-    for order, nats in counted(results, "valid").items() if rows else ():
-        rows.append({"Model": NGRAMS[order], **dict.fromkeys(shares, f"{math.exp(nats):.2f}")})
-    return pd.DataFrame(rows).fillna(NOTHING)
+        runs, nats = list(result.finals.values()), np.mean([[one.nats for one in run] for run in validations], axis=0)
+        row = {at.tokens: f"{math.exp(mean):.2f}" for at, mean in zip(validations[0], nats, strict=True)}
+        tokens |= row.keys()
+        of_all = {"FLOPs": f"{runs[0].flops_per_token * runs[0].tokens:.3g}"}
+        of_all["Minutes"] = f"{np.median([run.seconds for run in runs]) / 60:.1f}"
+        rows.append({"Model": result.name, **row, **of_all})
+    if not rows:
+        return pd.DataFrame()
+    for order, nats in counted(results, "valid").items():
+        rows.append({"Model": NGRAMS[order], **dict.fromkeys(tokens, f"{math.exp(nats):.2f}")})
+    table = pd.DataFrame(rows, columns=["Model", *sorted(tokens), "FLOPs", "Minutes"]).fillna(NOTHING)
+    return table.rename(columns={at: f"at {at / max(tokens):.0%}" for at in tokens})
 
 
 def _of_model(result: ModelResult, results: Results) -> dict[str, str]:

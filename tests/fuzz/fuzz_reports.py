@@ -22,7 +22,7 @@ from fairseq_hash.reporting.benchmarks_files import load_benchmarks
 from fairseq_hash.reporting.comparison import compare
 from fairseq_hash.reporting.comparison_table import for_readers, layers_for_readers
 from fairseq_hash.reporting.report import read_note
-from fairseq_hash.studies.csv_tables import results_csv, runs_csv
+from fairseq_hash.studies.csv_tables import curves_csv, pairs_csv, results_csv, runs_csv
 from fairseq_hash.studies.definition import load_study, quick
 from fairseq_hash.studies.records import read_facts, read_records, write_record
 from fairseq_hash.studies.results import gather
@@ -120,6 +120,8 @@ def read_study_records(folder: Path) -> None:
     wanted(study, done)
     results_csv(results, {})
     runs_csv(results)
+    curves_csv(results)
+    pairs_csv(results)
 
 
 def study_seeds() -> list[Seed]:

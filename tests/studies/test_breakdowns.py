@@ -15,6 +15,7 @@ from fairseq_hash.studies.breakdowns import (
     position_labels,
     position_ranges,
 )
+from fairseq_hash.studies.ngram_lines import NGRAMS
 from fairseq_hash.studies.results import gather
 from fairseq_hash.studies.tables import frequency_table, position_table
 
@@ -34,6 +35,7 @@ def test_nats_by_position(results):
     assert float(dense["Gain from context"]) == pytest.approx(expected["3-4"] - expected["9-16"], abs=6e-4)
     (chart,) = charts.position_charts(results)
     assert chart.lines[0].y == pytest.approx(list(expected.values())) and [*chart.lines[0].x] == [1, 2, 4, 8, 16]
+    assert chart.lines[-1].name == NGRAMS["3"] and chart.lines[-1].y == pytest.approx([4.6] * 2)
 
 
 def test_ranges_of_positions():
@@ -56,6 +58,9 @@ def test_nats_by_frequency(results):
     assert table.loc["Dense: nats"].tolist() == ["6.320", "7.520"]  # the first: 100 tokens of 5.52, 400 of 6.52
     assert table.loc["Hash"].tolist() == [f"{np.mean(NATS['Hash']) - 4.52:.3f}"] * 2
     assert table.iloc[-1].tolist() == ["-0.520", "-4.520"]
+    (chart,) = charts.frequency_charts(results)
+    trigram = next(line for line in chart.lines if line.name == NGRAMS["3"])
+    assert trigram.y == pytest.approx([-0.52, -4.52], abs=1e-9) and trigram.style == "points"
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from scipy import stats
 
 from fairseq_hash.reporting.charts import Chart
 from fairseq_hash.studies import charts
-from fairseq_hash.studies.csv_tables import results_csv, runs_csv, tuning_csv
+from fairseq_hash.studies.csv_tables import curves_csv, pairs_csv, results_csv, runs_csv, tuning_csv
 from fairseq_hash.studies.leads import (
     LeadCurve,
     comparison_verdicts,
@@ -41,7 +41,7 @@ from fairseq_hash.studies.records import FINAL, TUNING
 from fairseq_hash.studies.report import study_summary, write_study_report
 from fairseq_hash.studies.results import gather, one_under_two_names
 from fairseq_hash.studies.schedule import Run
-from fairseq_hash.studies.tables import number
+from fairseq_hash.studies.tables import number, training_table
 
 PICTURES = ["perplexity.png", "lead.png", "position.png", "frequency.png", "tuning.png"]
 
@@ -233,9 +233,14 @@ def test_lead_during_training():
     assert chart.lines[0].y == pytest.approx(curve.lead_SN.mean(axis=0))
     dense_SN = np.array([valid_curve("Dense", place) for place in range(3)])
     assert counted["3"].lead_SN == pytest.approx(100 * (1 - np.exp(4.6 - dense_SN)))
-    trigram = next(line for line in chart.lines if line.name == NGRAMS["3"])
-    # Only what lies where the models are is drawn.
-    assert np.isnan(trigram.y[:3]).all() and trigram.y[3] == pytest.approx(counted["3"].lead_SN[:, 3].mean())
+    assert NGRAMS["3"] not in {line.name for line in chart.lines}  # at one point only it is where the models are
+    tokens = np.arange(1.0, 5)
+    for lead_SN, drawn in (([[60.0, 30, 12, 4]], True), ([[60.0, 12, 4, -30]], False)):
+        counted = {"3": LeadCurve(tokens, np.array(lead_SN), 1)}
+        (chart,) = charts.lead_charts(results, results.baseline, {"Hash": curve}, counted)
+        trigrams = [line for line in chart.lines if line.name == NGRAMS["3"]]
+        assert bool(trigrams) == drawn == (NGRAMS["3"] in chart.values)
+        assert not drawn or trigrams[0].y == pytest.approx([math.nan, math.nan, 12, 4], nan_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -288,6 +293,39 @@ def test_lead_over_documents(parts):
         results, facts=dataclasses.replace(results.facts, document_tokens=DOCUMENT_TOKENS[:1])
     )
     assert by_heading(results)["Lead over Dense"].table["Lead (95 % over parts of test)"].tolist() == ["–"] * 7
+
+
+def test_runs_that_were_validated_elsewhere():
+    """A model whose runs have validations of their own is in no mean over seeds, and no column is out of order."""
+    done = made_runs_of_study()
+    run = Run("Dense", 0.002, 2, FINAL)
+    done[run] = dataclasses.replace(done[run], validations=done[run].validations[1:])
+    results = results_of(done)
+    table = training_table(results).set_index("Model")
+    assert list(table.index)[:3] == ["Hash", "Twin", "Switch"]
+    assert list(table.columns) == ["at 25%", "at 50%", "at 75%", "at 100%", "FLOPs", "Minutes"]
+    names = {line.name for line in charts.perplexity_charts(results)[0].lines}
+    assert "Dense" not in names and "Hash" in names
+    assert "Perplexity during training" in by_heading(results)
+    for model, rate in (("Dense", 0.002), ("Hash", 0.004), ("Twin", 0.002), ("Switch", 0.002)):
+        run = Run(model, rate, 2, FINAL)
+        done[run] = dataclasses.replace(done[run], validations=done[run].validations[1:])
+    assert "Perplexity during training" not in by_heading(results_of(done))
+
+
+def test_csv_files_of_little():
+    """n-grams that valid lacks, no pairs, the study's own pairs; whole numbers stay whole."""
+    facts = made_facts()
+    facts = dataclasses.replace(facts, ngrams={**facts.ngrams, "valid": {"1": 6.0}})
+    results = gather(made_study(comparisons=(("Hash", "Twin"),)), facts, made_runs_of_study())
+    text = results_csv(results, lead_verdicts(results)).decode()
+    rows = read_csv(text.encode()).set_index("model")
+    assert rows["valid_perplexity"].isna().tolist() == [False] * 6 + [True] * 2
+    assert "\nHash,,3,0,0,0.004," in text and ",3000000,1000000,16," in text
+    assert "\nHash,2,40000," in curves_csv(results).decode()
+    pairs = read_csv(pairs_csv(results))
+    assert pairs["adjusted_with"].value_counts().to_dict() == {"all": 10, "baseline": 4, "comparisons": 1}
+    assert read_csv(pairs_csv(results_of({}))).empty and read_csv(curves_csv(results_of({})))["seed"].isna().all()
 
 
 def test_one_model_under_two_names():
@@ -480,6 +518,9 @@ def test_tuning_chart():
     assert isinstance(chart, Chart) and chart.log_x
     lines = {line.name: line for line in chart.lines}
     assert [*lines["Switch"].x] == [0.001, 0.002] and [*lines["Hash"].y] == [4.7, 4.6, 4.55]
+    assert lines[NGRAMS["3"]].y == pytest.approx([4.6] * 2)
+    (chart,) = charts.tuning_charts(results_of(trigram=2.0))  # far below what is drawn
+    assert NGRAMS["3"] not in {line.name for line in chart.lines}
 
 
 def test_no_negative_zero():

@@ -1,5 +1,6 @@
 """Perplexity by the number of experts in a study's report: families by name, and fits of made power laws."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -16,6 +17,7 @@ from fairseq_hash.studies.families import (
     scaling_words,
 )
 from fairseq_hash.studies.leads import lead_verdicts
+from fairseq_hash.studies.ngram_lines import NGRAMS
 from fairseq_hash.studies.parts import parts_of
 from fairseq_hash.studies.records import FINAL
 from fairseq_hash.studies.results import gather
@@ -26,9 +28,10 @@ SLOPES = {"Hash": -0.02, "Switch": -0.03}
 EXPERTS = (4, 16, 64)
 
 
-def results_of(scaling=True, without=(), kink=0.0):
+def results_of(scaling=True, without=(), kink=0.0, experts=None):
     """Return a study of two families and a dense baseline, with one learning rate; 16 experts are off by `kink`."""
-    experts = {"Dense": 0} | {f"{name} {count}": count for name in SLOPES for count in EXPERTS}
+    counts = experts or dict.fromkeys(SLOPES, EXPERTS)
+    experts = {"Dense": 0} | {f"{name} {count}": count for name in SLOPES for count in counts[name]}
     models = {name: StudyModel(name, experiment="x") for name in experts}
     study = made_study(models=models, learning_rates=(0.001,), scaling=scaling)
     done = {}
@@ -59,8 +62,10 @@ def test_fits_recover_the_slopes():
     assert {name: found.coefficients.b for name, found in fits.items()} == pytest.approx(SLOPES, abs=1e-6)
     assert set(fits["Hash"].sizes) == {1_000_000}
     words = scaling_words(results, families, fits)
-    assert "Hash: b = -0.0200 (95 % interval -0.0200 to -0.0200). That is a plain power law: L = 4.501" in words
-    assert "perplexity by 0.0 %" in words and words.count("Fitted: b, d; held: a at 0 (the points have one N)") == 1
+    ends = f"d = {math.log10(4.501):.4f} (95 % interval {math.log10(4.501) - 0.0002:.4f} to"
+    assert f"Hash: b = -0.0200 (95 % interval -0.0200 to -0.0200), {ends}" in words
+    assert "That is a plain power law." in words and "perplexity by 0.0 %" in words
+    assert words.count("Hash, Switch: fitted: b, d; held: a at 0 (the points have one N)") == 1
     assert "Hash and Switch do not cross from E = 2 to 256 (run: up to 64): Switch has the lower loss" in words
     table = scaling_table(results, families).set_index("Family")
     assert table.loc["Kneser-Ney, 3 tokens (trigram)"].tolist() == ["99.48"] * 4
@@ -69,6 +74,29 @@ def test_fits_recover_the_slopes():
     measured, fitted = (line for line in chart.lines if line.name == "Hash")
     assert [*measured.x] == [1, 4, 16, 64]
     assert fitted.y[[0, -1]] == pytest.approx(measured.y[[0, -1]], rel=1e-4)
+    (trigram,) = (line for line in chart.lines if line.name == NGRAMS["3"])
+    assert trigram.y == pytest.approx([math.exp(4.6)] * 2)
+
+
+def test_a_family_of_many_experts():
+    """With 5 different E a family has E_start and E_max, with intervals, and a plain power law beside them."""
+    results = results_of(experts={"Hash": (2, 4, 16, 64, 128), "Switch": (4, 16, 64)})
+    families = families_of(results)
+    words = scaling_words(results, families, fits_of(results, families)).split("\n\n")
+    hashed, switch = words[:2]
+    assert hashed.startswith("Hash: b = ") and "e_start = " in hashed and "e_max = " in hashed
+    assert "A plain power law has b = -0.0200" in hashed and "That is a plain power law." in switch
+    assert words[2].startswith("Hash: fitted: b, d, e_start, e_max;") and words[3].startswith("Switch: fitted: b, d;")
+    assert "far out of their range" in words[4]
+
+
+def test_published_sizes_are_not_called_out_of_range():
+    """From 15 million parameters on they are not."""
+    results = results_of()
+    done = {run: dataclasses.replace(one, active=15_000_000) for run, one in results.done.items()}
+    results = gather(results.study, results.facts, done)
+    families = families_of(results)
+    assert "out of their range" not in scaling_words(results, families, fits_of(results, families))
 
 
 def test_fits_that_miss_say_so():

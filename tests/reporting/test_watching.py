@@ -74,24 +74,26 @@ def test_a_page_that_is_not_watched_stays(log):
 def test_watching_in_a_terminal(log, tmp_path):
     """The page follows the log; Ctrl-C ends it with one line, and nothing half written is left."""
     whole, out = cut(log, 1), tmp_path / "out"
-    command = [sys.executable, "-c", "from fairseq_hash.cli import main; raise SystemExit(main())"]
+    command = [sys.executable, "-u", "-c", "from fairseq_hash.cli import main; raise SystemExit(main())"]
     command += ["report", tmp_path / "runs", "--out", out, "--watch", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watcher:
         try:
             wait_for(lambda: "Nothing to show yet" in text_of(out), watcher)
+            waiting = watcher.stdout.readline()
             log.write_text(whole)
             wait_for(lambda: "Learning curves" in text_of(out), watcher)
+            kept = watcher.stdout.readline()  # it is said after the page is written
         finally:
             watcher.send_signal(signal.SIGINT)
             try:
-                said, err = watcher.communicate(timeout=60)
+                ended, err = watcher.communicate(timeout=60)
             except subprocess.TimeoutExpired:
                 watcher.kill()  # such as where the tests were started with SIGINT ignored
                 raise
-    waiting, kept, ended = said.splitlines()
     assert watcher.returncode == 0 and "Traceback" not in err
-    assert waiting.startswith("waiting: ") and kept == f"{out / 'index.html'} is kept current every 1 s; Ctrl-C ends it"
-    assert ended == f"ended; {out / 'index.html'} is as it was written last"
+    assert waiting.startswith("waiting: ")
+    assert kept == f"{out / 'index.html'} is kept current every 1 s; Ctrl-C ends it\n"
+    assert ended == f"ended; {out / 'index.html'} is as it was written last\n"
     assert [path.name for path in out.iterdir()] == ["index.html"]
 
 

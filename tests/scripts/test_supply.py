@@ -1,5 +1,6 @@
 """What the project is made of: each version has a reason and a licence, and its builds can be repeated."""
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -14,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parents[2]
 PINS = ROOT / "scripts" / "pins-py311.txt"
@@ -52,6 +54,17 @@ def test_every_pinned_package_is_in_the_list_of_licences():
     assert {name: version for name, (version, _) in listed.items() if name in wanted} == wanted
     assert "fairseq" in listed
     assert not [name for name, (_, licence) in listed.items() if licence in ("", "not stated")]
+
+
+def test_every_pin_takes_every_python_3_11():
+    """The pins are used on any of them; Debian 12 has 3.11.2. A package says which it takes, if it is installed."""
+    needs = {}
+    for name, version in licences.pinned(PINS.read_text()).items():
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found = metadata.metadata(name)
+            needs[name] = (found["Requires-Python"] or "") if found["Version"].startswith(version) else ""
+    assert len(needs) > 20
+    assert not {name: of for name, of in needs.items() if not SpecifierSet(of).contains("3.11.0")}
 
 
 def stated(**entries):

@@ -33,7 +33,8 @@ def git(*words: str) -> bytes:
 def exported(commit: str, folder: Path, epoch: int) -> Path:
     """Write the files of a commit to a folder, with plain permissions and one time, as setuptools copies both."""
     with tarfile.open(fileobj=io.BytesIO(git("archive", "--format=tar", commit, *PARTS))) as archive:
-        archive.extractall(folder, filter="data")
+        # Python 3.11.0 to 3.11.3 have no filters; the archive is our own.
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     for path in [folder, *folder.rglob("*")]:
         path.chmod(0o755 if path.is_dir() else 0o644)
         os.utime(path, (epoch, epoch))

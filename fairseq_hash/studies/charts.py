@@ -13,7 +13,7 @@ from fairseq_hash.studies.breakdowns import (
     position_ranges,
 )
 from fairseq_hash.studies.leads import LeadCurve
-from fairseq_hash.studies.ngram_lines import NGRAMS, drawn
+from fairseq_hash.studies.ngram_lines import NGRAMS, ngrams_of_charts
 from fairseq_hash.studies.ngram_lines import beside_baseline_by_frequency as ngrams_by_frequency
 from fairseq_hash.studies.records import TUNING, RunRecord, Validation
 from fairseq_hash.studies.results import ModelResult, Results, validations_of
@@ -78,7 +78,7 @@ def ngram_levels(
     """Return level lines of the n-gram models that charts show, with what is made of their nats."""
     return [
         Line(NGRAMS[order], COUNTED, np.array(x_range), np.full(2, of_nats(nats)), None, int(order), "faint")
-        for order, nats in drawn(results, subset).items()
+        for order, nats in ngrams_of_charts(results, subset).items()
     ]
 
 
@@ -105,7 +105,7 @@ def lead_charts(
     x_range = 0.0, 1.02 * max(float(line.x[-1]) for line in lines)
     lines.append(_zero(results, over, x_range))
     y_range = _with_room(lines)
-    for order in sorted(drawn(results, "valid").keys() & of_ngrams.keys()):
+    for order in sorted(ngrams_of_charts(results, "valid").keys() & of_ngrams.keys()):
         curve = of_ngrams[order]
         lead_N = curve.lead_SN.mean(axis=0)
         # Beside a model that has just begun, counting leads by far.
@@ -153,7 +153,7 @@ def frequency_charts(results: Results) -> list[Chart]:
             if difference is not None:
                 lines.append(Line(result.name, OVER_SEEDS, x, difference, *styles(results)[result.name]))
     of_ngrams = ngrams_by_frequency(results)
-    shown = drawn(results, "test").keys() & of_ngrams.keys()
+    shown = ngrams_of_charts(results, "test").keys() & of_ngrams.keys()
     lines += [Line(NGRAMS[order], COUNTED, x, of_ngrams[order], None, int(order), "points") for order in sorted(shown)]
     ranges = ", ".join(f"{number}: {label}" for number, label in enumerate(labels, 1))
     title, y_label = "Nats by the token's count in training", f"Nats per token above those of {results.baseline.name}"

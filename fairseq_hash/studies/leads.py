@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fairseq_hash.studies.records import RunRecord
-from fairseq_hash.studies.results import ModelResult, Results
+from fairseq_hash.studies.results import ModelResult, Results, validations_of
 from fairseq_hash.studies.statistics import Interval, Verdict, bootstrap_documents, compare_pairs, t_interval
 
 
@@ -108,16 +107,16 @@ def _curve(result: ModelResult, over: ModelResult) -> "LeadCurve | None":
     return LeadCurve(tokens, -100 * np.expm1(nats_SN - other_SN), _half(tokens))
 
 
-def curve_over(finals: Mapping[int, RunRecord], nats: float) -> "LeadCurve | None":
-    """Return the lead over a model's final runs of what has the same nats on valid always, such as an n-gram model.
+def curve_over(over: ModelResult, nats: float) -> "LeadCurve | None":
+    """Return the lead over a model of what has the same nats on valid always, such as an n-gram model.
 
-    None without runs, or if they were validated at different points.
+    None without final runs, or if they were validated at different points.
     """
-    if len({tuple(one.tokens for one in run.validations) for run in finals.values()}) != 1:
+    validations = validations_of(over)
+    if validations is None:
         return None
-    runs = list(finals.values())
-    own_SN = np.array([[one.nats for one in run.validations] for run in runs])
-    tokens = np.array([one.tokens for one in runs[0].validations], dtype=float)
+    own_SN = np.array([[one.nats for one in run] for run in validations])
+    tokens = np.array([one.tokens for one in validations[0]], dtype=float)
     return LeadCurve(tokens, -100 * np.expm1(nats - own_SN), _half(tokens))
 
 

@@ -31,7 +31,7 @@ def best_ngram(results: Results, subset: str) -> "str | None":
     return min(known, key=known.__getitem__, default=None)
 
 
-def drawn(results: Results, subset: str) -> dict[str, float]:
+def ngrams_of_charts(results: Results, subset: str) -> dict[str, float]:
     """Return nats per token of the n-gram models that charts show: the trigram and the best one."""
     known, best = counted(results, subset), best_ngram(results, subset)
     return {order: known[order] for order in known if order in (TRIGRAM, best)}
@@ -53,7 +53,7 @@ def lead_of(results: Results, nats: float) -> Interval:
 
 def lead_curves_of(results: Results, over: ModelResult) -> dict[str, LeadCurve]:
     """Return by order the leads of n-gram models over a trained model on valid, as its training goes on."""
-    known = {order: curve_over(over.finals, nats) for order, nats in counted(results, "valid").items()}
+    known = {order: curve_over(over, nats) for order, nats in counted(results, "valid").items()}
     return {order: curve for order, curve in known.items() if curve is not None}
 
 

@@ -1,7 +1,6 @@
 """The report of a study: its numbers by hand and by SciPy, its words, and what it says of a study that is not done."""
 
 import dataclasses
-import io
 import math
 import re
 
@@ -9,13 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from html_page import Page
+from made_report import by_heading, by_scipy, read_csv, results_of, without
 from made_study import (
-    BYTES,
     DOCUMENT_TOKENS,
     LEAD_NATS,
     NATS,
     SEEDS,
-    TOKENS,
     made_facts,
     made_record,
     made_runs_of_study,
@@ -26,7 +24,7 @@ from scipy import stats
 
 from fairseq_hash.reporting.charts import Chart
 from fairseq_hash.studies import charts
-from fairseq_hash.studies.csv_tables import curves_csv, pairs_csv, results_csv, runs_csv, tuning_csv
+from fairseq_hash.studies.csv_tables import results_csv, runs_csv, tuning_csv
 from fairseq_hash.studies.leads import (
     LeadCurve,
     comparison_verdicts,
@@ -35,11 +33,10 @@ from fairseq_hash.studies.leads import (
     lead_verdicts,
     pair_verdicts,
 )
-from fairseq_hash.studies.ngram_lines import NGRAMS, beside_longer_ngrams, beside_the_trigram, lead_curves_of
-from fairseq_hash.studies.parts import parts_of
-from fairseq_hash.studies.records import FINAL, TUNING
+from fairseq_hash.studies.ngram_lines import NGRAMS, lead_curves_of
+from fairseq_hash.studies.records import FINAL
 from fairseq_hash.studies.report import study_summary, write_study_report
-from fairseq_hash.studies.results import gather, one_under_two_names
+from fairseq_hash.studies.results import one_under_two_names
 from fairseq_hash.studies.schedule import Run
 from fairseq_hash.studies.tables import number, training_table
 
@@ -59,101 +56,6 @@ def report(tmp_path_factory):
 def parts():
     """The parts of a whole report by their heading."""
     return by_heading(results_of())
-
-
-def results_of(done=None, trigram=4.6, **changes):
-    return gather(made_study(**changes), made_facts(trigram), made_runs_of_study() if done is None else done)
-
-
-def by_heading(results):
-    return {part.heading: part for part in parts_of(results, lead_verdicts(results))}
-
-
-def without(done, *, model, stage=FINAL, seeds=SEEDS):
-    return {run: one for run, one in done.items() if (run.model, run.stage) != (model, stage) or run.seed not in seeds}
-
-
-def read_csv(content):
-    return pd.read_csv(io.BytesIO(content))
-
-
-def by_scipy(values):
-    """Return the mean and the ends of Student's interval."""
-    return np.mean(values), *stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
-
-
-@pytest.mark.parametrize("model", NATS)
-def test_numbers_of_a_model(report, model):
-    """Perplexity, bits per byte and lead with their intervals, each from the made nats."""
-    row = pd.read_csv(report / "results.csv").set_index("model").loc[model]
-    nats, ends = np.array(by_scipy(NATS[model])), ["", "_low", "_high"]
-    assert [row[f"test_perplexity{end}"] for end in ends] == pytest.approx(np.exp(nats))
-    bits = nats / math.log(2) * TOKENS / BYTES
-    assert [row[f"test_bits_per_byte{end}"] for end in ends] == pytest.approx(bits)
-    assert (row["seeds"], row["diverged"], row["missing"]) == (3, 0, 0)
-    if model != "Dense":
-        mean, low, high = by_scipy(np.subtract(NATS[model], NATS["Dense"]))
-        leads = [100 * (1 - math.exp(difference)) for difference in (mean, high, low)]
-        assert [row[f"lead_percent{end}"] for end in ends] == pytest.approx(leads)
-    else:
-        assert math.isnan(row["lead_percent"])
-
-
-def test_other_columns(report):
-    """Rates and their edge, sizes, the mean speed, and the worst load and drop of the seeds."""
-    rows = pd.read_csv(report / "results.csv").set_index("model")
-    assert list(rows.index) == [*NATS, *(NGRAMS[order] for order in "123")]
-    for order, nats in made_facts().ngrams["test"].items():
-        row, lead = rows.loc[NGRAMS[order]], by_scipy(np.subtract(nats, NATS["Dense"]))
-        assert [row[name] for name in ("test_nats", "test_perplexity")] == pytest.approx([nats, math.exp(nats)])
-        assert row["test_bits_per_byte"] == pytest.approx(nats / math.log(2) * TOKENS / BYTES)
-        leads = [100 * (1 - math.exp(lead[place])) for place in (0, 2, 1)]
-        assert [row[f"lead_percent{end}"] for end in ("", "_low", "_high")] == pytest.approx(leads)
-        assert math.isnan(row["test_nats_low"]) and math.isnan(row["seeds"])
-    rows = rows.loc[list(NATS)]
-    assert rows["learning_rate"].tolist() == [0.002, 0.004, 0.002, 0.002, 0.004]
-    assert rows["at_edge"].tolist() == [False, True, False, False, True]
-    assert rows.loc["Hash", "valid_perplexity"] == pytest.approx(math.exp(4.62 - 0.1 + 0.001))
-    for model in ("Hash", "Hash, balanced"):
-        assert rows.loc[model, ["parameters", "active", "experts"]].tolist() == [3e6, 1e6, 16]
-        assert rows.loc[model, ["load_max", "dropped"]].tolist() == pytest.approx([1.8, 0.03])
-        assert rows.loc[model, "tokens_per_second"] == 1002
-    assert rows.loc["Dense", ["load_max", "dropped"]].isna().all()
-    assert rows["verdict"].tolist()[1:] == ["better", "equivalent", "undecided", "better"]
-
-
-def test_one_row_a_run(report):
-    """All runs, tuning included: also the one that diverged, and both evaluations of the shared trainings."""
-    runs, tuned = pd.read_csv(report / "runs.csv"), pd.read_csv(report / "tuning.csv")
-    assert len(runs) == len(made_runs_of_study()) == 24
-    final = runs[(runs["model"] == "Hash") & (runs["stage"] == FINAL)]
-    assert final["test_nats: Hash"].tolist() == list(NATS["Hash"])
-    assert final["test_nats: Hash, balanced"].tolist() == list(NATS["Hash, balanced"])
-    assert len(tuned) == 12 and (runs["stage"] == TUNING).sum() == 12
-    chosen = tuned[tuned["chosen"]].set_index("model")["learning_rate"]
-    assert chosen.to_dict() == {"Dense": 0.002, "Hash": 0.004, "Twin": 0.002, "Switch": 0.002}
-    (diverged,) = tuned[tuned["diverged"].notna()].to_dict("records")
-    assert (diverged["model"], diverged["diverged"]) == ("Switch", "loss is nan at update 7")
-    assert math.isnan(diverged["valid_nats"])
-
-
-def test_curves_and_pairs(report):
-    """Each validation of the final runs by tokens, seconds and FLOPs; each verdict, and what it is adjusted for."""
-    curves = pd.read_csv(report / "curves.csv")
-    assert curves["model"].value_counts().to_dict() == {
-        **dict.fromkeys(("Dense", "Hash", "Twin", "Switch"), 12),  # 3 seeds, 4 validations
-        **{NGRAMS[order]: 1 for order in "123"},
-    }
-    of = curves[(curves["model"] == "Hash") & (curves["seed"] == 2)]
-    assert of["valid_nats"].tolist() == pytest.approx(valid_curve("Hash", 1))
-    assert of["tokens"].tolist() == [10_000, 20_000, 30_000, 40_000] and of["seconds"].tolist() == [60, 120, 180, 240]
-    assert of["flops"].tolist() == pytest.approx([6e10, 12e10, 18e10, 24e10])
-    pairs = pd.read_csv(report / "pairs.csv")
-    assert pairs["adjusted_with"].value_counts().to_dict() == {"all": 10, "baseline": 4}
-    p_values = [stats.ttest_rel(NATS[one], NATS["Dense"]).pvalue for one in NATS if one != "Dense"]
-    beside = pairs[pairs["adjusted_with"] == "baseline"].set_index("other")
-    assert beside["p_difference"].min() == pytest.approx(4 * min(p_values))
-    assert beside.loc["Hash", ["verdict", "better"]].tolist() == ["better", "Hash"]
 
 
 def test_markdown_stands_alone(report):
@@ -313,21 +215,6 @@ def test_runs_that_were_validated_elsewhere():
     assert "Perplexity during training" not in by_heading(results_of(done))
 
 
-def test_csv_files_of_little():
-    """n-grams that valid lacks, no pairs, the study's own pairs; whole numbers stay whole."""
-    facts = made_facts()
-    facts = dataclasses.replace(facts, ngrams={**facts.ngrams, "valid": {"1": 6.0}})
-    results = gather(made_study(comparisons=(("Hash", "Twin"),)), facts, made_runs_of_study())
-    text = results_csv(results, lead_verdicts(results)).decode()
-    rows = read_csv(text.encode()).set_index("model")
-    assert rows["valid_perplexity"].isna().tolist() == [False] * 6 + [True] * 2
-    assert "\nHash,,3,0,0,0.004," in text and ",3000000,1000000,16," in text
-    assert "\nHash,2,40000," in curves_csv(results).decode()
-    pairs = read_csv(pairs_csv(results))
-    assert pairs["adjusted_with"].value_counts().to_dict() == {"all": 10, "baseline": 4, "comparisons": 1}
-    assert read_csv(pairs_csv(results_of({}))).empty and read_csv(curves_csv(results_of({})))["seed"].isna().all()
-
-
 def test_one_model_under_two_names():
     """Equal to the last bit with each seed; one seed alone says nothing, and a digit more is another model."""
     assert one_under_two_names(results_of()) == ""
@@ -339,50 +226,6 @@ def test_one_model_under_two_names():
     assert one_under_two_names(results_of(done)) == said
     done[run] = made_record(run, valid_curve("Twin", place), {"Twin": NATS["Dense"][-1] + 1e-12})
     assert one_under_two_names(results_of(done)) == ""
-
-
-@pytest.mark.parametrize(
-    ("trigram", "said"),
-    [
-        (4.6, "All models are below (better than) the trigram's perplexity of 99.48."),
-        (4.45, "of 85.63: Hash, Hash, balanced. Above (worse): Dense, Twin, Switch. A comparison"),
-        (4.0, "All models are above (worse than) the trigram's perplexity of 54.60. A comparison"),
-    ],
-)
-def test_beside_the_trigram(trigram, said):
-    """Which models are below the trigram, by the mean of nats; what is above it proves little."""
-    words = beside_the_trigram(results_of(trigram=trigram))
-    assert said in words and ("proves little" in words) == (trigram < 4.6)
-    assert "bigram" not in words
-
-
-def test_models_above_even_the_bigram():
-    facts = made_facts(4.0)
-    of_both = {subset: counted | {"2": 4.51} for subset, counted in facts.ngrams.items()}
-    results = gather(made_study(), dataclasses.replace(facts, ngrams=of_both), made_runs_of_study())
-    assert beside_the_trigram(results).endswith("Above even the bigram's perplexity of 90.92: Dense, Twin.")
-
-
-@pytest.mark.parametrize(
-    ("nats", "said"),
-    [
-        ({}, ""),
-        ({"4": 4.65, "5": 4.7}, ""),  # the trigram is the best
-        ({"4": 4.45, "5": 4.5}, "of 4 tokens, has a perplexity of 85.63. Hash, Hash, balanced are below it."),
-        ({"4": 4.45, "5": 4.423}, "of 5 tokens, has a perplexity of 83.35. Hash is below it."),
-        ({"4": 4.45, "5": 4.0, "6": 4.1}, "of 5 tokens, has a perplexity of 54.60. No model is below it."),
-    ],
-)
-def test_beside_longer_ngrams(nats, said):
-    """The best n-gram model is named if it is no trigram; in the charts it stands beside the trigram."""
-    facts = made_facts()
-    of_both = {subset: counted | nats for subset, counted in facts.ngrams.items()}
-    results = gather(made_study(), dataclasses.replace(facts, ngrams=of_both), made_runs_of_study())
-    words = beside_longer_ngrams(results)
-    assert said in words and (words == "") == (said == "")
-    best = min(of_both["valid"], key=of_both["valid"].get)
-    levels = [line.name for line in charts.perplexity_charts(results)[0].lines if line.name.startswith("Kneser")]
-    assert levels == list(dict.fromkeys([NGRAMS["3"], NGRAMS[best]]))
 
 
 def test_verdicts_are_for_all_planned_pairs():
